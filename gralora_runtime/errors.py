@@ -1,0 +1,187 @@
+"""Every error this project raises on purpose. A leaf file: it imports nothing of ours, so anybody may import it.
+
+    GraloraError
+    +-- InvalidRequestError      a field of the request is wrong: names the field and the value
+    +-- AdapterError             names the adapter
+    |   +-- AdapterNotFoundError      no adapter of that name is registered
+    |   +-- AdapterExistsError        the name is taken by different content
+    |   +-- AdapterRejectedError      the checkpoint is broken or asks for what we do not implement: all reasons at once
+    |   +-- AdapterBusyError          requests hold it, so it cannot be unloaded
+    |   +-- AdapterCapacityError      it does not fit beside those in use
+    +-- QueueFullError           try again after `retry_after_s`
+    +-- SlowConsumerError        the client stopped reading its stream
+    +-- DeadlineExceededError    the deadline passed, or cannot be met
+    +-- RequestCancelledError    the client went away or somebody aborted it
+    +-- DrainingError            the server is shutting down
+    +-- EngineDeadError          the engine thread failed: our bug
+    +-- ConfigError              the server was started with impossible settings
+    +-- ModelUnsupportedError    the base model cannot be served exactly: all reasons at once
+
+Which gRPC status each becomes is one table in `gralora_server/status.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class GraloraError(Exception):
+    """Base of all errors that a user may see. `str(error)` is a whole sentence fit for a log line or a status."""
+
+    reason: str = "INTERNAL"  # stable, UPPER_SNAKE: goes out as google.rpc.ErrorInfo.reason
+
+    def metadata(self) -> dict[str, str]:
+        """Machine-readable facts, sent as `ErrorInfo.metadata`."""
+        return {}
+
+
+class InvalidRequestError(GraloraError):
+    """A field of a request is wrong. `field` is its path on the wire, for example `sampling.temperature`."""
+
+    reason = "INVALID_REQUEST"
+
+    def __init__(self, field: str, value: object, problem: str) -> None:
+        shown = repr(value)
+        self.field = field
+        self.value = shown if len(shown) <= 80 else shown[:77] + "..."
+        self.problem = problem
+        super().__init__(f"{field}: {problem} (got {self.value})")
+
+    def metadata(self) -> dict[str, str]:
+        return {"field": self.field, "value": self.value}
+
+
+class AdapterError(GraloraError):
+    """Something about one named adapter."""
+
+    reason = "ADAPTER"
+
+    def __init__(self, name: str, message: str) -> None:
+        self.name = name
+        super().__init__(message)
+
+    def metadata(self) -> dict[str, str]:
+        return {"adapter": self.name}
+
+
+class AdapterNotFoundError(AdapterError):
+    """No adapter of that name is registered."""
+
+    reason = "ADAPTER_NOT_FOUND"
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name, f"no adapter named {name!r} is registered")
+
+
+class AdapterExistsError(AdapterError):
+    """The name is already taken by an adapter with other content."""
+
+    reason = "ADAPTER_EXISTS"
+
+    def __init__(self, name: str, digest: str) -> None:
+        super().__init__(name, f"an adapter named {name!r} with other content is already registered (digest {digest})")
+
+
+class AdapterRejectedError(AdapterError):
+    """The checkpoint is broken, is for another base model, or asks for something we do not implement."""
+
+    reason = "ADAPTER_REJECTED"
+
+    def __init__(self, name: str, problems: Sequence[str]) -> None:
+        self.problems = tuple(problems)
+        super().__init__(name, f"adapter {name!r} cannot be served: " + "; ".join(self.problems))
+
+    def metadata(self) -> dict[str, str]:
+        return {"adapter": self.name, "problems": "; ".join(self.problems)}
+
+
+class AdapterBusyError(AdapterError):
+    """The adapter cannot be unloaded while requests hold it."""
+
+    reason = "ADAPTER_BUSY"
+
+    def __init__(self, name: str, in_flight: int) -> None:
+        self.in_flight = in_flight
+        super().__init__(name, f"adapter {name!r} is in use by {in_flight} request(s)")
+
+
+class AdapterCapacityError(AdapterError):
+    """The adapter does not fit into the pool, alone or beside the pinned and leased ones."""
+
+    reason = "ADAPTER_CAPACITY"
+
+    def __init__(self, name: str, needed_bytes: int, pool_bytes: int) -> None:
+        self.needed_bytes = needed_bytes
+        self.pool_bytes = pool_bytes
+        super().__init__(name, f"adapter {name!r} needs {needed_bytes} bytes of an adapter pool of {pool_bytes} bytes")
+
+
+class QueueFullError(GraloraError):
+    """The waiting queue is full."""
+
+    reason = "QUEUE_FULL"
+
+    def __init__(self, limit: int, retry_after_s: float) -> None:
+        self.retry_after_s = retry_after_s
+        super().__init__(f"{limit} requests are already waiting; try again in {retry_after_s:.1f} s")
+
+
+class SlowConsumerError(GraloraError):
+    """The client did not read its stream, and its bounded buffer is full."""
+
+    reason = "SLOW_CONSUMER"
+
+    def __init__(self, request_id: str, buffered: int) -> None:
+        super().__init__(f"request {request_id!r}: the client left {buffered} messages unread")
+
+
+class DeadlineExceededError(GraloraError):
+    """The request's deadline passed before it finished."""
+
+    reason = "DEADLINE_EXCEEDED"
+
+    def __init__(self, request_id: str) -> None:
+        super().__init__(f"request {request_id!r}: its deadline passed")
+
+
+class RequestCancelledError(GraloraError):
+    """The request was cancelled by its client or aborted by an operator."""
+
+    reason = "CANCELLED"
+
+    def __init__(self, request_id: str) -> None:
+        super().__init__(f"request {request_id!r} was cancelled")
+
+
+class DrainingError(GraloraError):
+    """The server is shutting down and takes no new work."""
+
+    reason = "DRAINING"
+
+    def __init__(self) -> None:
+        super().__init__("the server is shutting down")
+
+
+class EngineDeadError(GraloraError):
+    """The engine thread failed. The cause is in the server's log, not in the message."""
+
+    reason = "INTERNAL"
+
+    def __init__(self) -> None:
+        super().__init__("the engine has stopped because of an internal error")
+
+
+class ConfigError(GraloraError):
+    """The server was started with settings that cannot work."""
+
+    reason = "CONFIG"
+
+
+class ModelUnsupportedError(GraloraError):
+    """The base model cannot be served exactly."""
+
+    reason = "MODEL_UNSUPPORTED"
+
+    def __init__(self, model: str, problems: Sequence[str]) -> None:
+        self.problems = tuple(problems)
+        super().__init__(f"model {model!r} cannot be served exactly: " + "; ".join(self.problems))

@@ -1,0 +1,127 @@
+"""The vocabulary of a generation: what a caller asks for and what it gets back. Plain values, no torch, no policy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How the next token is chosen. `temperature` 0 is greedy; every other default leaves the distribution alone."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0: off
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0  # over prompt and output, as in transformers
+    presence_penalty: float = 0.0  # over the output, as in OpenAI's API
+    frequency_penalty: float = 0.0  # over the output, as in OpenAI's API
+    seed: int | None = None
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoppingParams:
+    """When a generation ends. `max_tokens` None: as many as the context window leaves room for."""
+
+    max_tokens: int | None = None
+    min_tokens: int = 0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResponseParams:
+    """What to report beside the text."""
+
+    logprobs: bool = False
+    top_logprobs: int = 0  # alternatives per token, 0..20
+    echo_prompt_token_ids: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ChatMessage:
+    """One turn of a conversation, for the model's chat template."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """Exactly one of the three is set; the engine turns it into token ids."""
+
+    text: str | None = None
+    token_ids: tuple[int, ...] | None = None
+    messages: tuple[ChatMessage, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationRequest:
+    """One request as it enters the engine. `adapter` "" is the base model."""
+
+    request_id: str
+    prompt: Prompt
+    adapter: str = ""
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    stopping: StoppingParams = field(default_factory=StoppingParams)
+    response: ResponseParams = field(default_factory=ResponseParams)
+    timeout_s: float | None = None  # from now; None: no deadline
+
+
+class FinishReason(Enum):
+    """Why a generation ended normally. Failures are exceptions, never a reason."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    CANCELLED = "cancelled"
+    DEADLINE = "deadline"
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Natural-log probability of a token under the model's raw distribution (before penalties and temperature)."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()  # (token id, logprob), best first
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Started:
+    """On the first delta: what really serves this request."""
+
+    prompt_tokens: int
+    cached_tokens: int  # of the prompt, found in the prefix cache
+    queue_time_s: float
+    seed: int
+    adapter: str
+    adapter_digest: str  # "" for the base model
+    prompt_token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finished:
+    """On the last delta."""
+
+    reason: FinishReason
+    prompt_tokens: int
+    cached_tokens: int
+    output_tokens: int
+    stop_string: str | None = None  # which one matched
+    stop_token_id: int | None = None  # which one matched (a stop id or the model's EOS)
+    preemptions: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Delta:
+    """What one or more steps added to one request. Text never ends inside a character."""
+
+    text: str = ""
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+    started: Started | None = None
+    finished: Finished | None = None
