@@ -12,6 +12,7 @@
     +-- SlowConsumerError        the client stopped reading its stream
     +-- DeadlineExceededError    the deadline passed, or cannot be met
     +-- RequestCancelledError    the client went away or somebody aborted it
+    +-- NumericalError           the model or its adapter gave logits that are no numbers, for this request alone
     +-- DrainingError            the server is shutting down
     +-- EngineDeadError          the engine thread failed: our bug
     +-- ConfigError              the server was started with impossible settings
@@ -151,6 +152,19 @@ class RequestCancelledError(GraloraError):
 
     def __init__(self, request_id: str) -> None:
         super().__init__(f"request {request_id!r} was cancelled")
+
+
+class NumericalError(GraloraError):
+    """No token could be chosen: with these tokens the model, or the adapter's huge weights, gave NaN or infinity."""
+
+    reason = "NON_FINITE_LOGITS"
+
+    def __init__(self, request_id: str, adapter: str, problem: str) -> None:
+        self.adapter = adapter
+        super().__init__(f"request {request_id!r} with adapter {adapter!r}: {problem}")
+
+    def metadata(self) -> dict[str, str]:
+        return {"adapter": self.adapter}
 
 
 class DrainingError(GraloraError):

@@ -1,0 +1,330 @@
+"""What an `adapter_config.json` asks for, in one vocabulary for all dialects; refuses what we would serve wrongly.
+
+Knows neither files nor tensors nor torch. The mathematics of the three dialects meets in `Part`: rank, blocks, scale.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from gralora_runtime.adapters.targets import (
+    ALL_LINEAR,
+    ANY_LAYER_NUMBER,
+    LAYER_NUMBER,
+    MODULE_ENDING,
+    MatchingBudget,
+    PatternError,
+    PatternTable,
+    TargetRule,
+    compile_pattern,
+)
+from gralora_runtime.errors import AdapterRejectedError
+
+MAX_PROBLEMS = 20  # in one message; the rest is counted
+_MAX_FLOAT32 = 3.4e38
+_MAX_RANK = 1 << 20
+
+# Each key a config may hold is read, irrelevant, or refused when set. Irrelevant: training, provenance, or an
+# initialisation that only matters together with `init_lora_weights`, which is read.
+_IRRELEVANT = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "fan_in_fan_out",  # PEFT overrides it by what the base layer really is, and so do we
+    "inference_mode",
+    "peft_version",
+    "revision",
+}
+_IRRELEVANT_GRALORA = {"gralora_dropout", "init_weights"}
+_IRRELEVANT_LORA = {
+    "corda_config",
+    "eva_config",
+    "loftq_config",
+    "lora_dropout",
+    "lora_ga_config",
+    "megatron_core",
+    "qalora_group_size",
+    "runtime_config",
+}
+_COMMON = {"peft_type", "task_type", "bias", "modules_to_save", "r"}
+_TARGETS = {"target_modules", "layers_to_transform", "layers_pattern"}
+_READ_GRALORA = {"alpha", "gralora_alpha", "gralora_k", "hybrid_r"}
+_READ_LORA = {
+    "lora_alpha",
+    "use_rslora",
+    "rank_pattern",
+    "alpha_pattern",
+    "exclude_modules",
+    "init_lora_weights",
+}
+
+# The initialisations that leave the base weights as they are. The others (PiSSA, OLoRA, CorDA, LoRA-GA, LoftQ) train
+# against changed base weights; PEFT writes True here when it converts such an adapter to a plain one on saving.
+_PLAIN_INITS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
+
+
+class Dialect(StrEnum):
+    """Who wrote the config: PEFT (GraLoRA or LoRA) or the fork of PEFT by GraLoRA's authors."""
+
+    PEFT_GRALORA = "gralora"
+    AUTHORS_GRALORA = "gralora-authors"
+    LORA = "lora"
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleShape:
+    """A linear layer of the base model. `name` is its path inside the causal LM, as PEFT sees it."""
+
+    name: str
+    in_features: int
+    out_features: int
+    transposed: bool = False  # Conv1D: the base weight is [in, out]; an adapter's tensors look the same
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """One low-rank pair on one module: rank r in k blocks, `scale` times its product is added. LoRA is k = 1."""
+
+    r: int
+    k: int
+    scale: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterSpec:
+    """A parsed config. For GraLoRA `rank` is that of the blocks: without the hybrid part, in either dialect."""
+
+    dialect: Dialect
+    rank: int
+    blocks: int
+    hybrid_rank: int
+    scale: float
+    targets: TargetRule
+    base_model: str = ""
+    alpha: float = 0.0  # LoRA only, as are the three below: its scale can differ from module to module
+    use_rslora: bool = False
+    rank_pattern: PatternTable = field(default_factory=PatternTable)
+    alpha_pattern: PatternTable = field(default_factory=PatternTable)
+
+    def parts(self, module: str, budget: MatchingBudget) -> tuple[Part, ...]:
+        """The pairs this adapter puts on a module it targets: one, or two for a hybrid."""
+        if self.dialect is not Dialect.LORA:
+            block = Part(r=self.rank, k=self.blocks, scale=self.scale)
+            if self.hybrid_rank == 0:
+                return (block,)
+            return (block, Part(r=self.hybrid_rank, k=1, scale=self.scale))
+        rank = int(self.rank_pattern.find(module, budget) or self.rank)
+        alpha = self.alpha_pattern.find(module, budget)
+        scale = _lora_scale(self.alpha if alpha is None else alpha, rank, use_rslora=self.use_rslora)
+        return (Part(r=rank, k=1, scale=scale),)
+
+
+def parse_config(name: str, config: Mapping[str, Any]) -> AdapterSpec:
+    """Read a config of any dialect, or raise with every reason why it cannot be served."""
+    reader = _ConfigReader(config)
+    peft_type = config.get("peft_type")
+    spec: AdapterSpec | None = None
+    if peft_type == "GRALORA":
+        spec = reader.gralora()
+    elif peft_type == "LORA":
+        spec = reader.lora()
+    else:
+        reader.problems.append(f"peft_type: {peft_type!r} is not supported (GRALORA and LORA are)")
+    if reader.problems or spec is None:
+        raise rejected(name, reader.problems)
+    return spec
+
+
+def rejected(name: str, problems: list[str]) -> AdapterRejectedError:
+    """The error for these problems; a long list is cut and the rest counted."""
+    shown = problems[:MAX_PROBLEMS]
+    if len(problems) > MAX_PROBLEMS:
+        shown.append(f"and {len(problems) - MAX_PROBLEMS} more problems")
+    return AdapterRejectedError(name, shown)
+
+
+def _lora_scale(alpha: float, rank: int, *, use_rslora: bool) -> float:
+    return alpha / math.sqrt(rank) if use_rslora else alpha / rank
+
+
+class _ConfigReader:
+    """Reads keys one by one and collects problems instead of stopping at the first. Bad values read as a harmless 1."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self.config = config
+        self.problems: list[str] = []
+
+    def gralora(self) -> AdapterSpec:
+        self._refuse_unknown(_COMMON | _TARGETS | _READ_GRALORA, _IRRELEVANT | _IRRELEVANT_GRALORA)
+        r, k = self._rank("r"), self._rank("gralora_k")
+        hybrid = self._integer("hybrid_r", minimum=0) if "hybrid_r" in self.config else 0
+        authors = "gralora_alpha" in self.config
+        if authors == ("alpha" in self.config):
+            self.problems.append(
+                f"alpha: {self.config.get('alpha')!r} and gralora_alpha: {self.config.get('gralora_alpha')!r}: "
+                "exactly one must be present, because it tells which dialect the config is written in"
+            )
+        # The authors count the hybrid rank into r, PEFT adds it.
+        total = r if authors else r + hybrid
+        rank = r - hybrid if authors else r
+        self._check_blocks(rank, k, hybrid)
+        alpha = self._number("gralora_alpha" if authors else "alpha")
+        return AdapterSpec(
+            dialect=Dialect.AUTHORS_GRALORA if authors else Dialect.PEFT_GRALORA,
+            rank=rank,
+            blocks=k,
+            hybrid_rank=hybrid,
+            scale=self._scale(alpha / total),
+            targets=self._targets(),
+            base_model=self._base_model(),
+        )
+
+    def lora(self) -> AdapterSpec:
+        self._refuse_unknown(_COMMON | _TARGETS | _READ_LORA, _IRRELEVANT | _IRRELEVANT_LORA)
+        init = self.config.get("init_lora_weights")
+        if (init.lower() if isinstance(init, str) else init) not in _PLAIN_INITS:
+            self.problems.append(f"init_lora_weights: {init!r} trains against changed base weights")
+        rank, alpha = self._rank("r"), self._number("lora_alpha")
+        use_rslora = self._flag("use_rslora")
+        return AdapterSpec(
+            dialect=Dialect.LORA,
+            rank=rank,
+            blocks=1,
+            hybrid_rank=0,
+            scale=self._scale(_lora_scale(alpha, rank, use_rslora=use_rslora)),
+            targets=self._targets(),
+            base_model=self._base_model(),
+            alpha=alpha,
+            use_rslora=use_rslora,
+            rank_pattern=self._pattern_table("rank_pattern"),
+            alpha_pattern=self._pattern_table("alpha_pattern"),
+        )
+
+    def _refuse_unknown(self, read: set[str], irrelevant: set[str]) -> None:
+        """Whatever we do not know by name may change the mathematics, unless it is switched off."""
+        for key in sorted(set(self.config) - read - irrelevant):
+            value = self.config[key]
+            if not (value is None or value is False or value in ({}, [], "")):
+                self.problems.append(f"{key}: {_shown(value)} is not supported")
+        if self.config.get("task_type") not in (None, "CAUSAL_LM"):
+            self.problems.append(f"task_type: {_shown(self.config['task_type'])} is not supported (CAUSAL_LM is)")
+        if self.config.get("bias") not in (None, "none"):
+            self.problems.append(f"bias: {_shown(self.config['bias'])} is not supported (none is)")
+        if self.config.get("modules_to_save"):
+            self.problems.append(f"modules_to_save: {_shown(self.config['modules_to_save'])} is not supported")
+
+    def _check_blocks(self, rank: int, k: int, hybrid: int) -> None:
+        if rank < 1:
+            self.problems.append(f"r: {self.config.get('r')!r} leaves no rank beside hybrid_r: {hybrid}")
+        elif rank % k:
+            self.problems.append(f"gralora_k: {k} does not divide the rank of the blocks, {rank}")
+
+    def _integer(self, key: str, *, minimum: int) -> int:
+        value = self.config.get(key)
+        if type(value) is int and minimum <= value <= _MAX_RANK:
+            return value
+        self.problems.append(f"{key}: {_shown(value)} is not an integer from {minimum} to {_MAX_RANK}")
+        return 1
+
+    def _rank(self, key: str) -> int:
+        return self._integer(key, minimum=1)
+
+    def _number(self, key: str) -> float:
+        value = self.config.get(key)
+        if value is not None and _is_finite(value):
+            return float(value)
+        self.problems.append(f"{key}: {_shown(value)} is not a finite number")
+        return 1.0
+
+    def _scale(self, scale: float) -> float:
+        if abs(scale) > _MAX_FLOAT32:
+            self.problems.append(f"the scale {scale} is too large for float32")
+        return scale
+
+    def _flag(self, key: str) -> bool:
+        value = self.config.get(key)
+        if value is None or isinstance(value, bool):
+            return bool(value)
+        self.problems.append(f"{key}: {_shown(value)} is neither true nor false")
+        return False
+
+    def _base_model(self) -> str:
+        value = self.config.get("base_model_name_or_path")
+        return value[:256] if isinstance(value, str) else ""
+
+    def _pattern_table(self, key: str) -> PatternTable:
+        table = self.config.get(key) or {}
+        if not isinstance(table, dict):
+            self.problems.append(f"{key}: {_shown(table)} is not an object")
+            return PatternTable()
+        rows = [(self._pattern(key, pattern, inside=MODULE_ENDING), value) for pattern, value in table.items()]
+        for pattern, value in table.items():
+            if key == "rank_pattern" and not (type(value) is int and 1 <= value <= _MAX_RANK):
+                self.problems.append(f"{key}[{pattern!r}]: {_shown(value)} is not an integer from 1 to {_MAX_RANK}")
+            elif not (_is_finite(value) and abs(value) <= _MAX_FLOAT32):
+                self.problems.append(f"{key}[{pattern!r}]: {_shown(value)} is not a finite number")
+        return PatternTable(tuple(rows))
+
+    def _pattern(self, key: str, pattern: str, *, inside: str = "{}") -> re.Pattern[str]:
+        try:
+            return compile_pattern(pattern, inside=inside)
+        except PatternError as problem:
+            self.problems.append(f"{key}: {problem}")
+            return ANY_LAYER_NUMBER
+
+    def _targets(self) -> TargetRule:
+        target_modules = self._names("target_modules")
+        layers = self.config.get("layers_to_transform")
+        if not target_modules:
+            self.problems.append(f"target_modules: {_shown(self.config.get('target_modules'))} names no module")
+        if isinstance(target_modules, re.Pattern) and layers not in (None, []):
+            self.problems.append(f"layers_to_transform: {_shown(layers)} needs target_modules to be a list")
+        return TargetRule(
+            target_modules=target_modules,
+            exclude_modules=self._names("exclude_modules"),
+            layers=frozenset(self._layers(layers)),
+            layer_patterns=self._layer_patterns(),
+        )
+
+    def _names(self, key: str) -> re.Pattern[str] | frozenset[str]:
+        value = self.config.get(key)
+        if isinstance(value, list) and all(isinstance(entry, str) for entry in value):
+            return frozenset(value)
+        if isinstance(value, str):
+            return ALL_LINEAR if value.lower() == "all-linear" else self._pattern(key, value)
+        if value is not None:
+            self.problems.append(f"{key}: {_shown(value)} is neither a string nor a list of strings")
+        return frozenset()
+
+    def _layers(self, layers: Any) -> Iterator[int]:
+        for layer in layers if isinstance(layers, list) else [layers]:
+            if type(layer) is int:
+                yield layer
+            elif layer is not None:
+                self.problems.append(f"layers_to_transform: {_shown(layer)} is not an integer")
+
+    def _layer_patterns(self) -> tuple[re.Pattern[str], ...]:
+        value = self.config.get("layers_pattern") or []
+        patterns = [value] if isinstance(value, str) else value
+        if not isinstance(patterns, list) or not all(isinstance(pattern, str) for pattern in patterns):
+            self.problems.append(f"layers_pattern: {_shown(value)} is neither a string nor a list of strings")
+            patterns = []
+        compiled = (self._pattern("layers_pattern", pattern, inside=LAYER_NUMBER) for pattern in patterns)
+        return tuple(compiled) or (ANY_LAYER_NUMBER,)
+
+
+def _is_finite(value: Any) -> bool:
+    """JSON integers can be too large for a float."""
+    try:
+        return type(value) in (int, float) and math.isfinite(value)
+    except OverflowError:
+        return False
+
+
+def _shown(value: object) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 120 else shown[:117] + "..."

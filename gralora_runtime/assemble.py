@@ -1,0 +1,199 @@
+"""Builds a ready engine from its settings: decides what "auto" means, sizes the pools, checks, warms up. Blocking."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+
+import psutil
+import torch
+from gralora_kernels.dispatch import AdapterBackend, resolve_backend
+from gralora_kernels.warmup import warm_up_backend
+
+from gralora_runtime.adapters.manager import AdapterManager
+from gralora_runtime.batch import BatchBuilder
+from gralora_runtime.config import EngineConfig
+from gralora_runtime.engine import Engine
+from gralora_runtime.errors import ConfigError
+from gralora_runtime.info import EngineInfo
+from gralora_runtime.model.adaptable import adaptable_modules
+from gralora_runtime.model.kv_pool import KVPool, page_bytes
+from gralora_runtime.model.loading import BaseModel, load_base_model
+from gralora_runtime.model.runner import ModelRunner
+from gralora_runtime.model.selfcheck import check_runner, expected_logits
+from gralora_runtime.model.tokenization import PromptTokenizer
+from gralora_runtime.pages import PagePool
+from gralora_runtime.scheduler import Scheduler
+
+logger = logging.getLogger(__name__)
+
+# Shares of the memory that is free once the model is loaded. On the CPU both pools are backed lazily, and the rest of
+# the machine wants memory too; on a GPU nobody else does.
+KV_CACHE_SHARE = {"cpu": 0.25, "cuda": 0.75}
+ADAPTER_POOL_SHARE = {"cpu": 0.1, "cuda": 0.15}
+
+
+@dataclass(frozen=True, slots=True)
+class EngineParts:
+    """What `AsyncEngine` drives."""
+
+    engine: Engine
+    adapters: AdapterManager
+    base: BaseModel
+    prompts: PromptTokenizer
+    info: EngineInfo
+    prepare_thread: Callable[[], None]  # what the stepping thread must call first
+
+
+def assemble(config: EngineConfig) -> EngineParts:
+    """Load the model and connect the pieces. Raises `ConfigError` or `ModelUnsupportedError` before anything serves."""
+    device = resolve_device(config.device)
+    backend = _resolve_backend(config.kernel_backend, device)
+    num_threads = config.num_threads or len(os.sched_getaffinity(0))
+    torch.set_num_threads(num_threads)
+    base = load_base_model(config.model, device=device, dtype=config.dtype)
+    expected = expected_logits(base)
+    adapters = _adapter_manager(config, base, device)
+    try:
+        kv_pool, max_model_len = _kv_pool(config, base, device)
+        num_pages = len(kv_pool.keys[0])
+        runner = ModelRunner(base, kv_pool, arena=adapters.pool.arena, tables=adapters.pool.tables, backend=backend)
+        batch = BatchBuilder(
+            max_num_tokens=config.max_num_batched_tokens,
+            page_size=config.page_size,
+            device=device,
+            slot_tag=adapters.pool.tag,
+        )
+        check_runner(base, runner, batch, config.page_size, expected)
+        warm_up_backend(backend, device=device, dtype=base.model.dtype)
+    except BaseException:
+        adapters.close()
+        raise
+    scheduler = Scheduler(
+        PagePool(num_pages, config.page_size, enable_prefix_cache=config.enable_prefix_cache),
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        release_lease=adapters.release,
+        now_s=time.monotonic,
+    )
+    info = _info(
+        config,
+        base,
+        kernel_backend=backend.name,
+        max_model_len=max_model_len,
+        num_pages=num_pages,
+        adapter_pool_bytes=adapters.stats().pool_bytes_total,
+    )
+    logger.info("engine ready: %s", info)
+    vocab_size: int = base.model.config.vocab_size
+    prompts = PromptTokenizer(base.tokenizer, base.chat_tokenizer, vocab_size)
+    engine = Engine(scheduler, batch, runner)
+    # OpenMP keeps the number of threads per calling thread, so the stepping thread has to set it for itself.
+    return EngineParts(engine, adapters, base, prompts, info, lambda: torch.set_num_threads(num_threads))
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device that a setting means. An explicit device that is not there is an error, never a fallback."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device 'cuda' was asked for, but torch sees no GPU")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def _resolve_backend(name: str, device: torch.device) -> AdapterBackend:
+    try:
+        return resolve_backend(name, device)
+    except (ValueError, RuntimeError) as error:
+        raise ConfigError(f"kernel_backend: {error}") from error
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return int(psutil.virtual_memory().available)
+
+
+def _adapter_manager(config: EngineConfig, base: BaseModel, device: torch.device) -> AdapterManager:
+    pool_bytes = config.adapter_pool_bytes or int(_free_bytes(device) * ADAPTER_POOL_SHARE[device.type])
+    return AdapterManager(
+        modules=[shape for shape, _ in adaptable_modules(base.model)],
+        device=device,
+        dtype=base.model.dtype,
+        pool_bytes=pool_bytes,
+        max_slots=config.max_adapter_slots,
+        host_cache_bytes=config.host_cache_bytes,
+        adapters_dir=config.adapters_dir,
+        base_model=base.name,
+        max_width=config.max_adapter_rank,
+    )
+
+
+def _kv_pool(config: EngineConfig, base: BaseModel, device: torch.device) -> tuple[KVPool, int]:
+    """The pool, and the longest sequence that is served with it."""
+    wanted_len = min(config.max_model_len or base.max_positions, base.max_positions)
+    if config.max_model_len and config.max_model_len > base.max_positions:
+        raise ConfigError(
+            f"max_model_len is {config.max_model_len}, but the model ends at {base.max_positions} positions"
+        )
+    one_page = page_bytes(
+        num_layers=base.num_layers,
+        page_size=config.page_size,
+        num_kv_heads=base.num_kv_heads,
+        head_dim=base.head_dim,
+        dtype=base.model.dtype,
+    )
+    budget = config.kv_cache_bytes or int(_free_bytes(device) * KV_CACHE_SHARE[device.type])
+    pages_per_seq = -(-wanted_len // config.page_size)
+    num_pages = min(budget // one_page, config.max_num_seqs * pages_per_seq)
+    if config.max_model_len and num_pages < pages_per_seq:
+        raise ConfigError(
+            f"a sequence of max_model_len={config.max_model_len} tokens needs {pages_per_seq * one_page} bytes of KV "
+            f"cache, but there are {budget}"
+        )
+    # One sequence alone must always fit, or it would wait for pages forever.
+    max_model_len = min(wanted_len, num_pages * config.page_size)
+    if max_model_len < 2 * config.page_size:
+        raise ConfigError(f"kv_cache_bytes={budget} hold {num_pages} pages of {one_page} bytes: too few to serve with")
+    pool = KVPool(
+        num_layers=base.num_layers,
+        num_pages=num_pages,
+        page_size=config.page_size,
+        num_kv_heads=base.num_kv_heads,
+        head_dim=base.head_dim,
+        dtype=base.model.dtype,
+        device=device,
+    )
+    return pool, max_model_len
+
+
+def _info(
+    config: EngineConfig,
+    base: BaseModel,
+    *,
+    kernel_backend: str,
+    max_model_len: int,
+    num_pages: int,
+    adapter_pool_bytes: int,
+) -> EngineInfo:
+    return EngineInfo(
+        model=base.name,
+        model_type=base.model.config.model_type,
+        model_digest=base.digest,
+        dtype=str(base.model.dtype).removeprefix("torch."),
+        device=str(base.model.device),
+        kernel_backend=kernel_backend,
+        max_model_len=max_model_len,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        page_size=config.page_size,
+        num_pages=num_pages,
+        vocab_size=base.model.config.vocab_size,
+        adapter_pool_bytes=adapter_pool_bytes,
+        max_adapter_slots=config.max_adapter_slots,
+        version=version("gralora-server"),
+    )

@@ -1,0 +1,303 @@
+"""The engine as servers use it: asyncio on the outside, one stepping thread inside. Knows no transport.
+
+All state here belongs to the event loop's thread. The engine's thread reaches it only through
+`call_soon_threadsafe`, once per step.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import secrets
+import time
+from dataclasses import dataclass
+
+from gralora_runtime.adapters.lease import AdapterLease
+from gralora_runtime.adapters.manager import AdapterManager
+from gralora_runtime.assemble import EngineParts, assemble
+from gralora_runtime.config import EngineConfig
+from gralora_runtime.detokenizer import Detokenizer
+from gralora_runtime.engine_thread import EngineThread
+from gralora_runtime.errors import (
+    DeadlineExceededError,
+    DrainingError,
+    EngineDeadError,
+    InvalidRequestError,
+    QueueFullError,
+    RequestCancelledError,
+)
+from gralora_runtime.info import EngineInfo, EngineLoad, TokenizeResult
+from gralora_runtime.request import GenerationRequest, Prompt
+from gralora_runtime.sampler import SamplerState
+from gralora_runtime.scheduler import StepOutput
+from gralora_runtime.sequence import Sequence
+from gralora_runtime.stream import RequestStream
+
+
+@dataclass(slots=True, eq=False)
+class _Entry:
+    """A request from submission to its last delta."""
+
+    stream: RequestStream
+    submitted_s: float
+    aborted: asyncio.Event  # wakes a submission that still waits for its adapter
+    queued: bool = False  # the scheduler has it
+
+
+class AsyncEngine:
+    """Submit requests, get streams of deltas. Build it with `start`."""
+
+    def __init__(self, parts: EngineParts, config: EngineConfig) -> None:
+        self.adapters: AdapterManager = parts.adapters
+        self.dead = asyncio.Event()
+        self._parts = parts
+        self._config = config
+        self._loop = asyncio.get_running_loop()
+        self._entries: dict[str, _Entry] = {}
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._draining = False
+        self._mean_service_s = 1.0
+        self._thread = EngineThread(
+            parts.engine,
+            prepare=parts.prepare_thread,
+            deliver=lambda outputs: self._call_soon(self._deliver, outputs),
+            on_death=lambda: self._call_soon(self._die),
+        )
+        self._thread.start()
+
+    @classmethod
+    async def start(cls, config: EngineConfig) -> AsyncEngine:
+        """Load the model off the loop and start stepping. Raises `ConfigError` or `ModelUnsupportedError`."""
+        parts = await asyncio.to_thread(assemble, config)
+        return cls(parts, config)
+
+    async def submit(self, request: GenerationRequest) -> RequestStream:
+        """Admit a request: tokenized, checked, and its adapter resident. Raises a `GraloraError` if it cannot be."""
+        entry = self._enter(request)
+        try:
+            sequence = await self._prepare(request, entry)
+        except BaseException:
+            self._leave(request.request_id)
+            raise
+        entry.queued = True
+        self._thread.post(lambda scheduler: scheduler.add(sequence))
+        return entry.stream
+
+    def abort(self, request_id: str) -> bool:
+        """End a request wherever it stands; False if there is none of that id."""
+        entry = self._entries.get(request_id)
+        if entry is None:
+            return False
+        if entry.queued:
+            self._thread.post(lambda scheduler: scheduler.cancel(request_id))
+        else:
+            entry.aborted.set()
+        return True
+
+    async def tokenize(self, prompt: Prompt) -> TokenizeResult:
+        """Token ids as `submit` would compute them."""
+        token_ids = await asyncio.to_thread(self._parts.prompts.encode, prompt)
+        return TokenizeResult(token_ids=tuple(token_ids), max_model_len=self._parts.info.max_model_len)
+
+    def info(self) -> EngineInfo:
+        """What was decided at start."""
+        return self._parts.info
+
+    def load(self) -> EngineLoad:
+        """What is in use now. The engine's counts are read while it runs: each is right, their sum may lag."""
+        engine, pool = self._parts.engine, self.adapters.stats()
+        scheduler = engine.scheduler
+        pages = scheduler.pages.counts()
+        return EngineLoad(
+            running=scheduler.num_running,
+            waiting=scheduler.num_waiting,
+            waiting_for_adapter=sum(not entry.queued for entry in self._entries.values()),
+            pages_total=pages.total,
+            pages_free=pages.free,
+            pages_cached=pages.cached,
+            pages_leased=pages.leased,
+            adapter_leases=pool.leases,
+            adapter_slots_used=pool.slots_used,
+            adapter_slots_total=pool.slots_total,
+            adapter_pool_bytes_used=pool.pool_bytes_used,
+            adapter_pool_bytes_total=pool.pool_bytes_total,
+            steps=engine.num_steps,
+            generated_tokens=scheduler.counters.generated_tokens,
+            preemptions=scheduler.counters.preemptions,
+            prefix_hit_tokens=scheduler.counters.prefix_hit_tokens,
+        )
+
+    def begin_drain(self) -> None:
+        """Refuse new requests; those that run go on."""
+        self._draining = True
+
+    async def wait_idle(self, timeout_s: float | None) -> bool:
+        """Wait until no request is left; False if the time ran out first."""
+        try:
+            await asyncio.wait_for(self._idle.wait(), timeout_s)
+        except TimeoutError:
+            return False
+        return True
+
+    async def close(self) -> None:
+        """End every request with `DrainingError`, then the thread and the adapter loads."""
+        self.begin_drain()
+        await asyncio.to_thread(self._thread.stop)
+        for request_id, entry in list(self._entries.items()):
+            entry.aborted.set()
+            entry.stream.fail(DrainingError())
+            if entry.queued:
+                self._leave(request_id)
+        await asyncio.to_thread(self.adapters.close)
+
+    def _enter(self, request: GenerationRequest) -> _Entry:
+        if self.dead.is_set():
+            raise EngineDeadError
+        if self._draining:
+            raise DrainingError
+        limit = self._config.max_num_seqs + self._config.max_queue
+        if len(self._entries) >= limit:
+            raise QueueFullError(self._config.max_queue, retry_after_s=self._mean_service_s)
+        if request.request_id in self._entries:
+            raise InvalidRequestError("request_id", request.request_id, "a request of that id is already running")
+        entry = _Entry(RequestStream(request.request_id, self.abort), time.monotonic(), asyncio.Event())
+        self._entries[request.request_id] = entry
+        self._idle.clear()
+        return entry
+
+    def _leave(self, request_id: str) -> None:
+        if self._entries.pop(request_id, None) is not None and not self._entries:
+            self._idle.set()
+
+    async def _prepare(self, request: GenerationRequest, entry: _Entry) -> Sequence:
+        deadline_s = None if request.timeout_s is None else entry.submitted_s + request.timeout_s
+        tokens = await asyncio.to_thread(self._parts.prompts.encode, request.prompt)
+        max_tokens = self._max_tokens(request, len(tokens))
+        self._check_token_ids(request)
+        base, eos_token_ids = self._parts.base, self._parts.base.eos_token_ids
+        seed = secrets.randbits(63) if request.sampling.seed is None else request.sampling.seed
+        sampler = SamplerState(
+            request.sampling,
+            request.stopping,
+            request.response,
+            seed=seed,
+            prompt_token_ids=tokens,
+            eos_token_ids=eos_token_ids,
+            vocab_size=self._parts.info.vocab_size,
+        )
+        detokenizer = Detokenizer(
+            base.tokenizer,
+            request.stopping.stop,
+            prompt_token_ids=tokens,
+            min_tokens=request.stopping.min_tokens,
+        )
+        # Last, because from here on nothing may fail: the lease has to reach the scheduler, which releases it.
+        lease = await self._acquire(request, entry, deadline_s)
+        return Sequence(
+            request_id=request.request_id,
+            adapter_name=request.adapter,
+            tokens=tokens,
+            num_prompt=len(tokens),
+            max_tokens=max_tokens,
+            stopping=request.stopping,
+            eos_token_ids=eos_token_ids,
+            lease=lease,
+            sampler=sampler,
+            detokenizer=detokenizer,
+            arrival_s=entry.submitted_s,
+            seed=seed,
+            deadline_s=deadline_s,
+            echo_prompt_token_ids=request.response.echo_prompt_token_ids,
+        )
+
+    def _max_tokens(self, request: GenerationRequest, num_prompt: int) -> int:
+        limit = self._parts.info.max_model_len
+        if num_prompt >= limit:
+            raise InvalidRequestError("prompt", num_prompt, f"the prompt must be shorter than {limit} tokens")
+        room, wanted = limit - num_prompt, request.stopping.max_tokens
+        if wanted is not None and wanted > room:
+            problem = f"the prompt's {num_prompt} tokens leave room for {room} of at most {limit}"
+            raise InvalidRequestError("stopping.max_tokens", wanted, problem)
+        return room if wanted is None else wanted
+
+    def _check_token_ids(self, request: GenerationRequest) -> None:
+        vocab_size = self._parts.info.vocab_size
+        fields = {
+            "stopping.stop_token_ids": request.stopping.stop_token_ids,
+            "sampling.logit_bias": request.sampling.logit_bias,
+        }
+        for field, ids in fields.items():
+            for token in ids:
+                if not 0 <= token < vocab_size:
+                    raise InvalidRequestError(field, token, f"token ids of this model are 0 to {vocab_size - 1}")
+
+    async def _acquire(self, request: GenerationRequest, entry: _Entry, deadline_s: float | None) -> AdapterLease:
+        """Wait for the adapter, the deadline or an abort, whichever comes first; never lose a lease."""
+        future = self.adapters.acquire(request.adapter)
+        waiter = asyncio.ensure_future(_settled(future))
+        aborted = asyncio.ensure_future(entry.aborted.wait())
+        timeout_s = None if deadline_s is None else max(0.0, deadline_s - time.monotonic())
+        kept = False
+        try:
+            await asyncio.wait({waiter, aborted}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+            self._check_still_wanted(request.request_id, entry)
+            if not future.done():
+                raise DeadlineExceededError(request.request_id)
+            lease = future.result()
+            kept = True
+        finally:
+            waiter.cancel()
+            aborted.cancel()
+            if not kept:
+                self._give_up(future)
+        return lease
+
+    def _check_still_wanted(self, request_id: str, entry: _Entry) -> None:
+        if self.dead.is_set():
+            raise EngineDeadError
+        if entry.aborted.is_set():
+            raise DrainingError if self._draining else RequestCancelledError(request_id)
+
+    def _give_up(self, future: concurrent.futures.Future[AdapterLease]) -> None:
+        """Cancel an acquisition; if the lease came in the same moment, hand it back."""
+
+        def hand_back(done: concurrent.futures.Future[AdapterLease]) -> None:
+            if not done.cancelled() and done.exception() is None:
+                self.adapters.release(done.result())
+
+        if not future.cancel():
+            future.add_done_callback(hand_back)
+
+    def _deliver(self, outputs: list[StepOutput]) -> None:
+        for output in outputs:
+            entry = self._entries.get(output.request_id)
+            if entry is None:
+                continue  # closed
+            if output.error is not None:
+                entry.stream.fail(output.error)
+            elif output.delta is not None:
+                entry.stream.put(output.delta)
+            if output.error is not None or (output.delta is not None and output.delta.finished is not None):
+                service_s = time.monotonic() - entry.submitted_s
+                self._mean_service_s += 0.1 * (service_s - self._mean_service_s)
+                self._leave(output.request_id)
+
+    def _die(self) -> None:
+        self.dead.set()
+        for request_id, entry in list(self._entries.items()):
+            entry.aborted.set()
+            entry.stream.fail(EngineDeadError())
+            if entry.queued:
+                self._leave(request_id)
+
+    def _call_soon(self, callback: object, *args: object) -> None:
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(callback, *args)  # type: ignore[arg-type]
+
+
+async def _settled(future: concurrent.futures.Future[AdapterLease]) -> None:
+    """Return when a thread's future is done in any way, without cancelling it when the wait is cancelled."""
+    loop, done = asyncio.get_running_loop(), asyncio.Event()
+    future.add_done_callback(lambda _: loop.call_soon_threadsafe(done.set))
+    await done.wait()

@@ -1,0 +1,119 @@
+"""Turns a step's plan into the tensors that the model reads. No policy: the plan has decided everything."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from gralora_kernels.grouping import Grouping
+from torch import Tensor
+
+from gralora_runtime.plan import RowPlan, StepPlan
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillSegment:
+    """Several consecutive tokens of one sequence, attending to all its context so far and to one another."""
+
+    begin: int  # first of its tokens in the step's flattened batch
+    end: int
+    context_slots: Tensor  # int64 [context_len]: where each position's keys and values lie in the KV pool
+
+
+@dataclass(frozen=True, slots=True)
+class StepTensors:
+    """Input of one forward pass. Tokens of all rows are flattened; decode rows come first, one token each."""
+
+    input_ids: Tensor  # int64 [1, tokens]
+    position_ids: Tensor  # int64 [1, tokens]
+    kv_slots: Tensor  # int64 [tokens]: page * page_size + offset, where each token's keys and values go
+    num_decode_rows: int
+    page_table: Tensor  # int32 [rows, max_pages]
+    context_lens: Tensor  # int32 [rows], the step's own tokens included
+    query_starts: Tensor  # int32 [rows + 1]
+    max_query_len: int
+    max_context_len: int
+    prefills: tuple[PrefillSegment, ...]
+    logits_index: Tensor  # int64 [sampling rows]: the tokens whose logits are wanted
+    grouping: Grouping
+
+
+class StaleAdapterError(AssertionError):
+    """A row's adapter slot was given to another adapter while the row still held it: our bug, never served."""
+
+
+class BatchBuilder:
+    """Builds `StepTensors`. `slot_tag` tells (generation, digest) of what is in an adapter slot now."""
+
+    def __init__(
+        self,
+        *,
+        max_num_tokens: int,
+        page_size: int,
+        device: torch.device,
+        slot_tag: Callable[[int], tuple[int, str]],
+    ) -> None:
+        self._page_size = page_size
+        self._device = device
+        self._slot_tag = slot_tag
+        self._grouping = Grouping(max_num_tokens, device)
+
+    def build(self, plan: StepPlan) -> StepTensors:
+        """Raises `StaleAdapterError` if any slot no longer holds what its row was promised."""
+        rows = plan.rows
+        self._check_slots(rows)
+        self._fill_grouping(rows)
+        counts = [len(row.token_ids) for row in rows]
+        starts = np.concatenate(([0], np.cumsum(counts)))
+        positions = np.concatenate([np.arange(row.start, row.context_len) for row in rows])
+        return StepTensors(
+            input_ids=self._tensor([t for row in rows for t in row.token_ids], torch.int64)[None],
+            position_ids=self._tensor(positions, torch.int64)[None],
+            kv_slots=self._tensor(np.concatenate([self._slots(r, r.start, r.context_len) for r in rows]), torch.int64),
+            num_decode_rows=plan.num_decode_rows,
+            page_table=self._tensor(_page_table(rows), torch.int32),
+            context_lens=self._tensor([row.context_len for row in rows], torch.int32),
+            query_starts=self._tensor(starts, torch.int32),
+            max_query_len=max(counts),
+            max_context_len=max(row.context_len for row in rows),
+            prefills=self._prefills(plan, starts),
+            logits_index=self._tensor([starts[i + 1] - 1 for i, row in enumerate(rows) if row.samples], torch.int64),
+            grouping=self._grouping,
+        )
+
+    def _check_slots(self, rows: Sequence[RowPlan]) -> None:
+        for adapter in {row.adapter for row in rows}:
+            if adapter.slot >= 0 and self._slot_tag(adapter.slot) != (adapter.generation, adapter.digest):
+                raise StaleAdapterError(f"adapter slot {adapter.slot} does not hold generation {adapter.generation}")
+
+    def _fill_grouping(self, rows: Sequence[RowPlan]) -> None:
+        counts = [len(row.token_ids) for row in rows]
+        token_slots = np.repeat(np.array([row.adapter.slot for row in rows], dtype=np.int32), counts)
+        self._grouping.fill(token_slots, {row.adapter.slot: row.adapter.width for row in rows})
+
+    def _prefills(self, plan: StepPlan, starts: np.ndarray) -> tuple[PrefillSegment, ...]:
+        return tuple(
+            PrefillSegment(
+                int(starts[i]),
+                int(starts[i + 1]),
+                self._tensor(self._slots(plan.rows[i], 0, plan.rows[i].context_len), torch.int64),
+            )
+            for i in range(plan.num_decode_rows, len(plan.rows))
+        )
+
+    def _slots(self, row: RowPlan, begin: int, end: int) -> np.ndarray:
+        """KV slots of positions `begin .. end` of a row."""
+        positions = np.arange(begin, end)
+        return np.asarray(row.pages)[positions // self._page_size] * self._page_size + positions % self._page_size
+
+    def _tensor(self, values: Sequence[int] | np.ndarray, dtype: torch.dtype) -> Tensor:
+        return torch.as_tensor(np.asarray(values), dtype=dtype).to(self._device, non_blocking=True)
+
+
+def _page_table(rows: Sequence[RowPlan]) -> np.ndarray:
+    table = np.zeros((len(rows), max(len(row.pages) for row in rows)), dtype=np.int32)
+    for i, row in enumerate(rows):
+        table[i, : len(row.pages)] = row.pages
+    return table

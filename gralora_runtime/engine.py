@@ -1,0 +1,37 @@
+"""The step. Owns the pieces and calls them in order, on a thread that no client and no adapter load touches."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from gralora_runtime.batch import BatchBuilder
+from gralora_runtime.model.runner import ModelRunner
+from gralora_runtime.plan import StepPlan
+from gralora_runtime.sampler import SampledToken, SamplingFailure, sample
+from gralora_runtime.scheduler import Scheduler, StepOutput
+
+
+class Engine:
+    """Plan, build, execute, sample, commit."""
+
+    def __init__(self, scheduler: Scheduler, batch: BatchBuilder, runner: ModelRunner) -> None:
+        self.scheduler = scheduler
+        self.num_steps = 0
+        self._batch = batch
+        self._runner = runner
+
+    def step(self) -> list[StepOutput]:
+        """Compute one step and return what it has to tell the clients."""
+        plan = self.scheduler.plan()
+        if plan is None:
+            return self.scheduler.take_outputs()
+        tensors = self._batch.build(plan)
+        logits = self._runner.execute(tensors)
+        sampled = self._sample(logits, plan)
+        self.num_steps += 1
+        return self.scheduler.commit(plan, sampled)
+
+    def _sample(self, logits: Tensor, plan: StepPlan) -> dict[str, SampledToken | SamplingFailure]:
+        ids = [row.request_id for row in plan.rows if row.samples]
+        states = [self.scheduler.sequence(request_id).sampler for request_id in ids]
+        return dict(zip(ids, sample(logits, states), strict=True))

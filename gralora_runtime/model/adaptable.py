@@ -1,0 +1,38 @@
+"""Which layers of a model an adapter may target, and how they are replaced. Knows no step and no adapter by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from gralora_runtime.adapters.spec import ModuleShape
+
+
+def adaptable_modules(model: PreTrainedModel) -> Iterator[tuple[ModuleShape, nn.Module]]:
+    """Every linear layer but the output head, by the dotted name that PEFT gives it."""
+    head = model.get_output_embeddings()
+    for name, module in model.named_modules():
+        if module is head:
+            continue
+        if isinstance(module, nn.Linear):
+            yield ModuleShape(name, module.in_features, module.out_features, transposed=False), module
+        elif isinstance(module, Conv1D):
+            yield ModuleShape(name, module.nx, module.nf, transposed=True), module
+
+
+def weight_and_bias(module: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """A linear layer's weight as [out, in], whichever way round it is stored."""
+    weight, bias = module.weight, module.bias
+    assert isinstance(weight, Tensor)
+    return weight.t() if isinstance(module, Conv1D) else weight, bias if isinstance(bias, Tensor) else None
+
+
+def replace_modules(model: nn.Module, make: Callable[[str, nn.Module], nn.Module | None]) -> int:
+    """Put `make(name, module)` in place of every module for which it is not None; returns how many."""
+    replacements = {name: made for name, module in model.named_modules() if (made := make(name, module)) is not None}
+    for name, made in replacements.items():
+        model.set_submodule(name, made)
+    return len(replacements)

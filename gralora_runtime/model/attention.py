@@ -1,0 +1,145 @@
+"""Attention over paged keys and values, in the two forms that transformers asks for: a cache object that takes the new
+keys and values, and a function that attends. One `PagedAttention` serves one runner; nothing is global but its name.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from gralora_kernels.cpu.paged_attention import paged_attention
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from gralora_runtime.batch import PrefillSegment, StepTensors
+from gralora_runtime.model.context import StepContext
+from gralora_runtime.model.kv_pool import KVPool
+
+ATTENTION_NAME = "gralora_paged"
+
+
+class PagedAttention(ABC):
+    """`past_key_values` and attention function of one model, over one KV pool."""
+
+    def __init__(self, pool: KVPool, context: StepContext) -> None:
+        self._pool = pool
+        self._context = context
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Store the step's new keys and values, both [1, kv_heads, tokens, head_dim]."""
+        slots = self._context.tensors.kv_slots
+        self._pool.write(layer_idx, slots, keys[0].transpose(0, 1), values[0].transpose(0, 1))
+        return keys, values
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Unused: positions are always given."""
+        del layer_idx
+        return 0
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        """Unused: no mask is built."""
+        del layer_idx
+        return 0
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Unused: no mask is built."""
+        del layer_idx
+        return query_length, 0
+
+    def attend(self, layer: int, query: Tensor, scale: float, window: int) -> Tensor:
+        """query [1, heads, tokens, head_dim] -> [1, tokens, heads, head_dim]; `window` 0: the whole context."""
+        return self._attend(self._context.tensors, layer, query[0].transpose(0, 1).contiguous(), scale, window)[None]
+
+    @abstractmethod
+    def _attend(self, step: StepTensors, layer: int, query: Tensor, scale: float, window: int) -> Tensor:
+        """query [tokens, heads, head_dim] -> the same shape."""
+
+
+class CpuPagedAttention(PagedAttention):
+    """Decode rows read the pages where they lie (Numba); prompts go through torch's fused attention on a gathered copy,
+    which costs little beside their products."""
+
+    def _attend(self, step: StepTensors, layer: int, query: Tensor, scale: float, window: int) -> Tensor:
+        out = torch.empty_like(query)
+        rows = step.num_decode_rows
+        if rows:
+            keys, values = self._pool.keys[layer], self._pool.values[layer]
+            tables, lengths = step.page_table[:rows], step.context_lens[:rows]
+            paged_attention(out[:rows], query[:rows], keys, values, tables, lengths, scale, window)
+        for segment in step.prefills:
+            out[segment.begin : segment.end] = self._prefill(segment, layer, query, scale, window)
+        return out
+
+    def _prefill(self, segment: PrefillSegment, layer: int, query: Tensor, scale: float, window: int) -> Tensor:
+        keys, values = self._pool.read(layer, segment.context_slots)
+        attended: Tensor = nn.functional.scaled_dot_product_attention(
+            query[segment.begin : segment.end].transpose(0, 1)[None],
+            keys.transpose(0, 1)[None],
+            values.transpose(0, 1)[None],
+            attn_mask=_causal_mask(segment.end - segment.begin, len(keys), window),
+            scale=scale,
+            enable_gqa=True,
+        )
+        return attended[0].transpose(0, 1)
+
+
+class CudaPagedAttention(PagedAttention):
+    """Decode and prompt rows in one call of torch's variable-length attention over the page table."""
+
+    def _attend(self, step: StepTensors, layer: int, query: Tensor, scale: float, window: int) -> Tensor:
+        from torch.nn.attention.varlen import varlen_attn
+
+        out = varlen_attn(
+            query,
+            self._pool.keys[layer],
+            self._pool.values[layer],
+            step.query_starts,
+            None,
+            step.max_query_len,
+            step.max_context_len,
+            scale=scale,
+            window_size=(window - 1 if window else -1, 0),
+            enable_gqa=True,
+            seqused_k=step.context_lens,
+            block_table=step.page_table,
+            num_splits=1,  # a fixed reduction order: a row's result does not depend on its neighbours
+        )
+        assert isinstance(out, Tensor)
+        return out
+
+
+def register_attention() -> None:
+    """Make `ATTENTION_NAME` a value of `attn_implementation`. Without a mask function of that name transformers builds
+    no mask at all, which is right: the page table is the mask."""
+    AttentionInterface.register(ATTENTION_NAME, _attention_function)
+
+
+def _attention_function(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    paged_attention: PagedAttention,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **unsupported: Any,
+) -> tuple[Tensor, None]:
+    """What transformers calls in each layer. `key` and `value` are in the pool already."""
+    del key, value
+    assert attention_mask is None, "the page table is the mask"
+    for name in ("softcap", "s_aux", "position_bias"):  # each would change the result
+        assert unsupported.get(name) is None, f"attention with {name} is refused at load"
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    layer: int = module.layer_idx  # type: ignore[assignment]
+    return paged_attention.attend(layer, query, scale, sliding_window or 0), None
+
+
+def _causal_mask(num_queries: int, num_keys: int, window: int) -> Tensor:
+    """True where a query may look, bool [queries, keys]; the last query stands at the last key."""
+    query_positions = torch.arange(num_keys - num_queries, num_keys)[:, None]
+    key_positions = torch.arange(num_keys)[None]
+    mask = key_positions <= query_positions
+    return mask & (key_positions > query_positions - window) if window else mask

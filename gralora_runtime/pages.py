@@ -1,0 +1,141 @@
+"""Who owns which KV page, and the prefix cache. Page numbers only: what is written in a page is the KV pool's business.
+
+A page is in exactly one of three states: free, leased (by one or more sequences) or cached (by nobody, but holding a
+known prefix that a later sequence may lease again). `free + leased + cached = total` always.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+PageKey = bytes
+
+
+@dataclass(frozen=True, slots=True)
+class PageCounts:
+    """Pages by state; they add up to `total`."""
+
+    total: int
+    free: int
+    leased: int
+    cached: int
+
+
+def page_key(parent: PageKey, token_ids: Sequence[int]) -> PageKey:
+    """Name of a full page: everything its keys and values depend on.
+
+    The chain starts at the adapter's content digest, so that two adapters, or two versions under one name, can never
+    share a page. SHA-256, because a collision would answer a customer from another one's prompt.
+    """
+    return hashlib.sha256(parent + array("q", token_ids).tobytes()).digest()
+
+
+def root_key(adapter_digest: str) -> PageKey:
+    """Start of an adapter's chain of page keys; "" is the base model's."""
+    return hashlib.sha256(b"adapter:" + adapter_digest.encode()).digest()
+
+
+class PagePool:
+    """Leases pages, shares those whose key is known, and reuses the oldest cached page when none is free."""
+
+    def __init__(self, num_pages: int, page_size: int, *, enable_prefix_cache: bool = True) -> None:
+        self.page_size = page_size
+        self.enable_prefix_cache = enable_prefix_cache
+        self._leases = [0] * num_pages
+        self._keys: list[PageKey | None] = [None] * num_pages
+        self._by_key: dict[PageKey, int] = {}
+        self._free = list(range(num_pages - 1, -1, -1))
+        self._cached: OrderedDict[int, None] = OrderedDict()  # oldest first
+
+    @property
+    def num_pages(self) -> int:
+        return len(self._leases)
+
+    @property
+    def num_available(self) -> int:
+        """Pages that `allocate` can hand out now."""
+        return len(self._free) + len(self._cached)
+
+    def match(self, parent: PageKey, token_ids: Sequence[int]) -> tuple[list[int], list[PageKey]]:
+        """Lease the pages of the longest cached prefix of `token_ids`; the caller must release them.
+
+        The last token is never matched: its logits have to be computed.
+        """
+        pages: list[int] = []
+        keys: list[PageKey] = []
+        if not self.enable_prefix_cache:
+            return pages, keys
+        for start in range(0, len(token_ids) - self.page_size, self.page_size):
+            parent = page_key(parent, token_ids[start : start + self.page_size])
+            page = self._by_key.get(parent)
+            if page is None:
+                break
+            pages.append(page)
+            keys.append(parent)
+        for page in pages:
+            self._lease(page)
+        return pages, keys
+
+    def allocate(self, count: int) -> list[int] | None:
+        """Lease `count` fresh pages, or none at all and return None."""
+        if count > self.num_available:
+            return None
+        return [self._allocate_one() for _ in range(count)]
+
+    def publish(self, page: int, key: PageKey) -> None:
+        """Make a full, computed page findable. A second page with the same content stays private."""
+        if self.enable_prefix_cache and self._keys[page] is None and key not in self._by_key:
+            self._keys[page] = key
+            self._by_key[key] = page
+
+    def release(self, pages: Iterable[int]) -> None:
+        """Give up one lease on each page. Later pages of a prefix are released, hence evicted, first."""
+        for page in reversed(list(pages)):
+            assert self._leases[page] > 0, f"page {page} released twice"
+            self._leases[page] -= 1
+            if self._leases[page] == 0:
+                if self._keys[page] is None:
+                    self._free.append(page)
+                else:
+                    self._cached[page] = None
+
+    def counts(self) -> PageCounts:
+        """Pages by state."""
+        leased = self.num_pages - len(self._free) - len(self._cached)
+        return PageCounts(self.num_pages, len(self._free), leased, len(self._cached))
+
+    def check_integrity(self, held: Iterable[int]) -> None:
+        """Assert that the leases are exactly `held` (one entry for each sequence and page) and that states add up."""
+        expected = [0] * self.num_pages
+        for page in held:
+            expected[page] += 1
+        assert expected == self._leases, "page leases differ from what the sequences hold"
+        idle = {page for page, leases in enumerate(self._leases) if leases == 0}
+        assert idle == set(self._free) | set(self._cached), "an idle page is neither free nor cached"
+        assert len(idle) == len(self._free) + len(self._cached), "a page is both free and cached"
+        assert all(self._keys[page] is not None for page in self._cached), "a cached page has no key"
+        assert all(self._keys[page] == key for key, page in self._by_key.items()), "a key names the wrong page"
+
+    def _allocate_one(self) -> int:
+        if self._free:
+            page = self._free.pop()
+        else:
+            page, _ = self._cached.popitem(last=False)
+            self._unpublish(page)
+        self._leases[page] = 1
+        return page
+
+    def _lease(self, page: int) -> None:
+        if self._leases[page] == 0:
+            del self._cached[page]
+        self._leases[page] += 1
+
+    def _unpublish(self, page: int) -> None:
+        key = self._keys[page]
+        assert key is not None
+        del self._by_key[key]
+        self._keys[page] = None

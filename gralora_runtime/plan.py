@@ -1,0 +1,43 @@
+"""What one step will do, decided by the scheduler and read by everybody after it. Plain frozen values, no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterUse:
+    """The pool slot that a row reads, with what must still be in it when the step runs."""
+
+    slot: int  # -1: base model
+    generation: int
+    digest: str
+    width: int  # columns of the widest u = sum of r*k over its entries
+
+
+@dataclass(frozen=True, slots=True)
+class RowPlan:
+    """Tokens `start .. start + len(token_ids)` of one sequence."""
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    start: int
+    pages: tuple[int, ...]  # all pages of the sequence so far, in order
+    adapter: AdapterUse
+    samples: bool  # the last of these tokens is the newest of the sequence: its logits choose the next one
+
+    @property
+    def context_len(self) -> int:
+        return self.start + len(self.token_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """Rows that decode (one token each) come before rows that prefill."""
+
+    rows: tuple[RowPlan, ...]
+    num_decode_rows: int
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(row.token_ids) for row in self.rows)

@@ -1,0 +1,248 @@
+"""Chooses the next token of each row of a step. It knows logits and one request's rules; not what a token spells.
+
+Each row is worked on alone, on the host, in float32, and takes one random number that is a function of its seed and
+position. So a request's tokens depend neither on its neighbours nor on whether it was preempted on the way.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from gralora_runtime.errors import InvalidRequestError
+from gralora_runtime.request import ResponseParams, SamplingParams, StoppingParams, TokenLogprob
+
+FloatRow = npt.NDArray[np.float32]
+IdRow = npt.NDArray[np.int64]
+
+SMALLEST_TEMPERATURE = float(np.finfo(np.float32).tiny)  # below it the float32 quotient would be 0 / 0
+
+
+@dataclass(frozen=True, slots=True)
+class SampledToken:
+    """The next token of one row; `logprob` only where the request asked for it."""
+
+    token_id: int
+    logprob: TokenLogprob | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingFailure:
+    """No token can be chosen for this row. It concerns this request alone: its neighbours have their tokens."""
+
+    problem: str
+
+
+class SamplerState:
+    """What one request carries from token to token: its rules, its token counts, its place in the random stream."""
+
+    def __init__(
+        self,
+        params: SamplingParams,
+        stopping: StoppingParams,
+        response: ResponseParams,
+        *,
+        seed: int,
+        prompt_token_ids: Sequence[int],
+        eos_token_ids: Collection[int],
+        vocab_size: int,
+    ) -> None:
+        self.vocab_size = vocab_size
+        self._params = params
+        self._random_key = seed % 2**64
+        self._position = 0  # output tokens so far
+        self._min_tokens = stopping.min_tokens
+        ending = {*eos_token_ids, *stopping.stop_token_ids}
+        self._ending_ids = np.array(sorted(i for i in ending if 0 <= i < vocab_size), dtype=np.int64)
+        self._bias_ids, self._bias = _bias_rows(params.logit_bias, vocab_size)
+        self._history = TokenHistory(prompt_token_ids, vocab_size) if _has_penalties(params) else None
+        self._num_top = response.top_logprobs if response.logprobs else None  # None: no logprobs at all
+
+    def observe(self, token_id: int) -> None:
+        """Records an output token that is now part of the request, also while replaying after a preemption."""
+        self._position += 1
+        if self._history is not None:
+            self._history.add(token_id)
+
+    @property
+    def takes_argmax(self) -> bool:
+        """Whether the next token is simply the largest logit, with nothing to add to or to report about the row."""
+        adjusted = self._bias_ids.size > 0 or self._history is not None or self._bans_ending()
+        return self._params.temperature == 0 and not adjusted and self._num_top is None
+
+    def choose(self, logits: FloatRow) -> SampledToken | SamplingFailure:
+        """The next token, from this request's row of raw logits, which is left as it was.
+
+        In this order, as in transformers and vLLM: log-probabilities are taken from the raw logits; ids that would end
+        the request are banned below `min_tokens`; logit bias; repetition, frequency and presence penalty; temperature
+        (0: the largest score); top-k; top-p of what top-k left; min-p of what both left. Each filter keeps at least
+        the likeliest token. Wherever scores are equal, the lowest token id goes first.
+        """
+        if not math.isfinite(peak := logits.max()):
+            return SamplingFailure(f"the model's largest logit is {peak}")
+        with np.errstate(over="ignore", invalid="ignore"):  # an overflow shows up as a score that is not finite
+            scores = self._adjusted(logits)
+            token_id = int(scores.argmax())
+            if not math.isfinite(scores[token_id]):
+                return SamplingFailure(f"no token is left to choose from: the largest score is {scores[token_id]}")
+            if self._params.temperature > 0:
+                token_id = self._draw(scores - scores[token_id])
+        return SampledToken(token_id, self._report(logits, token_id))
+
+    def _bans_ending(self) -> bool:
+        return self._position < self._min_tokens and self._ending_ids.size > 0
+
+    def _adjusted(self, logits: FloatRow) -> FloatRow:
+        scores = np.array(logits, dtype=np.float32)  # [vocab], a copy
+        if self._bans_ending():
+            scores[self._ending_ids] = -np.inf
+        scores[self._bias_ids] += self._bias
+        if self._history is not None:
+            self._history.penalise(scores, self._params)
+        return scores
+
+    def _draw(self, below_peak: FloatRow) -> int:
+        """By inverse CDF over the surviving tokens in the order of their ids; `below_peak` is at most 0."""
+        weights = np.exp(below_peak / np.float32(max(self._params.temperature, SMALLEST_TEMPERATURE)))
+        token_ids, weights = _survivors(weights, self._params)
+        cumulative = weights.cumsum(dtype=np.float64)  # [survivors]
+        # The number is below 1, so the product is below the last entry, and a token of weight 0 is never hit.
+        return int(token_ids[cumulative.searchsorted(self._uniform() * cumulative[-1], side="right")])
+
+    def _uniform(self) -> float:
+        """In [0, 1): a function of the seed and the output position only, so it survives a preemption."""
+        raw = np.random.Philox(key=self._random_key, counter=self._position).random_raw()
+        return float(int(raw) >> 11) * 2.0**-53
+
+    def _report(self, logits: FloatRow, token_id: int) -> TokenLogprob | None:
+        if self._num_top is None:
+            return None
+        shifted = logits - logits.max()
+        log_total = math.log(np.exp(shifted).sum(dtype=np.float64))
+        top = tuple((int(i), float(shifted[i]) - log_total) for i in _largest(logits, self._num_top))
+        return TokenLogprob(token_id, float(shifted[token_id]) - log_total, top)
+
+
+class TokenHistory:
+    """Which tokens a request has seen and how often it wrote each; kept only for requests with a penalty."""
+
+    def __init__(self, prompt_token_ids: Sequence[int], vocab_size: int) -> None:
+        self._seen = np.zeros(vocab_size, dtype=np.bool_)  # prompt and output
+        self._seen[list(prompt_token_ids)] = True
+        self._counts = np.zeros(vocab_size, dtype=np.float32)  # output only
+
+    def add(self, token_id: int) -> None:
+        self._seen[token_id] = True
+        self._counts[token_id] += 1
+
+    def penalise(self, scores: FloatRow, params: SamplingParams) -> None:
+        """In place: first repetition (pushes a score down whatever its sign), then frequency and presence."""
+        if params.repetition_penalty != 1:
+            seen = np.flatnonzero(self._seen)
+            before = scores[seen]
+            factor = np.float32(params.repetition_penalty)
+            scores[seen] = np.where(before < 0, before * factor, before / factor)
+        if params.frequency_penalty or params.presence_penalty:
+            written = np.flatnonzero(self._counts)
+            scores[written] -= self._counts[written] * np.float32(params.frequency_penalty)
+            scores[written] -= np.float32(params.presence_penalty)
+
+
+def sample(logits: Tensor, states: Sequence[SamplerState]) -> list[SampledToken | SamplingFailure]:
+    """One token per row of `logits` [rows, vocab]; row i depends on `logits[i]` and `states[i]` only."""
+    assert logits.shape[0] == len(states), f"{logits.shape[0]} rows of logits for {len(states)} requests"
+    assert all(state.vocab_size == logits.shape[1] for state in states), f"a state is not for {logits.shape[1]} logits"
+    plain = [row for row, state in enumerate(states) if state.takes_argmax]
+    other = [row for row, state in enumerate(states) if not state.takes_argmax]
+    results: dict[int, SampledToken | SamplingFailure] = {}
+    if plain:
+        argmax = _argmax(logits)
+        results.update((row, argmax[row]) for row in plain)
+    for row, values in zip(other, _host_rows(logits, other), strict=True):
+        results[row] = states[row].choose(values)
+    return [results[row] for row in range(len(states))]
+
+
+def _argmax(logits: Tensor) -> list[SampledToken | SamplingFailure]:
+    if logits.device.type == "cpu":
+        # numpy's argmax took 0.12 ms for [32, 49152] float32, torch's 2.6 ms; both return the first of equals.
+        host = logits.float().numpy()
+        token_ids = host.argmax(axis=-1)
+        peaks = host[np.arange(len(host)), token_ids].tolist()
+        return [_plain_choice(i, peak) for i, peak in zip(token_ids.tolist(), peaks, strict=True)]
+    values, indices = logits.max(dim=-1)
+    return [_plain_choice(i, peak) for i, peak in zip(indices.tolist(), values.tolist(), strict=True)]
+
+
+def _plain_choice(token_id: int, peak: float) -> SampledToken | SamplingFailure:
+    if math.isfinite(peak):
+        return SampledToken(token_id)
+    return SamplingFailure(f"the model's largest logit is {peak}")  # a NaN anywhere in the row counts as the largest
+
+
+def _host_rows(logits: Tensor, rows: Sequence[int]) -> list[FloatRow]:
+    if not rows:
+        return []
+    if logits.device.type == "cpu":
+        host = logits.float().numpy()  # no copy of float32 logits
+        return [host[row] for row in rows]
+    chosen = logits[torch.tensor(rows, device=logits.device)]
+    return list(chosen.float().cpu().numpy())
+
+
+def _has_penalties(params: SamplingParams) -> bool:
+    return params.repetition_penalty != 1 or bool(params.presence_penalty or params.frequency_penalty)
+
+
+def _bias_rows(logit_bias: Mapping[int, float], vocab_size: int) -> tuple[IdRow, FloatRow]:
+    for token_id in logit_bias:
+        if not 0 <= token_id < vocab_size:
+            raise InvalidRequestError("sampling.logit_bias", token_id, f"token ids must be in 0..{vocab_size - 1}")
+    return np.array(list(logit_bias), dtype=np.int64), np.array(list(logit_bias.values()), dtype=np.float32)
+
+
+def _survivors(weights: FloatRow, params: SamplingParams) -> tuple[IdRow, FloatRow]:
+    """Token ids, ascending, and weights of what top-k, top-p and min-p leave. The likeliest token's weight is 1."""
+    token_ids: IdRow = np.arange(weights.size, dtype=np.int64)
+    if 0 < params.top_k < weights.size:
+        kept = _heaviest(weights, np.ones(weights.size), params.top_k)
+        token_ids, weights = token_ids[kept], weights[kept]
+    if params.top_p < 1:
+        kept = _heaviest(weights, weights, params.top_p * weights.sum(dtype=np.float64))
+        token_ids, weights = token_ids[kept], weights[kept]
+    if params.min_p > 0:
+        kept = np.flatnonzero(weights >= np.float32(params.min_p))
+        token_ids, weights = token_ids[kept], weights[kept]
+    return token_ids, weights
+
+
+def _heaviest(weights: FloatRow, measure: npt.NDArray[np.floating], target: float) -> IdRow:
+    """Ascending indices of the largest weights, just enough of them for their summed `measure` to reach `target`.
+
+    A radix select rather than a sort, which would take more than a millisecond for a vocabulary of 49152: the upper
+    bits of a non-negative float order as the float does, so only the bucket in which the target is reached is sorted.
+    """
+    buckets = weights.view(np.int32) >> 16
+    reached = np.bincount(buckets, weights=measure)[::-1].cumsum()  # from the heaviest bucket down
+    step = min(int(reached.searchsorted(target)), reached.size - 1)
+    edge = reached.size - 1 - step
+    within = np.flatnonzero(buckets == edge)
+    within = within[np.argsort(-weights[within], kind="stable")]  # stable: equals by index
+    before = reached[step - 1] if step else 0.0
+    num_needed = int((before + measure[within].cumsum(dtype=np.float64)).searchsorted(target)) + 1
+    return np.sort(np.concatenate([np.flatnonzero(buckets > edge), within[:num_needed]]))
+
+
+def _largest(values: FloatRow, count: int) -> IdRow:
+    """Indices of the `count` largest values, best first, equals by index."""
+    if count == 0:
+        return np.empty(0, dtype=np.int64)
+    cut = max(values.size - count, 0)
+    candidates = np.flatnonzero(values >= np.partition(values, cut)[cut])
+    return candidates[np.argsort(-values[candidates], kind="stable")][:count]

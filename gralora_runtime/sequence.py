@@ -1,0 +1,120 @@
+"""One request inside the engine: its tokens, its pages, and when it ends. Mutable; owned by the scheduler."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from enum import Enum
+
+from gralora_runtime.adapters.lease import AdapterLease
+from gralora_runtime.detokenizer import Detokenizer
+from gralora_runtime.pages import PageKey, root_key
+from gralora_runtime.request import Delta, Finished, FinishReason, Started, StoppingParams
+from gralora_runtime.sampler import SampledToken, SamplerState
+
+
+class SequenceStatus(Enum):
+    """Where a sequence stands in the scheduler."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Sequence:
+    """`tokens` is prompt plus output; the first `num_computed` have their keys and values in `pages`."""
+
+    request_id: str
+    adapter_name: str
+    tokens: list[int]
+    num_prompt: int
+    max_tokens: int
+    stopping: StoppingParams
+    eos_token_ids: Collection[int]
+    lease: AdapterLease
+    sampler: SamplerState
+    detokenizer: Detokenizer
+    arrival_s: float
+    seed: int
+    deadline_s: float | None = None
+    echo_prompt_token_ids: bool = False
+    status: SequenceStatus = SequenceStatus.WAITING
+    num_computed: int = 0
+    num_cached: int = 0  # prompt tokens that the first admission found in the prefix cache
+    preemptions: int = 0
+    pages: list[int] = field(default_factory=list)
+    page_keys: list[PageKey] = field(default_factory=list)  # of the full pages, in order
+    started: Started | None = None
+
+    @property
+    def num_output(self) -> int:
+        return len(self.tokens) - self.num_prompt
+
+    @property
+    def num_uncomputed(self) -> int:
+        return len(self.tokens) - self.num_computed
+
+    @property
+    def parent_key(self) -> PageKey:
+        """Key that the next full page's key is chained to."""
+        return self.page_keys[-1] if self.page_keys else root_key(self.lease.digest)
+
+    def begin(self, now_s: float) -> None:
+        """Record what the first admission found; reported with the first delta."""
+        if self.started is None:
+            self.num_cached = self.num_computed
+            self.started = Started(
+                prompt_tokens=self.num_prompt,
+                cached_tokens=self.num_cached,
+                queue_time_s=now_s - self.arrival_s,
+                seed=self.seed,
+                adapter=self.adapter_name,
+                adapter_digest=self.lease.digest,
+                prompt_token_ids=tuple(self.tokens[: self.num_prompt]) if self.echo_prompt_token_ids else (),
+            )
+
+    def accept(self, sampled: SampledToken) -> Delta:
+        """Append one sampled token; the delta says what it adds and whether the sequence ends with it."""
+        token = sampled.token_id
+        self.tokens.append(token)
+        self.sampler.observe(token)
+        reason, stop_token = self._stop_by_token(token)
+        text, stop_string = "", None
+        if stop_token is None:  # the token that stops is reported, but it is no text
+            piece = self.detokenizer.push(token)
+            text, stop_string = piece.text, piece.stop_string
+        if stop_string is not None:
+            reason = FinishReason.STOP
+        elif reason is not None:
+            text += self.detokenizer.flush()
+        return Delta(
+            text=text,
+            token_ids=(token,),
+            logprobs=(sampled.logprob,) if sampled.logprob is not None else (),
+            started=self.started if self.num_output == 1 else None,
+            finished=self.finish(reason, stop_string=stop_string, stop_token_id=stop_token) if reason else None,
+        )
+
+    def finish(
+        self, reason: FinishReason, *, stop_string: str | None = None, stop_token_id: int | None = None
+    ) -> Finished:
+        """The record of this sequence's end, with its usage so far."""
+        return Finished(
+            reason=reason,
+            prompt_tokens=self.num_prompt,
+            cached_tokens=self.num_cached,
+            output_tokens=self.num_output,
+            stop_string=stop_string,
+            stop_token_id=stop_token_id,
+            preemptions=self.preemptions,
+        )
+
+    def _stop_by_token(self, token: int) -> tuple[FinishReason | None, int | None]:
+        if self.num_output >= self.stopping.min_tokens:
+            ends = token in self.eos_token_ids and not self.stopping.ignore_eos
+            if ends or token in self.stopping.stop_token_ids:
+                return FinishReason.STOP, token
+        if self.num_output >= self.max_tokens:
+            return FinishReason.LENGTH, None
+        return None, None

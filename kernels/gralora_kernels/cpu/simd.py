@@ -1,0 +1,231 @@
+"""Explicit SIMD for Numba: a vector of fp32 lanes and the few operations that the kernels use, emitted as LLVM IR.
+
+LLVM may not reorder them, so a sum has one order whatever loop it stands in: that is what makes a token's result
+independent of its batch, at full speed. Addresses are plain integers (`Tensor.data_ptr()`) and nothing checks bounds.
+Numba's on-disk cache watches only the file of the kernel itself: after editing this one, delete `__pycache__`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import llvmlite.binding as llvm
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.core.datamodel import models
+from numba.extending import intrinsic, register_model
+
+# A wider vector than the machine's is right but spills; a narrower one is slow.
+LANES = 16 if llvm.get_host_cpu_features().get("avx512f", False) else 8
+
+_F32 = ir.FloatType()
+_I32 = ir.IntType(32)
+_VECTOR = ir.VectorType(_F32, LANES)
+_MASK = ir.VectorType(ir.IntType(1), LANES)
+
+
+class VectorType(types.Type):  # type: ignore[misc]
+    """LANES fp32 numbers in a register."""
+
+    def __init__(self) -> None:
+        super().__init__(name=f"f32x{LANES}")
+
+
+vector = VectorType()
+
+
+@register_model(VectorType)
+class _VectorModel(models.PrimitiveModel):  # type: ignore[misc]
+    def __init__(self, manager: Any, fe_type: Any) -> None:
+        super().__init__(manager, fe_type, _VECTOR)
+
+
+def _constant(value: float) -> ir.Constant:
+    return ir.Constant(_VECTOR, [ir.Constant(_F32, value)] * LANES)
+
+
+def _splat(builder: Any, scalar: Any, lane_type: Any = _F32) -> Any:
+    one = builder.insert_element(ir.Constant(ir.VectorType(lane_type, LANES), ir.Undefined), scalar, _I32(0))
+    return builder.shuffle_vector(one, one, ir.Constant(ir.VectorType(_I32, LANES), [0] * LANES))
+
+
+def _call(builder: Any, name: str, result: Any, args: list[Any]) -> Any:
+    function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(result, [a.type for a in args]), name)
+    return builder.call(function, args)
+
+
+def _pointer(builder: Any, address: Any, offset: Any) -> Any:
+    """`address` in bytes, `offset` in fp32 elements."""
+    byte = builder.add(address, builder.shl(offset, ir.Constant(offset.type, 2)))
+    return builder.inttoptr(byte, ir.PointerType(_VECTOR))
+
+
+def _mask(builder: Any, count: Any) -> Any:
+    """Lanes below `count`."""
+    lanes = ir.Constant(ir.VectorType(_I32, LANES), list(range(LANES)))
+    return builder.icmp_signed("<", lanes, _splat(builder, builder.trunc(count, _I32), _I32))
+
+
+def _fold(builder: Any, value: Any, combine: Any) -> Any:
+    """One number from all lanes, halving: the order is fixed by this code."""
+    width = LANES
+    while width > 1:
+        width //= 2
+        order = [width + i if i < width else i for i in range(LANES)]
+        high = builder.shuffle_vector(value, value, ir.Constant(ir.VectorType(_I32, LANES), order))
+        value = combine(value, high)
+    return builder.extract_element(value, _I32(0))
+
+
+_SUFFIX = f"v{LANES}f32"
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def load(typing: Any, address: Any, offset: Any) -> Any:
+    """LANES elements from `offset`."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.load(_pointer(builder, *args), align=4)
+
+    return vector(types.intp, types.intp), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def load_part(typing: Any, address: Any, offset: Any, count: Any) -> Any:
+    """The first `count` lanes from memory, the others zero; touches no memory beyond."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pointer, mask = _pointer(builder, *args[:2]), _mask(builder, args[2])
+        return _call(builder, f"llvm.masked.load.{_SUFFIX}.p0", _VECTOR, [pointer, _I32(4), mask, _constant(0.0)])
+
+    return vector(types.intp, types.intp, types.intp), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def store(typing: Any, address: Any, offset: Any, value: Any) -> Any:
+    """LANES elements to `offset`."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        builder.store(args[2], _pointer(builder, *args[:2]), align=4)
+        return context.get_dummy_value()
+
+    return types.none(types.intp, types.intp, vector), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def store_part(typing: Any, address: Any, offset: Any, value: Any, count: Any) -> Any:
+    """The first `count` lanes to memory; touches no memory beyond."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pointer, mask = _pointer(builder, *args[:2]), _mask(builder, args[3])
+        _call(builder, f"llvm.masked.store.{_SUFFIX}.p0", ir.VoidType(), [args[2], pointer, _I32(4), mask])
+        return context.get_dummy_value()
+
+    return types.none(types.intp, types.intp, vector, types.intp), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def load_scalar(typing: Any, address: Any, offset: Any) -> Any:
+    """One fp32 element."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.load(builder.bitcast(_pointer(builder, *args), ir.PointerType(_F32)), align=4)
+
+    return types.float32(types.intp, types.intp), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def store_scalar(typing: Any, address: Any, offset: Any, value: Any) -> Any:
+    """One fp32 element."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        builder.store(args[2], builder.bitcast(_pointer(builder, *args[:2]), ir.PointerType(_F32)), align=4)
+        return context.get_dummy_value()
+
+    return types.none(types.intp, types.intp, types.float32), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def splat(typing: Any, scalar: Any) -> Any:
+    """The same number in every lane."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return _splat(builder, args[0])
+
+    return vector(types.float32), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def fma(typing: Any, a: Any, b: Any, c: Any) -> Any:
+    """a * b + c, rounded once."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return _call(builder, f"llvm.fma.{_SUFFIX}", _VECTOR, list(args))
+
+    return vector(vector, vector, vector), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def multiply(typing: Any, a: Any, b: Any) -> Any:
+    """a * b."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.fmul(*args)
+
+    return vector(vector, vector), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def add(typing: Any, a: Any, b: Any) -> Any:
+    """a + b."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.fadd(*args)
+
+    return vector(vector, vector), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def total(typing: Any, value: Any) -> Any:
+    """The sum of all lanes, by halves."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return _fold(builder, args[0], builder.fadd)
+
+    return types.float32(vector), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def exp(typing: Any, value: Any) -> Any:
+    """e to each lane, for lanes <= 0 (as in a softmax): within 2 ulp, and 0 below -87."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return _exp(builder, args[0])
+
+    return vector(vector), codegen
+
+
+# e^f on |f| <= ln2 / 2 by its Taylor series; the last term left out is below 2e-9.
+_EXP_TERMS = (1 / 5040, 1 / 720, 1 / 120, 1 / 24, 1 / 6, 1 / 2, 1.0, 1.0)
+
+
+def _exp(builder: Any, value: Any) -> Any:
+    """e^x = 2^n * e^f with n = round(x / ln2); ln2 is subtracted in two parts so that f keeps its last bits."""
+
+    def fused(a: Any, b: Any, c: Any) -> Any:
+        return _call(builder, f"llvm.fma.{_SUFFIX}", _VECTOR, [a, b, c])
+
+    integers = ir.VectorType(_I32, LANES)
+    tiny = builder.fcmp_ordered("<", value, _constant(-87.0))
+    value = builder.select(tiny, _constant(-87.0), value)
+    scaled = builder.fmul(value, _constant(1.4426950408889634))
+    n = _call(builder, f"llvm.rint.{_SUFFIX}", _VECTOR, [scaled])
+    f = fused(n, _constant(-0.693359375), value)
+    f = fused(n, _constant(2.12194440e-4), f)
+    series = _constant(_EXP_TERMS[0])
+    for term in _EXP_TERMS[1:]:
+        series = fused(series, f, _constant(term))
+    exponent = builder.add(builder.fptosi(n, integers), ir.Constant(integers, [127] * LANES))
+    power = builder.bitcast(builder.shl(exponent, ir.Constant(integers, [23] * LANES)), _VECTOR)
+    return builder.select(tiny, _constant(0.0), builder.fmul(series, power))

@@ -1,0 +1,66 @@
+"""Chooses how adapters are applied, once, at start. Imports a backend only when it is the chosen one."""
+
+from __future__ import annotations
+
+import logging
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from gralora_kernels.grouping import Grouping
+from gralora_kernels.tables import ModuleTable
+
+logger = logging.getLogger(__name__)
+
+BACKENDS = ("reference", "cpu", "triton")
+
+
+class AdapterBackend(Protocol):
+    """One way to compute y += adapter(x) for a whole step."""
+
+    name: str
+
+    def apply(self, y: Tensor, x: Tensor, arena: Tensor, table: ModuleTable, grouping: Grouping) -> None:
+        """y [tokens, out] += adapter(x [tokens, in]), in place; rows of slot -1 are not touched at all."""
+
+
+def resolve_backend(name: str, device: torch.device) -> AdapterBackend:
+    """The backend called `name`; "auto" is triton on a GPU and cpu on a CPU.
+
+    ValueError: there is no such backend, or it cannot run on this device. RuntimeError: what it needs is not installed.
+    """
+    chosen = name if name != "auto" else ("cpu" if device.type == "cpu" else "triton")
+    if chosen not in BACKENDS:
+        raise ValueError(f"backend must be one of auto, {', '.join(BACKENDS)}, got {name!r}")
+    backend = _build(chosen, device)
+    logger.info("adapter kernels: %s on %s (asked for: %s)", backend.name, device, name)
+    return backend
+
+
+def _build(name: str, device: torch.device) -> AdapterBackend:
+    if name == "cpu":
+        if device.type != "cpu":
+            raise ValueError(f"backend 'cpu' cannot serve device {device}")
+        return _build_cpu()
+    if name == "triton":
+        return _build_triton(device)
+    from gralora_kernels.reference import ReferenceBackend
+
+    return ReferenceBackend()
+
+
+def _build_cpu() -> AdapterBackend:
+    try:
+        from gralora_kernels.cpu.adapters import CpuBackend
+    except ImportError as cause:
+        raise RuntimeError(f"backend 'cpu' needs numba: {cause}") from cause
+    return CpuBackend()
+
+
+def _build_triton(device: torch.device) -> AdapterBackend:
+    try:
+        from gralora_kernels.triton_ops.launch import TritonBackend
+    except ImportError as cause:
+        raise RuntimeError(f"backend 'triton' needs the package triton: {cause}") from cause
+    return TritonBackend(device)

@@ -1,0 +1,89 @@
+"""Which tokens of a step go to which adapter slot. Built once per step, shared by all layers; knows no weights.
+
+Example, with tiles of 2 tokens (the real tile is `TILE_TOKENS`), for `token_slots = [7, -1, 3, 7, 7]`:
+
+    order    [2, 0, 3, 4]            token indices, sorted by slot and stable within one; base-model tokens left out
+    starts   [0, 1, 4]               segment i is order[starts[i]:starts[i + 1]]
+    slots    [3, 7]                  the slot of each segment
+    items    [[3, 0, 1],             work: (slot, first position in order, number of tokens); a segment longer than a
+              [7, 1, 2],             tile is cut, so that a launch has exactly as many programs as there is work
+              [7, 3, 1]]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+TILE_TOKENS = 32  # one adapter's weights are read once per so many tokens
+
+
+class Grouping:
+    """Preallocated for `max_tokens` and refilled in place. The arrays are views, valid until the next `fill`."""
+
+    def __init__(self, max_tokens: int, device: torch.device, *, tile_tokens: int = TILE_TOKENS) -> None:
+        self.max_tokens = max_tokens
+        self.num_tokens = 0
+        self.max_width = 0  # columns of u, over the slots of this step
+        self.max_item_tokens = 0
+        self.order: npt.NDArray[np.int32] = np.zeros(0, np.int32)  # [num_adapted]
+        self.starts: npt.NDArray[np.int32] = np.zeros(1, np.int32)  # [num_segments + 1]
+        self.slots: npt.NDArray[np.int32] = np.zeros(0, np.int32)  # [num_segments]
+        self.items: npt.NDArray[np.int32] = np.zeros((0, 3), np.int32)  # [num_items, 3]
+        self._tile_tokens = tile_tokens
+        # One buffer, so that a GPU gets a step's grouping in one copy: order first, then items.
+        self._host = torch.zeros(4 * max_tokens, dtype=torch.int32, pin_memory=device.type == "cuda")
+        self._device_buffer = self._host if device.type == "cpu" else torch.zeros_like(self._host, device=device)
+        buffer = self._host.numpy()
+        self._order_buffer = buffer[:max_tokens]
+        self._item_buffer = buffer[max_tokens:].reshape(max_tokens, 3)
+        self.device_order = self._device_buffer[:max_tokens]  # int32 [max_tokens]; the first num_adapted count
+        self.device_items = self._device_buffer[max_tokens:].view(max_tokens, 3)  # int32; the first num_items count
+
+    @property
+    def num_adapted(self) -> int:
+        """Tokens that have an adapter."""
+        return len(self.order)
+
+    @property
+    def num_segments(self) -> int:
+        """Adapter slots in use."""
+        return len(self.slots)
+
+    @property
+    def num_items(self) -> int:
+        """Pieces of work: (slot, token tile)."""
+        return len(self.items)
+
+    def fill(self, token_slots: Sequence[int] | npt.NDArray[np.int32], slot_widths: Mapping[int, int]) -> None:
+        """`token_slots[t]` is the pool slot of token t, or -1 for the base model; tokens come in any order."""
+        slots = np.asarray(token_slots, np.int32)
+        if len(slots) > self.max_tokens:
+            raise ValueError(f"a step of {len(slots)} tokens does not fit into a grouping for {self.max_tokens}")
+        self.num_tokens = len(slots)
+        ranked = np.argsort(slots, kind="stable").astype(np.int32)
+        ranked = ranked[np.searchsorted(slots[ranked], 0) :]
+        self.order = self._order_buffer[: len(ranked)]
+        self.order[:] = ranked
+        self.slots, first = np.unique(slots[ranked], return_index=True)
+        self.starts = np.append(first, len(ranked)).astype(np.int32)
+        self._fill_items()
+        self.max_width = max((slot_widths[slot] for slot in self.slots.tolist()), default=0)
+        if self._device_buffer is not self._host:
+            self._device_buffer.copy_(self._host)  # blocking: the host side is refilled by the next step
+
+    def _fill_items(self) -> None:
+        items = [
+            (slot, first, min(self._tile_tokens, end - first))
+            for slot, begin, end in zip(
+                self.slots.tolist(), self.starts[:-1].tolist(), self.starts[1:].tolist(), strict=True
+            )
+            for first in range(begin, end, self._tile_tokens)
+        ]
+        self.items = self._item_buffer[: len(items)]
+        if items:
+            self.items[:] = items
+        self.max_item_tokens = max((count for _, _, count in items), default=0)

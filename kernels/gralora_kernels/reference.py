@@ -1,0 +1,80 @@
+"""The specification: every kernel must agree with these few lines of torch. Slow on purpose; knows no layout tricks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gralora_kernels.grouping import Grouping
+from gralora_kernels.tables import ModuleTable
+
+
+def pack_a(a: Tensor) -> Tensor:
+    """A [k, in/k, r] -> Ap [r, in], with Ap[p, n*in/k + i] = A[n, i, p]."""
+    return a.permute(2, 0, 1).reshape(a.shape[2], -1).contiguous()
+
+
+def unpack_a(packed: Tensor, k: int) -> Tensor:
+    """Ap [r, in] -> A [k, in/k, r]."""
+    return packed.view(packed.shape[0], k, -1).permute(1, 2, 0).contiguous()
+
+
+def pack_b(b: Tensor) -> Tensor:
+    """B [k, r, out/k] -> Bp [r, out], with Bp[c, j*out/k + o] = B[j, c, o]."""
+    return b.permute(1, 0, 2).reshape(b.shape[1], -1).contiguous()
+
+
+def unpack_b(packed: Tensor, k: int) -> Tensor:
+    """Bp [r, out] -> B [k, r, out/k]."""
+    return packed.view(packed.shape[0], k, -1).permute(1, 0, 2).contiguous()
+
+
+def gralora(x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """x [t, in], A [k, in/k, r], B [k, r, out/k] -> the update [t, out]; k = 1 is plain LoRA."""
+    k, _, r = a.shape
+    u = torch.einsum("tni,nir->tnr", x.view(len(x), k, -1), a) * scale
+    v = u.view(len(x), k, k, r // k).transpose(1, 2).reshape(len(x), k, r)  # v[t,j,n*s+c] = u[t,n,j*s+c]
+    return torch.einsum("tjr,jro->tjo", v, b).reshape(len(x), -1)
+
+
+class ReferenceBackend:
+    """`gralora` per segment and entry, in fp32."""
+
+    name = "reference"
+
+    def apply(self, y: Tensor, x: Tensor, arena: Tensor, table: ModuleTable, grouping: Grouping) -> None:
+        """y [tokens, out] += adapter(x [tokens, in]) for the tokens that have an adapter."""
+        for segment, slot in enumerate(grouping.slots.tolist()):
+            rows = grouping.order[grouping.starts[segment] : grouping.starts[segment + 1]]
+            tokens = torch.from_numpy(rows).to(y.device, torch.int64)
+            for (a_offset, b_offset, r, k), scale in zip(
+                table.host_index[slot].tolist(), table.host_scale[slot].tolist(), strict=True
+            ):
+                if r == 0:
+                    continue
+                packed_a = arena[a_offset : a_offset + r * table.in_features].float().view(r, -1)
+                packed_b = arena[b_offset : b_offset + r * table.out_features].float().view(r, -1)
+                update = gralora(x[tokens].float(), unpack_a(packed_a, k), unpack_b(packed_b, k), scale)
+                y[tokens] = (y[tokens].float() + update).to(y.dtype)
+
+
+def paged_attention(
+    out: Tensor,
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    page_table: Tensor,
+    context_lens: Tensor,
+    scale: float,
+    window: int,
+) -> None:
+    """q, out [rows, heads, head_dim]; one query per row, at the last position of its context; window 0: no limit."""
+    page_size, kv_heads = k_pages.shape[1:3]
+    for row, length in enumerate(context_lens.tolist()):
+        positions = torch.arange(max(0, length - window) if window else 0, length)
+        pages = page_table[row, positions // page_size].long()
+        group = q.shape[1] // kv_heads
+        keys = k_pages[pages, positions % page_size].repeat_interleave(group, dim=1)  # [context, heads, head_dim]
+        values = v_pages[pages, positions % page_size].repeat_interleave(group, dim=1)
+        weights = torch.softmax(torch.einsum("hd,thd->ht", q[row], keys) * scale, dim=1)
+        out[row] = torch.einsum("ht,thd->hd", weights, values)

@@ -1,0 +1,84 @@
+"""Where in the arena each pool slot keeps its matrices for one linear layer. Knows neither names nor who fills a slot."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+ENTRIES = 2  # a hybrid adapter is two entries: GraLoRA (r, k) and a plain pair (hybrid_r, k=1)
+ALIGNMENT = 16  # elements: every matrix starts at a multiple of it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """One packed pair: `Ap [r, in]` at `a_offset` and `Bp [r, out]` at `b_offset` of the arena (in elements)."""
+
+    a_offset: int
+    b_offset: int
+    r: int
+    k: int
+    scale: float
+
+    @property
+    def width(self) -> int:
+        """Columns of the intermediate u that the pair needs."""
+        return self.r * self.k
+
+
+class ModuleTable:
+    """One per adaptable linear. Rows are pool slots; a row holds (a_offset, b_offset, r, k) and the scale per entry.
+
+    The host copy is what the CPU kernels read. On the CPU `index` and `scale` share its memory.
+    """
+
+    def __init__(self, in_features: int, out_features: int, max_slots: int, device: torch.device) -> None:
+        self.in_features = in_features
+        self.out_features = out_features
+        self.max_slots = max_slots
+        self.host_index: npt.NDArray[np.int64] = np.zeros((max_slots, ENTRIES, 4), np.int64)
+        self.host_scale: npt.NDArray[np.float32] = np.zeros((max_slots, ENTRIES), np.float32)
+        self.index = torch.from_numpy(self.host_index).to(device)  # [max_slots, ENTRIES, 4]
+        self.scale = torch.from_numpy(self.host_scale).to(device)  # [max_slots, ENTRIES]
+        self._shared = device.type == "cpu"
+
+    def set(self, slot: int, entries: Sequence[Entry]) -> None:
+        """Make `slot` hold these entries. Raises ValueError for a layout that the kernels cannot compute."""
+        if not 0 <= slot < self.max_slots:
+            raise ValueError(f"slot {slot} is outside 0..{self.max_slots - 1}")
+        if len(entries) > ENTRIES:
+            raise ValueError(f"an adapter has at most {ENTRIES} entries per module, got {len(entries)}")
+        for entry in entries:
+            self._check(entry)
+        self.host_index[slot] = 0
+        self.host_scale[slot] = 0
+        for i, entry in enumerate(entries):
+            self.host_index[slot, i] = (entry.a_offset, entry.b_offset, entry.r, entry.k)
+            self.host_scale[slot, i] = entry.scale
+        self._upload(slot)
+
+    def clear(self, slot: int) -> None:
+        """The slot has no adapter for this module."""
+        self.set(slot, ())
+
+    def width(self, slot: int) -> int:
+        """Columns of u that the slot needs here."""
+        return int((self.host_index[slot, :, 2] * self.host_index[slot, :, 3]).sum())
+
+    def _check(self, entry: Entry) -> None:
+        if entry.r < 1 or entry.k < 1:
+            raise ValueError(f"r and k must be at least 1, got r={entry.r}, k={entry.k}")
+        for name, size in (("r", entry.r), ("in_features", self.in_features), ("out_features", self.out_features)):
+            if size % entry.k:
+                raise ValueError(f"{name}={size} is not divisible by k={entry.k}")
+        for name, offset in (("a_offset", entry.a_offset), ("b_offset", entry.b_offset)):
+            if offset < 0 or offset % ALIGNMENT:
+                raise ValueError(f"{name} must be a multiple of {ALIGNMENT}, got {offset}")
+
+    def _upload(self, slot: int) -> None:
+        if not self._shared:
+            self.index[slot].copy_(torch.from_numpy(self.host_index[slot]))
+            self.scale[slot].copy_(torch.from_numpy(self.host_scale[slot]))

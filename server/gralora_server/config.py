@@ -1,0 +1,43 @@
+"""The service's settings, checked once. What the engine needs is in `gralora_runtime.config`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from gralora_runtime.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TlsConfig:
+    """PEM files. With `client_ca` only clients that show a certificate of that authority are served."""
+
+    certificate: Path
+    private_key: Path
+    client_ca: Path | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerConfig:
+    """`port` 0 lets the system choose. None means: off, or no limit."""
+
+    host: str = "127.0.0.1"
+    port: int = 50051
+    tls: TlsConfig | None = None
+    auth_token_file: Path | None = None
+    reflection: bool = True
+    max_message_bytes: int = 16 << 20  # received; 4 MiB of prompt text leave room for the rest
+    max_request_s: float | None = None  # a request without a deadline gets this one, a longer one is cut to it
+    write_timeout_s: float = 30.0  # a client that takes no message for so long is a slow consumer
+    drain_grace_s: float = 30.0  # running requests may finish within it after SIGTERM
+    max_connection_age_s: float | None = None  # lets balancers spread long-lived connections again
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"port must be 0 to 65535, got {self.port}")
+        for name in ("max_message_bytes", "max_request_s", "write_timeout_s", "max_connection_age_s"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ConfigError(f"{name} must be above 0, got {value}")
+        if self.drain_grace_s < 0:
+            raise ConfigError(f"drain_grace_s must be at least 0, got {self.drain_grace_s}")

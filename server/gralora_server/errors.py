@@ -1,0 +1,39 @@
+"""Errors that only a server has. They join the tree of `gralora_runtime.errors`.
+
+    GraloraError
+    +-- StartingError            the model is still loading
+    +-- UnauthenticatedError     no bearer token, or none of ours
+    +-- PermissionDeniedError    the token may not call this method
+"""
+
+from __future__ import annotations
+
+from gralora_runtime.errors import GraloraError
+
+
+class StartingError(GraloraError):
+    """The port is open but the model is still loading."""
+
+    reason = "STARTING"
+    retry_after_s = 1.0
+
+    def __init__(self) -> None:
+        super().__init__("the server is starting: its model is still loading")
+
+
+class UnauthenticatedError(GraloraError):
+    """The call carries no bearer token, or one that is not ours. The message does not say how close it came."""
+
+    reason = "UNAUTHENTICATED"
+
+    def __init__(self) -> None:
+        super().__init__("send a valid token as metadata: authorization: Bearer TOKEN")
+
+
+class PermissionDeniedError(GraloraError):
+    """The token is ours, but may not call this method."""
+
+    reason = "PERMISSION_DENIED"
+
+    def __init__(self, method: str) -> None:
+        super().__init__(f"this token may not call {method}")

@@ -1,0 +1,194 @@
+"""Is a request well formed? Pure functions over the wire messages; each raises InvalidRequestError with the field's path.
+
+Checked before anything is converted, so that an absurd request costs nothing. Knows nothing of the model: what depends
+on its vocabulary or context window is the engine's to check.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Collection, Iterable, Sequence
+
+from gralora.v1 import generation_pb2, server_pb2
+from gralora_runtime.errors import InvalidRequestError
+
+AnyGenerateRequest = generation_pb2.GenerateRequest | generation_pb2.StreamGenerateRequest
+
+MAX_TEXT_BYTES = 4 << 20
+MAX_PROMPT_TOKEN_IDS = 1 << 20
+MAX_MESSAGES = 4096
+MAX_ROLE_CHARS = 64
+MAX_NAME_CHARS = 256
+MAX_PATH_CHARS = 4096
+MAX_REQUEST_ID_CHARS = 128
+MAX_STOP_STRINGS = 16
+MAX_STOP_CHARS = 1000
+MAX_STOP_TOKEN_IDS = 1024
+MAX_LOGIT_BIAS = 1024
+MAX_TOP_LOGPROBS = 20
+MAX_TOKENS_PER_MESSAGE = 1024
+# Dividing logits by less than this overflows single precision; such a request means greedy and should say 0.
+MIN_TEMPERATURE = 1e-5
+MAX_TEMPERATURE = 100.0
+MAX_REPETITION_PENALTY = 10.0
+MAX_PENALTY = 2.0
+MAX_BIAS = 100.0
+REQUEST_ID = re.compile(r"[!-~]*")
+
+
+def validate_generate(request: AnyGenerateRequest) -> None:
+    validate_request_id(request.request_id)
+    _validate_length("adapter", request.adapter, MAX_NAME_CHARS)
+    _validate_prompt(request)
+    validate_sampling(request.sampling)
+    validate_stopping(request.stopping)
+    validate_response(request.response)
+
+
+def validate_tokenize(request: server_pb2.TokenizeRequest) -> None:
+    match request.WhichOneof("prompt"):
+        case "text":
+            _validate_text(request.text)
+        case "messages":
+            _validate_messages(request.messages.messages)
+        case _:
+            raise InvalidRequestError("prompt", None, "set text or messages")
+
+
+def validate_name(name: str) -> None:
+    """An adapter's name, where one must be given. Which characters it may have is the catalogue's to say."""
+    if not name:
+        raise InvalidRequestError("name", name, "must not be empty")
+    _validate_length("name", name, MAX_NAME_CHARS)
+
+
+def validate_path(path: str) -> None:
+    _validate_length("path", path, MAX_PATH_CHARS)
+    if "\0" in path:
+        raise InvalidRequestError("path", path, "must not contain a null character")
+
+
+def validate_request_id(request_id: str) -> None:
+    _validate_length("request_id", request_id, MAX_REQUEST_ID_CHARS)
+    if not REQUEST_ID.fullmatch(request_id):
+        raise InvalidRequestError("request_id", request_id, "must be printable ASCII without spaces")
+
+
+def validate_abort(request: server_pb2.AbortRequestRequest) -> None:
+    if not request.request_id:
+        raise InvalidRequestError("request_id", request.request_id, "must not be empty")
+    validate_request_id(request.request_id)
+
+
+def validate_sampling(sampling: generation_pb2.SamplingParams) -> None:
+    if sampling.HasField("temperature") and sampling.temperature != 0:
+        _validate_range("sampling.temperature", sampling.temperature, MIN_TEMPERATURE, MAX_TEMPERATURE, "0, or ")
+    if sampling.HasField("top_p"):
+        _validate_range("sampling.top_p", sampling.top_p, 0, 1, above=True)
+    if sampling.top_k < 0:
+        raise InvalidRequestError("sampling.top_k", sampling.top_k, "must be at least 0 (0: off)")
+    _validate_range("sampling.min_p", sampling.min_p, 0, 1)
+    if sampling.HasField("repetition_penalty"):
+        penalty = sampling.repetition_penalty
+        _validate_range("sampling.repetition_penalty", penalty, 0, MAX_REPETITION_PENALTY, above=True)
+    _validate_range("sampling.presence_penalty", sampling.presence_penalty, -MAX_PENALTY, MAX_PENALTY)
+    _validate_range("sampling.frequency_penalty", sampling.frequency_penalty, -MAX_PENALTY, MAX_PENALTY)
+    _validate_count("sampling.logit_bias", sampling.logit_bias, MAX_LOGIT_BIAS)
+    _validate_token_ids("sampling.logit_bias", sampling.logit_bias)
+    for token_id, bias in sampling.logit_bias.items():
+        _validate_range(f"sampling.logit_bias[{token_id}]", bias, -MAX_BIAS, MAX_BIAS)
+
+
+def validate_stopping(stopping: generation_pb2.StoppingParams) -> None:
+    if stopping.HasField("max_tokens") and stopping.max_tokens < 1:
+        raise InvalidRequestError("stopping.max_tokens", stopping.max_tokens, "must be at least 1")
+    if stopping.min_tokens < 0:
+        raise InvalidRequestError("stopping.min_tokens", stopping.min_tokens, "must be at least 0")
+    if stopping.HasField("max_tokens") and stopping.min_tokens > stopping.max_tokens:
+        problem = f"must be at most max_tokens, which is {stopping.max_tokens}"
+        raise InvalidRequestError("stopping.min_tokens", stopping.min_tokens, problem)
+    _validate_count("stopping.stop", stopping.stop, MAX_STOP_STRINGS)
+    for index, stop in enumerate(stopping.stop):
+        if not stop:
+            raise InvalidRequestError(f"stopping.stop[{index}]", stop, "must not be empty")
+        _validate_length(f"stopping.stop[{index}]", stop, MAX_STOP_CHARS)
+    _validate_count("stopping.stop_token_ids", stopping.stop_token_ids, MAX_STOP_TOKEN_IDS)
+    _validate_token_ids("stopping.stop_token_ids", stopping.stop_token_ids)
+
+
+def validate_response(response: generation_pb2.ResponseParams) -> None:
+    if not 0 <= response.top_logprobs <= MAX_TOP_LOGPROBS:
+        raise InvalidRequestError("response.top_logprobs", response.top_logprobs, f"must be 0 to {MAX_TOP_LOGPROBS}")
+    if response.top_logprobs and not response.logprobs:
+        raise InvalidRequestError("response.top_logprobs", response.top_logprobs, "needs response.logprobs")
+    if response.HasField("min_tokens_per_message") and not (
+        1 <= response.min_tokens_per_message <= MAX_TOKENS_PER_MESSAGE
+    ):
+        problem = f"must be 1 to {MAX_TOKENS_PER_MESSAGE}"
+        raise InvalidRequestError("response.min_tokens_per_message", response.min_tokens_per_message, problem)
+
+
+def _validate_prompt(request: AnyGenerateRequest) -> None:
+    match request.WhichOneof("prompt"):
+        case "text":
+            _validate_text(request.text)
+        case "token_ids":
+            ids = request.token_ids.ids
+            if not ids:
+                raise InvalidRequestError("token_ids.ids", [], "must not be empty")
+            _validate_count("token_ids.ids", ids, MAX_PROMPT_TOKEN_IDS)
+            _validate_token_ids("token_ids.ids", ids)
+        case "messages":
+            _validate_messages(request.messages.messages)
+        case _:
+            raise InvalidRequestError("prompt", None, "set one of text, token_ids and messages")
+
+
+def _validate_text(text: str) -> None:
+    if not text:
+        raise InvalidRequestError("text", text, "must not be empty")
+    _validate_bytes("text", len(text.encode()))
+
+
+def _validate_messages(messages: Sequence[generation_pb2.ChatMessage]) -> None:
+    if not messages:
+        raise InvalidRequestError("messages.messages", [], "must not be empty")
+    _validate_count("messages.messages", messages, MAX_MESSAGES)
+    for index, message in enumerate(messages):
+        if not message.role:
+            raise InvalidRequestError(f"messages.messages[{index}].role", message.role, "must not be empty")
+        _validate_length(f"messages.messages[{index}].role", message.role, MAX_ROLE_CHARS)
+    _validate_bytes("messages.messages", sum(len(message.content.encode()) for message in messages))
+
+
+def _validate_bytes(field: str, num_bytes: int) -> None:
+    if num_bytes > MAX_TEXT_BYTES:
+        raise InvalidRequestError(field, f"{num_bytes} bytes", f"must be at most {MAX_TEXT_BYTES} bytes of UTF-8")
+
+
+def _validate_length(field: str, text: str, max_chars: int) -> None:
+    if len(text) > max_chars:
+        raise InvalidRequestError(field, f"{len(text)} characters", f"must be at most {max_chars} characters")
+
+
+def _validate_count(field: str, items: Collection[object], maximum: int) -> None:
+    if len(items) > maximum:
+        raise InvalidRequestError(field, f"{len(items)} entries", f"must have at most {maximum} entries")
+
+
+def _validate_token_ids(field: str, ids: Iterable[int]) -> None:
+    smallest = min(ids, default=0)
+    if smallest < 0:
+        raise InvalidRequestError(field, smallest, "a token id must be at least 0")
+
+
+def _validate_range(
+    field: str, value: float, low: float, high: float, also: str = "", *, above: bool = False
+) -> None:
+    """`low` to `high`, both included unless `above`. NaN compares false, so it fails here as well."""
+    inside = low < value <= high if above else low <= value <= high
+    if inside and math.isfinite(value):
+        return
+    bounds = f"above {low:g} and at most {high:g}" if above else f"{also}{low:g} to {high:g}"
+    raise InvalidRequestError(field, value, f"must be {bounds}")

@@ -1,0 +1,119 @@
+"""Pages: leased, shared by content, never lost, never shared across adapters."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from gralora_runtime.pages import PagePool, page_key, root_key
+
+
+def published(pool: PagePool, root: bytes, tokens: list[int]) -> list[int]:
+    """Compute and publish all full pages of `tokens` as one sequence would; returns its leased pages."""
+    pages = pool.allocate(len(tokens) // pool.page_size) or []
+    key = root
+    for index, page in enumerate(pages):
+        key = page_key(key, tokens[index * pool.page_size : (index + 1) * pool.page_size])
+        pool.publish(page, key)
+    return pages
+
+
+def test_allocation_is_all_or_nothing() -> None:
+    pool = PagePool(4, 2)
+
+    assert pool.allocate(5) is None
+    assert pool.counts().free == 4
+
+
+def test_a_released_prefix_is_found_again_and_its_last_token_is_left_to_compute() -> None:
+    pool = PagePool(8, 2)
+    pages = published(pool, root_key("a"), [1, 2, 3, 4])
+    pool.release(pages)
+
+    assert pool.match(root_key("a"), [1, 2, 3, 4])[0] == pages[:1]
+    assert pool.match(root_key("a"), [1, 2, 3, 4, 5])[0] == pages
+
+
+def test_another_adapter_never_matches_the_same_tokens() -> None:
+    """vLLM keyed prefixes by name once: a reloaded adapter was answered from its predecessor's pages."""
+    pool = PagePool(8, 2)
+    pool.release(published(pool, root_key("digest-of-a"), [1, 2, 3, 4]))
+
+    assert pool.match(root_key("digest-of-b"), [1, 2, 3, 4, 5])[0] == []
+    assert pool.match(root_key(""), [1, 2, 3, 4, 5])[0] == []
+
+
+def test_the_same_page_after_another_prefix_is_another_page() -> None:
+    pool = PagePool(8, 2)
+    pool.release(published(pool, root_key(""), [1, 2, 3, 4]))
+
+    assert pool.match(root_key(""), [9, 9, 3, 4, 5])[0] == []
+
+
+def test_cached_pages_are_reused_oldest_first_and_deepest_first() -> None:
+    pool = PagePool(4, 1)
+    first = published(pool, root_key(""), [1, 2])
+    second = published(pool, root_key(""), [7, 8])
+    pool.release(first)
+    pool.release(second)
+
+    assert pool.allocate(1) == [first[1]]
+    assert pool.match(root_key(""), [1, 2, 3])[0] == [first[0]]
+
+
+def test_a_page_in_use_is_never_reused() -> None:
+    pool = PagePool(2, 1)
+    pages = published(pool, root_key(""), [1, 2])
+    pool.match(root_key(""), [1, 2, 3])
+    pool.release(pages)
+
+    assert pool.allocate(1) is None
+
+
+def test_releasing_twice_is_our_bug() -> None:
+    pool = PagePool(1, 1)
+    pages = pool.allocate(1)
+    assert pages is not None
+    pool.release(pages)
+
+    with pytest.raises(AssertionError, match="released twice"):
+        pool.release(pages)
+
+
+def test_integrity_check_sees_a_leak() -> None:
+    pool = PagePool(2, 1)
+    pool.allocate(1)
+
+    with pytest.raises(AssertionError, match="differ"):
+        pool.check_integrity([])
+
+
+def test_switched_off_prefix_cache_matches_nothing() -> None:
+    pool = PagePool(4, 1, enable_prefix_cache=False)
+    pool.release(published(pool, root_key(""), [1, 2]))
+
+    assert pool.match(root_key(""), [1, 2, 3]) == ([], [])
+    assert pool.counts().free == 4
+
+
+def test_a_thousand_random_sequences_leave_every_page_accounted_for() -> None:
+    rng = random.Random(0)
+    pool = PagePool(16, 2)
+    held: list[list[int]] = []
+    for _ in range(1000):
+        if held and rng.random() < 0.5:
+            pool.release(held.pop(rng.randrange(len(held))))
+        else:
+            root, tokens = root_key(rng.choice("ab")), [rng.randrange(2) for _ in range(rng.randrange(1, 9))]
+            matched, _ = pool.match(root, tokens)
+            fresh = pool.allocate(-(-len(tokens) // 2) - len(matched))
+            if fresh is None:
+                pool.release(matched)
+                continue
+            key = root
+            for index in range(len(tokens) // 2):
+                key = page_key(key, tokens[2 * index : 2 * index + 2])
+                pool.publish((matched + fresh)[index], key)
+            held.append(matched + fresh)
+        pool.check_integrity(page for pages in held for page in pages)

@@ -1,0 +1,92 @@
+"""Tiny random models of each architecture we claim, saved as a normal model directory with a tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    GemmaConfig,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+VOCAB_SIZE = 320
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{% if m.role not in ['system', 'user', 'assistant'] %}{{ raise_exception('unknown role') }}"
+    "{% endif %}<|start|>{{ m.role }}\n{{ m.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+)
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "mistral", "gemma", "phi3", "gpt2")
+
+
+def tiny_config(architecture: str) -> PreTrainedConfig:
+    """Hidden size 64 (divisible by 8 blocks), two layers, grouped-query attention where the architecture has it."""
+    ids = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2, "vocab_size": VOCAB_SIZE}
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": False,
+    }
+    if architecture == "gpt2":
+        return GPT2Config(n_embd=64, n_layer=2, n_head=4, n_positions=512, **ids)
+    kinds = {
+        "llama": (LlamaConfig, {}),
+        "qwen2": (Qwen2Config, {}),
+        "qwen3": (Qwen3Config, {"head_dim": 16}),
+        "mistral": (MistralConfig, {"sliding_window": 24}),
+        "gemma": (GemmaConfig, {"head_dim": 16}),
+        "phi3": (Phi3Config, {}),
+    }
+    kind, extra = kinds[architecture]
+    return kind(**sizes, **ids, **extra)
+
+
+def tiny_model(architecture: str, seed: int = 0) -> PreTrainedModel:
+    """Random weights, large enough that tokens differ and small enough that logits stay moderate."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(tiny_config(architecture)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 2:
+                parameter.normal_(0.0, 0.5 if "embed" in name or "wte" in name else 0.15)
+    return model
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE over a few sentences: any text round-trips, and long words are several tokens."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=["<|start|>", "<|end|>", "<|pad|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["the quick brown fox jumps over the lazy dog", "stop here then stop there"], trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<|start|>", eos_token="<|end|>", pad_token="<|pad|>"
+    )
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def save_tiny_model(architecture: str, folder: Path, seed: int = 0) -> Path:
+    """A model directory as `--model` takes it."""
+    tiny_model(architecture, seed).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder

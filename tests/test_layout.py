@@ -1,0 +1,99 @@
+"""Who may import whom. Reads the source, so that an import inside a function counts too."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from fnmatch import fnmatch
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = {
+    "gralora_kernels": ROOT / "kernels" / "gralora_kernels",
+    "gralora_runtime": ROOT / "gralora_runtime",
+    "gralora_server": ROOT / "server" / "gralora_server",
+}
+MAY_IMPORT = {
+    "gralora_kernels": {"gralora_kernels"},
+    "gralora_runtime": {"gralora_runtime", "gralora_kernels"},
+    "gralora_server": {"gralora_server", "gralora_runtime", "gralora_kernels", "gralora"},
+}
+# library -> the only places that may import it (globs of "package/path")
+CONFINED = {
+    "grpc": ["gralora_server/*"],
+    "grpc_health": ["gralora_server/*"],
+    "grpc_reflection": ["gralora_server/*"],
+    "google": ["gralora_server/*"],
+    "transformers": ["gralora_runtime/model/*"],
+    "safetensors": ["gralora_runtime/adapters/loader.py"],
+    "triton": ["gralora_kernels/triton_ops/*"],
+    "numba": ["gralora_kernels/cpu/*"],
+    "argparse": [],
+    "typer": ["gralora_server/cli*"],
+    "peft": [],
+}
+NO_TORCH = [
+    "gralora_runtime/scheduler.py",
+    "gralora_runtime/pages.py",
+    "gralora_runtime/plan.py",
+    "gralora_runtime/request.py",
+    "gralora_runtime/errors.py",
+    "gralora_runtime/config.py",
+    "gralora_runtime/adapters/arena.py",
+    "gralora_runtime/adapters/lease.py",
+    "gralora_runtime/adapters/spec.py",
+    "gralora_runtime/adapters/store.py",
+]
+
+
+def sources() -> Iterator[tuple[str, Path]]:
+    for package, folder in PACKAGES.items():
+        for path in sorted(folder.rglob("*.py")):
+            yield f"{package}/{path.relative_to(folder)}", path
+
+
+def imported(path: Path) -> set[str]:
+    """Top-level names of everything a file imports, wherever the statement stands."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found.add((node.module or "").split(".")[0])
+    return found
+
+
+@pytest.mark.parametrize(("place", "path"), list(sources()), ids=lambda value: value if isinstance(value, str) else "")
+def test_imports_point_one_way_and_libraries_stay_in_their_place(place: str, path: Path) -> None:
+    package, names = place.split("/", maxsplit=1)[0], imported(path)
+
+    ours = {name for name in names if name.startswith("gralora")}
+    strays = {name for name in names & CONFINED.keys() if not any(fnmatch(place, glob) for glob in CONFINED[name])}
+
+    assert ours <= MAY_IMPORT[package]
+    assert strays == set()
+    assert not (place in NO_TORCH and "torch" in names)
+
+
+def test_policy_files_exist() -> None:
+    """A renamed policy file must not slip out of the rule above."""
+    assert set(NO_TORCH) <= {place for place, _ in sources()}
+
+
+def test_folders_that_would_shadow_a_library_are_no_packages() -> None:
+    """A top-level package `kernels` breaks transformers; `proto` is proto-plus's name."""
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    assert not (ROOT / "proto" / "__init__.py").exists()
+
+
+@pytest.mark.parametrize("place", [p for p, _ in sources() if not fnmatch(p, "gralora_server/cli*")])
+def test_only_the_command_line_reads_the_environment(place: str) -> None:
+    package, _, rest = place.partition("/")
+    text = (PACKAGES[package] / rest).read_text()
+
+    assert "os.environ" not in text
+    assert "getenv" not in text
+    assert "sys.argv" not in text
