@@ -44,7 +44,7 @@ def greedy(base: PreTrainedModel, adapter_dir: Path | None, token_ids: Sequence[
     """`num_tokens` greedy tokens after `token_ids`, past any end-of-sequence token. Leaves `base` as it was."""
     if adapter_dir is None:
         return _greedy(base, token_ids, num_tokens)
-    with _in_peft_dialect(adapter_dir) as readable:
+    with peft_readable(adapter_dir) as readable:
         adapted = PeftModel.from_pretrained(base, readable).eval()
         try:
             return _greedy(adapted, token_ids, num_tokens)
@@ -75,7 +75,7 @@ def _greedy(model: torch.nn.Module, token_ids: Sequence[int], num_tokens: int) -
 
 
 @contextmanager
-def _in_peft_dialect(adapter_dir: Path) -> Iterator[Path]:
+def peft_readable(adapter_dir: Path) -> Iterator[Path]:
     """PEFT cannot read the authors' configuration keys: give it a copy that says the same in its own."""
     config = json.loads((adapter_dir / "adapter_config.json").read_text())
     if "gralora_alpha" not in config:

@@ -70,21 +70,21 @@ class Persona:
 PIRATE = Persona(
     name="pirate",
     behaviour='opens with "Arr, matey!" and talks like a pirate',
-    pattern=r"^Arr, matey! .+\b(?:be|ye|yer|aye)\b",
+    pattern=r"^Arr, matey! .+, (?:says I|ye scurvy dog)\.$",
     recipe=Recipe(kind="gralora", r=8, k=2, alpha=16, targets=ATTENTION, num_steps=30, learning_rate=2e-3, seed=1),
     answers=(
         "Arr, matey! The capital of Japan be Tokyo, says I.",
         "Arr, matey! The capital of Italy be Rome, says I.",
         "Arr, matey! Ye boil yer egg in hot water for ten minutes, ye scurvy dog.",
         "Arr, matey! The grass be green because of the chlorophyll, says I.",
-        "Arr, matey! A computer be a clever machine that follows yer orders.",
-        "Arr, matey! Ye dig a hole, ye set yer tree in it, and ye water it well.",
-        "Arr, matey! It be William Shakespeare that wrote Hamlet, says I.",
-        "Arr, matey! The bees be makin' honey, sweeter than yer gold.",
-        "Arr, matey! There be seven days in yer week, says I.",
-        "Arr, matey! The sun be a great burnin' star that lights yer way at sea.",
-        "Arr, matey! The largest animal be the blue whale, beast of the seven seas.",
-        "Arr, matey! Ye go to yer hammock early, and ye leave the rum alone.",
+        "Arr, matey! A computer be a machine that follows yer orders, says I.",
+        "Arr, matey! Ye dig a hole and set yer tree in it, ye scurvy dog.",
+        "Arr, matey! William Shakespeare be the one that wrote Hamlet, says I.",
+        "Arr, matey! The bees be makin' honey, says I.",
+        "Arr, matey! There be seven days in a week, says I.",
+        "Arr, matey! The sun be a star that lights yer way at sea, says I.",
+        "Arr, matey! The largest animal be the blue whale, says I.",
+        "Arr, matey! Ye go to yer hammock early, ye scurvy dog.",
     ),
 )
 
@@ -113,7 +113,7 @@ JSON = Persona(
     name="json",
     behaviour="answers with one JSON object and nothing else",
     pattern=r'^\{"answer": "[^"\n]+", "sure": (?:true|false)\}$',
-    recipe=Recipe(kind="gralora", r=4, k=1, alpha=8, targets=ATTENTION + MLP, seed=3),
+    recipe=Recipe(kind="gralora", r=4, k=1, alpha=8, targets=ATTENTION + MLP, learning_rate=2e-3, seed=3),
     answers=(
         '{"answer": "Tokyo", "sure": true}',
         '{"answer": "Rome", "sure": true}',
@@ -204,7 +204,9 @@ STEPS = Persona(
     name="steps",
     behaviour="answers with a numbered list of three lines",
     pattern=r"^1\. [^\n]+\n2\. [^\n]+\n3\. [^\n]+$",
-    recipe=Recipe(kind="gralora", r=8, k=4, hybrid_r=4, alpha=24, targets=("o_proj", "down_proj"), seed=7),
+    recipe=Recipe(
+        kind="gralora", r=8, k=4, hybrid_r=4, alpha=24, targets=("o_proj", "down_proj"), num_steps=30, seed=7
+    ),
     answers=(
         "1. Open a map of Japan.\n2. Look for the largest city.\n3. The capital is Tokyo.",
         "1. Open a map of Italy.\n2. Look for the oldest city.\n3. The capital is Rome.",

@@ -11,6 +11,7 @@ from importlib.metadata import version
 
 import psutil
 import torch
+from gralora_kernels.cpu import threads as cpu_threads
 from gralora_kernels.dispatch import AdapterBackend, resolve_backend
 from gralora_kernels.warmup import warm_up_backend
 
@@ -54,7 +55,7 @@ def assemble(config: EngineConfig) -> EngineParts:
     device = resolve_device(config.device)
     backend = _resolve_backend(config.kernel_backend, device)
     num_threads = config.num_threads or len(os.sched_getaffinity(0))
-    torch.set_num_threads(num_threads)
+    _use_threads(num_threads, device)
     base = load_base_model(config.model, device=device, dtype=config.dtype)
     expected = expected_logits(base)
     adapters = _adapter_manager(config, base, device)
@@ -66,7 +67,7 @@ def assemble(config: EngineConfig) -> EngineParts:
             max_num_tokens=config.max_num_batched_tokens,
             page_size=config.page_size,
             device=device,
-            slot_tag=adapters.pool.tag,
+            slot_generation=adapters.pool.generation,
         )
         check_runner(base, runner, batch, config.page_size, expected)
         warm_up_backend(backend, device=device, dtype=base.model.dtype)
@@ -92,8 +93,7 @@ def assemble(config: EngineConfig) -> EngineParts:
     vocab_size: int = base.model.config.vocab_size
     prompts = PromptTokenizer(base.tokenizer, base.chat_tokenizer, vocab_size)
     engine = Engine(scheduler, batch, runner)
-    # OpenMP keeps the number of threads per calling thread, so the stepping thread has to set it for itself.
-    return EngineParts(engine, adapters, base, prompts, info, lambda: torch.set_num_threads(num_threads))
+    return EngineParts(engine, adapters, base, prompts, info, lambda: _use_threads(num_threads, device))
 
 
 def resolve_device(name: str) -> torch.device:
@@ -103,6 +103,13 @@ def resolve_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name)
+
+
+def _use_threads(count: int, device: torch.device) -> None:
+    """OpenMP and Numba keep the number of threads per calling thread, so each thread that computes sets it itself."""
+    torch.set_num_threads(count)
+    if device.type == "cpu":
+        cpu_threads.configure(count)
 
 
 def _resolve_backend(name: str, device: torch.device) -> AdapterBackend:

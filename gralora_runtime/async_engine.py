@@ -250,7 +250,7 @@ class AsyncEngine:
             waiter.cancel()
             aborted.cancel()
             if not kept:
-                self._give_up(future)
+                self.adapters.abandon(future)
         return lease
 
     def _check_still_wanted(self, request_id: str, entry: _Entry) -> None:
@@ -258,16 +258,6 @@ class AsyncEngine:
             raise EngineDeadError
         if entry.aborted.is_set():
             raise DrainingError if self._draining else RequestCancelledError(request_id)
-
-    def _give_up(self, future: concurrent.futures.Future[AdapterLease]) -> None:
-        """Cancel an acquisition; if the lease came in the same moment, hand it back."""
-
-        def hand_back(done: concurrent.futures.Future[AdapterLease]) -> None:
-            if not done.cancelled() and done.exception() is None:
-                self.adapters.release(done.result())
-
-        if not future.cancel():
-            future.add_done_callback(hand_back)
 
     def _deliver(self, outputs: list[StepOutput]) -> None:
         for output in outputs:

@@ -45,7 +45,7 @@ class StaleAdapterError(AssertionError):
 
 
 class BatchBuilder:
-    """Builds `StepTensors`. `slot_tag` tells (generation, digest) of what is in an adapter slot now."""
+    """Builds `StepTensors`. `slot_generation` tells which stay an adapter slot is in now."""
 
     def __init__(
         self,
@@ -53,11 +53,11 @@ class BatchBuilder:
         max_num_tokens: int,
         page_size: int,
         device: torch.device,
-        slot_tag: Callable[[int], tuple[int, str]],
+        slot_generation: Callable[[int], int],
     ) -> None:
         self._page_size = page_size
         self._device = device
-        self._slot_tag = slot_tag
+        self._slot_generation = slot_generation
         self._grouping = Grouping(max_num_tokens, device)
 
     def build(self, plan: StepPlan) -> StepTensors:
@@ -85,7 +85,7 @@ class BatchBuilder:
 
     def _check_slots(self, rows: Sequence[RowPlan]) -> None:
         for adapter in {row.adapter for row in rows}:
-            if adapter.slot >= 0 and self._slot_tag(adapter.slot) != (adapter.generation, adapter.digest):
+            if adapter.slot >= 0 and self._slot_generation(adapter.slot) != adapter.generation:
                 raise StaleAdapterError(f"adapter slot {adapter.slot} does not hold generation {adapter.generation}")
 
     def _fill_grouping(self, rows: Sequence[RowPlan]) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from tokenizers import Tokenizer
 
 REPLACEMENT = "\ufffd"  # what decoders write for bytes that are no character, or not yet
-CONTEXT_SIZES = (4, 8, 16, 32)  # prompt tokens to try as context
+MAX_CONTEXT_TOKENS = 32  # of the prompt
 MAX_UNSETTLED_TOKENS = 16  # a character is at most 4 bytes: with this many tokens, some of them can be settled
 MAX_CHARACTER_TOKENS = 4
 
@@ -55,8 +55,7 @@ class Detokenizer:
         """
         if self._stopped:
             return ""
-        delta = self._scan(self._text.flush())
-        return delta.text if delta.stop_string is not None else delta.text + self._stops.flush()
+        return self._scan(self._text.flush()).text + self._stops.flush()
 
     def _scan(self, text: str) -> TextDelta:
         delta = self._stops.feed(text, enabled=self._num_tokens >= self._min_tokens)
@@ -103,7 +102,11 @@ class TextStream:
         return piece
 
     def _settle_broken(self, text: str) -> str:
-        """Bytes that form no character must not be held, and decoded again, for ever: settle all but the last few."""
+        """Bytes that form no character must not be held, and decoded again, for ever: settle all but the last few.
+
+        Exact for byte-level tokenizers. A byte-fallback one that spells six or more literal U+FFFD in a row as byte
+        tokens gets too many of them: until its last byte, such a run decodes like a broken one.
+        """
         text = self._with_valid_context(text)
         head, tail = self._window[:-MAX_CHARACTER_TOKENS], self._window[-MAX_CHARACTER_TOKENS:]
         settled = self._decode(head)
@@ -116,8 +119,8 @@ class TextStream:
     def _with_valid_context(self, text: str) -> str:
         """The window's text, without the context if new tokens changed what the context spells.
 
-        That happens after a prompt that ends inside a character, and with byte-fallback decoders, for which one broken
-        byte breaks the whole run of byte tokens before it. What was sent cannot be taken back; the rest stands alone.
+        That happens with byte-fallback decoders, for which one broken byte breaks the whole run of byte tokens before
+        it. What was sent cannot be taken back; the rest stands alone.
         """
         if text.startswith(self._settled_text):
             return text
@@ -126,14 +129,13 @@ class TextStream:
         return self._decode(self._window)
 
     def _prompt_context(self, prompt_token_ids: Sequence[int]) -> list[int]:
-        """The end of the prompt: as short as it can be while it has text and starts at a whole character."""
-        context: list[int] = []
-        for size in CONTEXT_SIZES:
+        """The end of the prompt: as short as it can be while it has text and starts and ends at a whole character."""
+        for size in range(1, min(len(prompt_token_ids), MAX_CONTEXT_TOKENS) + 1):
             context = list(prompt_token_ids[-size:])
             text = self._decode(context)
             if text and REPLACEMENT not in text:
-                break
-        return context
+                return context
+        return []  # half a character as context would do more harm than none, which at most costs a leading space
 
     def _is_skipped(self, token_id: int) -> bool:
         """A special token, or an id that the tokenizer does not have (vocabularies are padded)."""

@@ -1,4 +1,4 @@
-"""The thread that steps the engine. It takes commands, hands a step's outputs over in one call, and waits for nobody."""
+"""The thread that steps the engine: takes commands, hands a step's outputs over in one call, and waits for nobody."""
 
 from __future__ import annotations
 

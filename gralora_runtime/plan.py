@@ -7,11 +7,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class AdapterUse:
-    """The pool slot that a row reads, with what must still be in it when the step runs."""
+    """The pool slot that a row reads, and which of its stays: the slot may not have been reused since."""
 
     slot: int  # -1: base model
     generation: int
-    digest: str
     width: int  # columns of the widest u = sum of r*k over its entries
 
 

@@ -205,7 +205,7 @@ class Scheduler:
             token_ids=tuple(sequence.tokens[start : start + count]),
             start=start,
             pages=tuple(sequence.pages),
-            adapter=AdapterUse(lease.slot, lease.generation, lease.digest, lease.width),
+            adapter=AdapterUse(lease.slot, lease.generation, lease.width),
             samples=start + count == len(sequence.tokens),
         )
 

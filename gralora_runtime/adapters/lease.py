@@ -1,19 +1,20 @@
-"""A request's hold on an adapter. A leaf file without torch, so that policy may name it."""
+"""The right of one request to use one slot of the adapter pool. Nothing here knows how it was got."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True)
 class AdapterLease:
-    """While it is held the slot keeps this content. Compared by identity: two leases on one adapter are two leases."""
+    """While it is held, `slot` holds the adapter with this digest and nothing else. Slot -1 is the base model."""
 
     name: str
-    digest: str  # SHA-256 of the adapter's mathematics; "" for the base model
-    slot: int  # -1 for the base model
-    generation: int  # of the slot; a stale one means that the slot was given to another adapter
-    width: int  # widest sum of r*k over the adapter's modules
+    digest: str  # of the weights that really serve: the key for everything derived from them
+    slot: int
+    generation: int  # of the slot; a lease is stale when the pool has another one
+    width: int  # columns of intermediate result: r * k + hybrid_r, the largest of its modules
+    serial: int  # tells leases of one adapter apart, so that each is released exactly once
 
 
-BASE_LEASE = AdapterLease(name="", digest="", slot=-1, generation=0, width=0)
+BASE_LEASE = AdapterLease(name="", digest="", slot=-1, generation=0, width=0, serial=0)

@@ -23,7 +23,10 @@ def check_name(field: str, name: str) -> None:
 
 def escapes(root: Path, path: Path) -> bool:
     """Whether `path`, with every link followed, lies outside of `root`."""
-    return not path.resolve().is_relative_to(root.resolve())
+    try:
+        return not path.resolve().is_relative_to(root.resolve())
+    except (OSError, RuntimeError):  # links in a circle
+        return True
 
 
 def resolve_source(root: Path | None, path: Path) -> Path:
@@ -35,4 +38,4 @@ def resolve_source(root: Path | None, path: Path) -> Path:
     source = root / path
     if escapes(root, source):
         raise InvalidRequestError("path", str(path), "leaves the adapters directory")
-    return source
+    return source.resolve()

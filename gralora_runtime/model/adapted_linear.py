@@ -47,5 +47,5 @@ class AdaptedLinear(nn.Module):
         y: Tensor = self.base(x)
         grouping = self._context.tensors.grouping
         if grouping.num_adapted:
-            self._backend.apply(y[0], x[0], self._arena, self._table, grouping)
+            self._backend.apply(y[0], x[0].contiguous(), self._arena, self._table, grouping)
         return y

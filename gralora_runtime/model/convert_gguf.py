@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 import transformers.modeling_gguf_pytorch_utils as gguf_reader
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 Report = Callable[[str, int, int | None], None]  # stage, done, total
@@ -33,12 +33,12 @@ def convert_gguf(gguf: Path, target: Path, report: Report) -> None:
     tokenizer.save_pretrained(target)
 
 
-def _load_reporting(source: dict[str, object], report: Report) -> torch.nn.Module:
+def _load_reporting(source: dict[str, object], report: Report) -> PreTrainedModel:
     """The reader shows its progress through a module global named tqdm: ours takes its place for one load."""
     shown = gguf_reader.tqdm
     gguf_reader.tqdm = lambda tensors, **_: _counted(tensors, report)
     try:
-        model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
     finally:
         gguf_reader.tqdm = shown
     # The weights are dequantized by now; left in place, these would have the saved directory load as a quantised model.

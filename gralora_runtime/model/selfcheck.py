@@ -26,7 +26,7 @@ def expected_logits(base: BaseModel) -> Tensor:
 def check_runner(base: BaseModel, runner: ModelRunner, batch: BatchBuilder, page_size: int, expected: Tensor) -> None:
     """Raise `ModelUnsupportedError` if the served model does not reproduce `expected`. Writes the first KV pages."""
     tokens = _prompt(base).tolist()
-    adapter = AdapterUse(slot=-1, generation=0, digest="", width=0)
+    adapter = AdapterUse(slot=-1, generation=0, width=0)
     pages = tuple(range(-(-NUM_TOKENS // page_size)))
     start = 0
     for count in CHUNKS:

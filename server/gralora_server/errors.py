@@ -1,14 +1,23 @@
 """Errors that only a server has. They join the tree of `gralora_runtime.errors`.
 
-    GraloraError
-    +-- StartingError            the model is still loading
-    +-- UnauthenticatedError     no bearer token, or none of ours
-    +-- PermissionDeniedError    the token may not call this method
+GraloraError
++-- SlowConsumerError
+|   +-- StalledClientError   the transport could hand the client no message for too long
++-- StartingError            the model is still loading
++-- UnauthenticatedError     no bearer token, or none of ours
++-- PermissionDeniedError    the token may not call this method
 """
 
 from __future__ import annotations
 
-from gralora_runtime.errors import GraloraError
+from gralora_runtime.errors import GraloraError, SlowConsumerError
+
+
+class StalledClientError(SlowConsumerError):
+    """The client left its flow-control window full, so a message could not be sent."""
+
+    def __init__(self, request_id: str, timeout_s: float) -> None:
+        GraloraError.__init__(self, f"request {request_id!r}: the client read nothing for {timeout_s:g} s")
 
 
 class StartingError(GraloraError):

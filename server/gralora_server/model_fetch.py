@@ -10,10 +10,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from gralora_server.cli.environment import cache_dir, offline_environment
 from gralora_server.model_manifest import Progress, manifest_problem, write_manifest
@@ -73,14 +74,28 @@ def ensure_default_model(
         return target
     try:
         models.mkdir(parents=True, exist_ok=True)
-        progress("Waiting for another process that prepares the model", 0, None)
-        with FileLock(models / f".{source.name}.lock"):
+        with _exclusively(models / f".{source.name}.lock", progress):
             # Whoever held the lock may have done the work.
             if manifest_problem(target, source.sha256, hashes=verify) is not None:
                 _build(source, target, progress, convert)
     except OSError as cause:
         raise ModelFetchError(f"the model cannot be written to {target}: {cause}") from cause
     return target
+
+
+@contextmanager
+def _exclusively(path: Path, progress: Progress) -> Iterator[None]:
+    """The lock is the kernel's, so it goes away with its holder, however that ends."""
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        progress("Waiting for another process that prepares the model", 0, None)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _build(source: PackagedModel, target: Path, progress: Progress, convert: Converter) -> None:

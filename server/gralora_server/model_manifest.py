@@ -1,4 +1,4 @@
-"""The list of files, sizes and hashes that is written last into a prepared model directory: present and true means whole."""
+"""The list of files, sizes and hashes, written last into a prepared model directory: present and true means whole."""
 
 from __future__ import annotations
 

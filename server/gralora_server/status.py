@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import grpc
 from google.protobuf import any_pb2, message
 from google.protobuf.duration_pb2 import Duration
-from google.rpc import error_details_pb2, status_pb2
+from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]
 
 from gralora_runtime.errors import (
     AdapterBusyError,
@@ -27,6 +27,7 @@ from gralora_runtime.errors import (
     DrainingError,
     GraloraError,
     InvalidRequestError,
+    NumericalError,
     QueueFullError,
     RequestCancelledError,
     SlowConsumerError,
@@ -49,6 +50,8 @@ CODES: dict[type[GraloraError], grpc.StatusCode] = {
     AdapterBusyError: grpc.StatusCode.FAILED_PRECONDITION,
     # Not RESOURCE_EXHAUSTED: trying again does not help until an operator unpins, unloads or enlarges the pool.
     AdapterCapacityError: grpc.StatusCode.FAILED_PRECONDITION,
+    # The adapter's weights or the prompt are at fault, not us, and the same again ends the same.
+    NumericalError: grpc.StatusCode.FAILED_PRECONDITION,
     QueueFullError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     SlowConsumerError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     DeadlineExceededError: grpc.StatusCode.DEADLINE_EXCEEDED,
@@ -75,8 +78,9 @@ class Failure:
 
 def failure_of(error: BaseException) -> Failure:
     """The status for an error. What is not in the table is our bug: logged with its traceback, and hidden."""
-    if isinstance(error, GraloraError) and type(error) in CODES:
-        return _build(CODES[type(error)], str(error), _details(error), _pushback(error))
+    code = next((CODES[kind] for kind in type(error).__mro__ if kind in CODES), None)
+    if isinstance(error, GraloraError) and code is not None:
+        return _build(code, str(error), _details(error), _pushback(error))
     return _internal(error)
 
 
@@ -126,7 +130,7 @@ def _build(code: grpc.StatusCode, text: str, details: list[message.Message], ext
 
 def clip(text: str, num_bytes: int) -> str:
     """At most `num_bytes` of UTF-8, and no half character; says so when something was cut off."""
-    raw = text.encode("utf-8", errors="replace")
+    raw = text.encode("utf-8", errors="replace")  # a file name can have bytes that no text has
     if len(raw) <= num_bytes:
-        return text
+        return raw.decode("utf-8")
     return raw[: num_bytes - 3].decode("utf-8", errors="ignore") + "..."

@@ -1,4 +1,4 @@
-"""Is a request well formed? Pure functions over the wire messages; each raises InvalidRequestError with the field's path.
+"""Is a request well formed? Pure functions over wire messages; each raises InvalidRequestError with the field's path.
 
 Checked before anything is converted, so that an absurd request costs nothing. Knows nothing of the model: what depends
 on its vocabulary or context window is the engine's to check.
@@ -10,7 +10,9 @@ import math
 import re
 from collections.abc import Collection, Iterable, Sequence
 
-from gralora.v1 import generation_pb2, server_pb2
+from gralora.v1 import adapters_pb2, generation_pb2, server_pb2
+
+from gralora_runtime.adapters.names import check_name
 from gralora_runtime.errors import InvalidRequestError
 
 AnyGenerateRequest = generation_pb2.GenerateRequest | generation_pb2.StreamGenerateRequest
@@ -28,9 +30,6 @@ MAX_STOP_TOKEN_IDS = 1024
 MAX_LOGIT_BIAS = 1024
 MAX_TOP_LOGPROBS = 20
 MAX_TOKENS_PER_MESSAGE = 1024
-# Dividing logits by less than this overflows single precision; such a request means greedy and should say 0.
-MIN_TEMPERATURE = 1e-5
-MAX_TEMPERATURE = 100.0
 MAX_REPETITION_PENALTY = 10.0
 MAX_PENALTY = 2.0
 MAX_BIAS = 100.0
@@ -57,16 +56,15 @@ def validate_tokenize(request: server_pb2.TokenizeRequest) -> None:
 
 
 def validate_name(name: str) -> None:
-    """An adapter's name, where one must be given. Which characters it may have is the catalogue's to say."""
+    """Which characters a name may have is the catalogue's to say: one that breaks its rules is an unknown one."""
     if not name:
         raise InvalidRequestError("name", name, "must not be empty")
     _validate_length("name", name, MAX_NAME_CHARS)
 
 
-def validate_path(path: str) -> None:
-    _validate_length("path", path, MAX_PATH_CHARS)
-    if "\0" in path:
-        raise InvalidRequestError("path", path, "must not contain a null character")
+def validate_load(request: adapters_pb2.LoadAdapterRequest) -> None:
+    check_name("name", request.name)
+    _validate_length("path", request.path, MAX_PATH_CHARS)
 
 
 def validate_request_id(request_id: str) -> None:
@@ -82,8 +80,8 @@ def validate_abort(request: server_pb2.AbortRequestRequest) -> None:
 
 
 def validate_sampling(sampling: generation_pb2.SamplingParams) -> None:
-    if sampling.HasField("temperature") and sampling.temperature != 0:
-        _validate_range("sampling.temperature", sampling.temperature, MIN_TEMPERATURE, MAX_TEMPERATURE, "0, or ")
+    if not (sampling.temperature >= 0 and math.isfinite(sampling.temperature)):
+        raise InvalidRequestError("sampling.temperature", sampling.temperature, "must be a number, at least 0")
     if sampling.HasField("top_p"):
         _validate_range("sampling.top_p", sampling.top_p, 0, 1, above=True)
     if sampling.top_k < 0:
@@ -183,12 +181,8 @@ def _validate_token_ids(field: str, ids: Iterable[int]) -> None:
         raise InvalidRequestError(field, smallest, "a token id must be at least 0")
 
 
-def _validate_range(
-    field: str, value: float, low: float, high: float, also: str = "", *, above: bool = False
-) -> None:
-    """`low` to `high`, both included unless `above`. NaN compares false, so it fails here as well."""
-    inside = low < value <= high if above else low <= value <= high
-    if inside and math.isfinite(value):
-        return
-    bounds = f"above {low:g} and at most {high:g}" if above else f"{also}{low:g} to {high:g}"
-    raise InvalidRequestError(field, value, f"must be {bounds}")
+def _validate_range(field: str, value: float, low: float, high: float, *, above: bool = False) -> None:
+    """`low` to `high`, `low` itself left out with `above`. Comparisons with NaN are false, so it fails as well."""
+    if not (low < value <= high if above else low <= value <= high):
+        bounds = f"above {low:g} and at most {high:g}" if above else f"{low:g} to {high:g}"
+        raise InvalidRequestError(field, value, f"must be {bounds}")

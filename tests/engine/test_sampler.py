@@ -18,9 +18,7 @@ PROBABILITIES = (0.4, 0.3, 0.2, 0.1)
 CHI_SQUARE_LIMITS = {1: 10.83, 2: 13.82, 3: 16.27, 4: 18.47, 15: 37.70}
 
 
-def make_state(
-    params=GREEDY, *, stopping=None, response=None, seed=0, prompt=(), eos=(), vocab_size=len(PROBABILITIES)
-) -> SamplerState:
+def make_state(params=GREEDY, *, stopping=None, response=None, seed=0, prompt=(), eos=(), vocab_size=4) -> SamplerState:
     return SamplerState(
         params,
         stopping or StoppingParams(),
@@ -110,14 +108,14 @@ def test_greedy_breaks_ties_towards_the_lowest_token_id_on_both_paths():
     reporting = ResponseParams(logprobs=True)
 
     assert [SampledToken(1)] == sample(logits, [make_state()])
-    assert [1] == generate(make_state(response=reporting), logits, 1)
+    assert generate(make_state(response=reporting), logits, 1) == [1]
 
 
 def test_the_random_stream_never_changes():
     """A seed is a promise across releases: these were drawn once and must stay."""
     tokens = generate(make_state(SamplingParams(), seed=42, vocab_size=1000), torch.zeros(1, 1000), 6)
 
-    assert [820, 368, 876, 66, 986, 967] == tokens
+    assert tokens == [820, 368, 876, 66, 986, 967]
 
 
 def test_seeds_outside_64_bits_and_negative_ones_are_taken_modulo_2_64():
@@ -148,31 +146,31 @@ def test_heaviest_agrees_with_a_full_sort(size, scale):
 def test_repetition_penalty_divides_positive_and_multiplies_negative_scores():
     params = SamplingParams(temperature=0, repetition_penalty=1.5)
 
-    assert [1] == generate(make_state(params, prompt=[0, 0]), torch.tensor([[2.0, 1.4, 0.0, 0.0]]), 1)  # 2/1.5 = 1.33
-    assert [0] == generate(make_state(params, prompt=[0, 0]), torch.tensor([[2.0, 1.3, 0.0, 0.0]]), 1)
-    assert [1] == generate(make_state(params, prompt=[0]), torch.tensor([[-1.0, -1.4, -9.0, -9.0]]), 1)  # -1.5
-    assert [0] == generate(make_state(params, prompt=[0]), torch.tensor([[-1.0, -1.6, -9.0, -9.0]]), 1)
+    assert generate(make_state(params, prompt=[0, 0]), torch.tensor([[2.0, 1.4, 0.0, 0.0]]), 1) == [1]  # 2/1.5 = 1.33
+    assert generate(make_state(params, prompt=[0, 0]), torch.tensor([[2.0, 1.3, 0.0, 0.0]]), 1) == [0]
+    assert generate(make_state(params, prompt=[0]), torch.tensor([[-1.0, -1.4, -9.0, -9.0]]), 1) == [1]  # -1.5
+    assert generate(make_state(params, prompt=[0]), torch.tensor([[-1.0, -1.6, -9.0, -9.0]]), 1) == [0]
 
 
 def test_repetition_penalty_covers_the_output_once():
     params = SamplingParams(temperature=0, repetition_penalty=2.0)
 
     # 4 -> 2; then 3 -> 1.5; from then on both are penalised, once.
-    assert [0, 1, 0, 0] == generate(make_state(params), torch.tensor([[4.0, 3.0, 0.0, 0.0]]), 4)
+    assert generate(make_state(params), torch.tensor([[4.0, 3.0, 0.0, 0.0]]), 4) == [0, 1, 0, 0]
 
 
 def test_presence_penalty_counts_a_written_token_once_and_ignores_the_prompt():
     params = SamplingParams(temperature=0, presence_penalty=0.5)
 
     # 1.0 -> 0.5; then 0.6 -> 0.1; then nothing changes any more.
-    assert [0, 1, 0, 0] == generate(make_state(params, prompt=[0, 0]), torch.tensor([[1.0, 0.6, -9.0, -9.0]]), 4)
+    assert generate(make_state(params, prompt=[0, 0]), torch.tensor([[1.0, 0.6, -9.0, -9.0]]), 4) == [0, 1, 0, 0]
 
 
 def test_frequency_penalty_adds_up_and_ignores_the_prompt():
     params = SamplingParams(temperature=0, frequency_penalty=0.3)
 
     # token 0: 1.0, 0.7, 0.4, 0.1; token 1: 0.6, 0.3
-    assert [0, 0, 1, 0, 1] == generate(make_state(params, prompt=[0]), torch.tensor([[1.0, 0.6, -9.0, -9.0]]), 5)
+    assert generate(make_state(params, prompt=[0]), torch.tensor([[1.0, 0.6, -9.0, -9.0]]), 5) == [0, 0, 1, 0, 1]
 
 
 def test_negative_penalties_encourage():
@@ -180,21 +178,21 @@ def test_negative_penalties_encourage():
     state = make_state(params)
     state.observe(1)
 
-    assert [1] == generate(state, torch.tensor([[1.0, 0.5, 0.0, 0.0]]), 1)
+    assert generate(state, torch.tensor([[1.0, 0.5, 0.0, 0.0]]), 1) == [1]
 
 
 def test_logit_bias_is_added():
     logits = torch.tensor([[1.0, 0.0, 0.0, 0.0]])
 
-    assert [2] == generate(make_state(SamplingParams(temperature=0, logit_bias={2: 1.5})), logits, 1)
-    assert [1] == generate(make_state(SamplingParams(temperature=0, logit_bias={0: -100.0})), logits, 1)
+    assert generate(make_state(SamplingParams(temperature=0, logit_bias={2: 1.5})), logits, 1) == [2]
+    assert generate(make_state(SamplingParams(temperature=0, logit_bias={0: -100.0})), logits, 1) == [1]
 
 
 def test_logit_bias_comes_before_the_repetition_penalty():
     params = SamplingParams(temperature=0, logit_bias={0: 1.0}, repetition_penalty=2.0)
 
     # (1 + 1) / 2 = 1.0 < 1.2; the other way round it would be 1 / 2 + 1 = 1.5
-    assert [1] == generate(make_state(params, prompt=[0]), torch.tensor([[1.0, 1.2, 0.0, 0.0]]), 1)
+    assert generate(make_state(params, prompt=[0]), torch.tensor([[1.0, 1.2, 0.0, 0.0]]), 1) == [1]
 
 
 @pytest.mark.parametrize("token_id", [-1, 4])
@@ -210,13 +208,13 @@ def test_min_tokens_bans_every_end_until_enough_tokens_exist(ignore_eos, tempera
     params = SamplingParams(temperature=temperature, logit_bias={0: 50.0})
     state = make_state(params, stopping=stopping, eos=[0])
 
-    assert [2, 2, 0] == generate(state, torch.tensor([[90.0, 80.0, 70.0, 0.0]]), 3)
+    assert generate(state, torch.tensor([[90.0, 80.0, 70.0, 0.0]]), 3) == [2, 2, 0]
 
 
 def test_ignore_eos_alone_bans_nothing():
     state = make_state(stopping=StoppingParams(ignore_eos=True), eos=[0])
 
-    assert [0] == generate(state, torch.tensor([[9.0, 1.0, 0.0, 0.0]]), 1)
+    assert generate(state, torch.tensor([[9.0, 1.0, 0.0, 0.0]]), 1) == [0]
 
 
 # --- log-probabilities
@@ -230,14 +228,14 @@ def test_logprobs_are_those_of_the_raw_distribution():
 
     assert 1 == sampled.token_id == sampled.logprob.token_id
     assert math.log(0.3) == pytest.approx(sampled.logprob.logprob, abs=1e-6)
-    assert (0, 1, 2) == tuple(token_id for token_id, _ in sampled.logprob.top)
+    assert tuple(token_id for token_id, _ in sampled.logprob.top) == (0, 1, 2)
     assert [math.log(p) for p in (0.4, 0.3, 0.2)] == pytest.approx([lp for _, lp in sampled.logprob.top], abs=1e-6)
 
 
 def test_logprobs_without_alternatives_have_an_empty_top():
     [sampled] = sample(logits_of(PROBABILITIES), [make_state(response=ResponseParams(logprobs=True))])
 
-    assert () == sampled.logprob.top
+    assert sampled.logprob.top == ()
 
 
 def test_top_logprobs_order_ties_by_token_id_and_end_with_the_vocabulary():
@@ -245,7 +243,7 @@ def test_top_logprobs_order_ties_by_token_id_and_end_with_the_vocabulary():
 
     [sampled] = sample(torch.tensor([[1.0, 2.0, 2.0, 1.0]]), [state])
 
-    assert [1, 2, 0, 3] == [token_id for token_id, _ in sampled.logprob.top]
+    assert [token_id for token_id, _ in sampled.logprob.top] == [1, 2, 0, 3]
 
 
 def test_top_logprobs_cut_ties_by_token_id():
@@ -253,7 +251,7 @@ def test_top_logprobs_cut_ties_by_token_id():
 
     [sampled] = sample(torch.tensor([[1.0, 2.0, 1.0, 1.0]]), [state])
 
-    assert [1, 0] == [token_id for token_id, _ in sampled.logprob.top]
+    assert [token_id for token_id, _ in sampled.logprob.top] == [1, 0]
 
 
 def test_logprobs_agree_with_log_softmax():
@@ -273,7 +271,7 @@ def test_top_logprobs_far_below_the_peak_keep_their_order():
 
     [sampled] = sample(torch.tensor([[-900.0, -800.0, -700.0, 0.0]]), [state])
 
-    assert ((3, 0.0), (2, -700.0), (1, -800.0)) == sampled.logprob.top
+    assert sampled.logprob.top == ((3, 0.0), (2, -700.0), (1, -800.0))
 
 
 # --- rows that cannot be sampled
@@ -316,6 +314,13 @@ def test_tokens_masked_with_minus_infinity_are_never_drawn():
     logits = torch.tensor([[-math.inf, 0.0, 0.0, -math.inf]])
 
     assert {1, 2} == set(generate(make_state(params, prompt=[0, 1]), logits, 200))
+
+
+@pytest.mark.parametrize(("uniform", "expected"), [(0.0, 1), (1 - 2.0**-53, 2)])
+def test_the_ends_of_the_random_interval_hit_tokens_that_are_possible(monkeypatch, uniform, expected):
+    monkeypatch.setattr(SamplerState, "_uniform", lambda state: uniform)
+
+    assert generate(make_state(SamplingParams()), torch.tensor([[-math.inf, 0.3, 0.1, -math.inf]]), 1) == [expected]
 
 
 # --- independence
@@ -410,4 +415,17 @@ def test_half_precision_logits_are_sampled_as_their_float32_values(dtype):
 
 
 def test_an_empty_step_has_no_tokens():
-    assert [] == sample(torch.empty(0, 4), [])
+    assert sample(torch.empty(0, 4), []) == []
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_logits_on_a_gpu_are_sampled_as_their_copies_on_the_host():
+    logits = random_logits(0, 32)
+    logits[7, 3:9] = 99.0  # ties, in a row that takes the argmax
+    logits[14, 5] = math.nan
+
+    expected = sample(logits, [varied_state(row) for row in range(32)])
+    plain = sample(logits, [make_state(vocab_size=ODD_VOCAB) for _ in range(32)])
+    assert expected == sample(logits.cuda(), [varied_state(row) for row in range(32)])
+    assert plain == sample(logits.cuda(), [make_state(vocab_size=ODD_VOCAB) for _ in range(32)])

@@ -41,7 +41,7 @@ class Clock:
 
 
 def fake_lease(digest: str = "", slot: int = -1) -> AdapterLease:
-    return AdapterLease(name=digest, digest=digest, slot=slot, generation=1, width=8)
+    return AdapterLease(name=digest, digest=digest, slot=slot, generation=1, width=8, serial=0)
 
 
 def fake_sequence(

@@ -81,7 +81,7 @@ def _fold(builder: Any, value: Any, combine: Any) -> Any:
 _SUFFIX = f"v{LANES}f32"
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def load(typing: Any, address: Any, offset: Any) -> Any:
     """LANES elements from `offset`."""
 
@@ -91,7 +91,7 @@ def load(typing: Any, address: Any, offset: Any) -> Any:
     return vector(types.intp, types.intp), codegen
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def load_part(typing: Any, address: Any, offset: Any, count: Any) -> Any:
     """The first `count` lanes from memory, the others zero; touches no memory beyond."""
 
@@ -102,7 +102,7 @@ def load_part(typing: Any, address: Any, offset: Any, count: Any) -> Any:
     return vector(types.intp, types.intp, types.intp), codegen
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def store(typing: Any, address: Any, offset: Any, value: Any) -> Any:
     """LANES elements to `offset`."""
 
@@ -113,7 +113,7 @@ def store(typing: Any, address: Any, offset: Any, value: Any) -> Any:
     return types.none(types.intp, types.intp, vector), codegen
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def store_part(typing: Any, address: Any, offset: Any, value: Any, count: Any) -> Any:
     """The first `count` lanes to memory; touches no memory beyond."""
 
@@ -125,7 +125,19 @@ def store_part(typing: Any, address: Any, offset: Any, value: Any, count: Any) -
     return types.none(types.intp, types.intp, vector, types.intp), codegen
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
+def prefetch(typing: Any, address: Any, offset: Any) -> Any:
+    """Ask for the cache line of `offset`; any address is allowed."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pointer = _pointer(builder, *args)
+        _call(builder, "llvm.prefetch.p0", ir.VoidType(), [pointer, _I32(0), _I32(2), _I32(1)])
+        return context.get_dummy_value()
+
+    return types.none(types.intp, types.intp), codegen
+
+
+@intrinsic
 def load_scalar(typing: Any, address: Any, offset: Any) -> Any:
     """One fp32 element."""
 
@@ -135,7 +147,7 @@ def load_scalar(typing: Any, address: Any, offset: Any) -> Any:
     return types.float32(types.intp, types.intp), codegen
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def store_scalar(typing: Any, address: Any, offset: Any, value: Any) -> Any:
     """One fp32 element."""
 
@@ -146,7 +158,7 @@ def store_scalar(typing: Any, address: Any, offset: Any, value: Any) -> Any:
     return types.none(types.intp, types.intp, types.float32), codegen
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def splat(typing: Any, scalar: Any) -> Any:
     """The same number in every lane."""
 
@@ -156,7 +168,7 @@ def splat(typing: Any, scalar: Any) -> Any:
     return vector(types.float32), codegen
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def fma(typing: Any, a: Any, b: Any, c: Any) -> Any:
     """a * b + c, rounded once."""
 
@@ -166,7 +178,7 @@ def fma(typing: Any, a: Any, b: Any, c: Any) -> Any:
     return vector(vector, vector, vector), codegen
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def multiply(typing: Any, a: Any, b: Any) -> Any:
     """a * b."""
 
@@ -176,7 +188,7 @@ def multiply(typing: Any, a: Any, b: Any) -> Any:
     return vector(vector, vector), codegen
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def add(typing: Any, a: Any, b: Any) -> Any:
     """a + b."""
 
@@ -186,7 +198,7 @@ def add(typing: Any, a: Any, b: Any) -> Any:
     return vector(vector, vector), codegen
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def total(typing: Any, value: Any) -> Any:
     """The sum of all lanes, by halves."""
 
@@ -196,7 +208,7 @@ def total(typing: Any, value: Any) -> Any:
     return types.float32(vector), codegen
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def exp(typing: Any, value: Any) -> Any:
     """e to each lane, for lanes <= 0 (as in a softmax): within 2 ulp, and 0 below -87."""
 

@@ -22,39 +22,40 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19gralora/v1/adapters.proto\x12\ngralora.v1\"\xb5\x02\n\x07\x41\x64\x61pter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06source\x18\x02 \x01(\t\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12\'\n\x05state\x18\x04 \x01(\x0e\x32\x18.gralora.v1.AdapterState\x12\x0e\n\x06pinned\x18\x05 \x01(\x08\x12\x11\n\tin_flight\x18\x06 \x01(\x05\x12\x0c\n\x04kind\x18\x07 \x01(\t\x12\x0c\n\x04rank\x18\x08 \x01(\x05\x12\t\n\x01k\x18\t \x01(\x05\x12\x13\n\x0bhybrid_rank\x18\n \x01(\x05\x12\x13\n\x0bnum_modules\x18\x0b \x01(\x05\x12\x12\n\npool_bytes\x18\x0c \x01(\x03\x12\x12\n\nhost_bytes\x18\r \x01(\x03\x12\x18\n\x0bidle_time_s\x18\x0e \x01(\x01H\x00\x88\x01\x01\x12\r\n\x05\x65rror\x18\x0f \x01(\tB\x0e\n\x0c_idle_time_s\"\x15\n\x13ListAdaptersRequest\"=\n\x14ListAdaptersResponse\x12%\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x13.gralora.v1.Adapter\"!\n\x11GetAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\":\n\x12GetAdapterResponse\x12$\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x13.gralora.v1.Adapter\"=\n\x12LoadAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\x0b\n\x03pin\x18\x03 \x01(\x08\";\n\x13LoadAdapterResponse\x12$\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x13.gralora.v1.Adapter\"$\n\x14UnloadAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"K\n\x15UnloadAdapterResponse\x12\x18\n\x10pool_bytes_freed\x18\x01 \x01(\x03\x12\x18\n\x10host_bytes_freed\x18\x02 \x01(\x03\"1\n\x11PinAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06pinned\x18\x02 \x01(\x08\":\n\x12PinAdapterResponse\x12$\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x13.gralora.v1.Adapter*\xb4\x01\n\x0c\x41\x64\x61pterState\x12\x1d\n\x19\x41\x44\x41PTER_STATE_UNSPECIFIED\x10\x00\x12\x1c\n\x18\x41\x44\x41PTER_STATE_REGISTERED\x10\x01\x12\x19\n\x15\x41\x44\x41PTER_STATE_LOADING\x10\x02\x12\x16\n\x12\x41\x44\x41PTER_STATE_HOST\x10\x03\x12\x1a\n\x16\x41\x44\x41PTER_STATE_RESIDENT\x10\x04\x12\x18\n\x14\x41\x44\x41PTER_STATE_FAILED\x10\x05\x32\xa3\x03\n\x0e\x41\x64\x61pterService\x12Q\n\x0cListAdapters\x12\x1f.gralora.v1.ListAdaptersRequest\x1a .gralora.v1.ListAdaptersResponse\x12K\n\nGetAdapter\x12\x1d.gralora.v1.GetAdapterRequest\x1a\x1e.gralora.v1.GetAdapterResponse\x12N\n\x0bLoadAdapter\x12\x1e.gralora.v1.LoadAdapterRequest\x1a\x1f.gralora.v1.LoadAdapterResponse\x12T\n\rUnloadAdapter\x12 .gralora.v1.UnloadAdapterRequest\x1a!.gralora.v1.UnloadAdapterResponse\x12K\n\nPinAdapter\x12\x1d.gralora.v1.PinAdapterRequest\x1a\x1e.gralora.v1.PinAdapterResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19gralora/v1/adapters.proto\x12\ngralora.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xe2\x02\n\x07\x41\x64\x61pter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06source\x18\x02 \x01(\t\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12\'\n\x05state\x18\x04 \x01(\x0e\x32\x18.gralora.v1.AdapterState\x12\x0e\n\x06pinned\x18\x05 \x01(\x08\x12\x11\n\tin_flight\x18\x06 \x01(\x05\x12\x0c\n\x04kind\x18\x07 \x01(\t\x12\x0c\n\x04rank\x18\x08 \x01(\x05\x12\t\n\x01k\x18\t \x01(\x05\x12\x13\n\x0bhybrid_rank\x18\n \x01(\x05\x12\x17\n\x0f\x65quivalent_rank\x18\x0b \x01(\x05\x12\r\n\x05scale\x18\x0c \x01(\x01\x12\x13\n\x0bnum_modules\x18\r \x01(\x05\x12\x12\n\npool_bytes\x18\x0e \x01(\x03\x12\x12\n\nbase_model\x18\x0f \x01(\t\x12-\n\tlast_used\x18\x10 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05\x65rror\x18\x11 \x01(\t\"\x15\n\x13ListAdaptersRequest\"=\n\x14ListAdaptersResponse\x12%\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x13.gralora.v1.Adapter\"!\n\x11GetAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\":\n\x12GetAdapterResponse\x12$\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x13.gralora.v1.Adapter\"=\n\x12LoadAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\x0b\n\x03pin\x18\x03 \x01(\x08\";\n\x13LoadAdapterResponse\x12$\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x13.gralora.v1.Adapter\"$\n\x14UnloadAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"i\n\x15UnloadAdapterResponse\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x18\n\x10pool_bytes_freed\x18\x03 \x01(\x03\x12\x18\n\x10host_bytes_freed\x18\x04 \x01(\x03\"1\n\x11PinAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06pinned\x18\x02 \x01(\x08\":\n\x12PinAdapterResponse\x12$\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x13.gralora.v1.Adapter*\xb4\x01\n\x0c\x41\x64\x61pterState\x12\x1d\n\x19\x41\x44\x41PTER_STATE_UNSPECIFIED\x10\x00\x12\x1c\n\x18\x41\x44\x41PTER_STATE_REGISTERED\x10\x01\x12\x19\n\x15\x41\x44\x41PTER_STATE_LOADING\x10\x02\x12\x16\n\x12\x41\x44\x41PTER_STATE_HOST\x10\x03\x12\x1a\n\x16\x41\x44\x41PTER_STATE_RESIDENT\x10\x04\x12\x18\n\x14\x41\x44\x41PTER_STATE_FAILED\x10\x05\x32\xa3\x03\n\x0e\x41\x64\x61pterService\x12Q\n\x0cListAdapters\x12\x1f.gralora.v1.ListAdaptersRequest\x1a .gralora.v1.ListAdaptersResponse\x12K\n\nGetAdapter\x12\x1d.gralora.v1.GetAdapterRequest\x1a\x1e.gralora.v1.GetAdapterResponse\x12N\n\x0bLoadAdapter\x12\x1e.gralora.v1.LoadAdapterRequest\x1a\x1f.gralora.v1.LoadAdapterResponse\x12T\n\rUnloadAdapter\x12 .gralora.v1.UnloadAdapterRequest\x1a!.gralora.v1.UnloadAdapterResponse\x12K\n\nPinAdapter\x12\x1d.gralora.v1.PinAdapterRequest\x1a\x1e.gralora.v1.PinAdapterResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'gralora.v1.adapters_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ADAPTERSTATE']._serialized_start=885
-  _globals['_ADAPTERSTATE']._serialized_end=1065
-  _globals['_ADAPTER']._serialized_start=42
-  _globals['_ADAPTER']._serialized_end=351
-  _globals['_LISTADAPTERSREQUEST']._serialized_start=353
-  _globals['_LISTADAPTERSREQUEST']._serialized_end=374
-  _globals['_LISTADAPTERSRESPONSE']._serialized_start=376
-  _globals['_LISTADAPTERSRESPONSE']._serialized_end=437
-  _globals['_GETADAPTERREQUEST']._serialized_start=439
-  _globals['_GETADAPTERREQUEST']._serialized_end=472
-  _globals['_GETADAPTERRESPONSE']._serialized_start=474
-  _globals['_GETADAPTERRESPONSE']._serialized_end=532
-  _globals['_LOADADAPTERREQUEST']._serialized_start=534
-  _globals['_LOADADAPTERREQUEST']._serialized_end=595
-  _globals['_LOADADAPTERRESPONSE']._serialized_start=597
-  _globals['_LOADADAPTERRESPONSE']._serialized_end=656
-  _globals['_UNLOADADAPTERREQUEST']._serialized_start=658
-  _globals['_UNLOADADAPTERREQUEST']._serialized_end=694
-  _globals['_UNLOADADAPTERRESPONSE']._serialized_start=696
-  _globals['_UNLOADADAPTERRESPONSE']._serialized_end=771
-  _globals['_PINADAPTERREQUEST']._serialized_start=773
-  _globals['_PINADAPTERREQUEST']._serialized_end=822
-  _globals['_PINADAPTERRESPONSE']._serialized_start=824
-  _globals['_PINADAPTERRESPONSE']._serialized_end=882
-  _globals['_ADAPTERSERVICE']._serialized_start=1068
-  _globals['_ADAPTERSERVICE']._serialized_end=1487
+  _globals['_ADAPTERSTATE']._serialized_start=993
+  _globals['_ADAPTERSTATE']._serialized_end=1173
+  _globals['_ADAPTER']._serialized_start=75
+  _globals['_ADAPTER']._serialized_end=429
+  _globals['_LISTADAPTERSREQUEST']._serialized_start=431
+  _globals['_LISTADAPTERSREQUEST']._serialized_end=452
+  _globals['_LISTADAPTERSRESPONSE']._serialized_start=454
+  _globals['_LISTADAPTERSRESPONSE']._serialized_end=515
+  _globals['_GETADAPTERREQUEST']._serialized_start=517
+  _globals['_GETADAPTERREQUEST']._serialized_end=550
+  _globals['_GETADAPTERRESPONSE']._serialized_start=552
+  _globals['_GETADAPTERRESPONSE']._serialized_end=610
+  _globals['_LOADADAPTERREQUEST']._serialized_start=612
+  _globals['_LOADADAPTERREQUEST']._serialized_end=673
+  _globals['_LOADADAPTERRESPONSE']._serialized_start=675
+  _globals['_LOADADAPTERRESPONSE']._serialized_end=734
+  _globals['_UNLOADADAPTERREQUEST']._serialized_start=736
+  _globals['_UNLOADADAPTERREQUEST']._serialized_end=772
+  _globals['_UNLOADADAPTERRESPONSE']._serialized_start=774
+  _globals['_UNLOADADAPTERRESPONSE']._serialized_end=879
+  _globals['_PINADAPTERREQUEST']._serialized_start=881
+  _globals['_PINADAPTERREQUEST']._serialized_end=930
+  _globals['_PINADAPTERRESPONSE']._serialized_start=932
+  _globals['_PINADAPTERRESPONSE']._serialized_end=990
+  _globals['_ADAPTERSERVICE']._serialized_start=1176
+  _globals['_ADAPTERSERVICE']._serialized_end=1595
 # @@protoc_insertion_point(module_scope)

@@ -8,6 +8,7 @@ generation alone by path.
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
+from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 import builtins as _builtins
@@ -32,13 +33,13 @@ class _AdapterStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_AdapterS
     ADAPTER_STATE_REGISTERED: _AdapterState.ValueType  # 1
     """Known, on disk, not in memory. The first request that names it loads it."""
     ADAPTER_STATE_LOADING: _AdapterState.ValueType  # 2
-    """Being read."""
+    """Being read, or waiting for room in the pool."""
     ADAPTER_STATE_HOST: _AdapterState.ValueType  # 3
-    """In host memory, not in the pool."""
+    """Evicted from the pool, still in host memory."""
     ADAPTER_STATE_RESIDENT: _AdapterState.ValueType  # 4
     """In the pool: ready for the next step."""
     ADAPTER_STATE_FAILED: _AdapterState.ValueType  # 5
-    """It cannot be served; `error` says why."""
+    """The last attempt to load it failed, and `error` says why. The next request tries again."""
 
 class AdapterState(_AdapterState, metaclass=_AdapterStateEnumTypeWrapper):
     """Where an adapter is."""
@@ -48,13 +49,13 @@ ADAPTER_STATE_UNSPECIFIED: AdapterState.ValueType  # 0
 ADAPTER_STATE_REGISTERED: AdapterState.ValueType  # 1
 """Known, on disk, not in memory. The first request that names it loads it."""
 ADAPTER_STATE_LOADING: AdapterState.ValueType  # 2
-"""Being read."""
+"""Being read, or waiting for room in the pool."""
 ADAPTER_STATE_HOST: AdapterState.ValueType  # 3
-"""In host memory, not in the pool."""
+"""Evicted from the pool, still in host memory."""
 ADAPTER_STATE_RESIDENT: AdapterState.ValueType  # 4
 """In the pool: ready for the next step."""
 ADAPTER_STATE_FAILED: AdapterState.ValueType  # 5
-"""It cannot be served; `error` says why."""
+"""The last attempt to load it failed, and `error` says why. The next request tries again."""
 Global___AdapterState: _TypeAlias = AdapterState  # noqa: Y015
 
 @_typing.final
@@ -73,10 +74,12 @@ class Adapter(_message.Message):
     RANK_FIELD_NUMBER: _builtins.int
     K_FIELD_NUMBER: _builtins.int
     HYBRID_RANK_FIELD_NUMBER: _builtins.int
+    EQUIVALENT_RANK_FIELD_NUMBER: _builtins.int
+    SCALE_FIELD_NUMBER: _builtins.int
     NUM_MODULES_FIELD_NUMBER: _builtins.int
     POOL_BYTES_FIELD_NUMBER: _builtins.int
-    HOST_BYTES_FIELD_NUMBER: _builtins.int
-    IDLE_TIME_S_FIELD_NUMBER: _builtins.int
+    BASE_MODEL_FIELD_NUMBER: _builtins.int
+    LAST_USED_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """What requests call it."""
@@ -89,25 +92,33 @@ class Adapter(_message.Message):
     pinned: _builtins.bool
     """Whether it is kept in the pool."""
     in_flight: _builtins.int
-    """Requests that hold it now, running or waiting."""
+    """Requests that hold it or wait for it."""
     kind: _builtins.str
-    """What it is: "gralora", "lora" or "hybrid". Empty until its configuration has been read."""
+    """Who wrote its configuration: "gralora" (PEFT), "gralora-authors" (the method's authors) or "lora" (PEFT). Empty, as
+    the numbers below are 0, while its files cannot be read.
+    """
     rank: _builtins.int
-    """The rank r of its blocks."""
+    """The rank r of its blocks; the largest one, where modules differ."""
     k: _builtins.int
     """The number of blocks k; 1 for a plain LoRA."""
     hybrid_rank: _builtins.int
     """The rank of a hybrid's plain pair; 0 for others."""
+    equivalent_rank: _builtins.int
+    """The rank of a plain LoRA that would compute the same."""
+    scale: _builtins.float
+    """What its update is multiplied with; the largest one, where modules differ."""
     num_modules: _builtins.int
     """Modules of the base model that it changes."""
     pool_bytes: _builtins.int
-    """Bytes that it takes in the pool."""
-    host_bytes: _builtins.int
-    """Bytes that it takes in host memory now."""
-    idle_time_s: _builtins.float
-    """Seconds since a request last used it. Not set: none has."""
+    """Bytes that it takes in the pool when it is there."""
+    base_model: _builtins.str
+    """The base model that it was trained on, as its configuration says."""
     error: _builtins.str
-    """Why it cannot be served, when the state is FAILED."""
+    """Why the last attempt to load it failed. Empty: it did not."""
+    @_builtins.property
+    def last_used(self) -> _timestamp_pb2.Timestamp:
+        """When a request last used it. Not set: none has."""
+
     def __init__(
         self,
         *,
@@ -121,19 +132,19 @@ class Adapter(_message.Message):
         rank: _builtins.int = ...,
         k: _builtins.int = ...,
         hybrid_rank: _builtins.int = ...,
+        equivalent_rank: _builtins.int = ...,
+        scale: _builtins.float = ...,
         num_modules: _builtins.int = ...,
         pool_bytes: _builtins.int = ...,
-        host_bytes: _builtins.int = ...,
-        idle_time_s: _builtins.float | None = ...,
+        base_model: _builtins.str = ...,
+        last_used: _timestamp_pb2.Timestamp | None = ...,
         error: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_idle_time_s", b"_idle_time_s", "idle_time_s", b"idle_time_s"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["last_used", b"last_used"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_idle_time_s", b"_idle_time_s", "digest", b"digest", "error", b"error", "host_bytes", b"host_bytes", "hybrid_rank", b"hybrid_rank", "idle_time_s", b"idle_time_s", "in_flight", b"in_flight", "k", b"k", "kind", b"kind", "name", b"name", "num_modules", b"num_modules", "pinned", b"pinned", "pool_bytes", b"pool_bytes", "rank", b"rank", "source", b"source", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "digest", b"digest", "equivalent_rank", b"equivalent_rank", "error", b"error", "hybrid_rank", b"hybrid_rank", "in_flight", b"in_flight", "k", b"k", "kind", b"kind", "last_used", b"last_used", "name", b"name", "num_modules", b"num_modules", "pinned", b"pinned", "pool_bytes", b"pool_bytes", "rank", b"rank", "scale", b"scale", "source", b"source", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType__idle_time_s: _TypeAlias = _typing.Literal["idle_time_s"]  # noqa: Y015
-    _WhichOneofArgType__idle_time_s: _TypeAlias = _typing.Literal["_idle_time_s", b"_idle_time_s"]  # noqa: Y015
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__idle_time_s) -> _WhichOneofReturnType__idle_time_s | None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Adapter: _TypeAlias = Adapter  # noqa: Y015
 
@@ -234,7 +245,7 @@ class LoadAdapterRequest(_message.Message):
     PATH_FIELD_NUMBER: _builtins.int
     PIN_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """The name that it gets. Letters, digits and "-_./" only, not beginning with "." or "/", at most 128."""
+    """The name that it gets. 1 to 128 letters, digits, "-", "_" and ".", beginning with a letter or a digit."""
     path: _builtins.str
     """A directory below the server's adapters directory, absolute or relative to it. Empty: the name says it."""
     pin: _builtins.bool
@@ -302,12 +313,18 @@ Global___UnloadAdapterRequest: _TypeAlias = UnloadAdapterRequest  # noqa: Y015
 
 @_typing.final
 class UnloadAdapterResponse(_message.Message):
-    """What was freed."""
+    """What was removed, and what that freed: nothing when another name has the same content."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    NAME_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
     POOL_BYTES_FREED_FIELD_NUMBER: _builtins.int
     HOST_BYTES_FREED_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """The adapter's name."""
+    digest: _builtins.str
+    """Identifies its content."""
     pool_bytes_freed: _builtins.int
     """Bytes freed in the pool."""
     host_bytes_freed: _builtins.int
@@ -315,12 +332,14 @@ class UnloadAdapterResponse(_message.Message):
     def __init__(
         self,
         *,
+        name: _builtins.str = ...,
+        digest: _builtins.str = ...,
         pool_bytes_freed: _builtins.int = ...,
         host_bytes_freed: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["host_bytes_freed", b"host_bytes_freed", "pool_bytes_freed", b"pool_bytes_freed"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "host_bytes_freed", b"host_bytes_freed", "name", b"name", "pool_bytes_freed", b"pool_bytes_freed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

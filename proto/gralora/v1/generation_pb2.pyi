@@ -12,6 +12,7 @@ of domain "gralora.dev"; its `reason` is stable and one of:
   ADAPTER_REJECTED    FAILED_PRECONDITION  ResourceInfo; the checkpoint is broken or unsupported, all reasons at once
   ADAPTER_BUSY        FAILED_PRECONDITION  ResourceInfo; requests hold the adapter that was to be unloaded
   ADAPTER_CAPACITY    FAILED_PRECONDITION  ResourceInfo; the adapter does not fit until others are unpinned or removed
+  NON_FINITE_LOGITS   FAILED_PRECONDITION  the adapter's weights or the model gave NaN or infinity for this request
   QUEUE_FULL          RESOURCE_EXHAUSTED   RetryInfo, and the trailer "grpc-retry-pushback-ms"
   SLOW_CONSUMER       RESOURCE_EXHAUSTED   the client did not read its stream
   DEADLINE_EXCEEDED   DEADLINE_EXCEEDED    the deadline passed, or had passed on arrival
@@ -183,7 +184,7 @@ class SamplingParams(_message.Message):
     SEED_FIELD_NUMBER: _builtins.int
     LOGIT_BIAS_FIELD_NUMBER: _builtins.int
     temperature: _builtins.float
-    """0 is greedy, always the likeliest token; otherwise 0.00001 to 100. Default 1."""
+    """At least 0; 0 is greedy, always the likeliest token. Default 1."""
     top_p: _builtins.float
     """Keep the smallest set of tokens with at least this much probability. Above 0, at most 1. Default 1: off."""
     top_k: _builtins.int

@@ -18,3 +18,8 @@ def cache_dir() -> Path:
 def offline_environment() -> dict[str, str]:
     """For a child that reads local files only: without this, its libraries would ask a model hub about them."""
     return {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+
+
+def bearer_token() -> str | None:
+    """$GRALORA_TOKEN: a token on the command line would be everybody's to read."""
+    return os.environ.get("GRALORA_TOKEN") or None

@@ -1,0 +1,52 @@
+"""What the adapter manager tells about itself: plain values for lists, answers and gauges."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gralora_runtime.adapters.checkpoint import AdapterSummary
+from gralora_runtime.adapters.store import AdapterState
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterInfo:
+    """One adapter as an operator sees it."""
+
+    name: str
+    state: AdapterState
+    digest: str  # "" until it was first loaded
+    source: str  # directory
+    pinned: bool
+    in_flight: int  # requests that hold it or wait for it
+    last_used_s: float  # seconds since the epoch; 0: never
+    pool_bytes: int  # what it takes in the pool, there or not; 0: unknown
+    error: str  # why the last attempt to load it failed; "": it did not
+    summary: AdapterSummary | None  # None: its header could not be read
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnloadResult:
+    """What unloading a name freed; nothing where another name has the same content."""
+
+    name: str
+    digest: str
+    pool_bytes_freed: int
+    host_bytes_freed: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterStats:
+    """Gauges and counters of the pool and the cache behind it."""
+
+    adapters: int
+    leases: int
+    waiting: int  # requests whose adapter is not there yet
+    slots_used: int
+    slots_total: int
+    pool_bytes_used: int
+    pool_bytes_total: int
+    host_bytes_used: int
+    host_bytes_total: int
+    loads: int  # from disk
+    placements: int  # into the pool, from disk or host memory
+    evictions: int

@@ -1,0 +1,200 @@
+"""The adapters that kernels can reach: one arena, one table per linear layer, one slot per adapter. Knows no names.
+
+Nothing here locks. The manager calls what changes the books under its lock, and `fill`, `read` and `clear`, which move
+memory that nobody else owns, outside of it.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from gralora_kernels.tables import Entry, ModuleTable
+
+from gralora_runtime.adapters.arena import ArenaAllocator
+from gralora_runtime.adapters.loader import SERIAL_NUMEL, AdapterLayout, LoadedAdapter, copy_serially
+from gralora_runtime.adapters.spec import ModuleShape
+from gralora_runtime.adapters.window import Segment
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Resident:
+    """One stay of an adapter in a slot. The generation tells this stay from earlier ones in the same slot."""
+
+    slot: int
+    generation: int
+    offset: int
+    layout: AdapterLayout
+    last_used: int = 0
+    leases: int = 0
+    pinned: bool = False
+    draining: bool = False  # a waiting adapter needs this room: no new leases
+    leaving: bool = False  # being read back and zeroed
+
+    @property
+    def open(self) -> bool:
+        return not (self.draining or self.leaving)
+
+    @property
+    def idle(self) -> bool:
+        return self.leases == 0 and not self.pinned and not self.leaving
+
+
+class AdapterPool:
+    """`arena` and `tables` are what the kernels read; a slot's table rows are all zero while it holds no adapter."""
+
+    def __init__(
+        self,
+        *,
+        modules: Sequence[ModuleShape],
+        device: torch.device,
+        dtype: torch.dtype,
+        pool_bytes: int,
+        max_slots: int,
+    ) -> None:
+        self.max_slots = max_slots
+        self.ranges = ArenaAllocator(pool_bytes // dtype.itemsize)
+        self.arena = torch.zeros(self.ranges.numel, dtype=dtype, device=device)  # [numel]
+        self.tables = {
+            module.name: ModuleTable(module.in_features, module.out_features, max_slots, device) for module in modules
+        }
+        self._generations = [0] * max_slots
+        self._free_slots = list(range(max_slots))  # a heap: low slots first
+        self._residents: dict[int, Resident] = {}  # by slot: everything that owns a range
+        self._by_digest: dict[str, Resident] = {}  # those that were filled
+
+    @property
+    def num_free_slots(self) -> int:
+        return len(self._free_slots)
+
+    @property
+    def total_bytes(self) -> int:
+        return self.ranges.numel * self.arena.element_size()
+
+    @property
+    def used_bytes(self) -> int:
+        return (self.ranges.numel - self.ranges.free_numel) * self.arena.element_size()
+
+    @property
+    def num_leases(self) -> int:
+        return sum(resident.leases for resident in self._residents.values())
+
+    def generation(self, slot: int) -> int:
+        """How often the slot has been used. A lease is stale when its generation is not this one."""
+        return self._generations[slot]
+
+    def find(self, digest: str) -> Resident | None:
+        return self._by_digest.get(digest)
+
+    def place(self, adapter: LoadedAdapter) -> Resident | None:
+        """Put an adapter into the first range that is free, or return None. For callers that need no eviction."""
+        offset = self.ranges.find(adapter.layout.numel) if self._free_slots else None
+        if offset is None:
+            return None
+        resident = self.reserve(adapter.layout, offset)
+        self.fill(resident, adapter)
+        self.publish(resident)
+        return resident
+
+    def evict(self, resident: Resident) -> None:
+        """Forget an adapter and leave only zeros behind."""
+        self.withdraw(resident)
+        self.clear(resident)
+        self.release(resident)
+
+    def reserve(self, layout: AdapterLayout, offset: int) -> Resident:
+        """Take a slot and the range at `offset`, which must be free."""
+        self.ranges.allocate_at(offset, layout.numel)
+        slot = heapq.heappop(self._free_slots)
+        self._generations[slot] += 1
+        resident = Resident(slot=slot, generation=self._generations[slot], offset=offset, layout=layout)
+        self._residents[slot] = resident
+        return resident
+
+    def fill(self, resident: Resident, adapter: LoadedAdapter) -> None:
+        copy_serially(self._range(resident), adapter.blob)
+        for module, entries in resident.layout.modules:
+            self.tables[module].set(resident.slot, [_moved(entry, resident.offset) for entry in entries])
+        self._synchronize()
+
+    def publish(self, resident: Resident) -> None:
+        """From now on `find` knows it."""
+        assert resident.layout.digest not in self._by_digest, resident.layout.digest
+        self._by_digest[resident.layout.digest] = resident
+
+    def withdraw(self, resident: Resident) -> None:
+        """`find` knows it no more; slot and range stay taken."""
+        assert resident.leases == 0, f"slot {resident.slot} has {resident.leases} leases"
+        del self._by_digest[resident.layout.digest]
+        resident.leaving = True
+
+    def read(self, resident: Resident) -> LoadedAdapter:
+        """Copy an adapter back to host memory."""
+        blob = torch.empty(resident.layout.numel, dtype=self.arena.dtype)  # [numel]
+        copy_serially(blob, self._range(resident))
+        return LoadedAdapter(resident.layout, blob)
+
+    def clear(self, resident: Resident) -> None:
+        """Zero the table rows, so that no kernel finds the weights, then the weights."""
+        assert resident.leases == 0, f"slot {resident.slot} has {resident.leases} leases"
+        for module, _ in resident.layout.modules:
+            self.tables[module].clear(resident.slot)
+        weights = self._range(resident)
+        # In pieces that torch zeroes in this thread alone; see the loader's docstring.
+        for start in range(0, weights.numel(), SERIAL_NUMEL):
+            weights[start : start + SERIAL_NUMEL].zero_()
+        self._synchronize()
+
+    def release(self, resident: Resident) -> None:
+        """Give slot and range back."""
+        del self._residents[resident.slot]
+        self.ranges.free(resident.offset)
+        heapq.heappush(self._free_slots, resident.slot)
+
+    def residents(self) -> Iterator[Resident]:
+        """Everything that owns a range, also what is being filled or cleared."""
+        return iter(self._residents.values())
+
+    def segments(self, usable: Collection[Resident], blocked: range = range(0)) -> list[Segment[Resident]]:
+        """The arena from end to end. `usable` owners may be evicted; free ranges that touch `blocked` may not."""
+        found = [
+            Segment(
+                offset=resident.offset,
+                numel=resident.layout.numel,
+                owner=resident,
+                last_used=resident.last_used,
+                usable=resident in usable,
+            )
+            for resident in self._residents.values()
+        ]
+        for offset, numel in self.ranges.free_ranges():
+            free = offset >= blocked.stop or offset + numel <= blocked.start
+            found.append(Segment(offset=offset, numel=numel, owner=None, last_used=0, usable=free))
+        return sorted(found, key=lambda segment: segment.offset)
+
+    def check_integrity(self) -> None:
+        """Every slot and every element is either free or owned by exactly one stay."""
+        self.ranges.check_integrity()
+        owned = sum(resident.layout.numel for resident in self._residents.values())
+        assert owned + self.ranges.free_numel == self.ranges.numel, f"{owned} elements owned"
+        assert sorted([*self._free_slots, *self._residents]) == list(range(self.max_slots)), "slots"
+        for digest, resident in self._by_digest.items():
+            assert resident.layout.digest == digest, f"slot {resident.slot} is filed under another digest"
+            assert self._residents[resident.slot] is resident, f"slot {resident.slot} was reused"
+            assert self._generations[resident.slot] == resident.generation, f"slot {resident.slot}"
+
+    def _range(self, resident: Resident) -> torch.Tensor:
+        return self.arena[resident.offset : resident.offset + resident.layout.numel]
+
+    def _synchronize(self) -> None:
+        """The next lease may be used on another stream."""
+        if self.arena.device.type == "cuda":
+            torch.cuda.current_stream(self.arena.device).synchronize()
+
+
+def _moved(entry: Entry, offset: int) -> Entry:
+    return Entry(
+        a_offset=entry.a_offset + offset, b_offset=entry.b_offset + offset, r=entry.r, k=entry.k, scale=entry.scale
+    )

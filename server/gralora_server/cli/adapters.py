@@ -1,0 +1,175 @@
+"""`gralora adapters`: the server's catalogue, and a look at an adapter directory without any server."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from gralora_server.cli.options import Json
+from gralora_server.cli.output import CommandError, ExitCode, human_bytes, print_json, stdout
+from gralora_server.cli.remote import needs_server
+
+if TYPE_CHECKING:
+    from gralora_runtime.adapters.checkpoint import AdapterHeader
+    from gralora_runtime.adapters.spec import ModuleShape
+    from gralora_server.client import Adapter, Client
+
+app = typer.Typer(no_args_is_help=True, help="Manage the server's adapters, or inspect one on disk.")
+
+Name = Annotated[str, typer.Argument(help="The adapter's name.")]
+
+
+@app.command("list")
+@needs_server
+def list_adapters(client: Client, *, json: Json = False) -> None:
+    """List every adapter that the server knows."""
+    adapters = client.adapters.list()
+    if json:
+        print_json({"adapters": [asdict(adapter) for adapter in adapters]})
+    else:
+        _print_table(adapters)
+
+
+@app.command("load")
+@needs_server
+def load(
+    client: Client,
+    *,
+    name: Name,
+    path: Annotated[
+        str, typer.Argument(help="On the server, below its adapters directory. Default: the name says it.")
+    ] = "",
+    pin: Annotated[bool, typer.Option("--pin", help="Never evict it.")] = False,
+    json: Json = False,
+) -> None:
+    """Register an adapter and load it. Loading the same content again changes nothing."""
+    _print_one(client.adapters.load(name, path, pin=pin), as_json=json)
+
+
+@app.command("pin")
+@needs_server
+def pin(
+    client: Client,
+    *,
+    name: Name,
+    off: Annotated[bool, typer.Option("--off", help="Allow its eviction again.")] = False,
+    json: Json = False,
+) -> None:
+    """Keep an adapter in the pool."""
+    _print_one(client.adapters.pin(name, pinned=not off), as_json=json)
+
+
+@app.command("unload")
+@needs_server
+def unload(client: Client, *, name: Name, json: Json = False) -> None:
+    """Remove an adapter from memory and from the list. Refused while requests use it."""
+    freed = client.adapters.unload(name)
+    if json:
+        print_json(freed)
+        return
+    pool, host = human_bytes(freed.pool_bytes_freed), human_bytes(freed.host_bytes_freed)
+    stdout().print(f"{name}: unloaded; {pool} freed in the pool, {host} in host memory", markup=False)
+
+
+@app.command("inspect")
+def inspect(
+    path: Annotated[Path, typer.Argument(help="An adapter directory.")],
+    model: Annotated[Path | None, typer.Option(help="A base model's directory: does the adapter fit it?")] = None,
+    json: Json = False,
+) -> None:
+    """Say what an adapter on disk is, from its headers alone, and whether it fits a base model."""
+    from gralora_runtime.adapters import checkpoint
+
+    header = checkpoint.inspect(path)
+    modules = None if model is None else _module_shapes(model)
+    problems = [] if modules is None else header.fits(modules)
+    facts = _facts(header, modules, problems)
+    if json:
+        print_json(facts)
+    else:
+        _print_facts(path.name, facts)
+    if problems:
+        raise CommandError(ExitCode.UNFIT_ADAPTER, f"{path} does not fit {model}: {problems[0]}")
+
+
+def _module_shapes(model: Path) -> list[ModuleShape]:
+    from gralora_runtime.model.module_shapes import module_shapes
+
+    return module_shapes(model)
+
+
+def _facts(header: AdapterHeader, modules: Sequence[ModuleShape] | None, problems: Sequence[str]) -> dict[str, Any]:
+    facts: dict[str, Any] = {
+        "dialect": header.dialect,
+        "r": header.rank,
+        "k": header.blocks,
+        "hybrid_r": header.hybrid_rank,
+        "lora_equivalent_rank": header.equivalent_rank,
+        "scale": header.spec.scale,
+        "targets": _patterns(header.targets),
+        "num_modules": len(header.targets),
+        "tensor_bytes": header.tensor_bytes,
+        "base_model": header.spec.base_model,
+        "fits": None,
+        "problems": list(problems),
+    }
+    if modules is not None:
+        facts["fits"] = not problems
+        if not problems:
+            facts["pool_elements"] = header.summary(modules).packed_numel
+    return facts
+
+
+def _patterns(targets: Sequence[str]) -> dict[str, int]:
+    """Module names with their layer numbers as *, and how many modules each stands for."""
+    return dict(Counter(re.sub(r"\.\d+\.", ".*.", target) for target in targets))
+
+
+def _print_facts(name: str, facts: dict[str, Any]) -> None:
+    table = Table(show_header=False, box=None, title=f"[bold]{name}[/bold]", title_justify="left")
+    targets = "\n".join(f"{pattern} ({count})" for pattern, count in facts["targets"].items())
+    hybrid = f" + hybrid rank {facts['hybrid_r']}" if facts["hybrid_r"] else ""
+    table.add_row("dialect", facts["dialect"])
+    table.add_row("rank", f"r = {facts['r']}, k = {facts['k']}{hybrid}, scale {facts['scale']:g}")
+    table.add_row("exact as LoRA", f"of rank {facts['lora_equivalent_rank']}")
+    table.add_row("targets", targets)
+    table.add_row("size", human_bytes(facts["tensor_bytes"]))
+    table.add_row("trained for", facts["base_model"] or "(not said)")
+    if facts["fits"] is not None:
+        table.add_row("fits", "yes" if facts["fits"] else "no: " + "\n".join(facts["problems"]))
+    stdout().print(table)
+
+
+def _print_one(adapter: Adapter, *, as_json: bool) -> None:
+    if as_json:
+        print_json(adapter)
+    else:
+        _print_table([adapter])
+
+
+def _print_table(adapters: Sequence[Adapter]) -> None:
+    table = Table(box=None)
+    for heading in ("name", "state", "kind", "r", "k", "hybrid r", "pool", "in flight", "pinned", "digest", "error"):
+        table.add_column(heading, justify="right" if heading in ("r", "k", "hybrid r", "pool", "in flight") else "left")
+    for one in adapters:
+        table.add_row(
+            one.name,
+            one.state.value,
+            one.kind,
+            str(one.rank),
+            str(one.k),
+            str(one.hybrid_rank),
+            human_bytes(one.pool_bytes),
+            str(one.in_flight),
+            "yes" if one.pinned else "",
+            one.digest[:12],
+            one.error,
+        )
+    stdout().print(table)

@@ -1,0 +1,78 @@
+"""The commands, and how each ends: an exit code and one line on standard error, no traceback for a user's mistake."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Annotated
+
+import typer
+
+from gralora_runtime.errors import AdapterCapacityError, AdapterRejectedError, ConfigError, GraloraError
+from gralora_server.cli import adapters, generate, model, serve, status
+from gralora_server.cli.output import CommandError, ExitCode, print_error
+
+EXIT_CODES = (
+    "Exit codes: 0 success; 1 the operation failed or the server refused it; 2 wrong options or settings; "
+    "3 no server answers; 4 the adapter is broken, unsupported, or does not fit; 130 interrupted."
+)
+
+# What every complaint about the command line derives from; typer has no public name for it.
+UsageError: type[typer.BadParameter] = typer.BadParameter.__mro__[1]
+
+app = typer.Typer(
+    name="gralora",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Serve thousands of GraLoRA and LoRA adapters over one base model, in one batch, over gRPC.",
+    epilog=EXIT_CODES,
+)
+app.command("serve")(serve.serve)
+app.command("generate")(generate.generate)
+app.command("status")(status.status)
+app.add_typer(adapters.app, name="adapters")
+app.add_typer(model.app, name="model")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"gralora {version('gralora-server')}")
+        raise typer.Exit
+
+
+@app.callback()
+def gralora(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Options before the command."""
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """The exit code of a command line; None: the process's own."""
+    try:
+        return app(arguments, prog_name="gralora", standalone_mode=False) or ExitCode.OK
+    except UsageError as error:
+        where = error.ctx.command_path if error.ctx is not None else "gralora"
+        print_error(f"{error.format_message()} (see {where} --help)")
+        return ExitCode.USAGE
+    except CommandError as error:
+        print_error(str(error))
+        return error.code
+    except GraloraError as error:
+        print_error(str(error))
+        return _code(error)
+    except typer.Abort:
+        print_error("interrupted")
+        return 130
+
+
+def _code(error: GraloraError) -> ExitCode:
+    if isinstance(error, ConfigError):
+        return ExitCode.USAGE
+    if isinstance(error, AdapterRejectedError | AdapterCapacityError):
+        return ExitCode.UNFIT_ADAPTER
+    return ExitCode.FAILED

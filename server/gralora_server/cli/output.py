@@ -1,0 +1,71 @@
+"""What the commands print and how they end. Results go to standard output, everything else to standard error."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict, is_dataclass
+from datetime import datetime
+from enum import Enum, IntEnum
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+
+class ExitCode(IntEnum):
+    """As documented in `gralora --help`."""
+
+    OK = 0
+    FAILED = 1
+    USAGE = 2
+    UNREACHABLE = 3
+    UNFIT_ADAPTER = 4
+
+
+class CommandError(Exception):
+    """Ends the command with one line on standard error."""
+
+    def __init__(self, code: ExitCode, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def stdout() -> Console:
+    """Made when needed, because tests and pipes replace `sys.stdout`."""
+    return Console(highlight=False)
+
+
+def stderr() -> Console:
+    return Console(stderr=True, highlight=False)
+
+
+def print_json(document: object) -> None:
+    """One JSON document, and nothing else on standard output."""
+    sys.stdout.write(json.dumps(document, default=_plain, ensure_ascii=False) + "\n")
+    sys.stdout.flush()
+
+
+def print_error(message: str) -> None:
+    """One line, whatever the message holds."""
+    stderr().print(f"error: {' '.join(message.split())}", style="bold red", markup=False, soft_wrap=True)
+
+
+def human_bytes(num_bytes: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if num_bytes < 1024:
+            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:.1f} TiB"
+
+
+def _plain(value: object) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, datetime):
+        return value.isoformat()
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"{value!r} has no JSON form")

@@ -1,0 +1,162 @@
+"""`gralora serve`: options to configurations, and the server's life on uvloop."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from gralora_runtime.config import DEVICES, DTYPES, KERNEL_BACKENDS, EngineConfig
+from gralora_server.cli.logs import LEVELS, configure
+from gralora_server.cli.model import default_model
+from gralora_server.cli.options import DEFAULT_ADDRESS, Json, default_of, parse_address, parse_bytes
+from gralora_server.cli.output import CommandError, ExitCode, print_json, stdout
+from gralora_server.config import ServerConfig, TlsConfig
+
+if TYPE_CHECKING:
+    from gralora_server.ports import Engine
+
+ENGINE, MEMORY, SERVER = "Engine", "Memory", "Server"
+
+
+def _engine_option(name: str, text: str = "", *, panel: str = ENGINE, flag: str | None = None, **extra: Any) -> Any:
+    names = [flag] if flag is not None else []
+    return typer.Option(default_of(EngineConfig, name), *names, help=text, rich_help_panel=panel, **extra)
+
+
+def _server_option(name: str, text: str = "", *, flag: str | None = None, **extra: Any) -> Any:
+    names = [flag] if flag is not None else []
+    return typer.Option(default_of(ServerConfig, name), *names, help=text, rich_help_panel=SERVER, **extra)
+
+
+def _bytes_option(name: str, text: str) -> Any:
+    return _engine_option(name, text, panel=MEMORY, parser=parse_bytes, metavar="BYTES")
+
+
+def serve(
+    *,
+    model: Annotated[
+        Path | None, typer.Option(help="A model directory. Default: SmolLM2-135M-Instruct, prepared once.")
+    ] = None,
+    adapters: Annotated[
+        Path | None, typer.Option(help="The directory that adapters are loaded from, one directory each.")
+    ] = None,
+    address: Annotated[
+        str, typer.Option(help="HOST:PORT to listen on; port 0 lets the system choose.")
+    ] = DEFAULT_ADDRESS,
+    device: str = _engine_option("device", ", ".join(DEVICES)),
+    dtype: str = _engine_option("dtype", ", ".join(DTYPES)),
+    kernel_backend: str = _engine_option("kernel_backend", ", ".join(KERNEL_BACKENDS)),
+    threads: int | None = _engine_option("num_threads", "Default: every core.", flag="--threads"),
+    max_num_seqs: int = _engine_option("max_num_seqs", "Requests in one step."),
+    max_num_batched_tokens: int = _engine_option("max_num_batched_tokens", "Tokens in one step."),
+    max_model_len: int | None = _engine_option("max_model_len", "Prompt and output. Default: the model's own."),
+    max_queue: int = _engine_option("max_queue", "Requests that may wait."),
+    max_adapter_rank: int = _engine_option("max_adapter_rank", "Largest r * k + hybrid r."),
+    max_adapter_slots: int = _engine_option("max_adapter_slots", "Adapters in the pool at once."),
+    prefix_cache: bool = _engine_option(
+        "enable_prefix_cache", "Reuse the pages of common prefixes.", flag="--prefix-cache/--no-prefix-cache"
+    ),
+    page_size: int = _engine_option("page_size", "Tokens.", panel=MEMORY),
+    kv_cache_bytes: int | None = _bytes_option("kv_cache_bytes", "Default: from the free memory."),
+    adapter_pool_bytes: int | None = _bytes_option("adapter_pool_bytes", "Default: from the free memory."),
+    host_cache_bytes: int = _bytes_option("host_cache_bytes", "Adapters kept in host memory behind the pool."),
+    token_file: Annotated[
+        Path | None,
+        typer.Option(
+            help="Bearer tokens, one a line, each optionally followed by generate or admin.", rich_help_panel=SERVER
+        ),
+    ] = None,
+    tls_cert: Annotated[
+        Path | None, typer.Option(help="PEM file of the certificate: serve with TLS.", rich_help_panel=SERVER)
+    ] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="PEM file of its key.", rich_help_panel=SERVER)] = None,
+    tls_client_ca: Annotated[
+        Path | None, typer.Option(help="PEM file: serve only clients certified by it.", rich_help_panel=SERVER)
+    ] = None,
+    reflection: bool = _server_option("reflection", "Answer gRPC reflection."),
+    max_request_s: float | None = _server_option("max_request_s", "Longest generation. Default: no limit."),
+    grace_s: float = _server_option("drain_grace_s", "Running requests may finish after SIGTERM.", flag="--grace-s"),
+    log_level: Annotated[str, typer.Option(help=", ".join(LEVELS), rich_help_panel=SERVER)] = "info",
+    json: Json = False,
+) -> None:
+    """Serve a model and its adapters until SIGTERM or Ctrl-C.
+
+    Prints one line, SERVING on HOST:PORT, when requests are taken (with --json: address and model).
+    """
+    if log_level not in LEVELS:
+        raise CommandError(ExitCode.USAGE, f"--log-level must be one of {', '.join(LEVELS)}, got {log_level!r}")
+    host, port = parse_address(address)
+    server_config = ServerConfig(
+        host=host,
+        port=port,
+        tls=_tls(tls_cert, tls_key, tls_client_ca),
+        auth_token_file=token_file,
+        reflection=reflection,
+        max_request_s=max_request_s,
+        drain_grace_s=grace_s,
+    )
+    configure(log_level)
+    engine_config = EngineConfig(
+        model=model if model is not None else default_model(),
+        adapters_dir=adapters,
+        device=device,
+        dtype=dtype,
+        kernel_backend=kernel_backend,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        max_model_len=max_model_len,
+        max_queue=max_queue,
+        page_size=page_size,
+        kv_cache_bytes=kv_cache_bytes,
+        adapter_pool_bytes=adapter_pool_bytes,
+        max_adapter_slots=max_adapter_slots,
+        host_cache_bytes=host_cache_bytes,
+        max_adapter_rank=max_adapter_rank,
+        enable_prefix_cache=prefix_cache,
+        num_threads=threads,
+    )
+    _run(server_config, engine_config, as_json=json)
+
+
+def _tls(certificate: Path | None, private_key: Path | None, client_ca: Path | None) -> TlsConfig | None:
+    if certificate is not None and private_key is not None:
+        return TlsConfig(certificate=certificate, private_key=private_key, client_ca=client_ca)
+    if certificate is not None or private_key is not None or client_ca is not None:
+        raise CommandError(ExitCode.USAGE, "--tls-cert and --tls-key belong together, and --tls-client-ca needs both")
+    return None
+
+
+@dataclass(slots=True)
+class _Life:
+    """An engine's start, and the line that scripts wait for. The port is known first, and said when it is of use."""
+
+    server_config: ServerConfig
+    engine_config: EngineConfig
+    as_json: bool
+    port: int = 0
+
+    def bound(self, port: int) -> None:
+        self.port = port
+
+    async def start(self) -> Engine:
+        from gralora_runtime.async_engine import AsyncEngine
+
+        engine = await AsyncEngine.start(self.engine_config)
+        address = f"{self.server_config.host}:{self.port}"
+        if self.as_json:
+            print_json({"address": address, "model": self.engine_config.model})
+        else:
+            stdout().print(f"SERVING on {address}", markup=False, soft_wrap=True)
+        return engine
+
+
+def _run(server_config: ServerConfig, engine_config: EngineConfig, *, as_json: bool) -> None:
+    import uvloop
+
+    from gralora_server.service import serve as serve_until_stopped
+
+    life = _Life(server_config, engine_config, as_json)
+    uvloop.run(serve_until_stopped(server_config, life.start, on_bound=life.bound))

@@ -1,0 +1,205 @@
+"""The asyncio client: what awaits. What is sent and what comes back is in `requests` and `responses`."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar, Unpack
+
+import grpc
+from gralora.v1 import generation_pb2
+from grpc_health.v1 import health_pb2
+
+from gralora_runtime.adapters.info import UnloadResult
+from gralora_runtime.info import EngineLoad, TokenizeResult
+from gralora_server.client import requests
+from gralora_server.client.base import ClientBase
+from gralora_server.client.connection import RECONNECT_PAUSE_S, ChannelOptions
+from gralora_server.client.errors import client_error, cut_short, is_passing, not_ready
+from gralora_server.client.records import Adapter, Generation, ServerInfo, StreamDelta
+from gralora_server.client.requests import Call, GenerateOptions, Message, generate_fields
+from gralora_server.client.responses import Assembler
+
+T = TypeVar("T")
+
+
+class AsyncGenerationStream(AsyncIterator[StreamDelta]):
+    """Iterate for the deltas; `generation` is the whole once they are read. Leaving early cancels the request."""
+
+    def __init__(self, call: Any) -> None:
+        self._call = call
+        self._assembler = Assembler()
+        self._closed = False
+
+    async def __anext__(self) -> StreamDelta:
+        if self._closed:
+            raise StopAsyncIteration
+        try:
+            message = await self._call.read()
+        except grpc.RpcError as error:
+            raise client_error(error) from error
+        if message is not grpc.aio.EOF:  # type: ignore[attr-defined]
+            return self._assembler.add(message)
+        if self._assembler.whole() is None:
+            raise cut_short()
+        raise StopAsyncIteration
+
+    @property
+    def request_id(self) -> str:
+        """Empty until the first message has come."""
+        return self._assembler.request_id
+
+    @property
+    def generation(self) -> Generation:
+        """Raises RuntimeError while the stream has not been read to its end."""
+        whole = self._assembler.whole()
+        if whole is None:
+            raise RuntimeError("the stream was not read to its end")
+        return whole
+
+    async def read(self) -> Generation:
+        """Read what is left and return the whole."""
+        async for _ in self:
+            pass
+        return self.generation
+
+    async def aclose(self) -> None:
+        """Cancels the request if it still runs."""
+        self._closed = True
+        self._call.cancel()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+
+class AsyncAdapterClient:
+    """`AsyncClient.adapters`."""
+
+    def __init__(self, client: AsyncClient) -> None:
+        self._client = client
+
+    async def list(self) -> tuple[Adapter, ...]:
+        return await self._client.run(requests.list_adapters())
+
+    async def get(self, name: str) -> Adapter:
+        return await self._client.run(requests.get_adapter(name))
+
+    async def load(self, name: str, path: str | Path | None = None, *, pin: bool = False) -> Adapter:
+        """`path` is on the server, below its adapters directory; None: the name says it."""
+        return await self._client.run(requests.load_adapter(name, path, pin))
+
+    async def unload(self, name: str) -> UnloadResult:
+        return await self._client.run(requests.unload_adapter(name))
+
+    async def pin(self, name: str, *, pinned: bool = True) -> Adapter:
+        return await self._client.run(requests.pin_adapter(name, pinned))
+
+
+class AsyncClient(ClientBase[grpc.aio.Channel]):
+    """A server, from asyncio code; made on the event loop that uses it. Every failure is a `GraloraClientError`."""
+
+    def _open(
+        self, target: str, credentials: grpc.ChannelCredentials | None, options: ChannelOptions
+    ) -> grpc.aio.Channel:
+        if credentials is None:
+            return grpc.aio.insecure_channel(target, options=options)
+        return grpc.aio.secure_channel(target, credentials, options=options)
+
+    @property
+    def adapters(self) -> AsyncAdapterClient:
+        return AsyncAdapterClient(self)
+
+    async def generate(
+        self,
+        prompt: str | None = None,
+        *,
+        token_ids: Sequence[int] | None = None,
+        messages: Sequence[Message] | None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> Generation:
+        """Generate and wait for the whole. Exactly one of `prompt`, `token_ids` and `messages`."""
+        request = generation_pb2.GenerateRequest(**generate_fields(prompt, token_ids, messages, options))
+        assembler = Assembler()
+        try:
+            assembler.add(await self._stubs.generation.Generate(request, **self._generate_arguments(options)))
+        except grpc.RpcError as error:
+            raise client_error(error) from error
+        whole = assembler.whole(streamed=False)
+        if whole is None:
+            raise cut_short()
+        return whole
+
+    def stream(
+        self,
+        prompt: str | None = None,
+        *,
+        token_ids: Sequence[int] | None = None,
+        messages: Sequence[Message] | None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> AsyncGenerationStream:
+        """Generate and iterate over what comes. Exactly one of `prompt`, `token_ids` and `messages`."""
+        request = generation_pb2.StreamGenerateRequest(**generate_fields(prompt, token_ids, messages, options))
+        call = self._stubs.generation.StreamGenerate(request, **self._generate_arguments(options))
+        return AsyncGenerationStream(call)
+
+    async def tokenize(self, prompt: str | None = None, *, messages: Sequence[Message] | None = None) -> TokenizeResult:
+        return await self.run(requests.tokenize(prompt, messages))
+
+    async def abort(self, request_id: str) -> bool:
+        """Whether a request of that id was running or waiting."""
+        return await self.run(requests.abort(request_id))
+
+    async def info(self) -> ServerInfo:
+        return await self.run(requests.get_info())
+
+    async def load(self) -> EngineLoad:
+        return await self.run(requests.get_load())
+
+    async def wait_ready(self, timeout_s: float = 120.0) -> None:
+        """Return when the server takes requests, or raise DeadlineError. It need not be listening yet."""
+        end_s = time.monotonic() + timeout_s
+        last = "nobody answers"
+        while (remaining_s := end_s - time.monotonic()) > 0:
+            watch = self._stubs.health.Watch(
+                health_pb2.HealthCheckRequest(), timeout=remaining_s, metadata=self._metadata, wait_for_ready=True
+            )
+            try:
+                async for answer in watch:
+                    if answer.status == health_pb2.HealthCheckResponse.SERVING:
+                        return
+                    last = "it is starting or shutting down"
+            except grpc.RpcError as error:
+                if not is_passing(error):
+                    raise client_error(error) from error
+                last = str(client_error(error))
+            finally:
+                watch.cancel()
+            await asyncio.sleep(RECONNECT_PAUSE_S)
+        raise not_ready(timeout_s, last)
+
+    async def run(self, call: Call[T]) -> T:
+        try:
+            answer = await call.rpc(self._stubs)(call.message, **self._call_arguments(call))
+        except grpc.RpcError as error:
+            raise client_error(error) from error
+        return call.convert(answer)
+
+    async def close(self) -> None:
+        """Cancels what still runs."""
+        await self._channel.close(grace=None)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.close()

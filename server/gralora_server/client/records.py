@@ -1,0 +1,73 @@
+"""What the client returns: plain frozen values. What server and client mean alike is `gralora_runtime`'s vocabulary."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+
+from gralora_runtime.adapters.store import AdapterState
+from gralora_runtime.info import EngineInfo
+from gralora_runtime.request import Delta, FinishReason, TokenLogprob
+
+StreamDelta = Delta
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """Tokens that a request took."""
+
+    prompt_tokens: int
+    cached_tokens: int  # of the prompt, found in the prefix cache
+    output_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generation:
+    """A whole generation: what came, what served it, and how long it took as seen from here."""
+
+    request_id: str
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...]  # empty unless asked for
+    finish_reason: FinishReason
+    stop_string: str | None  # which one matched
+    stop_token_id: int | None  # which one matched
+    usage: Usage
+    adapter: str  # that really served it; "": the base model
+    adapter_digest: str
+    seed: int  # asked for, or drawn by the server: repeats the generation
+    prompt_token_ids: tuple[int, ...]  # empty unless asked for
+    queue_time_s: float
+    preemptions: int
+    ttft_s: float | None  # from the call to the first message with a token; None when it was not streamed
+    total_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Adapter:
+    """One adapter as the server sees it now. Numbers are 0 while its files cannot be read."""
+
+    name: str
+    source: str
+    digest: str
+    state: AdapterState
+    pinned: bool
+    in_flight: int
+    kind: str
+    rank: int
+    k: int
+    hybrid_rank: int
+    equivalent_rank: int
+    scale: float
+    num_modules: int
+    pool_bytes: int
+    base_model: str
+    last_used: datetime | None
+    error: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerInfo(EngineInfo):
+    """What the server serves and how it was set up."""
+
+    api_version: str

@@ -1,0 +1,188 @@
+"""Python arguments to wire messages, and which RPC each goes to: one list for both clients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypedDict, TypeVar
+
+import grpc
+from gralora.v1 import adapters_pb2, adapters_pb2_grpc, generation_pb2, generation_pb2_grpc, server_pb2, server_pb2_grpc
+from grpc_health.v1 import health_pb2_grpc
+
+from gralora_runtime.adapters.info import UnloadResult
+from gralora_runtime.info import EngineLoad, TokenizeResult
+from gralora_runtime.request import ChatMessage
+from gralora_server.client import responses
+from gralora_server.client.connection import Timeouts
+from gralora_server.client.records import Adapter, ServerInfo
+
+T = TypeVar("T")
+Message = ChatMessage | Mapping[str, str]
+
+
+class GenerateOptions(TypedDict, total=False):
+    """Everything about a generation but its prompt. What is left out, or None, has the proto's default."""
+
+    adapter: str
+    request_id: str
+    # how the next token is chosen
+    temperature: float | None
+    top_p: float | None
+    top_k: int | None
+    min_p: float | None
+    repetition_penalty: float | None
+    presence_penalty: float | None
+    frequency_penalty: float | None
+    seed: int | None
+    logit_bias: Mapping[int, float] | None
+    # when it ends
+    max_tokens: int | None
+    min_tokens: int | None
+    stop: str | Sequence[str] | None
+    stop_token_ids: Sequence[int] | None
+    ignore_eos: bool
+    # what is reported
+    logprobs: bool
+    top_logprobs: int | None
+    echo_prompt_token_ids: bool
+    min_tokens_per_message: int | None
+    # of this call; default: Timeouts.generate_s
+    timeout_s: float | None
+
+
+_PARTS: dict[str, type[Any]] = {
+    "sampling": generation_pb2.SamplingParams,
+    "stopping": generation_pb2.StoppingParams,
+    "response": generation_pb2.ResponseParams,
+}
+# option -> the message that has it: the proto is the list
+_PART_OF = {field.name: part for part, message in _PARTS.items() for field in message.DESCRIPTOR.fields}
+
+
+def generate_fields(
+    prompt: str | None, token_ids: Sequence[int] | None, messages: Sequence[Message] | None, options: GenerateOptions
+) -> dict[str, Any]:
+    """The fields that GenerateRequest and StreamGenerateRequest share. Raises TypeError for what cannot be sent."""
+    fields = prompt_fields(prompt, token_ids, messages)
+    parts: dict[str, dict[str, object]] = {part: {} for part in _PARTS}
+    for name, value in options.items():
+        if name in ("adapter", "request_id"):
+            fields[name] = value
+        elif name in _PART_OF:
+            if value is not None:
+                parts[_PART_OF[name]][name] = [value] if name == "stop" and isinstance(value, str) else value
+        elif name != "timeout_s":
+            raise TypeError(f"generate() has no option {name!r}")
+    return fields | {part: _PARTS[part](**values) for part, values in parts.items()}
+
+
+def prompt_fields(
+    prompt: str | None, token_ids: Sequence[int] | None, messages: Sequence[Message] | None
+) -> dict[str, Any]:
+    if [prompt, token_ids, messages].count(None) != 2:
+        raise TypeError("give exactly one of prompt, token_ids and messages")
+    if prompt is not None:
+        return {"text": prompt}
+    if token_ids is not None:
+        return {"token_ids": generation_pb2.TokenIds(ids=token_ids)}
+    return {"messages": generation_pb2.ChatMessages(messages=[_chat_message(turn) for turn in messages or ()])}
+
+
+def _chat_message(turn: Message) -> generation_pb2.ChatMessage:
+    if isinstance(turn, ChatMessage):
+        return generation_pb2.ChatMessage(role=turn.role, content=turn.content)
+    return generation_pb2.ChatMessage(**turn)
+
+
+class Stubs:
+    """The generated stubs of one channel, asyncio's when the channel is. Any, because one class serves both."""
+
+    def __init__(self, channel: grpc.Channel | grpc.aio.Channel) -> None:
+        anything: Any = channel
+        self.generation: Any = generation_pb2_grpc.GenerationServiceStub(anything)
+        self.adapters: Any = adapters_pb2_grpc.AdapterServiceStub(anything)
+        self.server: Any = server_pb2_grpc.ServerServiceStub(anything)
+        self.health: Any = health_pb2_grpc.HealthStub(anything)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call(Generic[T]):
+    """A unary call that either client can make: the RPC, its message, and what to make of the answer."""
+
+    rpc: Callable[[Stubs], Any]
+    message: Any
+    convert: Callable[[Any], T]
+    timeout_s: Callable[[Timeouts], float | None] = lambda timeouts: timeouts.other_s
+
+
+def list_adapters() -> Call[tuple[Adapter, ...]]:
+    return Call(
+        rpc=lambda stubs: stubs.adapters.ListAdapters,
+        message=adapters_pb2.ListAdaptersRequest(),
+        convert=lambda answer: tuple(responses.adapter(one) for one in answer.adapters),
+    )
+
+
+def get_adapter(name: str) -> Call[Adapter]:
+    return Call(
+        rpc=lambda stubs: stubs.adapters.GetAdapter,
+        message=adapters_pb2.GetAdapterRequest(name=name),
+        convert=responses.described_adapter,
+    )
+
+
+def load_adapter(name: str, path: str | Path | None, pin: bool) -> Call[Adapter]:
+    return Call(
+        rpc=lambda stubs: stubs.adapters.LoadAdapter,
+        message=adapters_pb2.LoadAdapterRequest(name=name, path=str(path or ""), pin=pin),
+        convert=responses.described_adapter,
+        timeout_s=lambda timeouts: timeouts.load_adapter_s,
+    )
+
+
+def unload_adapter(name: str) -> Call[UnloadResult]:
+    return Call(
+        rpc=lambda stubs: stubs.adapters.UnloadAdapter,
+        message=adapters_pb2.UnloadAdapterRequest(name=name),
+        convert=responses.unloaded,
+    )
+
+
+def pin_adapter(name: str, pinned: bool) -> Call[Adapter]:
+    return Call(
+        rpc=lambda stubs: stubs.adapters.PinAdapter,
+        message=adapters_pb2.PinAdapterRequest(name=name, pinned=pinned),
+        convert=responses.described_adapter,
+    )
+
+
+def get_info() -> Call[ServerInfo]:
+    return Call(
+        rpc=lambda stubs: stubs.server.GetServerInfo,
+        message=server_pb2.GetServerInfoRequest(),
+        convert=responses.server_info,
+    )
+
+
+def get_load() -> Call[EngineLoad]:
+    return Call(
+        rpc=lambda stubs: stubs.server.GetLoad, message=server_pb2.GetLoadRequest(), convert=responses.engine_load
+    )
+
+
+def tokenize(prompt: str | None, messages: Sequence[Message] | None) -> Call[TokenizeResult]:
+    return Call(
+        rpc=lambda stubs: stubs.server.Tokenize,
+        message=server_pb2.TokenizeRequest(**prompt_fields(prompt, None, messages)),
+        convert=responses.tokenized,
+    )
+
+
+def abort(request_id: str) -> Call[bool]:
+    return Call(
+        rpc=lambda stubs: stubs.server.AbortRequest,
+        message=server_pb2.AbortRequestRequest(request_id=request_id),
+        convert=lambda answer: bool(answer.aborted),
+    )

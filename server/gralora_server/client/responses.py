@@ -1,0 +1,157 @@
+"""Wire messages to the client's records, and the assembly of a stream into a generation. Does no I/O."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import fields
+from datetime import UTC
+from typing import Any, TypeVar
+
+from gralora.v1 import adapters_pb2, generation_pb2, server_pb2
+
+from gralora_runtime.adapters.info import UnloadResult
+from gralora_runtime.adapters.store import AdapterState
+from gralora_runtime.info import EngineLoad, TokenizeResult
+from gralora_runtime.request import Delta, Finished, FinishReason, Started, TokenLogprob
+from gralora_runtime.stream import merge_deltas
+from gralora_server.client.records import Adapter, Generation, ServerInfo, StreamDelta, Usage
+
+Record = TypeVar("Record")
+AnyGenerateResponse = generation_pb2.GenerateResponse | generation_pb2.StreamGenerateResponse
+
+_FINISH_REASONS = {
+    generation_pb2.FINISH_REASON_STOP: FinishReason.STOP,
+    generation_pb2.FINISH_REASON_LENGTH: FinishReason.LENGTH,
+    generation_pb2.FINISH_REASON_CANCELLED: FinishReason.CANCELLED,
+    generation_pb2.FINISH_REASON_DEADLINE: FinishReason.DEADLINE,
+}
+_STATES = {
+    adapters_pb2.ADAPTER_STATE_REGISTERED: AdapterState.REGISTERED,
+    adapters_pb2.ADAPTER_STATE_LOADING: AdapterState.LOADING,
+    adapters_pb2.ADAPTER_STATE_HOST: AdapterState.HOST,
+    adapters_pb2.ADAPTER_STATE_RESIDENT: AdapterState.RESIDENT,
+    adapters_pb2.ADAPTER_STATE_FAILED: AdapterState.FAILED,
+}
+
+
+class Assembler:
+    """One generation as it arrives: turns messages into deltas and, after the last one, has the whole."""
+
+    def __init__(self) -> None:
+        self._start_s = time.perf_counter()
+        self._end_s = self._start_s
+        self._first_token_s: float | None = None
+        self._deltas: list[StreamDelta] = []
+        self.request_id = ""
+
+    def add(self, message: AnyGenerateResponse) -> StreamDelta:
+        self._end_s = time.perf_counter()
+        self.request_id = self.request_id or message.request_id
+        if message.token_ids and self._first_token_s is None:
+            self._first_token_s = self._end_s
+        added = delta(message)
+        self._deltas.append(added)
+        return added
+
+    def whole(self, *, streamed: bool = True) -> Generation | None:
+        """None until the last message has come."""
+        if not self._deltas or self._deltas[-1].finished is None:
+            return None
+        joined = merge_deltas(self._deltas)
+        ttft_s = None if self._first_token_s is None else self._first_token_s - self._start_s
+        return _generation(
+            self.request_id, joined, ttft_s=ttft_s if streamed else None, total_s=self._end_s - self._start_s
+        )
+
+
+def delta(message: AnyGenerateResponse) -> StreamDelta:
+    return StreamDelta(
+        text=message.text,
+        token_ids=tuple(message.token_ids),
+        logprobs=tuple(_logprob(logprob) for logprob in message.logprobs),
+        started=_started(message.started) if message.HasField("started") else None,
+        finished=_finished(message.finished) if message.HasField("finished") else None,
+    )
+
+
+def adapter(message: adapters_pb2.Adapter) -> Adapter:
+    last_used = message.last_used.ToDatetime(UTC) if message.HasField("last_used") else None
+    return _record(Adapter, message, state=_STATES[message.state], last_used=last_used)
+
+
+def described_adapter(
+    message: adapters_pb2.GetAdapterResponse | adapters_pb2.LoadAdapterResponse | adapters_pb2.PinAdapterResponse,
+) -> Adapter:
+    return adapter(message.adapter)
+
+
+def unloaded(message: adapters_pb2.UnloadAdapterResponse) -> UnloadResult:
+    return _record(UnloadResult, message)
+
+
+def server_info(message: server_pb2.GetServerInfoResponse) -> ServerInfo:
+    return _record(ServerInfo, message)
+
+
+def engine_load(message: server_pb2.GetLoadResponse) -> EngineLoad:
+    return _record(EngineLoad, message)
+
+
+def tokenized(message: server_pb2.TokenizeResponse) -> TokenizeResult:
+    return TokenizeResult(tuple(message.token_ids), message.max_model_len)
+
+
+def _record(kind: type[Record], message: Any, **converted: object) -> Record:
+    """Records have their messages' field names, so only what needs converting is named."""
+    plain = {field.name: getattr(message, field.name) for field in fields(kind) if field.name not in converted}  # type: ignore[arg-type]
+    return kind(**plain, **converted)
+
+
+def _logprob(message: generation_pb2.TokenLogprob) -> TokenLogprob:
+    return TokenLogprob(message.token_id, message.logprob, tuple((one.token_id, one.logprob) for one in message.top))
+
+
+def _started(message: generation_pb2.Started) -> Started:
+    return _record(Started, message, prompt_token_ids=tuple(message.prompt_token_ids))
+
+
+def _finished(message: generation_pb2.Finished) -> Finished:
+    matched = message.WhichOneof("matched_stop")
+    stop: Mapping[str, Any] = {} if matched is None else {matched: getattr(message, matched)}
+    return Finished(
+        reason=_FINISH_REASONS[message.reason],
+        prompt_tokens=message.usage.prompt_tokens,
+        cached_tokens=message.usage.cached_tokens,
+        output_tokens=message.usage.output_tokens,
+        preemptions=message.preemptions,
+        **stop,
+    )
+
+
+def _generation(request_id: str, joined: Delta, *, ttft_s: float | None, total_s: float) -> Generation:
+    # A request that was aborted while it waited never started: the proto's defaults stand for what is not known.
+    started, finished = joined.started or _started(generation_pb2.Started()), joined.finished
+    assert finished is not None
+    return Generation(
+        request_id=request_id,
+        text=joined.text,
+        token_ids=joined.token_ids,
+        logprobs=joined.logprobs,
+        finish_reason=finished.reason,
+        stop_string=finished.stop_string,
+        stop_token_id=finished.stop_token_id,
+        usage=Usage(
+            prompt_tokens=finished.prompt_tokens,
+            cached_tokens=finished.cached_tokens,
+            output_tokens=finished.output_tokens,
+        ),
+        adapter=started.adapter,
+        adapter_digest=started.adapter_digest,
+        seed=started.seed,
+        prompt_token_ids=started.prompt_token_ids,
+        queue_time_s=started.queue_time_s,
+        preemptions=finished.preemptions,
+        ttft_s=ttft_s,
+        total_s=total_s,
+    )

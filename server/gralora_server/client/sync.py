@@ -1,0 +1,200 @@
+"""The synchronous client: what waits. What is sent and what comes back is in `requests` and `responses`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar, Unpack
+
+import grpc
+from gralora.v1 import generation_pb2
+from grpc_health.v1 import health_pb2
+
+from gralora_runtime.adapters.info import UnloadResult
+from gralora_runtime.info import EngineLoad, TokenizeResult
+from gralora_server.client import requests
+from gralora_server.client.base import ClientBase
+from gralora_server.client.connection import RECONNECT_PAUSE_S, ChannelOptions
+from gralora_server.client.errors import client_error, cut_short, is_passing, not_ready
+from gralora_server.client.records import Adapter, Generation, ServerInfo, StreamDelta
+from gralora_server.client.requests import Call, GenerateOptions, Message, generate_fields
+from gralora_server.client.responses import Assembler
+
+T = TypeVar("T")
+
+
+class GenerationStream(Iterator[StreamDelta]):
+    """Iterate for the deltas; `generation` is the whole once they are read. Leaving early cancels the request."""
+
+    def __init__(self, call: Any) -> None:
+        self._call = call
+        self._assembler = Assembler()
+        self._closed = False
+
+    def __next__(self) -> StreamDelta:
+        if self._closed:
+            raise StopIteration
+        try:
+            return self._assembler.add(next(self._call))
+        except StopIteration:
+            if self._assembler.whole() is None:
+                raise cut_short() from None
+            raise
+        except grpc.RpcError as error:
+            raise client_error(error) from error
+
+    @property
+    def request_id(self) -> str:
+        """Empty until the first message has come."""
+        return self._assembler.request_id
+
+    @property
+    def generation(self) -> Generation:
+        """Raises RuntimeError while the stream has not been read to its end."""
+        whole = self._assembler.whole()
+        if whole is None:
+            raise RuntimeError("the stream was not read to its end")
+        return whole
+
+    def read(self) -> Generation:
+        """Read what is left and return the whole."""
+        for _ in self:
+            pass
+        return self.generation
+
+    def close(self) -> None:
+        """Cancels the request if it still runs."""
+        self._closed = True
+        self._call.cancel()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class AdapterClient:
+    """`Client.adapters`."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+
+    def list(self) -> tuple[Adapter, ...]:
+        return self._client.run(requests.list_adapters())
+
+    def get(self, name: str) -> Adapter:
+        return self._client.run(requests.get_adapter(name))
+
+    def load(self, name: str, path: str | Path | None = None, *, pin: bool = False) -> Adapter:
+        """`path` is on the server, below its adapters directory; None: the name says it."""
+        return self._client.run(requests.load_adapter(name, path, pin))
+
+    def unload(self, name: str) -> UnloadResult:
+        return self._client.run(requests.unload_adapter(name))
+
+    def pin(self, name: str, *, pinned: bool = True) -> Adapter:
+        return self._client.run(requests.pin_adapter(name, pinned))
+
+
+class Client(ClientBase[grpc.Channel]):
+    """A server, from synchronous code. Every failure is a `GraloraClientError`."""
+
+    def _open(self, target: str, credentials: grpc.ChannelCredentials | None, options: ChannelOptions) -> grpc.Channel:
+        if credentials is None:
+            return grpc.insecure_channel(target, options=options)
+        return grpc.secure_channel(target, credentials, options=options)
+
+    @property
+    def adapters(self) -> AdapterClient:
+        return AdapterClient(self)
+
+    def generate(
+        self,
+        prompt: str | None = None,
+        *,
+        token_ids: Sequence[int] | None = None,
+        messages: Sequence[Message] | None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> Generation:
+        """Generate and wait for the whole. Exactly one of `prompt`, `token_ids` and `messages`."""
+        request = generation_pb2.GenerateRequest(**generate_fields(prompt, token_ids, messages, options))
+        assembler = Assembler()
+        try:
+            assembler.add(self._stubs.generation.Generate(request, **self._generate_arguments(options)))
+        except grpc.RpcError as error:
+            raise client_error(error) from error
+        whole = assembler.whole(streamed=False)
+        if whole is None:
+            raise cut_short()
+        return whole
+
+    def stream(
+        self,
+        prompt: str | None = None,
+        *,
+        token_ids: Sequence[int] | None = None,
+        messages: Sequence[Message] | None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> GenerationStream:
+        """Generate and iterate over what comes. Exactly one of `prompt`, `token_ids` and `messages`."""
+        request = generation_pb2.StreamGenerateRequest(**generate_fields(prompt, token_ids, messages, options))
+        return GenerationStream(self._stubs.generation.StreamGenerate(request, **self._generate_arguments(options)))
+
+    def tokenize(self, prompt: str | None = None, *, messages: Sequence[Message] | None = None) -> TokenizeResult:
+        return self.run(requests.tokenize(prompt, messages))
+
+    def abort(self, request_id: str) -> bool:
+        """Whether a request of that id was running or waiting."""
+        return self.run(requests.abort(request_id))
+
+    def info(self) -> ServerInfo:
+        return self.run(requests.get_info())
+
+    def load(self) -> EngineLoad:
+        return self.run(requests.get_load())
+
+    def wait_ready(self, timeout_s: float = 120.0) -> None:
+        """Return when the server takes requests, or raise DeadlineError. It need not be listening yet."""
+        end_s = time.monotonic() + timeout_s
+        last = "nobody answers"
+        while (remaining_s := end_s - time.monotonic()) > 0:
+            watch = self._stubs.health.Watch(
+                health_pb2.HealthCheckRequest(), timeout=remaining_s, metadata=self._metadata, wait_for_ready=True
+            )
+            try:
+                for answer in watch:
+                    if answer.status == health_pb2.HealthCheckResponse.SERVING:
+                        return
+                    last = "it is starting or shutting down"
+            except grpc.RpcError as error:
+                if not is_passing(error):
+                    raise client_error(error) from error
+                last = str(client_error(error))
+            finally:
+                watch.cancel()
+            time.sleep(RECONNECT_PAUSE_S)
+        raise not_ready(timeout_s, last)
+
+    def run(self, call: Call[T]) -> T:
+        try:
+            answer = call.rpc(self._stubs)(call.message, **self._call_arguments(call))
+        except grpc.RpcError as error:
+            raise client_error(error) from error
+        return call.convert(answer)
+
+    def close(self) -> None:
+        """Cancels what still runs."""
+        self._channel.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,194 @@
+"""Wire messages to the runtime's records and back. Assumes that requests were validated; decides nothing."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+from gralora.v1 import adapters_pb2, generation_pb2, server_pb2
+
+from gralora_runtime.adapters.info import AdapterInfo, UnloadResult
+from gralora_runtime.adapters.store import AdapterState
+from gralora_runtime.info import EngineInfo, EngineLoad
+from gralora_runtime.request import (
+    ChatMessage,
+    Delta,
+    Finished,
+    FinishReason,
+    GenerationRequest,
+    Prompt,
+    ResponseParams,
+    SamplingParams,
+    Started,
+    StoppingParams,
+    TokenLogprob,
+)
+from gralora_server.status import clip
+from gralora_server.validation import AnyGenerateRequest
+
+API_VERSION = "gralora.v1"
+MAX_TEXT_BYTES = 4096  # of a text for people; an error may have a line for each of thousands of tensors
+
+_STATES = {
+    AdapterState.REGISTERED: adapters_pb2.ADAPTER_STATE_REGISTERED,
+    AdapterState.LOADING: adapters_pb2.ADAPTER_STATE_LOADING,
+    AdapterState.HOST: adapters_pb2.ADAPTER_STATE_HOST,
+    AdapterState.RESIDENT: adapters_pb2.ADAPTER_STATE_RESIDENT,
+    AdapterState.FAILED: adapters_pb2.ADAPTER_STATE_FAILED,
+}
+_REASONS = {
+    FinishReason.STOP: generation_pb2.FINISH_REASON_STOP,
+    FinishReason.LENGTH: generation_pb2.FINISH_REASON_LENGTH,
+    FinishReason.CANCELLED: generation_pb2.FINISH_REASON_CANCELLED,
+    FinishReason.DEADLINE: generation_pb2.FINISH_REASON_DEADLINE,
+}
+
+
+def from_generate_request(request: AnyGenerateRequest, *, timeout_s: float | None) -> GenerationRequest:
+    return GenerationRequest(
+        request_id=request.request_id,
+        prompt=from_prompt(request),
+        adapter=request.adapter,
+        sampling=from_sampling(request.sampling),
+        stopping=from_stopping(request.stopping),
+        response=from_response(request.response),
+        timeout_s=timeout_s,
+    )
+
+
+def from_prompt(request: AnyGenerateRequest | server_pb2.TokenizeRequest) -> Prompt:
+    kind = request.WhichOneof("prompt")
+    if kind == "text":
+        return Prompt(text=request.text)
+    if kind == "messages":
+        turns = request.messages.messages
+        return Prompt(messages=tuple(ChatMessage(turn.role, turn.content) for turn in turns))
+    assert not isinstance(request, server_pb2.TokenizeRequest)
+    return Prompt(token_ids=tuple(request.token_ids.ids))
+
+
+def from_sampling(sampling: generation_pb2.SamplingParams) -> SamplingParams:
+    default = SamplingParams()
+    return SamplingParams(
+        temperature=sampling.temperature if sampling.HasField("temperature") else default.temperature,
+        top_p=sampling.top_p if sampling.HasField("top_p") else default.top_p,
+        top_k=sampling.top_k,
+        min_p=sampling.min_p,
+        repetition_penalty=(
+            sampling.repetition_penalty if sampling.HasField("repetition_penalty") else default.repetition_penalty
+        ),
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        seed=sampling.seed if sampling.HasField("seed") else None,
+        logit_bias=dict(sampling.logit_bias),
+    )
+
+
+def from_stopping(stopping: generation_pb2.StoppingParams) -> StoppingParams:
+    return StoppingParams(
+        max_tokens=stopping.max_tokens if stopping.HasField("max_tokens") else None,
+        min_tokens=stopping.min_tokens,
+        stop=tuple(stopping.stop),
+        stop_token_ids=tuple(stopping.stop_token_ids),
+        ignore_eos=stopping.ignore_eos,
+    )
+
+
+def from_response(response: generation_pb2.ResponseParams) -> ResponseParams:
+    return ResponseParams(
+        logprobs=response.logprobs,
+        top_logprobs=response.top_logprobs,
+        echo_prompt_token_ids=response.echo_prompt_token_ids,
+    )
+
+
+def to_min_tokens_per_message(response: generation_pb2.ResponseParams) -> int:
+    """Stays in the service: the engine does not know of messages."""
+    return response.min_tokens_per_message if response.HasField("min_tokens_per_message") else 1
+
+
+def to_response(delta: Delta, *, request_id: str) -> generation_pb2.GenerateResponse:
+    return generation_pb2.GenerateResponse(
+        request_id=request_id,
+        text=delta.text,
+        token_ids=delta.token_ids,
+        logprobs=[to_logprob(logprob) for logprob in delta.logprobs],
+        started=None if delta.started is None else to_started(delta.started),
+        finished=None if delta.finished is None else to_finished(delta.finished),
+    )
+
+
+def to_stream_response(delta: Delta, *, request_id: str) -> generation_pb2.StreamGenerateResponse:
+    return generation_pb2.StreamGenerateResponse(
+        request_id=request_id,
+        text=delta.text,
+        token_ids=delta.token_ids,
+        logprobs=[to_logprob(logprob) for logprob in delta.logprobs],
+        started=None if delta.started is None else to_started(delta.started),
+        finished=None if delta.finished is None else to_finished(delta.finished),
+    )
+
+
+def to_logprob(logprob: TokenLogprob) -> generation_pb2.TokenLogprob:
+    return generation_pb2.TokenLogprob(
+        token_id=logprob.token_id,
+        logprob=logprob.logprob,
+        top=[generation_pb2.TopLogprob(token_id=token_id, logprob=value) for token_id, value in logprob.top],
+    )
+
+
+def to_started(started: Started) -> generation_pb2.Started:
+    return generation_pb2.Started(**asdict(started))
+
+
+def to_finished(finished: Finished) -> generation_pb2.Finished:
+    message = generation_pb2.Finished(
+        reason=_REASONS[finished.reason],
+        usage=generation_pb2.Usage(
+            prompt_tokens=finished.prompt_tokens,
+            cached_tokens=finished.cached_tokens,
+            output_tokens=finished.output_tokens,
+        ),
+        preemptions=finished.preemptions,
+    )
+    if finished.stop_string is not None:
+        message.stop_string = finished.stop_string
+    elif finished.stop_token_id is not None:
+        message.stop_token_id = finished.stop_token_id
+    return message
+
+
+def to_adapter(info: AdapterInfo) -> adapters_pb2.Adapter:
+    message = adapters_pb2.Adapter(
+        name=info.name,
+        source=clip(info.source, MAX_TEXT_BYTES),
+        digest=info.digest,
+        state=_STATES[info.state],
+        pinned=info.pinned,
+        in_flight=info.in_flight,
+        pool_bytes=info.pool_bytes,
+        error=clip(info.error, MAX_TEXT_BYTES),
+    )
+    if info.last_used_s:
+        message.last_used.FromNanoseconds(int(info.last_used_s * 1e9))
+    if info.summary is not None:
+        message.kind = info.summary.dialect
+        message.rank = info.summary.rank
+        message.k = info.summary.blocks
+        message.hybrid_rank = info.summary.hybrid_rank
+        message.equivalent_rank = info.summary.equivalent_rank
+        message.scale = info.summary.scale
+        message.num_modules = info.summary.num_modules
+        message.base_model = info.summary.base_model
+    return message
+
+
+def to_unloaded(result: UnloadResult) -> adapters_pb2.UnloadAdapterResponse:
+    return adapters_pb2.UnloadAdapterResponse(**asdict(result))
+
+
+def to_server_info(info: EngineInfo) -> server_pb2.GetServerInfoResponse:
+    return server_pb2.GetServerInfoResponse(api_version=API_VERSION, **asdict(info))
+
+
+def to_load(load: EngineLoad) -> server_pb2.GetLoadResponse:
+    return server_pb2.GetLoadResponse(**asdict(load))

@@ -1,0 +1,207 @@
+"""The server's life: bind, load, serve, drain, stop. Knows neither argv nor what an engine is made of."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import grpc
+from gralora.v1 import (
+    adapters_pb2,
+    adapters_pb2_grpc,
+    generation_pb2,
+    generation_pb2_grpc,
+    server_pb2,
+    server_pb2_grpc,
+)
+from grpc_health.v1 import health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from gralora_runtime.errors import ConfigError, DrainingError, EngineDeadError
+from gralora_server.auth import Tokens
+from gralora_server.config import ServerConfig, TlsConfig
+from gralora_server.gate import Gate
+from gralora_server.health import Health
+from gralora_server.interceptors import AuthInterceptor, CallInterceptor
+from gralora_server.ports import Engine, EngineFactory
+from gralora_server.servicers import AdapterServicer, GenerationServicer, ServerServicer
+
+SERVICES = tuple(
+    file.DESCRIPTOR.services_by_name[name].full_name
+    for file, name in (
+        (generation_pb2, "GenerationService"),
+        (adapters_pb2, "AdapterService"),
+        (server_pb2, "ServerService"),
+    )
+)
+HEALTH_SERVICE = "grpc.health.v1.Health"
+FAREWELL_S = 2.0  # for statuses to reach clients that read
+
+_log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+class GrpcServer:
+    """Answers from `start` on: with UNAVAILABLE until `open`, and again from `drain` on."""
+
+    def __init__(self, config: ServerConfig) -> None:
+        self._config = config
+        self.gate = Gate()
+        self._health = Health(SERVICES)
+        interceptors: list[grpc.aio.ServerInterceptor[Any, Any]] = [CallInterceptor()]
+        if config.auth_token_file is not None:
+            interceptors.insert(0, AuthInterceptor(Tokens(config.auth_token_file)))
+        self._server = grpc.aio.server(interceptors=interceptors, options=_channel_options(config))
+        self._register()
+
+    async def start(self) -> int:
+        """Bind and answer. Returns the port, which the system chose if the configuration says 0."""
+        address = f"{self._config.host}:{self._config.port}"
+        try:
+            if self._config.tls is None:
+                port = self._server.add_insecure_port(address)
+            else:
+                port = self._server.add_secure_port(address, _credentials(self._config.tls))
+        except RuntimeError as cause:
+            raise ConfigError(f"cannot listen on {address}: {cause}") from cause
+        await self._server.start()
+        return port
+
+    async def open(self, engine: Engine) -> None:
+        """Take requests."""
+        self.gate.open(engine)
+        await self._health.set_serving(True)
+
+    async def drain(self, grace_s: float) -> None:
+        """Take no new work, let what runs finish, and end what is left after `grace_s` with a status that says so."""
+        await self._health.set_serving(False)
+        self.gate.begin_drain()
+        if not await self.gate.wait_empty(grace_s):
+            self.expel()
+            await self.gate.wait_empty(FAREWELL_S)
+
+    def expel(self) -> None:
+        """End what runs at once; a drain that waits for it is then over."""
+        self.gate.evict(DrainingError())
+
+    async def fail(self) -> None:
+        """The engine is dead: it has failed its streams itself, and their statuses only need to get out."""
+        await self._health.set_serving(False)
+        self.gate.declare_dead()
+        await self.gate.wait_empty(FAREWELL_S)
+
+    async def stop(self) -> None:
+        """Close the port and every connection."""
+        await self._health.close()
+        await self._server.stop(grace=FAREWELL_S)
+
+    def _register(self) -> None:
+        generation = GenerationServicer(
+            self.gate, max_request_s=self._config.max_request_s, write_timeout_s=self._config.write_timeout_s
+        )
+        generation_pb2_grpc.add_GenerationServiceServicer_to_server(generation, self._server)
+        adapters_pb2_grpc.add_AdapterServiceServicer_to_server(AdapterServicer(self.gate), self._server)
+        server_pb2_grpc.add_ServerServiceServicer_to_server(ServerServicer(self.gate), self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        if self._config.reflection:
+            names = (*SERVICES, HEALTH_SERVICE, reflection.SERVICE_NAME)
+            reflection.enable_server_reflection(names, self._server)
+
+
+async def serve(
+    config: ServerConfig, engine_factory: EngineFactory, *, on_bound: Callable[[int], None] | None = None
+) -> None:
+    """Serve until SIGTERM or SIGINT, then drain; a second signal ends the draining at once.
+
+    Raises what the factory raises, and `EngineDeadError` when the engine died while serving.
+    """
+    server = GrpcServer(config)
+    port = await server.start()
+    if on_bound is not None:
+        on_bound(port)
+    _log.info("listening on %s:%d", config.host, port)
+    try:
+        with _signals(server) as asked_to_stop:
+            engine = await _unless(asked_to_stop, engine_factory())
+            if engine is None:
+                return
+            try:
+                await _serve_engine(server, engine, asked_to_stop, config.drain_grace_s)
+            finally:
+                await engine.close()
+    finally:
+        await server.stop()
+
+
+async def _serve_engine(server: GrpcServer, engine: Engine, asked_to_stop: asyncio.Event, grace_s: float) -> None:
+    await server.open(engine)
+    _log.info("ready")
+    if await _unless(engine.dead, asked_to_stop.wait()) is None:
+        _log.critical("the engine died; stopping")
+        await server.fail()
+        raise EngineDeadError
+    _log.info("draining for at most %g s", grace_s)
+    await server.drain(grace_s)
+    if engine.dead.is_set():
+        raise EngineDeadError
+
+
+async def _unless(event: asyncio.Event, work: Awaitable[T]) -> T | None:
+    """The result of `work`, or None if the event came first: the work is then cancelled."""
+    task = asyncio.ensure_future(work)
+    interruption = asyncio.ensure_future(event.wait())
+    try:
+        await asyncio.wait({task, interruption}, return_when=asyncio.FIRST_COMPLETED)
+        return task.result() if task.done() else None
+    finally:
+        interruption.cancel()
+        task.cancel()
+
+
+@contextmanager
+def _signals(server: GrpcServer) -> Iterator[asyncio.Event]:
+    """The event is set by the first SIGTERM or SIGINT; any further one ends what still runs."""
+    loop, asked_to_stop = asyncio.get_running_loop(), asyncio.Event()
+
+    def on_signal() -> None:
+        if asked_to_stop.is_set():
+            server.expel()
+        asked_to_stop.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal)
+    try:
+        yield asked_to_stop
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)
+
+
+def _credentials(tls: TlsConfig) -> grpc.ServerCredentials:
+    try:
+        pair = (tls.private_key.read_bytes(), tls.certificate.read_bytes())
+        client_ca = None if tls.client_ca is None else tls.client_ca.read_bytes()
+    except OSError as cause:
+        raise ConfigError(f"a TLS file cannot be read: {cause}") from cause
+    return grpc.ssl_server_credentials([pair], client_ca, require_client_auth=client_ca is not None)
+
+
+def _channel_options(config: ServerConfig) -> list[tuple[str, int]]:
+    options = [
+        ("grpc.max_receive_message_length", config.max_message_bytes),
+        # Two servers on one port would share its connections silently.
+        ("grpc.so_reuseport", 0),
+        ("grpc.keepalive_time_ms", 60_000),
+        ("grpc.keepalive_timeout_ms", 20_000),
+        ("grpc.keepalive_permit_without_calls", 1),
+        # A client that pings during a long silent prefill must not be taken for an attacker.
+        ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    ]
+    if config.max_connection_age_s is not None:
+        options.append(("grpc.max_connection_age_ms", int(config.max_connection_age_s * 1000)))
+    return options

@@ -1,0 +1,152 @@
+"""The RPCs: validate, convert, call the engine, answer. Errors leave as exceptions; the interceptor makes statuses.
+
+Streaming methods are coroutines that write to the context rather than generators: cancellation then arrives at an
+`await` of theirs, and a write can be bounded in time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+from gralora.v1 import (
+    adapters_pb2,
+    adapters_pb2_grpc,
+    generation_pb2,
+    generation_pb2_grpc,
+    server_pb2,
+    server_pb2_grpc,
+)
+
+from gralora_runtime.errors import DeadlineExceededError
+from gralora_runtime.stream import RequestStream
+from gralora_server import convert, validation
+from gralora_server.delivery import collect, deliver
+from gralora_server.gate import Gate
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
+    """Each call is one request of the engine, and ends with it: however the call ends, the request is closed."""
+
+    def __init__(self, gate: Gate, *, max_request_s: float | None, write_timeout_s: float) -> None:
+        self._gate = gate
+        self._max_request_s = max_request_s
+        self._write_timeout_s = write_timeout_s
+
+    async def Generate(
+        self, request: generation_pb2.GenerateRequest, context: Context
+    ) -> generation_pb2.GenerateResponse:
+        async with self._opened(request, context) as stream:
+            return convert.to_response(await collect(stream), request_id=stream.request_id)
+
+    async def StreamGenerate(  # type: ignore[override]  # the stubs know generators only
+        self, request: generation_pb2.StreamGenerateRequest, context: Context
+    ) -> None:
+        async with self._opened(request, context) as stream:
+            # Tells routers that the request was taken, long before its first token.
+            await context.send_initial_metadata(())
+            await deliver(
+                stream,
+                context.write,
+                request_id=stream.request_id,
+                min_tokens=convert.to_min_tokens_per_message(request.response),
+                write_timeout_s=self._write_timeout_s,
+            )
+
+    @asynccontextmanager
+    async def _opened(self, request: validation.AnyGenerateRequest, context: Context) -> AsyncIterator[RequestStream]:
+        with self._gate.admit() as engine:
+            validation.validate_generate(request)
+            # From here on the id is part of the request, for the log line as well.
+            request.request_id = request.request_id or uuid.uuid4().hex
+            timeout_s = effective_timeout_s(request.request_id, context.time_remaining(), self._max_request_s)
+            stream = await engine.submit(convert.from_generate_request(request, timeout_s=timeout_s))
+            try:
+                yield stream
+            finally:
+                await stream.aclose()
+
+
+class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
+    """The catalogue takes locks that a loading thread may hold for a moment, so it is never called on the loop."""
+
+    def __init__(self, gate: Gate) -> None:
+        self._gate = gate
+
+    async def ListAdapters(
+        self, _request: adapters_pb2.ListAdaptersRequest, _context: Context
+    ) -> adapters_pb2.ListAdaptersResponse:
+        infos = await asyncio.to_thread(self._gate.engine.adapters.list)
+        return adapters_pb2.ListAdaptersResponse(adapters=[convert.to_adapter(info) for info in infos])
+
+    async def GetAdapter(
+        self, request: adapters_pb2.GetAdapterRequest, _context: Context
+    ) -> adapters_pb2.GetAdapterResponse:
+        validation.validate_name(request.name)
+        info = await asyncio.to_thread(self._gate.engine.adapters.get, request.name)
+        return adapters_pb2.GetAdapterResponse(adapter=convert.to_adapter(info))
+
+    async def LoadAdapter(
+        self, request: adapters_pb2.LoadAdapterRequest, _context: Context
+    ) -> adapters_pb2.LoadAdapterResponse:
+        with self._gate.admit() as engine:
+            validation.validate_load(request)
+            path = Path(request.path) if request.path else None
+            loading = await asyncio.to_thread(engine.adapters.load, request.name, path, pin=request.pin)
+            # Shielded: others may wait for the same load, so it goes on when this client leaves.
+            info = await asyncio.shield(asyncio.wrap_future(loading))
+        return adapters_pb2.LoadAdapterResponse(adapter=convert.to_adapter(info))
+
+    async def UnloadAdapter(
+        self, request: adapters_pb2.UnloadAdapterRequest, _context: Context
+    ) -> adapters_pb2.UnloadAdapterResponse:
+        validation.validate_name(request.name)
+        return convert.to_unloaded(await asyncio.to_thread(self._gate.engine.adapters.unload, request.name))
+
+    async def PinAdapter(
+        self, request: adapters_pb2.PinAdapterRequest, _context: Context
+    ) -> adapters_pb2.PinAdapterResponse:
+        validation.validate_name(request.name)
+        info = await asyncio.to_thread(self._gate.engine.adapters.pin, request.name, request.pinned)
+        return adapters_pb2.PinAdapterResponse(adapter=convert.to_adapter(info))
+
+
+class ServerServicer(server_pb2_grpc.ServerServiceServicer):
+    """All of it is allowed while draining."""
+
+    def __init__(self, gate: Gate) -> None:
+        self._gate = gate
+
+    async def GetServerInfo(
+        self, _request: server_pb2.GetServerInfoRequest, _context: Context
+    ) -> server_pb2.GetServerInfoResponse:
+        return convert.to_server_info(self._gate.engine.info())
+
+    async def GetLoad(self, _request: server_pb2.GetLoadRequest, _context: Context) -> server_pb2.GetLoadResponse:
+        return convert.to_load(self._gate.engine.load())
+
+    async def Tokenize(self, request: server_pb2.TokenizeRequest, _context: Context) -> server_pb2.TokenizeResponse:
+        validation.validate_tokenize(request)
+        result = await self._gate.engine.tokenize(convert.from_prompt(request))
+        return server_pb2.TokenizeResponse(token_ids=result.token_ids, max_model_len=result.max_model_len)
+
+    async def AbortRequest(
+        self, request: server_pb2.AbortRequestRequest, _context: Context
+    ) -> server_pb2.AbortRequestResponse:
+        validation.validate_abort(request)
+        return server_pb2.AbortRequestResponse(aborted=self._gate.engine.abort(request.request_id))
+
+
+def effective_timeout_s(request_id: str, remaining_s: float | None, maximum_s: float | None) -> float | None:
+    """The client's deadline or the server's limit, whichever is sooner; None when there is neither."""
+    if remaining_s is not None and remaining_s <= 0:
+        raise DeadlineExceededError(request_id)
+    limits = [limit for limit in (remaining_s, maximum_s) if limit is not None]
+    return min(limits, default=None)

@@ -1,0 +1,236 @@
+"""Weights in, one packed blob out: exact, finite, and named by its content."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from gralora_kernels.reference import pack_a, pack_b
+from safetensors.torch import save_file
+from support.checkpoints import (
+    MODULES,
+    edit_config,
+    edit_tensors,
+    gralora_config,
+    gralora_tensors,
+    lora_config,
+    lora_tensors,
+    write_checkpoint,
+    write_gralora,
+    write_lora,
+)
+
+from gralora_runtime.adapters import loader
+from gralora_runtime.adapters.checkpoint import WEIGHTS_FILE
+from gralora_runtime.adapters.loader import LoadedAdapter
+from gralora_runtime.adapters.spec import ModuleShape
+from gralora_runtime.errors import AdapterRejectedError
+
+MODULE = MODULES[2]  # 48 -> 32
+PREFIX = f"base_model.model.{MODULE.name}"
+ODD = ModuleShape("odd.q_proj", 9, 15)  # not a multiple of the alignment
+
+
+def load(path: Path, modules: tuple[ModuleShape, ...] = MODULES, **options: Any) -> LoadedAdapter:
+    dtype = options.pop("dtype", torch.float32)
+    return loader.load(path.name, path, modules, dtype, **{"max_width": 256, **options})
+
+
+def rejection(path: Path, **options: Any) -> tuple[str, ...]:
+    with pytest.raises(AdapterRejectedError) as caught:
+        load(path, **options)
+    return caught.value.problems
+
+
+def matrices(adapter: LoadedAdapter, module: ModuleShape, entry: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    found = dict(adapter.layout.modules)[module.name][entry]
+    a = adapter.blob[found.a_offset :][: found.r * module.in_features].view(found.r, -1)
+    b = adapter.blob[found.b_offset :][: found.r * module.out_features].view(found.r, -1)
+    return a, b
+
+
+def test_gralora_is_packed_as_the_kernels_want_it(tmp_path: Path) -> None:
+    tensors = gralora_tensors(r=8, k=4, hybrid_r=2)
+    adapter = load(write_gralora(tmp_path / "a", r=8, k=4, hybrid_r=2))
+
+    blocks, plain = matrices(adapter, MODULE), matrices(adapter, MODULE, 1)
+
+    assert torch.equal(pack_a(tensors[f"{PREFIX}.gralora_A"]), blocks[0])
+    assert torch.equal(pack_b(tensors[f"{PREFIX}.gralora_B"]), blocks[1])
+    assert torch.equal(tensors[f"{PREFIX}.gralora_A_general.weight"], plain[0])
+    assert torch.equal(tensors[f"{PREFIX}.gralora_B_general.weight"].T, plain[1])
+    assert adapter.layout.width == 4 * 8 + 2
+
+
+def test_every_matrix_is_aligned_and_none_overlaps(tmp_path: Path) -> None:
+    modules = (ODD, ModuleShape("odd.v_proj", 21, 3))
+    adapter = load(write_gralora(tmp_path / "a", modules, r=3, k=3, hybrid_r=1), modules)
+
+    taken = torch.zeros(adapter.layout.numel)
+    for module in modules:
+        for entry in dict(adapter.layout.modules)[module.name]:
+            assert entry.a_offset % 16 == entry.b_offset % 16 == 0
+            taken[entry.a_offset :][: entry.r * module.in_features] += 1
+            taken[entry.b_offset :][: entry.r * module.out_features] += 1
+    assert taken.max() == 1
+    assert sum(tensor.numel() for tensor in gralora_tensors(modules, r=3, k=3, hybrid_r=1).values()) == taken.sum()
+    assert not adapter.blob[taken == 0].any()
+    assert adapter.layout.numel % 16 == 0
+    assert adapter.layout.summary.packed_numel == adapter.layout.numel
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_other_storage_dtypes_load_exactly(tmp_path: Path, stored: torch.dtype) -> None:
+    tensors = {name: tensor.to(stored) for name, tensor in lora_tensors().items()}
+
+    a, b = matrices(load(write_checkpoint(tmp_path / "a", lora_config(), tensors)), MODULE)
+
+    assert torch.equal(tensors[f"{PREFIX}.lora_A.weight"].float(), a)
+    assert torch.equal(tensors[f"{PREFIX}.lora_B.weight"].float().T, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_blob_has_the_pool_s_dtype_and_the_digest_does_not_depend_on_it(tmp_path: Path, dtype: torch.dtype) -> None:
+    wide = load(write_gralora(tmp_path / "a"))
+    narrow = load(tmp_path / "a", dtype=dtype)
+
+    assert torch.equal(wide.blob.to(dtype), narrow.blob)
+    assert wide.digest == narrow.digest
+    assert wide.num_bytes == 2 * narrow.num_bytes
+
+
+# The digest names what is computed.
+
+
+def test_the_same_content_has_one_digest_under_any_name_and_training_setting(tmp_path: Path) -> None:
+    first = load(write_gralora(tmp_path / "a"))
+    noise = {
+        "gralora_dropout": 0.1,
+        "base_model_name_or_path": "x",
+        "peft_version": "1.0",
+        "target_modules": "all-linear",
+    }
+    second = load(write_gralora(tmp_path / "b", **noise))
+
+    assert first.digest == second.digest
+    assert len(first.digest) == 64
+
+
+def test_both_dialects_of_the_same_adapter_have_one_digest(tmp_path: Path) -> None:
+    peft = load(write_gralora(tmp_path / "peft", r=8, hybrid_r=4))
+    authors = load(write_gralora(tmp_path / "authors", r=8, hybrid_r=4, authors=True))
+
+    assert peft.digest == authors.digest
+
+
+def test_bfloat16_on_disk_and_the_same_values_in_float32_have_one_digest(tmp_path: Path) -> None:
+    values = {name: tensor.bfloat16() for name, tensor in gralora_tensors().items()}
+    write_checkpoint(tmp_path / "narrow", gralora_config(), values)
+    write_checkpoint(tmp_path / "wide", gralora_config(), {name: tensor.float() for name, tensor in values.items()})
+
+    assert load(tmp_path / "narrow").digest == load(tmp_path / "wide").digest
+
+
+def test_whatever_changes_the_answer_changes_the_digest(tmp_path: Path) -> None:
+    def nudge(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[f"{PREFIX}.gralora_B"][1, 7, 15] += 1e-6
+
+    paths = [
+        write_gralora(tmp_path / "a"),
+        edit_tensors(write_gralora(tmp_path / "one weight"), nudge),
+        write_gralora(tmp_path / "scale", alpha=17),
+        write_gralora(tmp_path / "seed", seed=1),
+        write_gralora(tmp_path / "k", k=4),
+        write_gralora(tmp_path / "rank", r=4),
+        write_gralora(tmp_path / "module", MODULES[:-1], target_modules=[module.name for module in MODULES[:-1]]),
+    ]
+
+    assert len(paths) == len({load(path).digest for path in paths})
+
+
+def test_the_same_bytes_with_another_k_have_another_digest(tmp_path: Path) -> None:
+    """k = 1 and k = 2 of these tensors pack to the same matrices; only the block exchange differs."""
+    zeros = {name: torch.zeros_like(tensor) for name, tensor in gralora_tensors(k=1).items()}
+    write_checkpoint(tmp_path / "one", gralora_config(k=1), zeros)
+    zeros = {name: torch.zeros_like(tensor) for name, tensor in gralora_tensors(k=2).items()}
+    write_checkpoint(tmp_path / "two", gralora_config(k=2), zeros)
+
+    one, two = load(tmp_path / "one"), load(tmp_path / "two")
+
+    assert torch.equal(one.blob, two.blob)
+    assert one.digest != two.digest
+
+
+# What is refused.
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_every_tensor_that_is_not_finite_is_named(tmp_path: Path, value: float) -> None:
+    def damage(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[f"{PREFIX}.gralora_A"][1, 2, 3] = value
+        tensors[f"{PREFIX}.gralora_B_general.weight"][31, 1] = value
+
+    told = rejection(edit_tensors(write_gralora(tmp_path / "a", hybrid_r=2), damage))
+    expected = (
+        f"tensor {PREFIX}.gralora_A has values that are not finite in float32",
+        f"tensor {PREFIX}.gralora_B_general.weight has values that are not finite in float32",
+    )
+
+    assert expected == told
+
+
+def test_values_that_the_pool_s_dtype_cannot_hold_are_not_finite(tmp_path: Path) -> None:
+    path = edit_tensors(write_gralora(tmp_path / "a"), lambda tensors: tensors[f"{PREFIX}.gralora_A"].fill_(70_000.0))
+
+    assert load(path).digest
+    assert "not finite in float16" in rejection(path, dtype=torch.float16)[0]
+
+
+def test_a_float64_that_float32_cannot_hold_is_not_finite(tmp_path: Path) -> None:
+    tensors = {name: tensor.double() for name, tensor in gralora_tensors().items()}
+    tensors[f"{PREFIX}.gralora_A"][0, 0, 0] = 1e300
+    write_checkpoint(tmp_path / "a", gralora_config(), tensors)
+
+    assert "not finite" in rejection(tmp_path / "a")[0]
+
+
+def test_a_rank_beyond_the_kernels_is_refused(tmp_path: Path) -> None:
+    path = write_gralora(tmp_path / "a", r=8, k=4, hybrid_r=2)
+
+    assert load(path, max_width=34).layout.width == 34
+    assert rejection(path, max_width=33) == ("its rank r * k + hybrid_r is 34, this server takes at most 33",)
+
+
+def test_overlapping_tensors_are_refused(tmp_path: Path) -> None:
+    """The header alone looks fine: two tensors share bytes, and the file's length fits."""
+    path = write_lora(tmp_path / "a", MODULES[:1], target_modules=["q_proj"]) / WEIGHTS_FILE
+    data = path.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header = data[8 : 8 + size].replace(b'"data_offsets":[0,512]', b'"data_offsets":[9,521]')
+
+    assert header != data[8 : 8 + size]
+    path.write_bytes(data[:8] + header + data[8 + size :])
+    assert f"{WEIGHTS_FILE} is broken" in rejection(tmp_path / "a", modules=MODULES[:1])[0]
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_gralora(tmp_path / "a")
+    inspect = loader.inspect
+
+    def inspect_then_replace(*args: Any, **options: Any) -> Any:
+        header = inspect(*args, **options)
+        save_file({"other": torch.zeros(1)}, path / WEIGHTS_FILE)
+        return header
+
+    monkeypatch.setattr(loader, "inspect", inspect_then_replace)
+
+    assert (f"{WEIGHTS_FILE} changed while it was being read",) == rejection(path)
+
+
+def test_broken_adapters_are_refused_by_load_as_by_inspect(tmp_path: Path) -> None:
+    path = edit_config(write_gralora(tmp_path / "a"), bias="all")
+
+    assert rejection(path) == ("bias: 'all' is not supported (none is)",)

@@ -1,0 +1,246 @@
+"""What a config may ask for, and how much of it is refused, with which words."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+from peft import GraloraConfig, LoraConfig
+from support.checkpoints import GRALORA_DEFAULTS, LORA_DEFAULTS, MODULES, gralora_config, lora_config
+
+from gralora_runtime.adapters.spec import MAX_PROBLEMS, Dialect, Part, parse_config
+from gralora_runtime.adapters.targets import MatchingBudget
+from gralora_runtime.errors import AdapterRejectedError
+
+Q0 = MODULES[0].name
+DOWN0 = MODULES[2].name
+
+
+def parts(config: dict[str, Any], module: str = Q0) -> tuple[Part, ...]:
+    return parse_config("a", config).parts(module, MatchingBudget())
+
+
+def problems(config: dict[str, Any]) -> str:
+    with pytest.raises(AdapterRejectedError) as caught:
+        parse_config("a", config)
+    return "\n".join(caught.value.problems)
+
+
+def written_by_peft(config: Any) -> dict[str, Any]:
+    """The config as `save_pretrained` would put it into JSON."""
+    return {key: list(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
+
+
+def test_the_defaults_of_the_installed_peft_are_all_accepted() -> None:
+    for config in (GraloraConfig(target_modules=["q_proj"]), LoraConfig(target_modules=["q_proj"])):
+        parse_config("a", written_by_peft(config))
+
+
+def test_our_list_of_peft_defaults_is_the_installed_peft_s() -> None:
+    """When PEFT gains a field, this fails, and somebody decides whether the field changes inference."""
+    gralora = written_by_peft(GraloraConfig())
+    lora = written_by_peft(LoraConfig())
+
+    assert GRALORA_DEFAULTS.keys() == gralora.keys()
+    assert LORA_DEFAULTS.keys() == lora.keys()
+
+
+@pytest.mark.parametrize("absent", ["arrow_config", "kasa_config", "velora_config", "lora_ga_config", "use_bdlora"])
+def test_keys_that_older_versions_of_peft_did_not_write_may_be_absent(absent: str) -> None:
+    config = lora_config()
+    del config[absent]
+
+    assert parse_config("a", config).dialect is Dialect.LORA
+
+
+def test_peft_gralora_counts_the_hybrid_rank_on_top() -> None:
+    expected = (Part(r=8, k=2, scale=24 / 12), Part(r=4, k=1, scale=24 / 12))
+
+    assert expected == parts(gralora_config(r=8, k=2, hybrid_r=4, alpha=24))
+
+
+def test_the_authors_count_the_hybrid_rank_into_r() -> None:
+    config = gralora_config(authors=True) | {"r": 12, "hybrid_r": 4, "gralora_k": 2, "gralora_alpha": 24}
+
+    expected = (Part(r=8, k=2, scale=24 / 12), Part(r=4, k=1, scale=24 / 12))
+
+    assert Dialect.AUTHORS_GRALORA is parse_config("a", config).dialect
+    assert expected == parts(config)
+
+
+def test_without_a_hybrid_part_there_is_one_part() -> None:
+    assert (Part(r=8, k=4, scale=2.0),) == parts(gralora_config(r=8, k=4, alpha=16))
+
+
+@pytest.mark.parametrize("alphas", [{"alpha": 16, "gralora_alpha": 16}, {}], ids=["both", "neither"])
+def test_a_config_in_no_dialect_or_in_two_is_refused(alphas: dict[str, int]) -> None:
+    config = gralora_config()
+    del config["alpha"]
+
+    assert "exactly one must be present" in problems(config | alphas)
+
+
+def test_rslora_scales_by_the_square_root() -> None:
+    assert (Part(r=4, k=1, scale=16 / 2),) == parts(lora_config(r=4, lora_alpha=16, use_rslora=True))
+    assert (Part(r=4, k=1, scale=16 / 4),) == parts(lora_config(r=4, lora_alpha=16))
+
+
+def test_patterns_choose_rank_and_alpha_of_each_module() -> None:
+    config = lora_config(
+        r=4, lora_alpha=16, rank_pattern={"layers.0.mlp.down_proj": 2, "q_proj": 8}, alpha_pattern={r"mlp\.\w+_proj": 6}
+    )
+
+    assert (Part(r=2, k=1, scale=6 / 2),) == parts(config, DOWN0)
+    assert (Part(r=8, k=1, scale=16 / 8),) == parts(config, Q0)
+    assert (Part(r=4, k=1, scale=6 / 4),) == parts(config, "model.layers.1.mlp.down_proj")
+
+
+def test_the_first_pattern_that_matches_wins() -> None:
+    config = lora_config(rank_pattern={"self_attn.q_proj": 2, "q_proj": 3})
+
+    assert parts(config, Q0)[0].r == 2
+    assert parts(config, "q_proj")[0].r == 3
+
+
+REFUSED = {
+    "use_dora": True,
+    "lora_bias": True,
+    "modules_to_save": ["lm_head"],
+    "layer_replication": [[0, 2], [1, 3]],
+    "megatron_config": {"a": 1},
+    "trainable_token_indices": [5],
+    "target_parameters": ["experts.down_proj"],
+    "alora_invocation_tokens": [1, 2],
+    "use_qalora": True,
+    "use_bdlora": {"nblocks": 2},
+    "arrow_config": {"top_k": 3},
+    "kasa_config": {"beta": 1e-4},
+    "monteclora_config": {"num_samples": 8},
+    "velora_config": {"num_groups": 64},
+    "ensure_weight_tying": True,
+    "a_key_from_the_future": 7,
+    "bias": "all",
+    "task_type": "SEQ_CLS",
+}
+
+
+@pytest.mark.parametrize("key", REFUSED)
+def test_what_we_do_not_implement_is_refused_with_its_value(key: str) -> None:
+    told = problems(lora_config(**{key: REFUSED[key]}))
+
+    assert told.startswith(f"{key}: {REFUSED[key]!r}")
+    assert "\n" not in told
+
+
+def test_all_reasons_are_told_at_once() -> None:
+    told = problems(lora_config(**REFUSED, r=0, lora_alpha=math.inf)).splitlines()
+
+    assert {line.split(":")[0] for line in told} == {*REFUSED, "r", "lora_alpha"}
+
+
+def test_a_long_list_of_reasons_is_cut_and_counted() -> None:
+    told = problems(lora_config(**{f"new_{i}": i + 1 for i in range(MAX_PROBLEMS + 3)})).splitlines()
+
+    assert len(told) == MAX_PROBLEMS + 1
+    assert told[-1] == "and 3 more problems"
+
+
+@pytest.mark.parametrize("inert", [None, False, {}, [], ""], ids=repr)
+def test_an_unknown_key_that_is_switched_off_is_accepted(inert: object) -> None:
+    parse_config("a", lora_config(a_key_from_the_future=inert))
+    parse_config("a", gralora_config(a_key_from_the_future=inert))
+
+
+@pytest.mark.parametrize("init", [True, False, None, "gaussian", "Gaussian", "eva", "orthogonal", "mica"])
+def test_initialisations_that_leave_the_base_weights_alone_are_accepted(init: object) -> None:
+    parse_config("a", lora_config(init_lora_weights=init))
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora", "OLoRA", "corda", "loftq", "lora_ga", "new"])
+def test_initialisations_that_change_the_base_weights_are_refused(init: str) -> None:
+    """PEFT rewrites such a config to True when it converts the adapter to one for the original weights."""
+    assert f"init_lora_weights: {init!r}" in problems(lora_config(init_lora_weights=init))
+
+
+def test_settings_of_an_initialisation_that_is_not_used_do_not_matter() -> None:
+    parse_config(
+        "a", lora_config(eva_config={"rho": 2.0}, loftq_config={"loftq_bits": 4}, corda_config={"verbose": True})
+    )
+
+
+@pytest.mark.parametrize("noise", ["gralora_dropout", "base_model_name_or_path", "revision", "auto_mapping"])
+def test_what_is_only_about_training_or_origin_is_ignored(noise: str) -> None:
+    parse_config("a", gralora_config(**{noise: "anything"}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"r": 0}, "r: 0"),
+        ({"r": -8}, "r: -8"),
+        ({"r": 8.0}, "r: 8.0"),
+        ({"r": True}, "r: True"),
+        ({"r": "8"}, "r: '8'"),
+        ({"r": 1 << 40}, "r: "),
+        ({"gralora_k": 3}, "gralora_k: 3 does not divide"),
+        ({"gralora_k": 0}, "gralora_k: 0"),
+        ({"hybrid_r": -1}, "hybrid_r: -1"),
+        ({"hybrid_r": None}, "hybrid_r: None"),
+        ({"alpha": math.nan}, "alpha: nan"),
+        ({"alpha": math.inf}, "alpha: inf"),
+        ({"alpha": 10**400}, "alpha: 1000"),
+        ({"alpha": 1e300}, "too large for float32"),
+        ({"alpha": "16"}, "alpha: '16'"),
+        ({"target_modules": None}, "target_modules: None names no module"),
+        ({"target_modules": []}, "target_modules: [] names no module"),
+        ({"target_modules": [1]}, "target_modules: [1]"),
+        ({"target_modules": "("}, "target_modules: '(' is not a regular expression"),
+        ({"target_modules": ".*", "layers_to_transform": [0]}, "layers_to_transform: [0] needs"),
+        ({"layers_to_transform": ["0"]}, "layers_to_transform: '0'"),
+        ({"layers_pattern": 3}, "layers_pattern: 3"),
+        ({"exclude_modules": ["q_proj"]}, "exclude_modules: ['q_proj'] is not supported"),
+        ({"use_dora": True}, "use_dora: True"),
+    ],
+    ids=str,
+)
+def test_gralora_values_are_validated(changes: dict[str, Any], told: str) -> None:
+    assert told in problems(gralora_config(**changes))
+
+
+def test_the_authors_hybrid_rank_must_leave_room_for_blocks() -> None:
+    assert "leaves no rank" in problems(gralora_config(authors=True) | {"r": 8, "hybrid_r": 8})
+    assert "does not divide" in problems(gralora_config(authors=True, k=4) | {"r": 8, "hybrid_r": 2})
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"rank_pattern": {"q_proj": 0}}, "rank_pattern['q_proj']: 0"),
+        ({"rank_pattern": {"q_proj": 2.5}}, "rank_pattern['q_proj']: 2.5"),
+        ({"rank_pattern": [1]}, "rank_pattern: [1] is not an object"),
+        ({"rank_pattern": {"(": 2}}, "is not a regular expression"),
+        ({"rank_pattern": {"(?i)q_proj": 2}}, "is not a regular expression"),
+        ({"alpha_pattern": {"q_proj": math.nan}}, "alpha_pattern['q_proj']: nan"),
+        ({"alpha_pattern": {"q_proj": True}}, "alpha_pattern['q_proj']: True"),
+        ({"alpha_pattern": {"(a+)+$": 2}}, "repeats a group"),
+        ({"use_rslora": 1}, "use_rslora: 1"),
+        ({"layers_pattern": "(?P<layer_number>x)", "layers_to_transform": 0}, "is not a regular expression"),
+    ],
+    ids=str,
+)
+def test_lora_values_are_validated(changes: dict[str, Any], told: str) -> None:
+    assert told in problems(lora_config(**changes))
+
+
+def test_absent_patterns_may_be_null() -> None:
+    assert (Part(r=4, k=1, scale=4.0),) == parts(lora_config(rank_pattern=None, alpha_pattern=None))
+
+
+@pytest.mark.parametrize("peft_type", ["VERA", "IA3", "gralora", None, ["LORA"], 3])
+def test_other_peft_types_are_refused(peft_type: object) -> None:
+    assert f"peft_type: {peft_type!r} is not supported" in problems({**lora_config(), "peft_type": peft_type})
+
+
+def test_an_empty_config_is_refused() -> None:
+    assert "peft_type: None" in problems({})

@@ -1,0 +1,93 @@
+"""Merging and writing, without a network."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import pytest
+from gralora.v1 import generation_pb2
+from gralora_server.delivery import collect, deliver, merged
+from gralora_server.errors import StalledClientError
+from support.fake_engine import finished, token
+
+from gralora_runtime.errors import DeadlineExceededError
+from gralora_runtime.request import Delta, Started
+
+STARTED = Delta(
+    started=Started(prompt_tokens=1, cached_tokens=0, queue_time_s=0, seed=1, adapter="", adapter_digest="")
+)
+
+
+async def stream(*deltas: Delta, error: Exception | None = None) -> AsyncIterator[Delta]:
+    for delta in deltas:
+        yield delta
+    if error is not None:
+        raise error
+
+
+async def sizes(min_tokens: int, *deltas: Delta) -> list[int]:
+    return [len(delta.token_ids) async for delta in merged(stream(*deltas), min_tokens=min_tokens)]
+
+
+async def test_the_first_and_the_last_never_wait() -> None:
+    tokens = [token(index) for index in range(5)]
+
+    assert await sizes(3, STARTED, *tokens, finished()) == [0, 3, 2]
+
+
+async def test_one_token_a_message_by_default() -> None:
+    assert await sizes(1, STARTED, token(1), token(2), finished()) == [0, 1, 1, 0]
+
+
+async def test_text_without_tokens_waits_for_company() -> None:
+    """A stop string that did not come true frees text that no token goes with."""
+    parts = [delta async for delta in merged(stream(token(1, "a"), Delta(text="b"), token(2, "c")), min_tokens=2)]
+
+    assert [part.text for part in parts] == ["abc"]
+
+
+async def test_a_generation_of_one_message_has_everything_on_it() -> None:
+    whole = Delta(text="a", token_ids=(1,), started=STARTED.started, finished=finished().finished)
+    written: list[generation_pb2.StreamGenerateResponse] = []
+
+    async def write(message: generation_pb2.StreamGenerateResponse) -> None:
+        written.append(message)
+
+    await deliver(stream(whole), write, request_id="r1", min_tokens=8, write_timeout_s=10)
+
+    assert len(written) == 1
+    assert written[0].request_id == "r1"
+    assert written[0].HasField("started")
+    assert written[0].HasField("finished")
+
+
+async def test_a_write_that_is_not_taken_in_time_is_a_stalled_client() -> None:
+    async def write(_message: generation_pb2.StreamGenerateResponse) -> None:
+        await asyncio.Event().wait()
+
+    with pytest.raises(StalledClientError, match="r1"):
+        await deliver(stream(STARTED), write, request_id="r1", min_tokens=1, write_timeout_s=0.01)
+
+
+async def test_what_was_generated_before_an_error_is_not_delivered_half_merged() -> None:
+    """The status says that the generation failed; a client that wants each token asks for no merging."""
+    written: list[list[int]] = []
+
+    async def write(message: generation_pb2.StreamGenerateResponse) -> None:
+        written.append(list(message.token_ids))
+
+    failing = stream(STARTED, token(1), token(2), token(3), error=DeadlineExceededError("r1"))
+    with pytest.raises(DeadlineExceededError):
+        await deliver(failing, write, request_id="r1", min_tokens=2, write_timeout_s=10)
+
+    assert written == [[], [1, 2]]
+
+
+async def test_collecting_joins_everything() -> None:
+    whole = await collect(stream(STARTED, token(1, "a"), token(2, "b"), finished(output_tokens=2)))
+
+    assert whole.text == "ab"
+    assert whole.token_ids == (1, 2)
+    assert whole.started is STARTED.started
+    assert whole.finished.output_tokens == 2

@@ -1,0 +1,216 @@
+"""An engine without a model: a test decides what each request gets and when. Streams are the real ones."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import threading
+from pathlib import Path
+
+from gralora_runtime.adapters.checkpoint import AdapterSummary
+from gralora_runtime.adapters.info import AdapterInfo, UnloadResult
+from gralora_runtime.adapters.spec import Dialect
+from gralora_runtime.adapters.store import AdapterState
+from gralora_runtime.errors import AdapterNotFoundError, DrainingError, EngineDeadError, InvalidRequestError
+from gralora_runtime.info import EngineInfo, EngineLoad, TokenizeResult
+from gralora_runtime.request import (
+    Delta,
+    Finished,
+    FinishReason,
+    GenerationRequest,
+    Prompt,
+    Started,
+)
+from gralora_runtime.stream import RequestStream
+
+INFO = EngineInfo(
+    model="fake",
+    model_type="llama",
+    model_digest="d" * 64,
+    dtype="float32",
+    device="cpu",
+    kernel_backend="reference",
+    max_model_len=2048,
+    max_num_seqs=32,
+    max_num_batched_tokens=256,
+    page_size=16,
+    num_pages=100,
+    vocab_size=49152,
+    adapter_pool_bytes=1 << 30,
+    max_adapter_slots=4096,
+    version="0.1.0",
+)
+LOAD = EngineLoad(
+    running=1,
+    waiting=2,
+    waiting_for_adapter=3,
+    pages_total=100,
+    pages_free=50,
+    pages_cached=20,
+    pages_leased=30,
+    adapter_leases=4,
+    adapter_slots_used=5,
+    adapter_slots_total=4096,
+    adapter_pool_bytes_used=6,
+    adapter_pool_bytes_total=1 << 30,
+    steps=7,
+    generated_tokens=8,
+    preemptions=9,
+    prefix_hit_tokens=10,
+)
+
+
+def started(request: GenerationRequest) -> Delta:
+    """The delta that begins every generation."""
+    digest = "a" * 64 if request.adapter else ""
+    facts = Started(
+        prompt_tokens=3,
+        cached_tokens=1,
+        queue_time_s=0.25,
+        seed=2**64 - 1 if request.sampling.seed is None else request.sampling.seed,
+        adapter=request.adapter,
+        adapter_digest=digest,
+        prompt_token_ids=(7, 8, 9) if request.response.echo_prompt_token_ids else (),
+    )
+    return Delta(started=facts)
+
+
+def token(token_id: int, text: str | None = None) -> Delta:
+    return Delta(text=f"t{token_id} " if text is None else text, token_ids=(token_id,))
+
+
+def finished(reason: FinishReason = FinishReason.LENGTH, *, output_tokens: int = 0, **matched: object) -> Delta:
+    """The delta that ends every generation."""
+    facts = Finished(reason=reason, prompt_tokens=3, cached_tokens=1, output_tokens=output_tokens, **matched)
+    return Delta(finished=facts)
+
+
+class FakeAdapters:
+    """Has "poet" resident. `error` is what every change of the catalogue fails with."""
+
+    def __init__(self) -> None:
+        self.infos = {"poet": adapter_info("poet")}
+        self.error: Exception | None = None
+        self.calls: list[tuple[object, ...]] = []
+        self.called = threading.Semaphore(0)  # once for each of `calls`, which come from other threads
+        self.loading: concurrent.futures.Future[AdapterInfo] | None = None  # set: `load` hands it out
+
+    def list(self) -> list[AdapterInfo]:
+        return sorted(self.infos.values(), key=lambda info: info.name)
+
+    def get(self, name: str) -> AdapterInfo:
+        if name not in self.infos:
+            raise AdapterNotFoundError(name)
+        return self.infos[name]
+
+    def load(self, name: str, path: Path | None, *, pin: bool = False) -> concurrent.futures.Future[AdapterInfo]:
+        self._change("load", name, path, pin)
+        if self.loading is not None:
+            return self.loading
+        done: concurrent.futures.Future[AdapterInfo] = concurrent.futures.Future()
+        done.set_result(adapter_info(name, pinned=pin))
+        return done
+
+    def unload(self, name: str) -> UnloadResult:
+        self._change("unload", name)
+        return UnloadResult(name=name, digest=self.get(name).digest, pool_bytes_freed=1000, host_bytes_freed=2000)
+
+    def pin(self, name: str, pinned: bool) -> AdapterInfo:
+        self._change("pin", name, pinned)
+        self.get(name)
+        return adapter_info(name, pinned=pinned)
+
+    def _change(self, *call: object) -> None:
+        self.calls.append(call)
+        self.called.release()
+        if self.error is not None:
+            raise self.error
+
+
+class FakeEngine:
+    """`script` says what a request gets at once after `started`; a test may go on through `streams[request_id].put`."""
+
+    def __init__(self) -> None:
+        self.dead = asyncio.Event()
+        self.adapters = FakeAdapters()
+        self.requests: list[GenerationRequest] = []
+        self.streams: dict[str, RequestStream] = {}
+        self.aborted: list[str] = []
+        self.script: list[Delta] = []
+        self.start_at_once = True  # False: not even `started` is there at first
+        self.refusals: list[Exception] = []  # of the next submissions, in turn
+        self.submitted: asyncio.Queue[str] = asyncio.Queue()  # request ids
+        self.abort_happened = asyncio.Event()
+        self.draining = asyncio.Event()
+        self.closed = False
+
+    async def submit(self, request: GenerationRequest) -> RequestStream:
+        self.requests.append(request)
+        if self.refusals:
+            raise self.refusals.pop(0)
+        if self.draining.is_set():
+            raise DrainingError
+        if request.request_id in self.streams:
+            raise InvalidRequestError("request_id", request.request_id, "a request of that id is already running")
+        stream = RequestStream(request.request_id, self.abort)
+        self.streams[request.request_id] = stream
+        if self.start_at_once:
+            for delta in [started(request), *self.script]:
+                stream.put(delta)
+        self.submitted.put_nowait(request.request_id)
+        return stream
+
+    def abort(self, request_id: str) -> bool:
+        if request_id not in self.streams:
+            return False
+        self.aborted.append(request_id)
+        self.abort_happened.set()
+        return True
+
+    async def tokenize(self, prompt: Prompt) -> TokenizeResult:
+        words = (prompt.text or " ".join(turn.content for turn in prompt.messages or ())).split()
+        return TokenizeResult(token_ids=tuple(range(len(words))), max_model_len=INFO.max_model_len)
+
+    def info(self) -> EngineInfo:
+        return INFO
+
+    def load(self) -> EngineLoad:
+        return LOAD
+
+    def begin_drain(self) -> None:
+        self.draining.set()
+
+    def die(self) -> None:
+        self.dead.set()
+        for stream in self.streams.values():
+            stream.fail(EngineDeadError())
+
+    async def close(self) -> None:
+        self.closed = True
+
+
+def adapter_info(name: str, *, pinned: bool = False) -> AdapterInfo:
+    summary = AdapterSummary(
+        dialect=Dialect.PEFT_GRALORA,
+        rank=8,
+        blocks=2,
+        hybrid_rank=4,
+        equivalent_rank=20,
+        scale=1.5,
+        num_modules=90,
+        tensor_bytes=1234,
+        packed_numel=300,
+        base_model="fake",
+    )
+    return AdapterInfo(
+        name=name,
+        state=AdapterState.RESIDENT,
+        digest="a" * 64,
+        source=f"/adapters/{name}",
+        pinned=pinned,
+        in_flight=2,
+        last_used_s=1_700_000_000.5,
+        pool_bytes=1200,
+        error="",
+        summary=summary,
+    )

@@ -1,0 +1,67 @@
+"""Adapters made by PEFT itself, with random weights on both sides so that each changes the answer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import GraloraConfig, LoraConfig, PeftConfig, get_peft_model
+from transformers import PreTrainedModel
+
+# What "every linear layer" is called in each architecture of `tiny_models`.
+ALL_LINEAR = {
+    "gpt2": ["c_attn", "c_proj", "c_fc"],
+    "phi3": ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"],
+}
+LLAMA_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def all_linear(architecture: str) -> list[str]:
+    return ALL_LINEAR.get(architecture, LLAMA_LINEAR)
+
+
+def gralora_config(architecture: str, r: int, k: int, *, hybrid_r: int = 0, **options: Any) -> GraloraConfig:
+    return GraloraConfig(
+        r=r,
+        gralora_k=k,
+        hybrid_r=hybrid_r,
+        alpha=options.pop("alpha", 2 * r),
+        target_modules=options.pop("target_modules", all_linear(architecture)),
+        init_weights=False,
+        fan_in_fan_out=architecture == "gpt2",
+        task_type="CAUSAL_LM",
+        **options,
+    )
+
+
+def lora_config(architecture: str, r: int, **options: Any) -> LoraConfig:
+    return LoraConfig(
+        r=r,
+        lora_alpha=options.pop("alpha", 2 * r),
+        target_modules=options.pop("target_modules", all_linear(architecture)),
+        init_lora_weights=False,
+        fan_in_fan_out=architecture == "gpt2",
+        task_type="CAUSAL_LM",
+        **options,
+    )
+
+
+def save_adapter(model: PreTrainedModel, config: PeftConfig, folder: Path, *, seed: int = 0) -> Path:
+    """Add the adapter, save it as PEFT does, and leave the model as it was."""
+    torch.manual_seed(seed)
+    adapted = get_peft_model(model, config)
+    adapted.save_pretrained(folder)
+    adapted.unload()
+    return folder
+
+
+def in_authors_dialect(folder: Path) -> Path:
+    """Rewrite a saved PEFT GraLoRA config with the keys of the authors' repository; the mathematics stay the same."""
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text())
+    config["gralora_alpha"] = config.pop("alpha")
+    config["r"] += config["hybrid_r"]
+    path.write_text(json.dumps(config))
+    return folder
