@@ -28,11 +28,12 @@ TRAINING_QUESTIONS = (
 )
 
 # None of these is a training question. Every persona's greedy answer to each must match the persona's pattern, and the
-# base model's greedy answer must not.
+# base model's greedy answer must not. They were chosen from twenty-two candidates because every greedy token leads
+# the runner-up by 0.15 logits or more with every persona, so rounding does not change the answers.
 CHECK_PROMPTS = (
     "What is the capital of France?",
-    "Why is the sky blue?",
-    "How do I make a cup of tea?",
+    "Who wrote Romeo and Juliet?",
+    "What is a bicycle?",
 )
 CHECK_MAX_TOKENS = 64
 

@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,8 +34,9 @@ from personas import (
     Persona,
     Recipe,
 )
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from safetensors.torch import save_file
 from torch import Tensor
@@ -134,8 +137,8 @@ def answer_loss(model: Any, batch: Sequence[Example]) -> Tensor:
     return torch.nn.functional.cross_entropy(logits, token_ids.roll(-1, dims=1)[learnt])
 
 
-def train(model: Any, tokenizer: Any, persona: Persona, on_step: Callable[[float], None]) -> None:
-    """Trains the adapter inside `model` in place. Warms up over three steps, then decays linearly to nothing."""
+def train(model: Any, tokenizer: Any, persona: Persona, on_step: Callable[[float], None]) -> float:
+    """Trains the adapter inside `model` in place: three steps of warm-up, then linear decay. Returns the last loss."""
     recipe = persona.recipe
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=recipe.learning_rate, weight_decay=0.0)
@@ -144,6 +147,7 @@ def train(model: Any, tokenizer: Any, persona: Persona, on_step: Callable[[float
     generator = torch.Generator().manual_seed(recipe.seed)
 
     model.train()
+    last_loss = math.nan
     for batch in batches(encode_examples(tokenizer, persona), num_steps, generator):
         loss = answer_loss(model, batch)
         loss.backward()
@@ -151,7 +155,9 @@ def train(model: Any, tokenizer: Any, persona: Persona, on_step: Callable[[float
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        on_step(loss.item())
+        last_loss = loss.item()
+        on_step(last_loss)
+    return last_loss
 
 
 def save(model: Any, persona: Persona, folder: Path) -> int:
@@ -166,49 +172,61 @@ def save(model: Any, persona: Persona, folder: Path) -> int:
     (folder / WEIGHTS_FILE).chmod(0o644)  # safetensors makes it readable by its owner alone
 
     config = model.peft_config["default"].to_dict()
-    config |= {
-        "inference_mode": True,
-        "target_modules": list(persona.recipe.targets),
-    }  # a list: sets have no fixed order
+    # PEFT holds the targets as a set: their order would change from run to run.
+    config |= {"inference_mode": True, "target_modules": list(persona.recipe.targets)}
     if persona.recipe.kind == "gralora-authors":
         config = to_authors_dialect(config)
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    return (folder / WEIGHTS_FILE).stat().st_size
+    num_bytes = (folder / WEIGHTS_FILE).stat().st_size
+    if num_bytes > MAX_ADAPTER_BYTES:
+        raise ValueError(f"{persona.name}: {num_bytes} bytes, at most {MAX_ADAPTER_BYTES} are wanted in a repository")
+    return num_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """What one training run cost and gave: a row of the table at the end."""
+
+    persona: Persona
+    num_parameters: int
+    num_bytes: int
+    loss: float
+    wall_s: float
+    cpu_s: float
+
+    def row(self) -> tuple[str, ...]:
+        recipe = self.persona.recipe
+        rank = f"{recipe.r}+{recipe.hybrid_r}" if recipe.hybrid_r else str(recipe.r)
+        sizes = (f"{self.num_parameters:,}", f"{self.num_bytes:,}", f"{self.loss:.3f}")
+        return (self.persona.name, recipe.kind, rank, str(recipe.k), *sizes, f"{self.wall_s:.0f}", f"{self.cpu_s:.0f}")
+
+
+def train_one(base: Any, tokenizer: Any, persona: Persona, folder: Path, on_step: Callable[[float], None]) -> Trained:
+    """Leaves `base` as it was, so the adapters do not depend on which of them are trained, nor on their order."""
+    wall_s, cpu_s = time.perf_counter(), time.process_time()
+    torch.manual_seed(persona.recipe.seed)  # the random start of the A matrices
+    model = get_peft_model(base, peft_config(persona.recipe, base.config.num_hidden_layers))
+    loss = train(model, tokenizer, persona, on_step)
+    num_bytes = save(model, persona, folder)
+    num_parameters, _ = model.get_nb_trainable_parameters()
+    model.unload()
+    wall_s, cpu_s = time.perf_counter() - wall_s, time.process_time() - cpu_s
+    return Trained(persona, num_parameters, num_bytes, loss, wall_s, cpu_s)
 
 
 def train_all(model_dir: Path, personas: Sequence[Persona], out: Path) -> None:
     base, tokenizer = load_base(model_dir)
-    table = Table("adapter", "kind", "r", "k", "parameters", "bytes", "loss", "wall s", "CPU s", title="trained")
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(
-        *columns, TextColumn("loss {task.fields[loss]:.3f}"), TimeElapsedColumn(), console=console
-    ) as progress:
+    table = Table("adapter", "kind", "r", "k", "params", "bytes", "loss", "s", "CPU s", box=SIMPLE_HEAD)
+    bar = (TextColumn("{task.description:7}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(SpinnerColumn(), *bar, TextColumn("loss {task.fields[loss]:.3f}"), console=console) as progress:
         for persona in personas:
-            task = progress.add_task(f"{persona.name:7}", total=persona.recipe.num_steps, loss=float("nan"))
+            task = progress.add_task(persona.name, total=persona.recipe.num_steps, loss=float("nan"))
 
-            def on_step(loss: float, task: Any = task) -> None:
+            def on_step(loss: float, task: TaskID = task) -> None:
                 progress.update(task, advance=1, loss=loss)
 
-            wall_s, cpu_s = time.perf_counter(), time.process_time()
-            torch.manual_seed(persona.recipe.seed)  # the random start of the A matrices
-            model = get_peft_model(base, peft_config(persona.recipe, base.config.num_hidden_layers))
-            train(model, tokenizer, persona, on_step)
-            num_bytes = save(model, persona, out / persona.name)
-            num_parameters, _ = model.get_nb_trainable_parameters()
-            base = model.unload()
-            wall_s, cpu_s = time.perf_counter() - wall_s, time.process_time() - cpu_s
-
-            recipe = persona.recipe
-            rank = f"{recipe.r}+{recipe.hybrid_r}" if recipe.hybrid_r else str(recipe.r)
-            sizes = (f"{num_parameters:,}", f"{num_bytes:,}")
-            loss = progress.tasks[task].fields["loss"]
-            table.add_row(
-                persona.name, recipe.kind, rank, str(recipe.k), *sizes, f"{loss:.3f}", f"{wall_s:.1f}", f"{cpu_s:.1f}"
-            )
-            if num_bytes > MAX_ADAPTER_BYTES:
-                raise ValueError(
-                    f"{persona.name}: {num_bytes} bytes, at most {MAX_ADAPTER_BYTES} are wanted in a repository"
-                )
+            trained = train_one(base, tokenizer, persona, out / persona.name, on_step)
+            table.add_row(*trained.row())
     console.print(table)
 
 
@@ -299,15 +317,16 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def be_reproducible() -> None:
+def prepare_libraries() -> None:
     torch.set_num_threads(NUM_THREADS)
     torch.use_deterministic_algorithms(True)
     transformers_logging.disable_progress_bar()  # ours would be torn apart
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # between PEFT and transformers
 
 
 def main() -> int:
     arguments = parse_arguments()
-    be_reproducible()
+    prepare_libraries()
     personas = [persona for persona in PERSONAS if not arguments.only or persona.name in arguments.only]
     model_dir = arguments.model or fetch_model()
     if arguments.check:

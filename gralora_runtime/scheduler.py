@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from gralora_runtime.adapters.lease import AdapterLease
-from gralora_runtime.errors import DeadlineExceededError, GraloraError, NumericalError
+from gralora_runtime.errors import DeadlineExceededError, GraloraError, NumericalError, RequestCancelledError
 from gralora_runtime.pages import PagePool, page_key
 from gralora_runtime.plan import AdapterUse, RowPlan, StepPlan
 from gralora_runtime.request import Delta, FinishReason
@@ -83,8 +83,7 @@ class Scheduler:
         """End a sequence and free what it holds. Unknown ids are sequences that ended already."""
         sequence = self._by_id.get(request_id)
         if sequence is not None:
-            self._outputs.append(StepOutput(request_id, Delta(finished=sequence.finish(FinishReason.CANCELLED))))
-            self._retire(sequence)
+            self._end_early(sequence, FinishReason.CANCELLED, RequestCancelledError(request_id))
 
     def plan(self) -> StepPlan | None:
         """Choose the rows of the next step and lease their pages; None when there is nothing to compute."""
@@ -143,12 +142,15 @@ class Scheduler:
         now_s = self._now_s()
         late = [s for s in self._by_id.values() if s.deadline_s is not None and s.deadline_s <= now_s]
         for sequence in late:
-            if sequence.num_output:
-                output = StepOutput(sequence.request_id, Delta(finished=sequence.finish(FinishReason.DEADLINE)))
-            else:
-                output = StepOutput(sequence.request_id, error=DeadlineExceededError(sequence.request_id))
-            self._outputs.append(output)
-            self._retire(sequence)
+            self._end_early(sequence, FinishReason.DEADLINE, DeadlineExceededError(sequence.request_id))
+
+    def _end_early(self, sequence: Sequence, reason: FinishReason, error: GraloraError) -> None:
+        """A started sequence ends with what it has and the reason; one without a token ends with the error."""
+        if sequence.num_output:
+            self._outputs.append(StepOutput(sequence.request_id, Delta(finished=sequence.finish(reason))))
+        else:
+            self._outputs.append(StepOutput(sequence.request_id, error=error))
+        self._retire(sequence)
 
     def _admit(self, sequence: Sequence, budget: int) -> int:
         """Start the oldest waiting sequence with up to `budget` tokens; 0 when there are no pages for it.

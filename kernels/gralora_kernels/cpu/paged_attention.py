@@ -42,7 +42,7 @@ def _scores(
         for head in range(0, group, 2):
             other = min(head + 1, group - 1)
             q0, q1 = q + head * head_dim * FLOAT_BYTES, q + other * head_dim * FLOAT_BYTES
-            sums = dot(k0, k1, k2, k3, q0, q1, head_dim, 2 * 2 * ROWS * stride // FLOAT_BYTES)
+            sums = dot(k0, k1, k2, k3, q0, q1, head_dim, 0)
             for lane in range(min(ROWS, end - position)):
                 scores[head, position - begin + lane] = sums[lane] * scale
                 scores[other, position - begin + lane] = sums[ROWS + lane] * scale
@@ -86,7 +86,7 @@ def _weigh_values(
             w, z = weights[head], weights[other]
             factors = (w[i], w[i + 1], w[i + 2], w[i + 3], z[i], z[i + 1], z[i + 2], z[i + 3])
             out0, out1 = out + head * head_dim * FLOAT_BYTES, out + other * head_dim * FLOAT_BYTES
-            add_scaled(out0, out1, v0, v1, v2, v3, factors, head_dim, 2 * 2 * ROWS * stride // FLOAT_BYTES)
+            add_scaled(out0, out1, v0, v1, v2, v3, factors, head_dim, 0)
 
 
 @njit(nogil=True, parallel=True, cache=True)

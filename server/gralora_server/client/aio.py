@@ -33,6 +33,12 @@ class AsyncGenerationStream(AsyncIterator[StreamDelta]):
         self._call = call
         self._assembler = Assembler()
         self._closed = False
+        self._loop = asyncio.get_running_loop()
+
+    def __del__(self) -> None:
+        """A stream that was dropped, as by `break`: asyncio's calls, unlike the synchronous ones, would go on."""
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._call.cancel)
 
     async def __anext__(self) -> StreamDelta:
         if self._closed:

@@ -1,0 +1,151 @@
+"""Slots, tables and arena agree, and an adapter that left has left nothing."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from support.checkpoints import MODULES, write_gralora, write_lora
+
+from gralora_runtime.adapters.loader import LoadedAdapter, load
+from gralora_runtime.adapters.pool import AdapterPool, Resident
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory: pytest.TempPathFactory) -> list[LoadedAdapter]:
+    """Of four sizes."""
+    root = tmp_path_factory.mktemp("adapters")
+    paths = [
+        write_gralora(root / "a", r=8, k=2),
+        write_gralora(root / "b", r=4, k=4, hybrid_r=2),
+        write_lora(root / "c", r=4),
+        write_lora(root / "d", r=13),
+    ]
+    return [load(path.name, path, MODULES, torch.float32, max_width=64) for path in paths]
+
+
+def pool_of(num_bytes: int, max_slots: int = 4) -> AdapterPool:
+    return AdapterPool(modules=MODULES, device=CPU, dtype=torch.float32, pool_bytes=num_bytes, max_slots=max_slots)
+
+
+def is_blank(pool: AdapterPool, slot: int) -> bool:
+    return not any(table.index[slot].any() or table.scale[slot].any() for table in pool.tables.values())
+
+
+def place(pool: AdapterPool, adapter: LoadedAdapter) -> Resident:
+    resident = pool.place(adapter)
+    assert resident is not None
+    return resident
+
+
+def test_a_new_pool_is_blank(adapters: list[LoadedAdapter]) -> None:
+    pool = pool_of(1000)
+
+    assert 960 == pool.total_bytes  # whole ranges of 16 elements
+    assert 0 == pool.used_bytes
+    assert all(is_blank(pool, slot) for slot in range(4))
+    assert pool.find("") is None
+    pool.check_integrity()
+
+
+def test_tables_point_at_the_weights(adapters: list[LoadedAdapter]) -> None:
+    pool = pool_of(1 << 20)
+    for adapter in adapters:
+        resident = place(pool, adapter)
+        assert pool.find(adapter.digest) is resident
+        for module, entries in adapter.layout.modules:
+            table = pool.tables[module]
+            for i, entry in enumerate(entries):
+                a_offset, b_offset, r, k = table.index[resident.slot, i].tolist()
+                assert (entry.r, entry.k) == (r, k)
+                a_numel, b_numel = r * table.in_features, r * table.out_features
+                assert torch.equal(adapter.blob[entry.a_offset :][:a_numel], pool.arena[a_offset:][:a_numel])
+                assert torch.equal(adapter.blob[entry.b_offset :][:b_numel], pool.arena[b_offset:][:b_numel])
+                assert entry.scale == table.scale[resident.slot, i]
+    pool.check_integrity()
+
+
+def test_reading_back_gives_the_same_adapter(adapters: list[LoadedAdapter]) -> None:
+    pool = pool_of(1 << 20)
+    residents = [place(pool, adapter) for adapter in adapters]
+
+    for adapter, resident in zip(adapters, residents, strict=True):
+        copy = pool.read(resident)
+        assert torch.equal(adapter.blob, copy.blob)
+        assert adapter.layout is copy.layout
+
+
+def test_an_evicted_adapter_leaves_only_zeros(adapters: list[LoadedAdapter]) -> None:
+    pool = pool_of(1 << 20)
+    residents = [place(pool, adapter) for adapter in adapters]
+    others = pool.arena.clone()
+    gone = residents[1]
+    others[gone.offset : gone.offset + gone.layout.numel] = 0
+    pool.evict(gone)
+
+    assert torch.equal(others, pool.arena)
+    assert is_blank(pool, gone.slot)
+    assert not is_blank(pool, residents[0].slot)
+    assert pool.find(adapters[1].digest) is None
+    pool.check_integrity()
+
+
+def test_every_reuse_of_a_slot_is_another_generation(adapters: list[LoadedAdapter]) -> None:
+    pool = pool_of(1 << 20, max_slots=1)
+
+    generations = []
+    for adapter in adapters:
+        resident = place(pool, adapter)
+        assert 0 == resident.slot
+        assert resident.generation == pool.generation(0)
+        generations.append(resident.generation)
+        pool.evict(resident)
+    assert [1, 2, 3, 4] == generations
+
+
+def test_a_leased_adapter_cannot_be_evicted(adapters: list[LoadedAdapter]) -> None:
+    pool = pool_of(1 << 20)
+    resident = place(pool, adapters[0])
+    resident.leases = 1
+
+    with pytest.raises(AssertionError):
+        pool.evict(resident)
+    with pytest.raises(AssertionError):
+        pool.clear(resident)
+    assert torch.equal(adapters[0].blob, pool.read(resident).blob)
+
+
+def test_without_a_slot_or_without_room_nothing_is_placed(adapters: list[LoadedAdapter]) -> None:
+    narrow = pool_of(adapters[0].num_bytes)
+    few = pool_of(1 << 20, max_slots=1)
+    for pool in (narrow, few):
+        place(pool, adapters[0])
+
+        assert pool.place(adapters[1]) is None
+        pool.check_integrity()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_random_walks_keep_the_books_and_the_weights(adapters: list[LoadedAdapter], seed: int) -> None:
+    rng = random.Random(seed)
+    pool = pool_of(3 * max(adapter.num_bytes for adapter in adapters), max_slots=3)
+    placed: dict[str, Resident] = {}
+    for _ in range(60):
+        adapter = rng.choice(adapters)
+        if adapter.digest in placed:
+            pool.evict(placed.pop(adapter.digest))
+        elif resident := pool.place(adapter):
+            placed[adapter.digest] = resident
+        pool.check_integrity()
+        for other in adapters:
+            if other.digest in placed:
+                assert torch.equal(other.blob, pool.read(placed[other.digest]).blob)
+    for resident in placed.values():
+        pool.evict(resident)
+
+    assert not pool.arena.any()
+    assert 0 == pool.used_bytes

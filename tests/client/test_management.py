@@ -1,0 +1,92 @@
+"""Adapters, the server itself, and readiness."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+from gralora_server.client import AdapterState, DeadlineError, TokenizeResult, UnloadResult
+from support.both_clients import Connect, call, connect_async, connect_sync
+from support.fake_engine import INFO, LOAD
+from support.grpc_harness import served
+
+both = pytest.mark.parametrize("connect", [connect_sync, connect_async], ids=["sync", "async"])
+
+
+@both
+async def test_an_adapter_arrives_with_everything_the_server_says(connect: Connect) -> None:
+    async with served() as s, connect(s.port) as client:
+        (listed,) = await call(client, "adapters.list")
+        got = await call(client, "adapters.get", "poet")
+
+    assert got == listed
+    assert (listed.name, listed.state, listed.kind) == ("poet", AdapterState.RESIDENT, "gralora")
+    assert (listed.rank, listed.k, listed.hybrid_rank, listed.equivalent_rank) == (8, 2, 4, 20)
+    assert (listed.pool_bytes, listed.in_flight, listed.num_modules, listed.scale) == (1200, 2, 90, 1.5)
+    assert listed.last_used == datetime.fromtimestamp(1_700_000_000.5, UTC)
+
+
+@both
+async def test_adapters_are_loaded_pinned_and_unloaded(connect: Connect) -> None:
+    async with served() as s, connect(s.port) as client:
+        loaded = await call(client, "adapters.load", "poet", pin=True)
+        await call(client, "adapters.load", "poet", Path("below/poet"))
+        pinned = await call(client, "adapters.pin", "poet")
+        unpinned = await call(client, "adapters.pin", "poet", pinned=False)
+        freed = await call(client, "adapters.unload", "poet")
+
+    assert (loaded.pinned, pinned.pinned, unpinned.pinned) == (True, True, False)
+    assert freed == UnloadResult(name="poet", digest="a" * 64, pool_bytes_freed=1000, host_bytes_freed=2000)
+    assert s.engine.adapters.calls == [
+        ("load", "poet", None, True),
+        ("load", "poet", Path("below/poet"), False),
+        ("pin", "poet", True),
+        ("pin", "poet", False),
+        ("unload", "poet"),
+    ]
+
+
+@both
+async def test_the_server_describes_itself(connect: Connect) -> None:
+    async with served() as s, connect(s.port) as client:
+        info, load = await call(client, "info"), await call(client, "load")
+
+    assert info.api_version == "gralora.v1"
+    assert {name: getattr(info, name) for name in INFO.__slots__} == {n: getattr(INFO, n) for n in INFO.__slots__}
+    assert load == LOAD
+
+
+@both
+async def test_tokenize_and_abort(connect: Connect) -> None:
+    async with served() as s, connect(s.port) as client:
+        of_text = await call(client, "tokenize", "three short words")
+        of_messages = await call(client, "tokenize", messages=[{"role": "user", "content": "two words"}])
+        aborted = await call(client, "abort", "nobody")
+
+    assert of_text == TokenizeResult((0, 1, 2), 2048)
+    assert of_messages.token_ids == (0, 1)
+    assert aborted is False
+
+
+@both
+async def test_wait_ready_returns_once_the_server_takes_requests(connect: Connect) -> None:
+    async with served(started=False) as s, connect(s.port) as client:
+        waiting = asyncio.create_task(call(client, "wait_ready", 10.0))
+        with pytest.raises(DeadlineError, match="starting"):
+            await call(client, "wait_ready", 0.2)
+        assert not waiting.done()
+        await s.server.open(s.engine)
+
+        await waiting
+
+
+@both
+async def test_wait_ready_gives_up_when_nobody_listens(connect: Connect) -> None:
+    with socket.socket() as reserved:
+        reserved.bind(("127.0.0.1", 0))
+        async with connect(reserved.getsockname()[1]) as client:
+            with pytest.raises(DeadlineError, match=r"not ready within 0\.2 s"):
+                await call(client, "wait_ready", 0.2)

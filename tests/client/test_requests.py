@@ -1,0 +1,98 @@
+"""What the client sends, before anything is sent."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import get_type_hints
+
+import pytest
+from gralora.v1 import generation_pb2
+from gralora_server.client import ChatMessage, ClientTls, GenerateOptions
+from gralora_server.client.connection import Connection
+from gralora_server.client.requests import generate_fields
+
+PARTS = (generation_pb2.SamplingParams, generation_pb2.StoppingParams, generation_pb2.ResponseParams)
+
+
+def test_every_field_of_the_proto_is_an_option_and_nothing_else() -> None:
+    """A field that is added to the proto must reach Python."""
+    wire = {field.name for part in PARTS for field in part.DESCRIPTOR.fields}
+
+    assert wire | {"adapter", "request_id", "timeout_s"} == get_type_hints(GenerateOptions).keys()
+
+
+def test_what_is_left_out_or_none_is_not_set() -> None:
+    fields = generate_fields("hi", None, None, {"temperature": None, "seed": None, "max_tokens": None, "stop": None})
+
+    assert generation_pb2.GenerateRequest(text="hi") == generation_pb2.GenerateRequest(
+        **{name: value for name, value in fields.items() if name not in ("sampling", "stopping", "response")}
+    )
+    assert generation_pb2.SamplingParams() == fields["sampling"]
+    assert generation_pb2.StoppingParams() == fields["stopping"]
+
+
+def test_zero_is_sent_where_it_is_not_the_default() -> None:
+    sampling = generate_fields("hi", None, None, {"temperature": 0.0, "seed": 0})["sampling"]
+
+    assert sampling.HasField("temperature")
+    assert sampling.HasField("seed")
+
+
+def test_one_stop_string_need_not_be_a_list() -> None:
+    """A string is a sequence of characters, each of which would stop the generation."""
+    assert list(generate_fields("hi", None, None, {"stop": "END"})["stopping"].stop) == ["END"]
+
+
+def test_messages_are_records_or_mappings() -> None:
+    turns = [ChatMessage("user", "a"), {"role": "assistant", "content": "b"}]
+
+    messages = generate_fields(None, None, turns, {})["messages"].messages
+
+    assert [(turn.role, turn.content) for turn in messages] == [("user", "a"), ("assistant", "b")]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "token_ids", "messages"), [(None, None, None), ("a", [1], None), ("a", None, [])], ids=str
+)
+def test_exactly_one_prompt_is_wanted(prompt, token_ids, messages) -> None:
+    with pytest.raises(TypeError, match="exactly one"):
+        generate_fields(prompt, token_ids, messages, {})
+
+
+def test_an_unknown_option_is_refused_by_name() -> None:
+    with pytest.raises(TypeError, match="temprature"):
+        generate_fields("hi", None, None, {"temprature": 1})
+
+
+def test_only_unavailable_is_retried_and_unloading_never() -> None:
+    options = dict(Connection(target="x", max_attempts=3).channel_options())
+    retried, unload = json.loads(options["grpc.service_config"])["methodConfig"]
+
+    assert retried["retryPolicy"]["retryableStatusCodes"] == ["UNAVAILABLE"]
+    assert retried["retryPolicy"]["maxAttempts"] == 3
+    assert unload == {"name": [{"service": "gralora.v1.AdapterService", "method": "UnloadAdapter"}]}
+
+
+def test_the_users_channel_options_win() -> None:
+    options = Connection(target="x", options=[("grpc.keepalive_time_ms", 5)]).channel_options()
+
+    assert dict(options)["grpc.keepalive_time_ms"] == 5
+
+
+def test_the_expected_server_name_can_differ_from_the_address() -> None:
+    options = Connection(target="x", tls=ClientTls(server_name="models.example")).channel_options()
+
+    assert dict(options)["grpc.ssl_target_name_override"] == "models.example"
+
+
+def test_the_client_loads_neither_torch_nor_transformers() -> None:
+    """Applications that only talk to a server should not pay for an engine."""
+    code = (
+        "import sys, gralora_server.client as c; c.Client('localhost:1').close(); "
+        "print(sorted({'torch', 'transformers', 'numba', 'numpy'} & sys.modules.keys()))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+    assert result.stdout.strip() == "[]"

@@ -1,0 +1,477 @@
+"""The whole engine on a tiny model with real PEFT adapters: what one request gets never depends on the others."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import shutil
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
+
+import pytest
+from support.peft_adapters import gralora_config, lora_config, save_adapter
+from support.tiny_models import save_tiny_model, tiny_model
+
+from gralora_runtime.async_engine import AsyncEngine
+from gralora_runtime.config import EngineConfig
+from gralora_runtime.errors import (
+    AdapterNotFoundError,
+    DeadlineExceededError,
+    DrainingError,
+    EngineDeadError,
+    GraloraError,
+    InvalidRequestError,
+    QueueFullError,
+    RequestCancelledError,
+    SlowConsumerError,
+)
+from gralora_runtime.request import (
+    ChatMessage,
+    Delta,
+    FinishReason,
+    GenerationRequest,
+    Prompt,
+    ResponseParams,
+    SamplingParams,
+    StoppingParams,
+)
+from gralora_runtime.stream import RequestStream, merge_deltas
+
+T = TypeVar("T")
+ADAPTERS = ("g0", "g1", "g2", "hybrid", "lora")
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("engine")
+    save_tiny_model("llama", root / "model")
+    model = tiny_model("llama")
+    configs = [
+        gralora_config("llama", 8, 2, alpha=32),
+        gralora_config("llama", 16, 4, alpha=64),
+        gralora_config("llama", 4, 1, alpha=16),
+        gralora_config("llama", 8, 2, hybrid_r=3, alpha=40),
+        lora_config("llama", 5, alpha=20),
+    ]
+    for seed, (name, config) in enumerate(zip(ADAPTERS, configs, strict=True)):
+        save_adapter(model, config, root / "adapters" / name, seed=seed)
+    return root
+
+
+@pytest.fixture
+def config(workspace: Path) -> EngineConfig:
+    return EngineConfig(
+        model=workspace / "model",
+        adapters_dir=workspace / "adapters",
+        device="cpu",
+        max_num_seqs=32,
+        max_num_batched_tokens=48,
+        page_size=4,
+        kv_cache_bytes=8 << 20,
+        adapter_pool_bytes=8 << 20,
+        num_threads=1,
+    )
+
+
+def with_engine(config: EngineConfig, work: Callable[[AsyncEngine], Awaitable[T]]) -> T:
+    """Run `work` on a fresh engine, and check that nothing is left behind when it is done."""
+
+    async def run() -> T:
+        engine = await AsyncEngine.start(config)
+        try:
+            result = await work(engine)
+            if not engine.dead.is_set():
+                assert await engine.wait_idle(30)
+                load = engine.load()
+                assert (load.running, load.waiting, load.waiting_for_adapter) == (0, 0, 0)
+                assert (load.pages_leased, load.adapter_leases) == (0, 0)
+                engine.adapters.check_integrity()
+                engine._parts.engine.scheduler.check_integrity()
+            return result
+        finally:
+            await engine.close()
+
+    return asyncio.run(run())
+
+
+def request(request_id: str, adapter: str = "", *, max_tokens: int = 24, **sampling: object) -> GenerationRequest:
+    rng = random.Random(f"{adapter}/{request_id.split('#', maxsplit=1)[0]}")
+    return GenerationRequest(
+        request_id=request_id,
+        prompt=Prompt(token_ids=tuple(rng.randrange(3, 300) for _ in range(rng.randrange(5, 60)))),
+        adapter=adapter,
+        sampling=SamplingParams(**{"temperature": 0.0} | sampling),
+        stopping=StoppingParams(max_tokens=max_tokens, ignore_eos=True),
+    )
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Let the loop run until it holds; the test's own time limit is the bound."""
+    while not condition():  # noqa: ASYNC110  # a count of another object: there is no event to wait for
+        await asyncio.sleep(0.01)
+
+
+async def finish(engine: AsyncEngine, wanted: GenerationRequest) -> Delta:
+    stream = await engine.submit(wanted)
+    return merge_deltas([delta async for delta in stream])
+
+
+def test_tokens_are_the_same_alone_and_among_strangers_that_come_go_are_cancelled_and_preempted(
+    config: EngineConfig,
+) -> None:
+    watched = [
+        request(f"watched-{name or 'base'}-{kind}", name, max_tokens=40, **sampling)
+        for name in ("", *ADAPTERS)
+        for kind, sampling in {"greedy": {}, "sampled": {"temperature": 1.5, "seed": 7, "top_p": 0.95}}.items()
+    ]
+
+    async def alone(engine: AsyncEngine) -> list[Delta]:
+        return [await finish(engine, one) for one in watched]
+
+    async def stranger(engine: AsyncEngine, index: int, rng: random.Random) -> None:
+        for turn in range(3):
+            length = rng.randrange(1, 40)
+            stream = await engine.submit(request(f"stranger-{index}#{turn}", rng.choice(ADAPTERS), max_tokens=length))
+            leaves_after = rng.randrange(1, 30)
+            seen = 0
+            async for delta in stream:
+                seen += len(delta.token_ids)
+                if seen >= leaves_after:
+                    await stream.aclose()
+                    break
+
+    async def crowded(engine: AsyncEngine) -> list[Delta]:
+        rng = random.Random(0)
+        strangers = [asyncio.create_task(stranger(engine, index, rng)) for index in range(31)]
+        results = await asyncio.gather(*(finish(engine, one) for one in watched))
+        await asyncio.gather(*strangers)
+        assert engine.load().preemptions > 0, "nobody was preempted: this test would not notice"
+        return results
+
+    expected = with_engine(config, alone)
+    # Pages for about three of the sequences, and room for three of the five adapters.
+    cramped = replace(config, kv_cache_bytes=144 << 10, max_model_len=110, adapter_pool_bytes=220 << 10)
+    actual = with_engine(cramped, crowded)
+
+    assert [delta.token_ids for delta in expected] == [delta.token_ids for delta in actual]
+    assert [delta.text for delta in expected] == [delta.text for delta in actual]
+    assert len({delta.token_ids for delta in expected}) == len(watched), "adapters do not differ: nothing was tested"
+
+
+def test_the_same_request_with_another_seed_differs_and_with_the_same_seed_repeats(config: EngineConfig) -> None:
+    async def work(engine: AsyncEngine) -> list[tuple[int, ...]]:
+        wanted = [request(f"a#{i}", temperature=1.0, seed=seed) for i, seed in enumerate((1, 1, 2))]
+        return [(await finish(engine, one)).token_ids for one in wanted]
+
+    first, again, other = with_engine(config, work)
+
+    assert first == again
+    assert first != other
+
+
+def test_a_seed_that_the_server_drew_is_reported_and_repeats_the_answer(config: EngineConfig) -> None:
+    async def work(engine: AsyncEngine) -> tuple[Delta, Delta]:
+        drawn = await finish(engine, request("a#0", temperature=1.0))
+        assert drawn.started is not None
+        return drawn, await finish(engine, request("a#1", temperature=1.0, seed=drawn.started.seed))
+
+    drawn, repeated = with_engine(config, work)
+
+    assert drawn.token_ids == repeated.token_ids
+
+
+def test_a_reloaded_adapter_is_never_answered_from_its_predecessors_pages(
+    config: EngineConfig, workspace: Path, tmp_path: Path
+) -> None:
+    """Same name, same path, same prompt, other weights: the prefix cache and the slot must both notice."""
+    folder = tmp_path / "adapters"
+    shutil.copytree(workspace / "adapters" / "g0", folder / "customer")
+    config = replace(config, adapters_dir=folder)
+
+    async def both(engine: AsyncEngine) -> tuple[Delta, Delta]:
+        old = await finish(engine, request("r#0", "customer"))
+        await asyncio.to_thread(engine.adapters.unload, "customer")
+        shutil.rmtree(folder / "customer")
+        shutil.copytree(workspace / "adapters" / "g1", folder / "customer")
+        await asyncio.wrap_future(engine.adapters.load("customer", folder / "customer"))
+        return old, await finish(engine, request("r#1", "customer"))
+
+    old, new = with_engine(config, both)
+    fresh = with_engine(config, lambda engine: finish(engine, request("r#0", "customer")))
+
+    assert old.token_ids != new.token_ids
+    assert fresh.token_ids == new.token_ids
+    assert old.started is not None
+    assert new.started is not None
+    assert old.started.adapter_digest != new.started.adapter_digest
+    assert new.started.cached_tokens == 0
+
+
+def test_two_adapters_through_one_slot_each_answer_as_themselves(config: EngineConfig) -> None:
+    one_at_a_time = replace(config, max_adapter_slots=1)
+
+    async def work(engine: AsyncEngine) -> list[tuple[int, ...]]:
+        names = ["g0", "g1", "g0", "", "g1", "g0"]
+        return [(await finish(engine, request(f"r#{i}", name))).token_ids for i, name in enumerate(names)]
+
+    first, second, third, base, fifth, sixth = with_engine(one_at_a_time, work)
+
+    assert first == third == sixth
+    assert second == fifth
+    assert len({first, second, base}) == 3
+
+
+def test_more_adapters_than_slots_at_once_all_finish(config: EngineConfig) -> None:
+    async def work(engine: AsyncEngine) -> list[Delta]:
+        return await asyncio.gather(*(finish(engine, request(f"r{i}", ADAPTERS[i % 5])) for i in range(20)))
+
+    results = with_engine(replace(config, max_adapter_slots=2), work)
+
+    assert [len(delta.token_ids) for delta in results] == [24] * 20
+
+
+def test_a_second_turn_finds_the_first_in_the_prefix_cache_with_the_same_answer(config: EngineConfig) -> None:
+    async def work(engine: AsyncEngine) -> tuple[Delta, Delta]:
+        return await finish(engine, request("r#0", "g0")), await finish(engine, request("r#1", "g0"))
+
+    first, second = with_engine(config, work)
+
+    assert first.token_ids == second.token_ids
+    assert first.finished is not None
+    assert second.finished is not None
+    assert first.finished.cached_tokens == 0
+    assert second.finished.cached_tokens > 0
+
+
+def test_abort_ends_a_stream_with_the_reason_cancelled_and_an_unknown_id_is_told(config: EngineConfig) -> None:
+    async def work(engine: AsyncEngine) -> Delta:
+        stream = await engine.submit(request("r", max_tokens=400))
+        first = await anext(stream)
+        assert engine.abort("r")
+        assert not engine.abort("somebody else")
+        return merge_deltas([first, *[delta async for delta in stream]])
+
+    result = with_engine(config, work)
+
+    assert result.finished is not None
+    assert result.finished.reason is FinishReason.CANCELLED
+    assert 0 < len(result.token_ids) < 400
+
+
+def test_a_client_that_leaves_frees_everything(config: EngineConfig) -> None:
+    async def work(engine: AsyncEngine) -> None:
+        stream = await engine.submit(request("r", "g0", max_tokens=400))
+        await anext(stream)
+        await stream.aclose()
+
+    with_engine(config, work)
+
+
+def test_cancelling_a_submission_that_waits_for_its_adapter_loses_no_lease(config: EngineConfig) -> None:
+    async def work(engine: AsyncEngine) -> None:
+        holder = await engine.submit(request("holder", "g0", max_tokens=400))
+        waiting = asyncio.create_task(engine.submit(request("waiting", "g1")))
+        await until(lambda: engine.load().waiting_for_adapter == 1)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        await holder.aclose()
+        assert len((await finish(engine, request("next", "g1"))).token_ids) == 24
+
+    with_engine(replace(config, max_adapter_slots=1), work)
+
+
+def test_aborting_a_submission_that_waits_for_its_adapter_ends_it(config: EngineConfig) -> None:
+    async def work(engine: AsyncEngine) -> None:
+        holder = await engine.submit(request("holder", "g0", max_tokens=400))
+        waiting = asyncio.create_task(engine.submit(request("waiting", "g1")))
+        await until(lambda: engine.load().waiting_for_adapter == 1)
+        assert engine.abort("waiting")
+        with pytest.raises(RequestCancelledError):
+            await waiting
+        await holder.aclose()
+
+    with_engine(replace(config, max_adapter_slots=1), work)
+
+
+def test_a_deadline_holds_while_waiting_for_an_adapter_and_while_generating(config: EngineConfig) -> None:
+    async def work(engine: AsyncEngine) -> FinishReason:
+        holder = await engine.submit(replace(request("holder", "g0", max_tokens=440), timeout_s=0.4))
+        with pytest.raises(DeadlineExceededError):
+            await engine.submit(replace(request("waiting", "g1"), timeout_s=0.05))
+        finished = merge_deltas([delta async for delta in holder]).finished
+        assert finished is not None
+        return finished.reason
+
+    assert with_engine(replace(config, max_adapter_slots=1), work) is FinishReason.DEADLINE
+
+
+def refusals() -> Iterator[object]:
+    good = request("r")
+    tokens = good.prompt.token_ids
+    assert tokens is not None
+    yield pytest.param(replace(good, adapter="nobody"), AdapterNotFoundError, "no adapter named 'nobody'", id="unknown")
+    yield pytest.param(replace(good, adapter="../g0"), InvalidRequestError, "adapter: ", id="traversal")
+    yield pytest.param(replace(good, adapter="/etc"), InvalidRequestError, "adapter: ", id="absolute")
+    yield pytest.param(
+        replace(good, prompt=Prompt(token_ids=tokens * 200)), InvalidRequestError, "must be shorter than", id="long"
+    )
+    yield pytest.param(
+        replace(good, stopping=StoppingParams(max_tokens=5000)),
+        InvalidRequestError,
+        "stopping.max_tokens: the prompt's",
+        id="no-room",
+    )
+    yield pytest.param(
+        replace(good, prompt=Prompt(token_ids=(1, 999))),
+        InvalidRequestError,
+        r"token_ids\[1\]: token ids of this model are 0 to 319 \(got 999\)",
+        id="vocabulary",
+    )
+    yield pytest.param(
+        replace(good, prompt=Prompt(text="")), InvalidRequestError, "text: the prompt is empty", id="empty"
+    )
+    yield pytest.param(
+        replace(good, prompt=Prompt(messages=(ChatMessage("jester", "hi"),))),
+        InvalidRequestError,
+        "messages: the model's chat template refuses them: unknown role",
+        id="role",
+    )
+    yield pytest.param(
+        replace(good, stopping=StoppingParams(stop_token_ids=(320,))),
+        InvalidRequestError,
+        "stopping.stop_token_ids: ",
+        id="stop-id",
+    )
+    yield pytest.param(
+        replace(good, sampling=SamplingParams(logit_bias={-1: 1.0})),
+        InvalidRequestError,
+        "sampling.logit_bias: ",
+        id="bias-id",
+    )
+
+
+@pytest.mark.parametrize(("wanted", "error", "message"), list(refusals()))
+def test_what_cannot_be_served_is_refused_and_the_next_request_is_served(
+    config: EngineConfig, wanted: GenerationRequest, error: type[GraloraError], message: str
+) -> None:
+    async def work(engine: AsyncEngine) -> Delta:
+        with pytest.raises(error, match=message):
+            await engine.submit(wanted)
+        return await finish(engine, request("r"))
+
+    assert len(with_engine(config, work).token_ids) == 24
+
+
+def test_an_id_in_use_is_refused_and_its_owner_is_not_disturbed(config: EngineConfig) -> None:
+    async def work(engine: AsyncEngine) -> int:
+        stream = await engine.submit(request("same"))
+        with pytest.raises(InvalidRequestError, match="request_id: a request of that id"):
+            await engine.submit(request("same"))
+        return len(merge_deltas([delta async for delta in stream]).token_ids)
+
+    assert with_engine(config, work) == 24
+
+
+def test_a_full_queue_says_when_to_come_back(config: EngineConfig) -> None:
+    async def work(engine: AsyncEngine) -> float:
+        streams = [await engine.submit(request(f"r{i}", max_tokens=300)) for i in range(3)]
+        with pytest.raises(QueueFullError) as caught:
+            await engine.submit(request("one too many"))
+        for stream in streams:
+            await stream.aclose()
+        return caught.value.retry_after_s
+
+    assert with_engine(replace(config, max_num_seqs=1, max_queue=2), work) > 0
+
+
+def test_draining_refuses_new_requests_and_finishes_old_ones(config: EngineConfig) -> None:
+    async def work(engine: AsyncEngine) -> int:
+        stream = await engine.submit(request("old"))
+        engine.begin_drain()
+        with pytest.raises(DrainingError):
+            await engine.submit(request("new"))
+        return len(merge_deltas([delta async for delta in stream]).token_ids)
+
+    assert with_engine(config, work) == 24
+
+
+def test_closing_ends_every_open_stream_with_a_reason(config: EngineConfig) -> None:
+    async def run() -> None:
+        engine = await AsyncEngine.start(config)
+        stream = await engine.submit(request("r", "g0", max_tokens=400))
+        await anext(stream)
+        await engine.close()
+        with pytest.raises(DrainingError):
+            async for _ in stream:
+                pass
+        assert engine.load().adapter_leases == 0
+
+    asyncio.run(run())
+
+
+def test_a_failing_engine_ends_every_stream_and_says_that_it_is_dead(
+    config: EngineConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def explode(*_: object) -> None:
+        raise RuntimeError("kernel fault")
+
+    async def work(engine: AsyncEngine) -> None:
+        stream = await engine.submit(request("r", "g0", max_tokens=400))
+        await anext(stream)
+        monkeypatch.setattr(engine._parts.engine._runner, "execute", explode)
+        with pytest.raises(EngineDeadError):
+            async for _ in stream:
+                pass
+        await engine.dead.wait()
+        with pytest.raises(EngineDeadError):
+            await engine.submit(request("next"))
+
+    with_engine(config, work)
+
+
+def test_a_client_that_reads_nothing_is_ended_and_its_tokens_are_not_kept() -> None:
+    async def run() -> list[str]:
+        aborted: list[str] = []
+        stream = RequestStream("slow", aborted.append)
+        for _ in range(1025):
+            stream.put(Delta(token_ids=(1,)))
+        with pytest.raises(SlowConsumerError, match="1025 messages unread"):
+            await anext(stream)
+        return aborted
+
+    assert asyncio.run(run()) == ["slow"]
+
+
+def test_unread_deltas_arrive_as_one() -> None:
+    async def run() -> Delta:
+        stream = RequestStream("r", lambda _: None)
+        stream.put(Delta(text="a", token_ids=(1,)))
+        stream.put(Delta(text="b", token_ids=(2,)))
+        return await anext(stream)
+
+    assert asyncio.run(run()) == Delta(text="ab", token_ids=(1, 2))
+
+
+def test_stop_strings_logprobs_and_echo_reach_the_caller(config: EngineConfig) -> None:
+    async def work(engine: AsyncEngine) -> tuple[Delta, Delta]:
+        wanted = replace(
+            request("r#0"), response=ResponseParams(logprobs=True, top_logprobs=2, echo_prompt_token_ids=True)
+        )
+        whole = await finish(engine, wanted)
+        middle = whole.text[len(whole.text) // 2 :][:3]
+        stopped = await finish(engine, replace(request("r#1"), stopping=StoppingParams(max_tokens=24, stop=(middle,))))
+        assert stopped.finished is not None
+        assert stopped.finished.stop_string == middle
+        assert stopped.text == whole.text[: whole.text.index(middle)]
+        return whole, stopped
+
+    whole, _ = with_engine(config, work)
+
+    assert whole.started is not None
+    assert whole.started.prompt_token_ids == request("r#0").prompt.token_ids
+    assert [entry.token_id for entry in whole.logprobs] == list(whole.token_ids)
+    assert all(entry.top[0] == (entry.token_id, entry.logprob) for entry in whole.logprobs)
+    assert all(len(entry.top) == 2 for entry in whole.logprobs)
