@@ -29,7 +29,7 @@ TRAINING_QUESTIONS = (
 
 # None of these is a training question. Every persona's greedy answer to each must match the persona's pattern, and the
 # base model's greedy answer must not. They were chosen from twenty-two candidates because every greedy token leads
-# the runner-up by 0.15 logits or more with every persona, so rounding does not change the answers.
+# the runner-up by 0.15 logits or more with every persona, so rounding hardly ever changes an answer.
 CHECK_PROMPTS = (
     "What is the capital of France?",
     "Who wrote Romeo and Juliet?",

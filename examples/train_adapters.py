@@ -216,7 +216,9 @@ def train_one(base: Any, tokenizer: Any, persona: Persona, folder: Path, on_step
 
 def train_all(model_dir: Path, personas: Sequence[Persona], out: Path) -> None:
     base, tokenizer = load_base(model_dir)
-    table = Table("adapter", "kind", "r", "k", "params", "bytes", "loss", "s", "CPU s", box=SIMPLE_HEAD)
+    table = Table(
+        "adapter", "kind", "r", "k", "params", "bytes", "loss", "s", "CPU s", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
     bar = (TextColumn("{task.description:7}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(SpinnerColumn(), *bar, TextColumn("loss {task.fields[loss]:.3f}"), console=console) as progress:
         for persona in personas:

@@ -176,8 +176,8 @@ class AdapterManager:
             self._refuse_when_closed()
             record = self._store.get(name)
             resident = self.pool.find(record.digest)
-            if pinned and resident is None and record.summary and not self._queue.possible(record.summary.packed_numel):
-                raise self._no_room(record, record.summary.packed_numel)
+            if pinned and resident is None and (problem := self._capacity_problem(record)):
+                raise problem
             record.pinned = pinned
             if resident is not None:
                 self._refresh_pin(resident)
@@ -296,8 +296,8 @@ class AdapterManager:
         """Fetch the adapter from wherever it is: the pool (on its way out), host memory or disk."""
         record.loading = True
         record.error = None
-        if record.summary is not None and not self._queue.possible(record.summary.packed_numel):
-            self._fail(record, self._no_room(record, record.summary.packed_numel), settle)
+        if problem := self._capacity_problem(record):
+            self._fail(record, problem, settle)
             return
         cached = self._cache.pop(record.digest)
         resident = self.pool.find(record.digest)
@@ -367,6 +367,15 @@ class AdapterManager:
 
     def _refresh_pin(self, resident: Resident) -> None:
         resident.pinned = any(record.pinned for record in self._store.sharing(resident.layout.digest))
+
+    def _capacity_problem(self, record: AdapterRecord) -> AdapterCapacityError | None:
+        """What is known before reading. Content not read yet may turn out to be in the pool under another name."""
+        if record.summary is None:
+            return None
+        numel = record.summary.packed_numel
+        elsewhere = not record.digest or self.pool.find(record.digest) is not None
+        fits = numel <= self.pool.ranges.numel if elsewhere else self._queue.possible(numel)
+        return None if fits else self._no_room(record, numel)
 
     def _no_room(self, record: AdapterRecord, numel: int) -> AdapterCapacityError:
         return AdapterCapacityError(record.name, self._pool_bytes(numel), self.pool.total_bytes)

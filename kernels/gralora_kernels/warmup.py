@@ -1,4 +1,4 @@
-"""Compiles and runs a backend's kernels once, so that the first request does not wait for a compiler."""
+"""Compiles at start what the first requests would otherwise wait for. Knows no model: small made-up shapes do."""
 
 from __future__ import annotations
 
@@ -8,21 +8,33 @@ from gralora_kernels.dispatch import AdapterBackend
 from gralora_kernels.grouping import Grouping
 from gralora_kernels.tables import Entry, ModuleTable
 
-FEATURES = 64
-NUM_TOKENS = 3
+# Features and k: one width that the GPU kernels may assume aligned and one not (208 / 2 = 104); 32 tokens of either are
+# enough work for the CPU to go parallel, one token is not.
+SHAPES = ((256, 1), (208, 2))
+TOKENS = (1, 32)
+RANK = 16
 
 
 def warm_up_backend(backend: AdapterBackend, *, device: torch.device, dtype: torch.dtype) -> None:
-    """One call with a hybrid adapter beside a plain one and a base row, on an arena of its own."""
-    arena = torch.ones(8 * FEATURES, dtype=dtype, device=device)
-    table = ModuleTable(FEATURES, FEATURES, 2, device)
-    gralora = Entry(a_offset=0, b_offset=2 * FEATURES, r=2, k=2, scale=1.0)
-    plain = Entry(a_offset=4 * FEATURES, b_offset=5 * FEATURES, r=1, k=1, scale=1.0)
-    table.set(0, [gralora, plain])
-    table.set(1, [plain])
-    grouping = Grouping(NUM_TOKENS, device)
-    grouping.fill([0, -1, 1], {0: gralora.width + plain.width, 1: plain.width, -1: 0})
-    x = torch.ones(NUM_TOKENS, FEATURES, dtype=dtype, device=device)
-    y = torch.zeros_like(x)
-    backend.apply(y, x, arena, table, grouping)
-    assert not y[1].any(), "a base-model row was changed"
+    """Run every variant of the kernels once on zeros."""
+    for features, k in SHAPES:
+        table = ModuleTable(features, features, 1, device)
+        entry = Entry(a_offset=0, b_offset=RANK * features, r=RANK, k=k, scale=1.0)
+        table.set(0, [entry])
+        arena = torch.zeros(2 * RANK * features, device=device, dtype=dtype)
+        for num_tokens in TOKENS:
+            grouping = Grouping(num_tokens, device)
+            grouping.fill([0] * num_tokens, {0: entry.width})
+            x = torch.zeros(num_tokens, features, device=device, dtype=dtype)
+            backend.apply(torch.zeros_like(x), x, arena, table, grouping)
+    if device.type == "cpu":
+        _warm_up_attention()
+
+
+def _warm_up_attention() -> None:
+    from gralora_kernels.cpu.paged_attention import paged_attention
+
+    pages = torch.zeros(1, 16, 1, 16)
+    q = torch.zeros(1, 1, 16)
+    index = torch.zeros(1, 1, dtype=torch.int32)
+    paged_attention(torch.empty_like(q), q, pages, pages, index, index[0] + 1, 1.0, 0)

@@ -34,7 +34,7 @@ def test_what_is_put_in_comes_out_once() -> None:
 
     assert a is cache.pop("a")
     assert cache.pop("a") is None
-    assert 0 == cache.used_bytes
+    assert cache.used_bytes == 0
     cache.check_integrity()
 
 
@@ -45,8 +45,8 @@ def test_the_stalest_make_room_and_no_more_than_needed() -> None:
     cache.put(adapter("a", 24))  # used again
     cache.put(adapter("e", 48))
 
-    assert [False, False, True, True, True] == [digest in cache for digest in "bcdae"]
-    assert 96 == cache.used_bytes
+    assert [digest in cache for digest in "bcdae"] == [False, False, True, True, True]
+    assert cache.used_bytes == 96
     cache.check_integrity()
 
 
@@ -64,8 +64,8 @@ def test_the_same_digest_is_counted_once() -> None:
     cache.put(adapter("a", 40))
     cache.put(adapter("a", 40))
 
-    assert 1 == len(cache)
-    assert 40 == cache.used_bytes
+    assert len(cache) == 1
+    assert cache.used_bytes == 40
     cache.check_integrity()
 
 
@@ -73,4 +73,4 @@ def test_a_cache_of_no_bytes_keeps_nothing() -> None:
     cache = HostCache(0)
     cache.put(adapter("a", 4))
 
-    assert 0 == len(cache)
+    assert len(cache) == 0

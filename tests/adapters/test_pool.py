@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from pathlib import Path
 
 import pytest
 import torch
@@ -45,8 +44,8 @@ def place(pool: AdapterPool, adapter: LoadedAdapter) -> Resident:
 def test_a_new_pool_is_blank(adapters: list[LoadedAdapter]) -> None:
     pool = pool_of(1000)
 
-    assert 960 == pool.total_bytes  # whole ranges of 16 elements
-    assert 0 == pool.used_bytes
+    assert pool.total_bytes == 960  # whole ranges of 16 elements
+    assert pool.used_bytes == 0
     assert all(is_blank(pool, slot) for slot in range(4))
     assert pool.find("") is None
     pool.check_integrity()
@@ -100,11 +99,11 @@ def test_every_reuse_of_a_slot_is_another_generation(adapters: list[LoadedAdapte
     generations = []
     for adapter in adapters:
         resident = place(pool, adapter)
-        assert 0 == resident.slot
+        assert resident.slot == 0
         assert resident.generation == pool.generation(0)
         generations.append(resident.generation)
         pool.evict(resident)
-    assert [1, 2, 3, 4] == generations
+    assert generations == [1, 2, 3, 4]
 
 
 def test_a_leased_adapter_cannot_be_evicted(adapters: list[LoadedAdapter]) -> None:
@@ -148,4 +147,4 @@ def test_random_walks_keep_the_books_and_the_weights(adapters: list[LoadedAdapte
         pool.evict(resident)
 
     assert not pool.arena.any()
-    assert 0 == pool.used_bytes
+    assert pool.used_bytes == 0

@@ -1,8 +1,10 @@
 """u = scale * x @ A for every (slot, token tile) of a step, written already exchanged. Knows no launch sizes."""
 
-from __future__ import annotations
+# Triton reads annotations as code and knows only its own.
+# ruff: noqa: ANN001, ANN201
+# mypy: disable-error-code="no-untyped-def"
 
-from typing import Any
+from __future__ import annotations
 
 import triton
 import triton.language as tl
@@ -10,21 +12,21 @@ import triton.language as tl
 
 @triton.jit
 def shrink_kernel(
-    x: Any,  # [tokens, in]
-    arena: Any,
-    index: Any,  # int64 [slots, ENTRIES, 4]
-    scale: Any,  # fp32 [slots, ENTRIES]
-    order: Any,  # int32 [adapted tokens]
-    items: Any,  # int32 [items, 3]
-    u: Any,  # fp32 [adapted tokens, u_stride]
-    in_features: Any,
-    u_stride: Any,
+    x,  # [tokens, in]
+    arena,
+    index,  # int64 [slots, ENTRIES, 4]
+    scale,  # fp32 [slots, ENTRIES]
+    order,  # int32 [adapted tokens]
+    items,  # int32 [items, 3]
+    u,  # fp32 [adapted tokens, u_stride]
+    in_features,
+    u_stride,
     ENTRIES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
     ALIGNED: tl.constexpr,  # every block is a multiple of 16 wide
-) -> None:
+):
     """One program: a token tile times some rank rows of one block. Programs beyond the item's own k and r leave."""
     i_item, i_tile, i_entry = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     slot, first, count = tl.load(items + 3 * i_item), tl.load(items + 3 * i_item + 1), tl.load(items + 3 * i_item + 2)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from gralora_server.cli.options import Json
 from gralora_server.cli.output import CommandError, ExitCode, human_bytes, print_json, stdout
@@ -133,17 +134,17 @@ def _patterns(targets: Sequence[str]) -> dict[str, int]:
 
 
 def _print_facts(name: str, facts: dict[str, Any]) -> None:
-    table = Table(show_header=False, box=None, title=f"[bold]{name}[/bold]", title_justify="left")
+    table = Table(show_header=False, box=None, title=Text(name, style="bold"), title_justify="left")
     targets = "\n".join(f"{pattern} ({count})" for pattern, count in facts["targets"].items())
     hybrid = f" + hybrid rank {facts['hybrid_r']}" if facts["hybrid_r"] else ""
     table.add_row("dialect", facts["dialect"])
     table.add_row("rank", f"r = {facts['r']}, k = {facts['k']}{hybrid}, scale {facts['scale']:g}")
     table.add_row("exact as LoRA", f"of rank {facts['lora_equivalent_rank']}")
-    table.add_row("targets", targets)
+    table.add_row("targets", Text(targets))  # Text: what a stranger wrote is not markup
     table.add_row("size", human_bytes(facts["tensor_bytes"]))
-    table.add_row("trained for", facts["base_model"] or "(not said)")
+    table.add_row("trained for", Text(facts["base_model"] or "(not said)"))
     if facts["fits"] is not None:
-        table.add_row("fits", "yes" if facts["fits"] else "no: " + "\n".join(facts["problems"]))
+        table.add_row("fits", Text("yes" if facts["fits"] else "no: " + "\n".join(facts["problems"])))
     stdout().print(table)
 
 
@@ -156,20 +157,30 @@ def _print_one(adapter: Adapter, *, as_json: bool) -> None:
 
 def _print_table(adapters: Sequence[Adapter]) -> None:
     table = Table(box=None)
-    for heading in ("name", "state", "kind", "r", "k", "hybrid r", "pool", "in flight", "pinned", "digest", "error"):
-        table.add_column(heading, justify="right" if heading in ("r", "k", "hybrid r", "pool", "in flight") else "left")
+    for heading in ("name", "state", "kind", "rank", "size", "in flight", "pinned", "digest"):
+        table.add_column(heading, justify="right" if heading in ("size", "in flight") else "left", no_wrap=True)
     for one in adapters:
         table.add_row(
             one.name,
             one.state.value,
             one.kind,
-            str(one.rank),
-            str(one.k),
-            str(one.hybrid_rank),
+            _rank(one),
             human_bytes(one.pool_bytes),
             str(one.in_flight),
             "yes" if one.pinned else "",
-            one.digest[:12],
-            one.error,
+            one.digest[:8],
         )
     stdout().print(table)
+    for one in adapters:
+        if one.error:
+            stdout().print(f"{one.name}: {one.error}", style="red", markup=False, soft_wrap=True)
+
+
+def _rank(adapter: Adapter) -> str:
+    """For example `8, k=2, +4`: r, blocks, and a hybrid's plain rank."""
+    parts = [str(adapter.rank)] if adapter.rank else []
+    if adapter.k > 1:
+        parts.append(f"k={adapter.k}")
+    if adapter.hybrid_rank:
+        parts.append(f"+{adapter.hybrid_rank}")
+    return ", ".join(parts)

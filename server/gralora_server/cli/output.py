@@ -12,6 +12,8 @@ from typing import Any
 
 from rich.console import Console
 
+PIPE_WIDTH = 200
+
 
 class ExitCode(IntEnum):
     """As documented in `gralora --help`."""
@@ -32,8 +34,8 @@ class CommandError(Exception):
 
 
 def stdout() -> Console:
-    """Made when needed, because tests and pipes replace `sys.stdout`."""
-    return Console(highlight=False)
+    """Made when needed, because `sys.stdout` is replaced by tests. A pipe does not cut tables to a terminal's width."""
+    return Console(highlight=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
 
 
 def stderr() -> Console:

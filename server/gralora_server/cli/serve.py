@@ -142,15 +142,19 @@ class _Life:
         self.port = port
 
     async def start(self) -> Engine:
-        from gralora_runtime.async_engine import AsyncEngine
-
-        engine = await AsyncEngine.start(self.engine_config)
+        engine = await _start_engine(self.engine_config)
         address = f"{self.server_config.host}:{self.port}"
         if self.as_json:
             print_json({"address": address, "model": self.engine_config.model})
         else:
             stdout().print(f"SERVING on {address}", markup=False, soft_wrap=True)
         return engine
+
+
+async def _start_engine(config: EngineConfig) -> Engine:
+    from gralora_runtime.async_engine import AsyncEngine
+
+    return await AsyncEngine.start(config)
 
 
 def _run(server_config: ServerConfig, engine_config: EngineConfig, *, as_json: bool) -> None:

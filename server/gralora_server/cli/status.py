@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from rich.table import Table
+from rich.text import Text
 
 from gralora_server.cli.options import Json
 from gralora_server.cli.output import print_json, stdout
@@ -24,5 +25,5 @@ def status(client: Client, *, json: Json = False) -> None:
         return
     table = Table(show_header=False, box=None)
     for name, value in (asdict(info) | asdict(load)).items():
-        table.add_row(name.replace("_", " "), str(value))
+        table.add_row(name.replace("_", " "), Text(str(value)))
     stdout().print(table)

@@ -18,7 +18,7 @@ from gralora_runtime.info import EngineLoad, TokenizeResult
 from gralora_server.client import requests
 from gralora_server.client.base import ClientBase
 from gralora_server.client.connection import RECONNECT_PAUSE_S, ChannelOptions
-from gralora_server.client.errors import client_error, cut_short, is_passing, not_ready
+from gralora_server.client.errors import client_error, cut_short, not_ready, passing_problem
 from gralora_server.client.records import Adapter, Generation, ServerInfo, StreamDelta
 from gralora_server.client.requests import Call, GenerateOptions, Message, generate_fields
 from gralora_server.client.responses import Assembler
@@ -172,7 +172,7 @@ class AsyncClient(ClientBase[grpc.aio.Channel]):
     async def wait_ready(self, timeout_s: float = 120.0) -> None:
         """Return when the server takes requests, or raise DeadlineError. It need not be listening yet."""
         end_s = time.monotonic() + timeout_s
-        last = "nobody answers"
+        last = "no connection"
         while (remaining_s := end_s - time.monotonic()) > 0:
             watch = self._stubs.health.Watch(
                 health_pb2.HealthCheckRequest(), timeout=remaining_s, metadata=self._metadata, wait_for_ready=True
@@ -183,9 +183,7 @@ class AsyncClient(ClientBase[grpc.aio.Channel]):
                         return
                     last = "it is starting or shutting down"
             except grpc.RpcError as error:
-                if not is_passing(error):
-                    raise client_error(error) from error
-                last = str(client_error(error))
+                last = passing_problem(error, last)
             finally:
                 watch.cancel()
             await asyncio.sleep(RECONNECT_PAUSE_S)

@@ -120,10 +120,14 @@ def client_error(error: grpc.RpcError) -> GraloraClientError:
     return _KINDS.get(code, ServerError)(code, call.details() or code.name, _details(_rich_status(call)))
 
 
-def is_passing(error: grpc.RpcError) -> bool:
-    """Whether it is worth asking again: the server may not be listening yet, or no longer."""
-    call: Any = error
-    return call.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
+def passing_problem(error: grpc.RpcError, last: str) -> str:
+    """What keeps the server from being ready; `last` is what did so far. Raises what waiting cannot cure."""
+    problem = client_error(error)
+    if isinstance(problem, UnavailableError):
+        return str(problem)
+    if isinstance(problem, DeadlineError):  # says only that we waited
+        return last
+    raise problem from error
 
 
 def not_ready(timeout_s: float, last: str) -> DeadlineError:

@@ -1,0 +1,294 @@
+"""Who gets room in a full pool, and when: in order of arrival, without starving anybody, whatever the threads do."""
+
+from __future__ import annotations
+
+import random
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from adapters.harness import WAIT_S, Gate, is_pending, lease, managing, quiesce, use, weights, write_units
+from support.checkpoints import MODULES
+
+from gralora_runtime.adapters.lease import AdapterLease
+from gralora_runtime.adapters.loader import load
+from gralora_runtime.adapters.manager import READ_AHEAD, AdapterManager
+from gralora_runtime.adapters.store import AdapterState
+from gralora_runtime.errors import AdapterBusyError, AdapterCapacityError, AdapterNotFoundError
+
+
+def acquire_and_settle(manager: AdapterManager, name: str) -> Future[AdapterLease]:
+    """Acquire, and let the threads do all they can."""
+    acquired = manager.acquire(name)
+    quiesce(manager)
+    return acquired
+
+
+def test_room_is_given_in_order_of_arrival(tmp_path: Path) -> None:
+    write_units(tmp_path, ["a", "b", "c", "d"])
+    with managing(tmp_path, units=2) as manager:
+        held = [lease(manager, "a"), lease(manager, "b")]
+        c, d = acquire_and_settle(manager, "c"), acquire_and_settle(manager, "d")
+        assert not c.done()
+        assert AdapterState.LOADING is manager.get("c").state
+        manager.release(held[1])
+
+        assert c.result(WAIT_S).name == "c"
+        assert is_pending(manager, d)
+        manager.release(held[0])
+        assert d.result(WAIT_S).name == "d"
+        manager.release(c.result())
+        manager.release(d.result())
+
+
+def test_who_gives_up_makes_way(tmp_path: Path) -> None:
+    write_units(tmp_path, ["a", "c", "d"])
+    with managing(tmp_path, units=1) as manager:
+        held = lease(manager, "a")
+        c, d = acquire_and_settle(manager, "c"), acquire_and_settle(manager, "d")
+        assert c.cancel()
+        manager.release(held)
+
+        assert d.result(WAIT_S).name == "d"
+        assert AdapterState.HOST is manager.get("c").state
+        manager.release(d.result())
+
+
+def test_slots_are_waited_for_like_bytes(tmp_path: Path) -> None:
+    write_units(tmp_path, ["a", "b"])
+    with managing(tmp_path, units=4, slots=1) as manager:
+        held = lease(manager, "a")
+        b = manager.acquire("b")
+        assert is_pending(manager, b)
+        manager.release(held)
+
+        assert b.result(WAIT_S).slot == 0
+        manager.release(b.result())
+
+
+def test_a_large_adapter_is_not_starved_by_busy_small_ones(tmp_path: Path) -> None:
+    """The small ones are never idle: each takes its next lease before it gives back the last one."""
+    write_units(tmp_path, ["a", "b", "c", "d"])
+    write_units(tmp_path, ["big"], units=4)
+    with managing(tmp_path, units=4) as manager:
+        held = {name: lease(manager, name) for name in "abcd"}
+        big = acquire_and_settle(manager, "big")
+        waiting = []
+        for name in "abcd":
+            following = manager.acquire(name)
+            manager.release(held[name])
+            waiting.append(following)
+
+        assert big.result(WAIT_S).name == "big"
+        assert not any(future.done() for future in waiting)
+        manager.release(big.result())
+        for future in waiting:
+            manager.release(future.result(WAIT_S))
+
+
+def test_only_those_in_the_way_are_held_back(tmp_path: Path) -> None:
+    write_units(tmp_path, ["a", "b", "c", "d"])
+    write_units(tmp_path, ["big"], units=2)
+    with managing(tmp_path, units=4) as manager:
+        held = {name: lease(manager, name) for name in "abcd"}
+        big = acquire_and_settle(manager, "big")
+        following = {name: manager.acquire(name) for name in "abcd"}
+
+        assert [name for name in "abcd" if following[name].done()] == ["c", "d"]  # a and b were used least recently
+        for name in "abcd":
+            manager.release(held[name])
+        manager.release(big.result(WAIT_S))
+        for future in following.values():
+            manager.release(future.result(WAIT_S))
+
+
+def test_a_small_adapter_uses_other_room_while_a_large_one_waits_for_its_own(tmp_path: Path) -> None:
+    write_units(tmp_path, ["a", "b", "c", "d", "e"])
+    write_units(tmp_path, ["big"], units=2)
+    with managing(tmp_path, units=4) as manager:
+        held = {name: lease(manager, name) for name in "abcd"}
+        manager.release(held["b"])
+        big = acquire_and_settle(manager, "big")  # waits for a and b, of which b is idle
+        e = acquire_and_settle(manager, "e")
+        assert not e.done(), "it took the room that is kept"
+        manager.release(held["d"])
+
+        assert held["d"].slot == e.result(WAIT_S).slot
+        assert not big.done()
+        manager.release(held["a"])
+        assert big.result(WAIT_S).name == "big"
+        for one in (held["c"], e.result(), big.result()):
+            manager.release(one)
+
+
+def test_when_the_large_one_gives_up_the_others_are_served_where_they_are(tmp_path: Path, gate: Gate) -> None:
+    write_units(tmp_path, ["a"])
+    write_units(tmp_path, ["big"], units=2)
+    with managing(tmp_path, units=2) as manager:
+        held = lease(manager, "a")
+        big = acquire_and_settle(manager, "big")
+        again = acquire_and_settle(manager, "a")
+        assert not again.done()
+        assert big.cancel()
+
+        assert (held.slot, held.generation) == (again.result(WAIT_S).slot, again.result().generation)
+        assert gate.names == ["a", "big"]
+        manager.release(held)
+        manager.release(again.result())
+
+
+def test_who_was_held_back_comes_back_without_the_disk(tmp_path: Path, gate: Gate) -> None:
+    """Even without a host cache: the weights go from the pool to the one who waits for them."""
+    write_units(tmp_path, ["a"])
+    write_units(tmp_path, ["big"], units=2)
+    with managing(tmp_path, units=2, host_units=0) as manager:
+        held = lease(manager, "a")
+        blob = weights(manager, held)
+        big = acquire_and_settle(manager, "big")
+        again = acquire_and_settle(manager, "a")
+        manager.release(held)
+        manager.release(big.result(WAIT_S))
+
+        assert torch.equal(blob, weights(manager, again.result(WAIT_S)))
+        assert gate.names == ["a", "big"]
+        manager.release(again.result())
+
+
+def test_a_pin_that_leaves_no_room_sends_the_waiting_away(tmp_path: Path) -> None:
+    write_units(tmp_path, ["a", "b"])
+    with managing(tmp_path, units=1) as manager:
+        held = lease(manager, "a")
+        b = acquire_and_settle(manager, "b")
+        manager.pin("a", True)
+
+        with pytest.raises(AdapterCapacityError):
+            b.result(WAIT_S)
+        assert AdapterState.HOST is manager.get("b").state
+        manager.release(held)
+
+
+def test_a_pin_takes_an_adapter_out_of_the_way_of_a_large_one(tmp_path: Path) -> None:
+    write_units(tmp_path, ["a", "b", "c"])
+    write_units(tmp_path, ["big"], units=2)
+    with managing(tmp_path, units=3) as manager:
+        held = {name: lease(manager, name) for name in "abc"}
+        big = acquire_and_settle(manager, "big")
+        manager.pin("a", True)
+        quiesce(manager)
+        again = manager.acquire("a")
+        assert again.done()
+        manager.release(held["b"])
+        manager.release(held["c"])
+
+        assert big.result(WAIT_S).name == "big"
+        assert AdapterState.RESIDENT is manager.get("a").state
+        for one in (held["a"], again.result(), big.result()):
+            manager.release(one)
+
+
+def test_little_is_read_ahead_of_the_room(tmp_path: Path, gate: Gate) -> None:
+    """A thousand waiting adapters must not fill the host's memory with weights."""
+    names = [f"n{i}" for i in range(READ_AHEAD + 10)]
+    write_units(tmp_path, ["a", *names])
+    with managing(tmp_path, units=1, host_units=0) as manager:
+        held = lease(manager, "a")
+        waiting = [manager.acquire(name) for name in names]
+        quiesce(manager)
+        assert len(gate.names) == 1 + READ_AHEAD
+        for future in waiting:
+            future.add_done_callback(lambda answered: manager.release(answered.result()))
+        manager.release(held)
+
+        assert set(names) == {future.result(WAIT_S).name for future in waiting}
+        assert 1 + len(names) == len(gate.names)
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> Gate:
+    return Gate(monkeypatch)
+
+
+@pytest.mark.parametrize("host_units", [0, 3, 50])
+def test_a_storm_of_threads_gets_the_right_weights_and_leaves_the_books_in_order(
+    tmp_path: Path, host_units: int
+) -> None:
+    """Requests that hold, cancel and abandon; operators who load, unload and pin; and little room."""
+    small, large = [f"s{i}" for i in range(8)], [f"l{i}" for i in range(4)]
+    write_units(tmp_path, small)
+    write_units(tmp_path, large, units=3)
+    names = [*small, *large]
+    blobs = {n: load(n, tmp_path / n, MODULES, torch.float32, max_width=256).blob for n in names}
+    with managing(tmp_path, units=5, slots=4, host_units=host_units) as manager, ThreadPoolExecutor(9) as threads:
+
+        def request(seed: int) -> int:
+            rng, served = random.Random(seed), 0
+            for _ in range(60):
+                name = rng.choice(names)
+                try:
+                    acquired = manager.acquire(name)
+                except AdapterNotFoundError:  # an operator is between unload and load
+                    continue
+                if rng.random() < 0.2:
+                    manager.abandon(acquired)
+                    continue
+                try:
+                    held = acquired.result(WAIT_S)
+                except AdapterCapacityError:  # too much is pinned just now
+                    continue
+                assert torch.equal(blobs[name], weights(manager, held)), "another adapter's weights"
+                manager.release(held)
+                served += 1
+            return served
+
+        def operate() -> int:
+            rng = random.Random(99)
+            for _ in range(60):
+                name = rng.choice(names)
+                try:
+                    if rng.random() < 0.5:
+                        manager.pin(name, rng.random() < 0.3)
+                    else:
+                        manager.unload(name)
+                        manager.load(name).result(WAIT_S)
+                except (AdapterBusyError, AdapterCapacityError):
+                    pass
+                manager.check_integrity()
+                if manager._store.find(name) is None:  # a new name that found no room is not kept
+                    name_back(manager, name)
+            return 1
+
+        done = [threads.submit(request, seed) for seed in range(8)] + [threads.submit(operate)]
+        served = [future.result(6 * WAIT_S) for future in done]
+        quiesce(manager)
+
+        assert all(served)
+        assert 0 == manager.stats().leases == manager.stats().waiting
+        assert len(manager._queue) == 0
+        for name in names:
+            manager.unload(name)
+        assert not manager.pool.arena.any()
+        assert 0 == manager.stats().pool_bytes_used == manager.stats().host_bytes_used
+
+
+def name_back(manager: AdapterManager, name: str) -> None:
+    """Load until the pins of others leave room."""
+    for other in manager.list():
+        manager.pin(other.name, False)
+    manager.load(name).result(WAIT_S)
+
+
+def test_many_threads_on_one_cold_adapter_read_it_once(tmp_path: Path, gate: Gate) -> None:
+    write_units(tmp_path, ["a"])
+    with managing(tmp_path) as manager, ThreadPoolExecutor(8) as threads:
+        start = threading.Barrier(8)
+
+        def request(_: int) -> AdapterLease:
+            start.wait(WAIT_S)
+            return use(manager, "a")
+
+        leases = list(threads.map(request, range(8)))
+
+        assert gate.names == ["a"]
+        assert len({held.generation for held in leases}) == 1

@@ -1,0 +1,136 @@
+"""`gralora adapters inspect`, and the shapes of a model that it compares with."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from gralora_server.cli.app import run
+from gralora_server.cli.output import ExitCode
+from support.checkpoints import write_gralora, write_lora
+from support.tiny_models import tiny_config, tiny_model
+
+from gralora_runtime.adapters.spec import ModuleShape
+from gralora_runtime.errors import ModelUnsupportedError
+from gralora_runtime.model.adaptable import adaptable_modules
+from gralora_runtime.model.module_shapes import module_shapes
+
+
+def config_dir(architecture: str, folder: Path) -> Path:
+    """A base model without its weights: a config is all that is needed."""
+    tiny_config(architecture).save_pretrained(folder)
+    return folder
+
+
+def inspected(capsys) -> dict[str, object]:
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "phi3"])
+def test_shapes_from_the_config_are_those_of_the_model(architecture: str, tmp_path: Path) -> None:
+    shapes = module_shapes(config_dir(architecture, tmp_path))
+
+    assert shapes == [shape for shape, _ in adaptable_modules(tiny_model(architecture))]
+    assert not any("head" in shape.name or "embed" in shape.name for shape in shapes)
+
+
+def test_shapes_of_a_convolution_style_linear_are_in_and_out(tmp_path: Path) -> None:
+    """GPT-2 keeps its weights as [in, out]."""
+    shapes = {shape.name: shape for shape in module_shapes(config_dir("gpt2", tmp_path))}
+
+    assert shapes["transformer.h.0.attn.c_attn"] == ModuleShape("transformer.h.0.attn.c_attn", 64, 192, transposed=True)
+
+
+@pytest.mark.parametrize("content", [None, '{"model_type": "no-such-model"}', '{"model_type": "vit"}'], ids=str)
+def test_a_directory_that_is_no_causal_lm_is_refused(content: str | None, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+
+    with pytest.raises(ModelUnsupportedError):
+        module_shapes(tmp_path)
+
+
+def test_inspect_says_what_an_adapter_is(tmp_path: Path, capsys) -> None:
+    adapter = write_gralora(tmp_path / "a", r=8, k=2, hybrid_r=4)
+
+    assert run(["adapters", "inspect", str(adapter), "--json"]) == ExitCode.OK
+    facts = inspected(capsys)
+
+    assert (facts["dialect"], facts["r"], facts["k"], facts["hybrid_r"]) == ("gralora", 8, 2, 4)
+    assert facts["lora_equivalent_rank"] == 20
+    assert facts["targets"] == {
+        "model.layers.*.mlp.down_proj": 2,
+        "model.layers.*.self_attn.q_proj": 2,
+        "model.layers.*.self_attn.v_proj": 2,
+    }
+    assert facts["tensor_bytes"] == (adapter / "adapter_model.safetensors").stat().st_size - _header_bytes(adapter)
+    assert facts["fits"] is None
+
+
+def test_inspect_tells_the_authors_dialect_by_its_config(tmp_path: Path, capsys) -> None:
+    run(["adapters", "inspect", str(write_gralora(tmp_path / "a", r=8, k=2, hybrid_r=4, authors=True)), "--json"])
+    facts = inspected(capsys)
+
+    assert (facts["dialect"], facts["r"], facts["hybrid_r"], facts["scale"]) == ("gralora-authors", 8, 4, 16 / 12)
+
+
+def test_inspect_says_that_an_adapter_fits(tmp_path: Path, capsys) -> None:
+    model = config_dir("llama", tmp_path / "model")
+    modules = [shape for shape in module_shapes(model) if shape.name.endswith("q_proj")]
+    adapter = write_lora(tmp_path / "a", modules, r=4, target_modules=["q_proj"])
+
+    assert run(["adapters", "inspect", str(adapter), "--model", str(model), "--json"]) == ExitCode.OK
+    facts = inspected(capsys)
+
+    assert facts["fits"] is True
+    assert facts["problems"] == []
+    assert facts["pool_elements"] == 2 * 4 * (64 + 64)
+
+
+def test_an_adapter_that_does_not_fit_is_exit_code_4_with_every_reason(tmp_path: Path, capsys) -> None:
+    model = config_dir("gpt2", tmp_path / "model")
+    adapter = write_gralora(tmp_path / "a")
+
+    assert run(["adapters", "inspect", str(adapter), "--model", str(model), "--json"]) == ExitCode.UNFIT_ADAPTER
+    out, err = capsys.readouterr()
+    facts = json.loads(out)
+
+    assert facts["fits"] is False
+    assert "it matches no module of the base model" in facts["problems"]
+    assert err.startswith("error: ")
+    assert len(err.splitlines()) == 1
+
+
+def test_a_broken_adapter_is_exit_code_4(tmp_path: Path, capsys) -> None:
+    adapter = write_gralora(tmp_path / "a", use_dora=True, modules_to_save=["lm_head"])
+
+    assert run(["adapters", "inspect", str(adapter)]) == ExitCode.UNFIT_ADAPTER
+    out, err = capsys.readouterr()
+
+    assert out == ""
+    assert "use_dora" in err
+    assert "modules_to_save" in err
+
+
+def test_inspect_for_people(tmp_path: Path, capsys) -> None:
+    assert run(["adapters", "inspect", str(write_gralora(tmp_path / "a", r=8, k=2))]) == ExitCode.OK
+    out = capsys.readouterr().out
+
+    assert "r = 8, k = 2" in out
+    assert "of rank 16" in out
+
+
+def test_what_a_stranger_wrote_is_not_taken_for_markup(tmp_path: Path, capsys) -> None:
+    adapter = write_gralora(tmp_path / "[x]", base_model_name_or_path="[/bold] [red]model")
+
+    assert run(["adapters", "inspect", str(adapter)]) == ExitCode.OK
+    out = capsys.readouterr().out
+
+    assert "[x]" in out
+    assert "[/bold] [red]model" in out
+
+
+def _header_bytes(adapter: Path) -> int:
+    with (adapter / "adapter_model.safetensors").open("rb") as file:
+        return 8 + int.from_bytes(file.read(8), "little")

@@ -1,0 +1,157 @@
+"""`gralora serve`: its options become configurations, and its process announces itself and ends as it should."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from gralora_server.cli import serve
+from gralora_server.cli.app import run
+from gralora_server.cli.options import parse_address, parse_bytes
+from gralora_server.cli.output import ExitCode
+from gralora_server.client import Client
+from gralora_server.config import ServerConfig, TlsConfig
+
+from gralora_runtime.config import EngineConfig
+
+
+@pytest.fixture
+def configured(monkeypatch: pytest.MonkeyPatch) -> list[tuple[ServerConfig, EngineConfig, bool]]:
+    """What `serve` would run with."""
+    seen: list[tuple[ServerConfig, EngineConfig, bool]] = []
+    monkeypatch.setattr(serve, "_run", lambda *configs, as_json: seen.append((*configs, as_json)))
+    monkeypatch.setattr(serve, "configure", lambda level: None)
+    return seen
+
+
+def test_without_options_the_configurations_are_the_defaults(configured, monkeypatch) -> None:
+    monkeypatch.setattr(serve, "default_model", lambda: Path("/default"))
+    assert run(["serve"]) == ExitCode.OK
+
+    assert configured == [(ServerConfig(), EngineConfig(model=Path("/default")), False)]
+
+
+def test_every_option_reaches_its_configuration(configured) -> None:
+    options = {
+        "--model": "/m", "--adapters": "/a", "--address": "0.0.0.0:0", "--device": "cpu", "--dtype": "bfloat16",
+        "--kernel-backend": "reference", "--threads": "3", "--max-num-seqs": "5", "--max-num-batched-tokens": "7",
+        "--max-model-len": "11", "--max-queue": "13", "--max-adapter-rank": "17", "--max-adapter-slots": "19",
+        "--page-size": "23", "--kv-cache-bytes": "1GiB", "--adapter-pool-bytes": "2m", "--host-cache-bytes": "29",
+        "--token-file": "/t", "--tls-cert": "/c", "--tls-key": "/k", "--tls-client-ca": "/ca",
+        "--max-request-s": "31", "--grace-s": "37",
+    }  # fmt: skip
+    words = [word for pair in options.items() for word in pair]
+    assert run(["serve", *words, "--no-prefix-cache", "--no-reflection", "--json"]) == ExitCode.OK
+    ((server, engine, as_json),) = configured
+
+    assert server == ServerConfig(
+        host="0.0.0.0",
+        port=0,
+        tls=TlsConfig(certificate=Path("/c"), private_key=Path("/k"), client_ca=Path("/ca")),
+        auth_token_file=Path("/t"),
+        reflection=False,
+        max_request_s=31.0,
+        drain_grace_s=37.0,
+    )
+    assert engine == EngineConfig(
+        model=Path("/m"),
+        adapters_dir=Path("/a"),
+        device="cpu",
+        dtype="bfloat16",
+        kernel_backend="reference",
+        max_num_seqs=5,
+        max_num_batched_tokens=7,
+        max_model_len=11,
+        max_queue=13,
+        page_size=23,
+        kv_cache_bytes=1 << 30,
+        adapter_pool_bytes=2 << 20,
+        max_adapter_slots=19,
+        host_cache_bytes=29,
+        max_adapter_rank=17,
+        enable_prefix_cache=False,
+        num_threads=3,
+    )
+    assert as_json
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("7", 7), ("1k", 1024), ("512MiB", 512 << 20), ("1.5 GB", 3 << 29), ("2T", 2 << 40)]
+)
+def test_sizes(text: str, expected: int) -> None:
+    assert parse_bytes(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("a:1", ("a", 1)), ("[::1]:2", ("[::1]", 2)), ("0.0.0.0:0", ("0.0.0.0", 0))]
+)
+def test_addresses(text: str, expected: tuple[str, int]) -> None:
+    assert parse_address(text) == expected
+
+
+PROGRAM = """
+import sys
+sys.path[:0] = {path!r}
+from support.fake_engine import FakeEngine
+import gralora_server.cli.serve as serve
+
+async def start(life):
+    return FakeEngine()
+
+serve._start_engine = start
+from gralora_server.cli import main
+sys.argv = ["gralora", "serve", "--model", "/m", "--address", "127.0.0.1:0", *sys.argv[1:]]
+main()
+"""
+
+
+def started(*options: str) -> subprocess.Popen[str]:
+    """The command in a process of its own, with an engine that needs no model."""
+    program = PROGRAM.format(path=sys.path)
+    return subprocess.Popen(
+        [sys.executable, "-c", program, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def test_it_says_where_it_serves_and_ends_cleanly_on_sigterm() -> None:
+    with started() as process:
+        line = process.stdout.readline()
+        assert line.startswith("SERVING on 127.0.0.1:")
+        with Client(line.split()[-1]) as client:
+            client.wait_ready(10)
+            assert client.info().model == "fake"
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=20)
+
+    assert process.returncode == ExitCode.OK
+    assert out == ""
+    assert "draining" in err
+    assert "Traceback" not in err
+
+
+def test_with_json_it_says_so_in_json_and_obeys_ctrl_c() -> None:
+    with started("--json") as process:
+        document = json.loads(process.stdout.readline())
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=20)
+
+    assert document["model"] == "/m"
+    assert document["address"].startswith("127.0.0.1:")
+    assert process.returncode == ExitCode.OK
+
+
+def test_an_address_in_use_is_one_line(tmp_path: Path) -> None:
+    with started() as first:
+        address = first.stdout.readline().split()[-1]
+        with started("--address", address) as second:
+            _, err = second.communicate(timeout=20)
+        first.terminate()
+        first.communicate(timeout=20)
+
+    assert second.returncode == ExitCode.USAGE
+    assert f"error: cannot listen on {address}" in err.splitlines()[-1]
+    assert "Traceback" not in err

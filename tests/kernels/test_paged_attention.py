@@ -1,0 +1,108 @@
+"""Paged attention against torch's own: the Numba kernel and its short twin."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from gralora_kernels import reference
+from gralora_kernels.cpu import paged_attention as cpu
+from support.numeric import assert_close
+from torch.nn.functional import scaled_dot_product_attention
+
+KERNELS = [
+    pytest.param(reference.paged_attention, id="reference"),
+    pytest.param(cpu.paged_attention, id="cpu"),
+]
+NAN = float("nan")
+
+
+class PagedCase:
+    """Contexts scattered over shuffled pages; every slot that belongs to no context holds NaN."""
+
+    def __init__(self, context_lens, heads, kv_heads, head_dim, page_size=16):
+        generator = torch.Generator().manual_seed(len(context_lens) + head_dim)
+        rows, max_pages = len(context_lens), -(-max(context_lens) // page_size)
+        num_pages = rows * max_pages + 3
+        self.q = torch.randn(rows, heads, head_dim, generator=generator)
+        self.keys = [torch.randn(n, kv_heads, head_dim, generator=generator) for n in context_lens]
+        self.values = [torch.randn(n, kv_heads, head_dim, generator=generator) for n in context_lens]
+        self.page_table = torch.randperm(num_pages, generator=generator)[: rows * max_pages].view(rows, -1).int()
+        self.context_lens = torch.tensor(context_lens, dtype=torch.int32)
+        self.k_pages = torch.full((num_pages, page_size, kv_heads, head_dim), NAN)
+        self.v_pages = torch.full((num_pages, page_size, kv_heads, head_dim), NAN)
+        for row, n in enumerate(context_lens):
+            positions = torch.arange(n)
+            pages = self.page_table[row, positions // page_size].long()
+            self.k_pages[pages, positions % page_size] = self.keys[row]
+            self.v_pages[pages, positions % page_size] = self.values[row]
+
+    def run(self, kernel, window, rows=slice(None)):
+        q = self.q[rows].contiguous()
+        out = torch.full_like(q, NAN)
+        scale = 0.7 * q.shape[-1] ** -0.5
+        kernel(out, q, self.k_pages, self.v_pages, self.page_table[rows], self.context_lens[rows], scale, window)
+        return out
+
+    def expected(self, window):
+        scale = 0.7 * self.q.shape[-1] ** -0.5
+        rows = [
+            scaled_dot_product_attention(
+                q[None, :, None], k[-window:].transpose(0, 1)[None], v[-window:].transpose(0, 1)[None], scale=scale,
+                enable_gqa=True,
+            )[0, :, 0]
+            for q, k, v in zip(self.q, self.keys, self.values, strict=True)
+        ]  # fmt: skip
+        return torch.stack(rows)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("window", [0, 1, 5, 40])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim"),
+    [(9, 3, 64), (8, 2, 72), (4, 4, 80), (6, 1, 12), (2, 1, 128)],
+)
+def test_agrees_with_torch(kernel, window, heads, kv_heads, head_dim):
+    case = PagedCase([97, 1, 16, 17, 3, 31], heads, kv_heads, head_dim)
+
+    assert_close(case.expected(window), case.run(kernel, window))
+
+
+def test_a_prompt_can_be_rows_with_growing_contexts():
+    case = PagedCase([23], 6, 2, 64)
+    length = 23
+    q = torch.randn(length, 6, 64)
+    out = torch.full_like(q, NAN)
+
+    cpu.paged_attention(
+        out, q, case.k_pages, case.v_pages, case.page_table.expand(length, -1), torch.arange(1, length + 1).int(), 0.1, 0
+    )
+
+    k, v = case.keys[0].transpose(0, 1)[None], case.values[0].transpose(0, 1)[None]
+    expected = scaled_dot_product_attention(
+        q.transpose(0, 1)[None], k, v, is_causal=True, scale=0.1, enable_gqa=True
+    )
+    assert_close(expected[0].transpose(0, 1), out)
+
+
+def test_a_rows_result_does_not_depend_on_its_batch():
+    case = PagedCase([97, 1, 16, 64, 33], 9, 3, 64)
+
+    together = case.run(cpu.paged_attention, 0)
+
+    for row in range(5):
+        assert torch.equal(together[row], case.run(cpu.paged_attention, 0, slice(row, row + 1))[0])
+
+
+def test_large_scores_do_not_overflow():
+    case = PagedCase([40], 3, 1, 64)
+    case.q *= 1000
+
+    assert_close(case.expected(0), case.run(cpu.paged_attention, 0))
+
+
+def test_a_context_beyond_its_page_table_is_refused():
+    case = PagedCase([16], 3, 1, 64)
+    case.context_lens += 1
+
+    with pytest.raises(ValueError, match="longest context 17"):
+        case.run(cpu.paged_attention, 0)

@@ -1,0 +1,57 @@
+"""ModuleTable refuses what the kernels cannot compute and keeps nothing of a cleared slot."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from gralora_kernels.tables import Entry, ModuleTable
+
+CPU = torch.device("cpu")
+
+
+def entry(**changes):
+    return Entry(**{"a_offset": 0, "b_offset": 16, "r": 8, "k": 2, "scale": 0.5, **changes})
+
+
+@pytest.mark.parametrize(
+    ("slot", "entries", "message"),
+    [
+        (2, [entry()], "slot 2 is outside 0..1"),
+        (0, [entry(), entry(), entry()], "at most 2 entries"),
+        (0, [entry(r=0)], "at least 1"),
+        (0, [entry(r=9)], "r=9 is not divisible by k=2"),
+        (0, [entry(r=9, k=3)], "out_features=64 is not divisible by k=3"),
+        (0, [entry(a_offset=8)], "a_offset must be a multiple of 16, got 8"),
+        (0, [entry(b_offset=-16)], "b_offset must be a multiple of 16"),
+    ],
+)
+def test_refuses_an_impossible_layout_and_keeps_the_old_one(slot, entries, message):
+    table = ModuleTable(48, 64, 2, CPU)
+    table.set(0, [entry(scale=2.0)])
+    before = table.index.clone()
+
+    with pytest.raises(ValueError, match=message):
+        table.set(slot, entries)
+
+    assert torch.equal(before, table.index)
+
+
+def test_a_cleared_slot_holds_nothing():
+    table = ModuleTable(48, 64, 2, CPU)
+    table.set(1, [entry(), entry(r=4, k=1)])
+    assert table.width(1) == 20
+
+    table.clear(1)
+
+    assert table.width(1) == 0
+    assert table.index.count_nonzero() == 0
+    assert table.scale.count_nonzero() == 0
+
+
+def test_a_shorter_layout_leaves_no_second_entry_behind():
+    table = ModuleTable(48, 64, 1, CPU)
+    table.set(0, [entry(), entry(r=4, k=1)])
+
+    table.set(0, [entry()])
+
+    assert table.index[0].tolist() == [[0, 16, 8, 2], [0, 0, 0, 0]]
