@@ -22,7 +22,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from gralora_server.model_fetch import ensure_default_model
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -34,6 +33,7 @@ from gralora_runtime.detokenizer import Detokenizer
 from gralora_runtime.request import ResponseParams, SamplingParams, StoppingParams
 from gralora_runtime.sampler import SamplerState
 from gralora_runtime.sequence import Sequence as EngineSequence
+from gralora_server.model_fetch import ensure_default_model
 
 PROMPT_TOKENS, OUTPUT_TOKENS = 64, 64
 EXAMPLES = Path(__file__).parent.parent / "examples" / "adapters"

@@ -94,16 +94,15 @@ def serving(model: Path, adapters_dir: Path) -> Iterator[str]:
     """`gralora serve` in a process of its own, as a user would start it; yields its address."""
     command = [GRALORA, "serve", "--log-level", "warning", "--json"]
     options = ["--model", model, "--adapters", adapters_dir, "--address", "127.0.0.1:0"]
-    server = subprocess.Popen([*command, *map(str, options)], stdout=subprocess.PIPE, text=True)
-    try:
-        assert server.stdout is not None
-        line = server.stdout.readline()
-        if not line:
-            raise SystemExit(f"the server did not start: exit code {server.wait(START_TIMEOUT_S)}")
-        yield json.loads(line)["address"]
-    finally:
-        server.terminate()
-        server.wait(START_TIMEOUT_S)
+    with subprocess.Popen([*command, *map(str, options)], stdout=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stdout is not None
+            line = server.stdout.readline()
+            if not line:
+                raise SystemExit(f"the server did not start: exit code {server.wait(START_TIMEOUT_S)}")
+            yield json.loads(line)["address"]
+        finally:
+            server.terminate()
 
 
 async def converse(address: str, adapters_dir: Path) -> Session:

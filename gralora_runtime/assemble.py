@@ -11,10 +11,10 @@ from importlib.metadata import version
 
 import psutil
 import torch
+
 from gralora_kernels.cpu import threads as cpu_threads
 from gralora_kernels.dispatch import AdapterBackend, resolve_backend
 from gralora_kernels.warmup import warm_up_backend
-
 from gralora_runtime.adapters.manager import AdapterManager
 from gralora_runtime.batch import BatchBuilder
 from gralora_runtime.config import EngineConfig

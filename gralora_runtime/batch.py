@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from gralora_kernels.grouping import Grouping
 from torch import Tensor
 
+from gralora_kernels.grouping import Grouping
 from gralora_runtime.plan import RowPlan, StepPlan
 
 

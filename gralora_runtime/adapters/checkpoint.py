@@ -9,7 +9,8 @@ import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,9 @@ class ModulePlan:
             aligned(tensors.part.r * self.module.in_features) + aligned(tensors.part.r * self.module.out_features)
             for tensors in self.parts
         )
+
+
+Plan = tuple[ModulePlan, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,31 +129,27 @@ class AdapterHeader:
         shapes = [ModuleShape(module, 0, 0) for module in self.targets]
         return max((module.width for module in self.plan(shapes)), default=0)
 
-    def plan(self, modules: Iterable[ModuleShape]) -> tuple[ModulePlan, ...]:
+    def plan(self, modules: Sequence[ModuleShape]) -> Plan:
         """What the config puts on which of these modules, whether or not the tensors are there."""
-        budget = MatchingBudget()
         try:
-            return tuple(
-                ModulePlan(module=module, parts=tuple(_part_tensors(self.spec, module, budget)))
-                for module in modules
-                if self.spec.targets.matches(module.name, budget)
-            )
+            return _plan(replace(self.spec, base_model=""), tuple(modules))
         except SlowPatternError as cause:
             problem = f"its patterns take more than {MATCHING_BUDGET_S:.0f} s to match"
             raise rejected(self.name, [problem]) from cause
 
     def fits(self, modules: Sequence[ModuleShape]) -> list[str]:
         """Everything that keeps this adapter from being served on a base model with these modules."""
+        return self._problems(self.plan(modules), modules)
+
+    def fitting_plan(self, modules: Sequence[ModuleShape]) -> Plan:
+        """The plan, or AdapterRejectedError with every reason why the checkpoint cannot follow it."""
         plan = self.plan(modules)
-        problems = [*self._dtype_problems(), *self._misfits(plan), *self._surplus(plan, modules)]
-        if problems and self.spec.base_model:
-            problems.insert(0, f"it was trained for the base model {self.spec.base_model!r}")
-        if not any(tensors.a_name in self.tensors for module in plan for tensors in module.parts):
-            problems.insert(0, "it matches no module of the base model")
-        return problems
+        if problems := self._problems(plan, modules):
+            raise rejected(self.name, problems)
+        return plan
 
     def summary(self, modules: Sequence[ModuleShape]) -> AdapterSummary:
-        """Only for an adapter that fits."""
+        """Only for an adapter that fits these modules."""
         plan = self.plan(modules)
         parts = [module.parts[0].part for module in plan]
         return AdapterSummary(
@@ -164,6 +164,14 @@ class AdapterHeader:
             packed_numel=sum(module.packed_numel for module in plan),
             base_model=self.spec.base_model,
         )
+
+    def _problems(self, plan: Plan, modules: Sequence[ModuleShape]) -> list[str]:
+        problems = [*self._dtype_problems(), *self._misfits(plan), *self._surplus(plan, modules)]
+        if problems and self.spec.base_model:
+            problems.insert(0, f"it was trained for the base model {self.spec.base_model!r}")
+        if not any(tensors.a_name in self.tensors for module in plan for tensors in module.parts):
+            problems.insert(0, "it matches no module of the base model")
+        return problems
 
     def _dtype_problems(self) -> Iterator[str]:
         for name, tensor in self.tensors.items():
@@ -289,6 +297,16 @@ def _parse_header(name: str, header: bytes, file_bytes: int) -> dict[str, Tensor
         wrong = "truncated" if file_bytes < len(header) + end else "too long"
         raise rejected(name, [f"{WEIGHTS_FILE} is {wrong}: {file_bytes} bytes instead of {len(header) + end}"])
     return tensors
+
+
+@lru_cache(maxsize=64)  # thousands of adapters come from a few training recipes
+def _plan(spec: AdapterSpec, modules: tuple[ModuleShape, ...]) -> Plan:
+    budget = MatchingBudget()
+    return tuple(
+        ModulePlan(module=module, parts=tuple(_part_tensors(spec, module, budget)))
+        for module in modules
+        if spec.targets.matches(module.name, budget)
+    )
 
 
 def _part_tensors(spec: AdapterSpec, module: ModuleShape, budget: MatchingBudget) -> Iterator[PartTensors]:

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from gralora_kernels.tables import Entry
 from safetensors import SafetensorError, deserialize
 from torch import Tensor
 
+from gralora_kernels.tables import Entry
 from gralora_runtime.adapters.checkpoint import (
     WEIGHTS_FILE,
     AdapterHeader,
@@ -78,9 +78,7 @@ def load(
 ) -> LoadedAdapter:
     """Read, check and pack an adapter, or raise AdapterRejectedError with every reason."""
     header = inspect(path, name=name, root=root)
-    if problems := header.fits(modules):
-        raise rejected(name, problems)
-    plan = header.plan(modules)
+    plan = header.fitting_plan(modules)
     width = max(module.width for module in plan)
     check_width(name, width, max_width)
     tensors = _read_tensors(name, path / WEIGHTS_FILE, header)

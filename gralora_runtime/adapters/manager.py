@@ -1,17 +1,15 @@
 """The only part of the adapter code that the rest of the runtime talks to: names in, leases out, from any thread.
 
-Reading from disk, moving weights and zeroing happen in this file's own threads; the lock is held for bookkeeping only.
+Reading from disk, moving weights and zeroing are the mover's, in its threads; the lock is held for bookkeeping only.
 """
 
 from __future__ import annotations
 
 import itertools
-import logging
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -23,28 +21,20 @@ from gralora_runtime.adapters.cache import HostCache
 from gralora_runtime.adapters.checkpoint import AdapterSummary, inspect
 from gralora_runtime.adapters.info import AdapterInfo, AdapterStats, UnloadResult
 from gralora_runtime.adapters.lease import BASE_LEASE, AdapterLease
-from gralora_runtime.adapters.loader import LoadedAdapter, check_width, load
+from gralora_runtime.adapters.loader import LoadedAdapter, check_width
+from gralora_runtime.adapters.mover import Mover, log_if_unexpected
 from gralora_runtime.adapters.names import check_name, resolve_source
-from gralora_runtime.adapters.placement import Placement, PlacementQueue
 from gralora_runtime.adapters.pool import AdapterPool, Resident
 from gralora_runtime.adapters.settlement import Settlement
-from gralora_runtime.adapters.spec import ModuleShape, rejected
+from gralora_runtime.adapters.spec import ModuleShape
 from gralora_runtime.adapters.store import AdapterRecord, AdapterState, AdapterStore, Waiter
-from gralora_runtime.adapters.window import Window
 from gralora_runtime.errors import (
     AdapterBusyError,
-    AdapterCapacityError,
     AdapterExistsError,
     AdapterNotFoundError,
     ConfigError,
     DrainingError,
-    GraloraError,
 )
-
-log = logging.getLogger(__name__)
-
-NUM_READERS = 2  # a slow disk holds up at most so many loads before the others wait
-READ_AHEAD = 16  # adapters in memory on their way to the pool: what waits beyond that waits on disk
 
 
 class AdapterManager:
@@ -73,17 +63,20 @@ class AdapterManager:
         self._lock = threading.Lock()
         self._store = AdapterStore()
         self._cache = HostCache(host_cache_bytes)
-        self._to_read: deque[AdapterRecord] = deque()
-        self._num_reading = 0
-        self._queue = PlacementQueue(self.pool)
         self._leases: dict[int, tuple[AdapterRecord, Resident]] = {}  # by serial
         self._serials = itertools.count(1)
         self._clock = itertools.count(1)  # orders uses of residents
-        self._loads = self._placements = self._evictions = 0
-        self._pump_scheduled = False
         self._closed = False
-        self._readers = ThreadPoolExecutor(NUM_READERS, thread_name_prefix="adapter-reader")
-        self._placer = ThreadPoolExecutor(1, thread_name_prefix="adapter-placer")
+        self._mover = Mover(
+            pool=self.pool,
+            store=self._store,
+            cache=self._cache,
+            modules=self._modules,
+            max_width=max_width,
+            root=self._adapters_dir,
+            settling=self._settling,
+            serve=self._serve,
+        )
         if self._adapters_dir is not None:
             self._store.scan(self._adapters_dir, self._summarize)
 
@@ -111,8 +104,8 @@ class AdapterManager:
             record, resident = held
             record.leases -= 1
             resident.leases -= 1
-            if resident.leases == 0 and self._queue:
-                self._schedule_pump(settle)
+            if resident.leases == 0 and self._mover.num_waiting:
+                self._mover.wake(settle)
 
     def abandon(self, acquired: Future[AdapterLease]) -> None:
         """Give up an `acquire`, answered or not. For a task that was cancelled and cannot know which of the two."""
@@ -136,7 +129,7 @@ class AdapterManager:
                 record = AdapterRecord(name=name, source=source, provisional=True)
                 self._store.add(record)
             elif record.digest:
-                self._read(record, source, partial(self._on_compared, record, waiter), settle)
+                self._mover.read(record, source, partial(self._on_compared, record, waiter), settle)
                 return waiter.future
             elif source != record.source.resolve():
                 if record.error is None:
@@ -157,11 +150,11 @@ class AdapterManager:
             cached = self._cache.pop(record.digest) if is_last else None
             pool_bytes = self._pool_bytes(resident.layout.numel) if resident and is_last else 0
             if resident and not is_last:
-                self._refresh_pin(resident)
-                self._schedule_pump(settle)
+                self._mover.refresh_pin(resident)
+                self._mover.wake(settle)
             if resident and is_last and not resident.leaving:
                 self.pool.withdraw(resident)
-                settle.later(partial(self._erase, resident))
+                settle.later(partial(self._mover.erase, resident))
         return UnloadResult(
             name=name,
             digest=record.digest,
@@ -176,14 +169,14 @@ class AdapterManager:
             self._refuse_when_closed()
             record = self._store.get(name)
             resident = self.pool.find(record.digest)
-            if pinned and resident is None and (problem := self._capacity_problem(record)):
+            if pinned and resident is None and (problem := self._mover.capacity_problem(record)):
                 raise problem
             record.pinned = pinned
             if resident is not None:
-                self._refresh_pin(resident)
+                self._mover.refresh_pin(resident)
             if pinned and (resident is None or resident.leaving):
                 self._enter(record, Waiter(future=Future(), wants_lease=False), settle)
-            self._schedule_pump(settle)
+            self._mover.wake(settle)
             return self._info(record)
 
     def get(self, name: str) -> AdapterInfo:
@@ -209,9 +202,9 @@ class AdapterManager:
                 pool_bytes_total=self.pool.total_bytes,
                 host_bytes_used=self._cache.used_bytes,
                 host_bytes_total=self._cache.capacity_bytes,
-                loads=self._loads,
-                placements=self._placements,
-                evictions=self._evictions,
+                loads=self._mover.loads,
+                placements=self._mover.placements,
+                evictions=self._mover.evictions,
             )
 
     def check_integrity(self) -> None:
@@ -233,16 +226,10 @@ class AdapterManager:
         """Answer everybody who waits, and stop the threads."""
         with self._settling() as settle:
             self._closed = True
-            self._to_read.clear()
-            for record in tuple(self._store):
-                self._fail(record, DrainingError(), settle)
-            for placement in self._queue:
-                if not placement.moving:
-                    self._queue.remove(placement)
-        self._readers.shutdown(cancel_futures=True)
-        self._placer.shutdown(cancel_futures=True)
+            self._mover.close(settle)
+        self._mover.join()
 
-    # Below: with the lock held, unless the comment says otherwise.
+    # Below: with the lock held, but for those that take it.
 
     @contextmanager
     def _settling(self) -> Iterator[Settlement]:
@@ -267,7 +254,7 @@ class AdapterManager:
         settle.later(partial(waiter.future.add_done_callback, partial(self._on_answered, record, waiter)))
         record.waiters.append(waiter)
         if not record.loading:
-            self._start(record, settle)
+            self._mover.start(record, settle)
         return waiter.future
 
     def _serve(self, record: AdapterRecord, resident: Resident, waiter: Waiter, settle: Settlement) -> None:
@@ -275,7 +262,7 @@ class AdapterManager:
         record.last_used_s = time.time()
         if waiter.pin:
             record.pinned = True
-            self._refresh_pin(resident)
+            self._mover.refresh_pin(resident)
         if not waiter.wants_lease:
             settle.result(waiter.future, self._info(record))
             return
@@ -291,94 +278,6 @@ class AdapterManager:
         record.leases += 1
         resident.leases += 1
         settle.result(waiter.future, lease)
-
-    def _start(self, record: AdapterRecord, settle: Settlement) -> None:
-        """Fetch the adapter from wherever it is: the pool (on its way out), host memory or disk."""
-        record.loading = True
-        record.error = None
-        if problem := self._capacity_problem(record):
-            self._fail(record, problem, settle)
-            return
-        cached = self._cache.pop(record.digest)
-        resident = self.pool.find(record.digest)
-        if cached is not None:
-            self._wait_for_room(record, cached, settle)
-        elif resident is not None:
-            self._join(record, Placement(digest=record.digest, numel=resident.layout.numel, adapter=None), settle)
-        else:
-            self._to_read.append(record)
-            self._read_more(settle)
-
-    def _read_more(self, settle: Settlement) -> None:
-        """Read on, in order of arrival, while little enough waits for room. Nobody's wish any more: not read at all."""
-        while self._to_read and self._num_reading + len(self._queue) < READ_AHEAD:
-            record = self._to_read.popleft()
-            if record.waiters:
-                self._num_reading += 1
-                self._read(record, record.source, partial(self._on_read, record), settle)
-            else:
-                record.loading = False
-
-    def _read(
-        self, record: AdapterRecord, source: Path, on_done: Callable[[Future[LoadedAdapter]], None], settle: Settlement
-    ) -> None:
-        read = self._readers.submit(
-            load,
-            record.name,
-            source,
-            self._modules,
-            self.pool.arena.dtype,
-            max_width=self._max_width,
-            root=self._adapters_dir,
-        )
-        settle.later(partial(read.add_done_callback, on_done))
-
-    def _wait_for_room(self, record: AdapterRecord, adapter: LoadedAdapter, settle: Settlement) -> None:
-        if not self._queue.possible(adapter.layout.numel):
-            self._fail(record, self._no_room(record, adapter.layout.numel), settle)
-            self._keep(adapter)
-            return
-        self._join(record, Placement(digest=adapter.digest, numel=adapter.layout.numel, adapter=adapter), settle)
-
-    def _join(self, record: AdapterRecord, placement: Placement, settle: Settlement) -> None:
-        """Queue for the pool, behind the name that brought the same content first if there is one."""
-        queued = self._queue.find(placement.digest)
-        if queued is None:
-            self._queue.add(placement)
-        (queued or placement).records.append(record)
-        self._schedule_pump(settle)
-
-    def _keep(self, adapter: LoadedAdapter) -> None:
-        """Into the host cache, unless the weights are somewhere else or nobody's any more."""
-        elsewhere = self.pool.find(adapter.digest) or self._queue.find(adapter.digest)
-        if elsewhere is None and next(self._store.sharing(adapter.digest), None) is not None:
-            self._cache.put(adapter)
-
-    def _fail(self, record: AdapterRecord, error: BaseException, settle: Settlement) -> None:
-        """The load is over. Room and shutting down are not the adapter's fault, so they leave no mark on it."""
-        record.loading = False
-        if not isinstance(error, (AdapterCapacityError, DrainingError)):
-            record.error = error
-        waiters, record.waiters = record.waiters, []
-        for waiter in waiters:
-            settle.error(waiter.future, error)
-        if record.provisional:
-            self._store.remove(record)
-
-    def _refresh_pin(self, resident: Resident) -> None:
-        resident.pinned = any(record.pinned for record in self._store.sharing(resident.layout.digest))
-
-    def _capacity_problem(self, record: AdapterRecord) -> AdapterCapacityError | None:
-        """What is known before reading. Content not read yet may turn out to be in the pool under another name."""
-        if record.summary is None:
-            return None
-        numel = record.summary.packed_numel
-        elsewhere = not record.digest or self.pool.find(record.digest) is not None
-        fits = numel <= self.pool.ranges.numel if elsewhere else self._queue.possible(numel)
-        return None if fits else self._no_room(record, numel)
-
-    def _no_room(self, record: AdapterRecord, numel: int) -> AdapterCapacityError:
-        return AdapterCapacityError(record.name, self._pool_bytes(numel), self.pool.total_bytes)
 
     def _pool_bytes(self, numel: int) -> int:
         return numel * self.pool.arena.element_size()
@@ -407,86 +306,33 @@ class AdapterManager:
             return AdapterState.FAILED
         return AdapterState.HOST if record.digest in self._cache or resident else AdapterState.REGISTERED
 
-    def _schedule_pump(self, settle: Settlement) -> None:
-        if not (self._pump_scheduled or self._closed):
-            self._pump_scheduled = True
-            settle.later(partial(self._placer.submit(self._pump).add_done_callback, self._on_pumped))
-
-    # Below: without the lock, called by futures, the readers and the placer.
-
     def _summarize(self, name: str, source: Path) -> AdapterSummary:
         header = inspect(source, name=name, root=self._adapters_dir)
-        if problems := header.fits(self._modules):
-            raise rejected(name, problems)
+        header.fitting_plan(self._modules)
         summary = header.summary(self._modules)
         check_width(name, summary.equivalent_rank, self._max_width)
         return summary
 
-    def _release_answer(self, acquired: Future[AdapterLease]) -> None:
-        if not acquired.cancelled() and acquired.exception() is None:
-            self.release(acquired.result())
-
     def _on_answered(self, record: AdapterRecord, waiter: Waiter, future: Future[Any]) -> None:
-        """When it was cancelled rather than answered: an adapter that nobody waits for any more gives up its place."""
+        """When it was cancelled rather than answered: nobody waits there any more."""
         if not future.cancelled():
             return
         with self._settling() as settle:
-            if waiter not in record.waiters:
-                return
-            record.waiters.remove(waiter)
-            placement = self._queue.find(record.digest)
-            if record.waiters or placement is None or record not in placement.records or placement.moving:
-                return
-            placement.records.remove(record)
-            record.loading = False
-            if not placement.records:
-                self._take_out(placement)
-            self._schedule_pump(settle)
+            if waiter in record.waiters:
+                record.waiters.remove(waiter)
+                if not record.waiters:
+                    self._mover.forget(record, settle)
 
-    def _take_out(self, placement: Placement) -> None:
-        """With the lock: it will not move in."""
-        self._queue.remove(placement)
-        if placement.adapter is not None:
-            self._keep(placement.adapter)
-
-    def _on_read(self, record: AdapterRecord, read: Future[LoadedAdapter]) -> None:
-        if read.cancelled():
-            return
-        error = read.exception()
-        _log_if_unexpected(record.name, error)
-        with self._settling() as settle:
-            self._num_reading -= 1
-            self._schedule_pump(settle)
-            if self._store.find(record.name) is not record or self._closed:
-                return
-            if error is None and record.digest not in ("", read.result().digest):
-                changed = f"its files changed from digest {record.digest} to {read.result().digest}"
-                error = rejected(record.name, [f"{changed} after it was loaded: unload it, then load it again"])
-            if error is not None:
-                self._fail(record, error, settle)
-                return
-            self._take_in(record, read.result(), settle)
-
-    def _take_in(self, record: AdapterRecord, adapter: LoadedAdapter, settle: Settlement) -> None:
-        """With the lock: weights came from disk. Another name may have brought the same ones already."""
-        self._loads += 1
-        record.digest = adapter.digest
-        record.summary = adapter.layout.summary
-        resident = self.pool.find(adapter.digest)
-        if resident is not None and resident.open:
-            self._arrive(record, resident, settle)
-        elif record.waiters:
-            self._wait_for_room(record, adapter, settle)
-        else:
-            record.loading = record.provisional = False
-            self._keep(adapter)
+    def _release_answer(self, acquired: Future[AdapterLease]) -> None:
+        if not acquired.cancelled() and acquired.exception() is None:
+            self.release(acquired.result())
 
     def _on_compared(self, record: AdapterRecord, waiter: Waiter, read: Future[LoadedAdapter]) -> None:
         if read.cancelled():
             waiter.future.cancel()
             return
         error = read.exception()
-        _log_if_unexpected(record.name, error)
+        log_if_unexpected(record.name, error)
         if not waiter.future.set_running_or_notify_cancel():
             return
         with self._settling() as settle:
@@ -499,102 +345,5 @@ class AdapterManager:
             if error is not None:
                 settle.error(waiter.future, error)
                 return
-            self._keep(read.result())
+            self._mover.keep(read.result())
             self._enter(record, waiter, settle)
-
-    def _pump(self) -> None:
-        """In the placer: move adapters in until the next one has to wait."""
-        while (move := self._next_move()) is not None:
-            placement, window = move
-            for victim in window.victims:
-                self._evict(victim)
-            self._place(placement, window)
-
-    def _next_move(self) -> tuple[Placement, Window[Resident]] | None:
-        with self._settling() as settle:
-            move = self._queue.pick()
-            while move is None and self._settle_in_place(settle):
-                move = self._queue.pick()
-            self._pump_scheduled = move is not None
-            if not self._closed:
-                self._read_more(settle)
-            return move
-
-    def _settle_in_place(self, settle: Settlement) -> bool:
-        """With the lock: whether somebody could be served, or sent away, without moving anything."""
-        for position, placement in enumerate(self._queue):
-            resident = self.pool.find(placement.digest)
-            if resident is not None and resident.open:  # it was to leave, but may stay after all
-                self._queue.remove(placement)
-                for record in placement.records:
-                    self._arrive(record, resident, settle)
-                return True
-            if position == 0 and resident is None and not self._queue.possible(placement.numel):
-                for record in placement.records:
-                    self._fail(record, self._no_room(record, placement.numel), settle)
-                self._take_out(placement)
-                return True
-        return False
-
-    def _evict(self, victim: Resident) -> None:
-        adapter = self.pool.read(victim)
-        self.pool.clear(victim)
-        with self._lock:
-            self.pool.withdraw(victim)
-            self.pool.release(victim)
-            self._evictions += 1
-            placement = self._queue.find(adapter.digest)
-            if placement is not None:
-                placement.adapter = adapter
-            else:
-                self._keep(adapter)
-
-    def _place(self, placement: Placement, window: Window[Resident]) -> None:
-        assert placement.adapter is not None
-        with self._lock:
-            resident = self.pool.reserve(placement.adapter.layout, window.offset)
-        self.pool.fill(resident, placement.adapter)
-        with self._settling() as settle:
-            self.pool.publish(resident)
-            self._queue.remove(placement)
-            self._placements += 1
-            self._refresh_pin(resident)
-            resident.last_used = next(self._clock)
-            for record in placement.records:
-                self._arrive(record, resident, settle)
-            is_orphan = next(self._store.sharing(placement.digest), None) is None
-            if is_orphan:  # unloaded while it moved in
-                self.pool.withdraw(resident)
-                settle.later(partial(self._erase, resident))
-
-    def _arrive(self, record: AdapterRecord, resident: Resident, settle: Settlement) -> None:
-        """With the lock: the load is over, everybody is served."""
-        record.loading = record.provisional = False
-        waiters, record.waiters = record.waiters, []
-        for waiter in waiters:
-            self._serve(record, resident, waiter, settle)
-
-    def _erase(self, resident: Resident) -> None:
-        """Zero what nobody can find any more, then give its room back."""
-        self.pool.clear(resident)
-        with self._settling() as settle:
-            self.pool.release(resident)
-            self._schedule_pump(settle)
-
-    def _on_pumped(self, pumped: Future[None]) -> None:
-        """A pump that raises is our bug: nobody may be left waiting for it."""
-        error = None if pumped.cancelled() else pumped.exception()
-        if error is None:
-            return
-        log.critical("placing an adapter failed", exc_info=error)
-        with self._settling() as settle:
-            self._pump_scheduled = False
-            for placement in self._queue:
-                self._queue.remove(placement)
-                for record in placement.records:
-                    self._fail(record, error, settle)
-
-
-def _log_if_unexpected(name: str, error: BaseException | None) -> None:
-    if error is not None and not isinstance(error, GraloraError):
-        log.error("loading adapter %r failed", name, exc_info=error)

@@ -11,8 +11,8 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from gralora_kernels.tables import Entry, ModuleTable
 
+from gralora_kernels.tables import Entry, ModuleTable
 from gralora_runtime.adapters.arena import ArenaAllocator
 from gralora_runtime.adapters.loader import SERIAL_NUMEL, AdapterLayout, LoadedAdapter, copy_serially
 from gralora_runtime.adapters.spec import ModuleShape

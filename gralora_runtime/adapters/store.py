@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gralora_runtime.adapters.checkpoint import AdapterSummary
-from gralora_runtime.adapters.names import escapes, is_name
-from gralora_runtime.adapters.spec import rejected
+from gralora_runtime.adapters.names import is_name
 from gralora_runtime.errors import AdapterNotFoundError, AdapterRejectedError
 
 
@@ -94,8 +93,6 @@ class AdapterStore:
                 continue
             record = AdapterRecord(name=source.name, source=source)
             try:
-                if escapes(root, source):
-                    raise rejected(source.name, ["its directory is a link that leaves the adapters directory"])
                 record.summary = inspect(source.name, source)
             except AdapterRejectedError as error:
                 record.error = error

@@ -85,29 +85,31 @@ class TargetRule:
     layer_patterns: tuple[re.Pattern[str], ...] = (ANY_LAYER_NUMBER,)
 
     def matches(self, module: str, budget: MatchingBudget) -> bool:
-        budget.check()
-        if _names(self.exclude_modules, module):
+        if self.exclude_modules and _names(self.exclude_modules, module, budget):
             return False
-        if not _names(self.target_modules, module):
+        if not _names(self.target_modules, module, budget):
             return False
         # A whole path in the list is taken at its word, whatever the layers are.
         named_in_full = isinstance(self.target_modules, frozenset) and module in self.target_modules
-        return named_in_full or not self.layers or self._layer(module) in self.layers
+        return named_in_full or not self.layers or self._layer(module, budget) in self.layers
 
-    def _layer(self, module: str) -> int | None:
+    def _layer(self, module: str, budget: MatchingBudget) -> int | None:
         """The first number in the path (after the first of the layer patterns that matches)."""
         for pattern in self.layer_patterns:
+            budget.check()
             if match := pattern.match(module):
                 return int(match["layer_number"]) if match["layer_number"] else None
         return None
 
 
-def _names(names: re.Pattern[str] | frozenset[str], module: str) -> bool:
+def _names(names: re.Pattern[str] | frozenset[str], module: str, budget: MatchingBudget) -> bool:
+    """Whether a pattern matches the whole path, or one of its endings is in the set."""
     if isinstance(names, re.Pattern):
+        budget.check()
         return names.fullmatch(module) is not None
-    return any(module[start:] in names for start in _path_starts(module))
-
-
-def _path_starts(module: str) -> list[int]:
-    """Where the path and each of its endings begin: one look-up per ending, however long the list of names is."""
-    return [0, *(dot.end() for dot in re.finditer(r"\.", module))]
+    start = 0
+    while module[start:] not in names:
+        start = module.find(".", start) + 1
+        if start == 0:
+            return False
+    return True

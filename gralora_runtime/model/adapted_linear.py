@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-from gralora_kernels.dispatch import AdapterBackend
-from gralora_kernels.tables import ModuleTable
 from torch import Tensor, nn
 
+from gralora_kernels.dispatch import AdapterBackend
+from gralora_kernels.tables import ModuleTable
 from gralora_runtime.model.context import StepContext
 
 # oneDNN packs for one number of rows, but the layout serves all others: packed for 16 it was level with exact packing

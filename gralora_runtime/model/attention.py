@@ -8,10 +8,10 @@ from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
-from gralora_kernels.cpu.paged_attention import paged_attention
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from gralora_kernels.cpu.paged_attention import paged_attention
 from gralora_runtime.batch import PrefillSegment, StepTensors
 from gralora_runtime.model.context import StepContext
 from gralora_runtime.model.kv_pool import KVPool

@@ -6,10 +6,10 @@ import logging
 from collections.abc import Mapping
 
 import torch
-from gralora_kernels.dispatch import AdapterBackend
-from gralora_kernels.tables import ModuleTable
 from torch import Tensor, nn
 
+from gralora_kernels.dispatch import AdapterBackend
+from gralora_kernels.tables import ModuleTable
 from gralora_runtime.batch import StepTensors
 from gralora_runtime.model.adaptable import adaptable_modules, replace_modules, weight_and_bias
 from gralora_runtime.model.adapted_linear import AdaptedLinear, PackedLinear

@@ -1,4 +1,4 @@
-"""Where in the arena each pool slot keeps its matrices for one linear layer. Knows neither names nor who fills a slot."""
+"""Where in the arena each pool slot keeps its matrices for one linear layer. Knows no names, nor who fills a slot."""
 
 from __future__ import annotations
 

@@ -16,17 +16,20 @@ RANK = 16
 
 
 def warm_up_backend(backend: AdapterBackend, *, device: torch.device, dtype: torch.dtype) -> None:
-    """Run every variant of the kernels once on zeros."""
+    """Run every variant of the kernels once, and see that it does what it should to the right rows."""
     for features, k in SHAPES:
         table = ModuleTable(features, features, 1, device)
         entry = Entry(a_offset=0, b_offset=RANK * features, r=RANK, k=k, scale=1.0)
         table.set(0, [entry])
-        arena = torch.zeros(2 * RANK * features, device=device, dtype=dtype)
+        arena = torch.ones(2 * RANK * features, device=device, dtype=dtype)
         for num_tokens in TOKENS:
-            grouping = Grouping(num_tokens, device)
-            grouping.fill([0] * num_tokens, {0: entry.width})
-            x = torch.zeros(num_tokens, features, device=device, dtype=dtype)
-            backend.apply(torch.zeros_like(x), x, arena, table, grouping)
+            grouping = Grouping(num_tokens + 1, device)
+            grouping.fill([0] * num_tokens + [-1], {0: entry.width})
+            x = torch.ones(num_tokens + 1, features, device=device, dtype=dtype)
+            y = torch.zeros_like(x)
+            backend.apply(y, x, arena, table, grouping)
+            assert y[:-1].all(), "the adapter did nothing"
+            assert not y[-1].any(), "a base-model row was changed"
     if device.type == "cpu":
         _warm_up_attention()
 

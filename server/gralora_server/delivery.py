@@ -9,7 +9,6 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 from gralora.v1 import generation_pb2
-
 from gralora_runtime.request import Delta
 from gralora_runtime.stream import merge_deltas
 from gralora_server.convert import to_stream_response

@@ -10,6 +10,9 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import grpc
+from grpc_health.v1 import health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
 from gralora.v1 import (
     adapters_pb2,
     adapters_pb2_grpc,
@@ -18,9 +21,6 @@ from gralora.v1 import (
     server_pb2,
     server_pb2_grpc,
 )
-from grpc_health.v1 import health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
-
 from gralora_runtime.errors import ConfigError, DrainingError, EngineDeadError
 from gralora_server.auth import Tokens
 from gralora_server.config import ServerConfig, TlsConfig
@@ -114,9 +114,15 @@ class GrpcServer:
 
 
 async def serve(
-    config: ServerConfig, engine_factory: EngineFactory, *, on_bound: Callable[[int], None] | None = None
+    config: ServerConfig,
+    engine_factory: EngineFactory,
+    *,
+    on_bound: Callable[[int], None] | None = None,
+    on_serving: Callable[[int], None] | None = None,
 ) -> None:
     """Serve until SIGTERM or SIGINT, then drain; a second signal ends the draining at once.
+
+    `on_bound` is told the port when calls are answered, if only with UNAVAILABLE; `on_serving` when requests are taken.
 
     Raises what the factory raises, and `EngineDeadError` when the engine died while serving.
     """
@@ -131,6 +137,9 @@ async def serve(
             if engine is None:
                 return
             try:
+                await server.open(engine)
+                if on_serving is not None:
+                    on_serving(port)
                 await _serve_engine(server, engine, asked_to_stop, config.drain_grace_s)
             finally:
                 await engine.close()
@@ -139,7 +148,6 @@ async def serve(
 
 
 async def _serve_engine(server: GrpcServer, engine: Engine, asked_to_stop: asyncio.Event, grace_s: float) -> None:
-    await server.open(engine)
     _log.info("ready")
     if await _unless(engine.dead, asked_to_stop.wait()) is None:
         _log.critical("the engine died; stopping")

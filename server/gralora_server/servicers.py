@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+
 from gralora.v1 import (
     adapters_pb2,
     adapters_pb2_grpc,
@@ -22,7 +23,6 @@ from gralora.v1 import (
     server_pb2,
     server_pb2_grpc,
 )
-
 from gralora_runtime.errors import DeadlineExceededError
 from gralora_runtime.stream import RequestStream
 from gralora_server import convert, validation

@@ -11,7 +11,6 @@ import re
 from collections.abc import Collection, Iterable, Sequence
 
 from gralora.v1 import adapters_pb2, generation_pb2, server_pb2
-
 from gralora_runtime.adapters.names import check_name
 from gralora_runtime.errors import InvalidRequestError
 

@@ -14,10 +14,11 @@ import pytest
 import torch
 from support.checkpoints import MODULES, write_gralora
 
-from gralora_runtime.adapters import manager as manager_module
+from gralora_runtime.adapters import mover
 from gralora_runtime.adapters.checkpoint import inspect
 from gralora_runtime.adapters.lease import AdapterLease
-from gralora_runtime.adapters.manager import NUM_READERS, AdapterManager
+from gralora_runtime.adapters.manager import AdapterManager
+from gralora_runtime.adapters.mover import NUM_READERS
 
 WAIT_S = 20.0  # for what must happen; a test that fails waits so long
 UNIT_BYTES = 4 * sum(4 * (module.in_features + module.out_features) for module in MODULES)  # an adapter of rank 4
@@ -71,9 +72,9 @@ def quiesce(manager: AdapterManager) -> None:
     """Returns when every read and every move that was under way or followed from one is done."""
     for _ in range(4):  # a read leads to a move, which may lead to a read
         barrier = threading.Barrier(NUM_READERS)
-        for future in [manager._readers.submit(barrier.wait) for _ in range(NUM_READERS)]:
+        for future in [manager._mover._readers.submit(barrier.wait) for _ in range(NUM_READERS)]:
             future.result(WAIT_S)
-        manager._placer.submit(int).result(WAIT_S)
+        manager._mover._placer.submit(int).result(WAIT_S)
     manager.check_integrity()
 
 
@@ -98,8 +99,8 @@ class Gate:
         self.begun = threading.Semaphore(0)
         self._open = threading.Event()
         self._open.set()
-        self._load: Callable[..., Any] = manager_module.load
-        patch.setattr(manager_module, "load", self._gated)
+        self._load: Callable[..., Any] = mover.load
+        patch.setattr(mover, "load", self._gated)
 
     def shut(self) -> None:
         self._open.clear()

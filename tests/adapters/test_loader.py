@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from gralora_kernels.reference import pack_a, pack_b
 from safetensors.torch import save_file
 from support.checkpoints import (
     MODULES,
@@ -23,6 +22,7 @@ from support.checkpoints import (
     write_lora,
 )
 
+from gralora_kernels.reference import pack_a, pack_b
 from gralora_runtime.adapters import loader
 from gralora_runtime.adapters.checkpoint import WEIGHTS_FILE
 from gralora_runtime.adapters.loader import LoadedAdapter

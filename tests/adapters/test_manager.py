@@ -173,7 +173,13 @@ def test_ten_thousand_unknown_names_leave_no_trace(tmp_path: Path) -> None:
 
         assert [info.name for info in manager.list()] == ["a"]
         assert len(manager._store) == 1
-        assert 0 == len(manager._queue) == len(manager._cache) == len(manager._leases) == len(manager._to_read)
+        assert (
+            0
+            == len(manager._mover._queue)
+            == len(manager._cache)
+            == len(manager._leases)
+            == len(manager._mover._to_read)
+        )
 
 
 def test_reads_run_in_their_own_threads_and_once_for_all_who_wait(tmp_path: Path, gate: Gate) -> None:
@@ -202,7 +208,7 @@ def test_a_slow_read_does_not_hold_up_another(tmp_path: Path, gate: Gate, monkey
         gate.shut()
         slow = manager.acquire("slow")
         gate.wait_for_a_read()
-        monkeypatch.setattr("gralora_runtime.adapters.manager.load", gate._load)
+        monkeypatch.setattr("gralora_runtime.adapters.mover.load", gate._load)
         manager.release(lease(manager, "fast"))
 
         assert not slow.done()
@@ -254,7 +260,7 @@ def test_a_bug_in_the_loader_reaches_the_waiter_and_not_the_threads(
 
     with managing(tmp_path) as manager:
         with monkeypatch.context() as patch:
-            patch.setattr("gralora_runtime.adapters.manager.load", explode)
+            patch.setattr("gralora_runtime.adapters.mover.load", explode)
             with pytest.raises(ZeroDivisionError):
                 lease(manager, "a")
         assert "loading adapter 'a' failed" in caplog.text

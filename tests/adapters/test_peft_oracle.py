@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from gralora_kernels.grouping import Grouping
-from gralora_kernels.reference import ReferenceBackend
 from peft import PeftConfig, PeftModel
 from support.peft_adapters import gralora_config, in_authors_dialect, lora_config, save_adapter
 from support.tiny_models import tiny_model
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from gralora_kernels.grouping import Grouping
+from gralora_kernels.reference import ReferenceBackend
 from gralora_runtime.adapters.loader import load
 from gralora_runtime.adapters.pool import AdapterPool
 from gralora_runtime.adapters.spec import ModuleShape

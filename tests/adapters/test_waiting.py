@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -13,10 +14,13 @@ from adapters.harness import WAIT_S, Gate, is_pending, lease, managing, quiesce,
 from support.checkpoints import MODULES
 
 from gralora_runtime.adapters.lease import AdapterLease
-from gralora_runtime.adapters.loader import load
-from gralora_runtime.adapters.manager import READ_AHEAD, AdapterManager
+from gralora_runtime.adapters.loader import LoadedAdapter, load
+from gralora_runtime.adapters.manager import AdapterManager
+from gralora_runtime.adapters.mover import READ_AHEAD
+from gralora_runtime.adapters.pool import Resident
+from gralora_runtime.adapters.settlement import Settlement
 from gralora_runtime.adapters.store import AdapterState
-from gralora_runtime.errors import AdapterBusyError, AdapterCapacityError, AdapterNotFoundError
+from gralora_runtime.errors import AdapterBusyError, AdapterCapacityError, AdapterNotFoundError, DrainingError
 
 
 def acquire_and_settle(manager: AdapterManager, name: str) -> Future[AdapterLease]:
@@ -121,6 +125,77 @@ def test_a_small_adapter_uses_other_room_while_a_large_one_waits_for_its_own(tmp
         assert big.result(WAIT_S).name == "big"
         for one in (held["c"], e.result(), big.result()):
             manager.release(one)
+
+
+def test_free_room_that_is_kept_for_a_large_adapter_is_not_given_to_a_small_one(tmp_path: Path) -> None:
+    write_units(tmp_path, ["a", "b", "c", "e"])
+    write_units(tmp_path, ["big"], units=2)
+    with managing(tmp_path, units=4) as manager:
+        held = [lease(manager, name) for name in "abcab"]  # c was used least recently, beside it is free room
+        big = acquire_and_settle(manager, "big")
+        e = acquire_and_settle(manager, "e")
+        assert not e.done()
+        manager.release(held.pop(2))
+
+        assert big.result(WAIT_S).name == "big"
+        for one in (*held, big.result()):
+            manager.release(one)
+        manager.release(e.result(WAIT_S))
+
+
+def test_content_that_is_held_back_is_not_brought_in_a_second_time_by_another_name(tmp_path: Path) -> None:
+    write_units(tmp_path, ["a", "b"])
+    write_units(tmp_path, ["big"], units=3)
+    shutil.copytree(tmp_path / "b", tmp_path / "copy")
+    with managing(tmp_path, units=4) as manager:
+        use(manager, "a")
+        held = lease(manager, "b")
+        big = acquire_and_settle(manager, "big")  # waits for b
+        copy = acquire_and_settle(manager, "copy")  # could have the room of a, which is idle
+        assert not copy.done()
+        assert manager.get("copy").digest == held.digest
+        manager.release(held)
+        manager.release(big.result(WAIT_S))
+
+        assert copy.result(WAIT_S).digest == held.digest
+        manager.release(copy.result())
+
+
+def test_what_is_unloaded_while_it_moves_in_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_units(tmp_path, ["a"])
+    with managing(tmp_path) as manager:
+        begun, go_on, fill = threading.Event(), threading.Event(), manager.pool.fill
+
+        def slow_fill(resident: Resident, adapter: LoadedAdapter) -> None:
+            begun.set()
+            assert go_on.wait(WAIT_S)
+            fill(resident, adapter)
+
+        monkeypatch.setattr(manager.pool, "fill", slow_fill)
+        a = manager.acquire("a")
+        assert begun.wait(WAIT_S)
+        assert a.cancel()
+        manager.unload("a")
+        go_on.set()
+        quiesce(manager)
+
+        assert manager.stats().pool_bytes_used == 0
+        assert not manager.pool.arena.any()
+
+
+def test_a_lease_whose_future_was_cancelled_meanwhile_is_taken_back() -> None:
+    """Between the decision under the lock and the delivery outside of it the waiter may give up."""
+    taken: list[AdapterLease] = []
+    settlement, kept, cancelled = Settlement(taken.append), Future[AdapterLease](), Future[AdapterLease]()
+    leases = [AdapterLease(f"{i}", "d", slot=i, generation=1, width=1, serial=i) for i in range(2)]
+    settlement.result(kept, leases[0])
+    settlement.result(cancelled, leases[1])
+    settlement.error(cancelled, DrainingError())
+    assert cancelled.cancel()
+    settlement.deliver()
+
+    assert kept.result() is leases[0]
+    assert taken == [leases[1]]
 
 
 def test_when_the_large_one_gives_up_the_others_are_served_where_they_are(tmp_path: Path, gate: Gate) -> None:
@@ -265,7 +340,7 @@ def test_a_storm_of_threads_gets_the_right_weights_and_leaves_the_books_in_order
 
         assert all(served)
         assert 0 == manager.stats().leases == manager.stats().waiting
-        assert len(manager._queue) == 0
+        assert len(manager._mover._queue) == 0
         for name in names:
             manager.unload(name)
         assert not manager.pool.arena.any()

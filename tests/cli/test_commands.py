@@ -11,10 +11,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from gralora_server import model_fetch
-from gralora_server.cli.app import run
-from gralora_server.cli.output import ExitCode
-from gralora_server.config import TlsConfig
 from support.fake_engine import finished, token
 from support.grpc_harness import served
 
@@ -26,6 +22,10 @@ from gralora_runtime.errors import (
     GraloraError,
 )
 from gralora_runtime.request import ChatMessage, Prompt
+from gralora_server import model_fetch
+from gralora_server.cli.app import run
+from gralora_server.cli.output import ExitCode
+from gralora_server.config import TlsConfig
 
 PEMS = Path(__file__).parent.parent / "server" / "tls"
 

@@ -6,8 +6,6 @@ import json
 from pathlib import Path
 
 import pytest
-from gralora_server.cli.app import run
-from gralora_server.cli.output import ExitCode
 from support.checkpoints import write_gralora, write_lora
 from support.tiny_models import tiny_config, tiny_model
 
@@ -15,6 +13,8 @@ from gralora_runtime.adapters.spec import ModuleShape
 from gralora_runtime.errors import ModelUnsupportedError
 from gralora_runtime.model.adaptable import adaptable_modules
 from gralora_runtime.model.module_shapes import module_shapes
+from gralora_server.cli.app import run
+from gralora_server.cli.output import ExitCode
 
 
 def config_dir(architecture: str, folder: Path) -> Path:

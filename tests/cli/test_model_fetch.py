@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
 from gralora_server import model_fetch, model_source
 from gralora_server.model_fetch import ModelFetchError, ensure_default_model
 from gralora_server.model_manifest import MANIFEST, Progress

@@ -9,14 +9,14 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from gralora_runtime.config import EngineConfig
 from gralora_server.cli import serve
 from gralora_server.cli.app import run
 from gralora_server.cli.options import parse_address, parse_bytes
 from gralora_server.cli.output import ExitCode
 from gralora_server.client import Client
 from gralora_server.config import ServerConfig, TlsConfig
-
-from gralora_runtime.config import EngineConfig
 
 
 @pytest.fixture

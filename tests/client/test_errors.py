@@ -7,6 +7,19 @@ from pathlib import Path
 
 import grpc
 import pytest
+from support.both_clients import Connect, call, connect_async, connect_sync
+from support.fake_engine import finished
+from support.grpc_harness import served
+
+from gralora_runtime.errors import (
+    AdapterCapacityError,
+    AdapterExistsError,
+    AdapterNotFoundError,
+    AdapterRejectedError,
+    InvalidRequestError,
+    QueueFullError,
+    SlowConsumerError,
+)
 from gralora_server.client import (
     AccessDeniedError,
     AlreadyExistsError,
@@ -22,19 +35,6 @@ from gralora_server.client import (
 )
 from gralora_server.config import TlsConfig
 from gralora_server.errors import StartingError
-from support.both_clients import Connect, call, connect_async, connect_sync
-from support.fake_engine import finished
-from support.grpc_harness import served
-
-from gralora_runtime.errors import (
-    AdapterCapacityError,
-    AdapterExistsError,
-    AdapterNotFoundError,
-    AdapterRejectedError,
-    InvalidRequestError,
-    QueueFullError,
-    SlowConsumerError,
-)
 
 both = pytest.mark.parametrize("connect", [connect_sync, connect_async], ids=["sync", "async"])
 Code = grpc.StatusCode

@@ -6,17 +6,6 @@ import asyncio
 import gc
 
 import pytest
-from gralora_server.client import (
-    CallCancelledError,
-    DeadlineError,
-    FinishReason,
-    ServerError,
-    Timeouts,
-    TokenLogprob,
-    UnavailableError,
-    Usage,
-)
-from gralora_server.client.responses import Assembler
 from support.both_clients import Connect, call, close, connect_async, connect_sync, deltas, next_delta
 from support.fake_engine import finished, token
 from support.grpc_harness import served
@@ -31,6 +20,17 @@ from gralora_runtime.request import (
     SamplingParams,
     StoppingParams,
 )
+from gralora_server.client import (
+    CallCancelledError,
+    DeadlineError,
+    FinishReason,
+    ServerError,
+    Timeouts,
+    TokenLogprob,
+    UnavailableError,
+    Usage,
+)
+from gralora_server.client.responses import Assembler
 
 both = pytest.mark.parametrize("connect", [connect_sync, connect_async], ids=["sync", "async"])
 

@@ -8,10 +8,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
-from gralora_server.client import AdapterState, DeadlineError, TokenizeResult, UnloadResult
 from support.both_clients import Connect, call, connect_async, connect_sync
 from support.fake_engine import INFO, LOAD
 from support.grpc_harness import served
+
+from gralora_server.client import AdapterState, DeadlineError, TokenizeResult, UnloadResult
 
 both = pytest.mark.parametrize("connect", [connect_sync, connect_async], ids=["sync", "async"])
 

@@ -8,6 +8,7 @@ import sys
 from typing import get_type_hints
 
 import pytest
+
 from gralora.v1 import generation_pb2
 from gralora_server.client import ChatMessage, ClientTls, GenerateOptions
 from gralora_server.client.connection import Connection

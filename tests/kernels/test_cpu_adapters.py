@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gralora_kernels.cpu import adapters
-from gralora_kernels.cpu.adapters import CpuBackend
 from support.kernel_cases import MIXED, make_case, token_slots
 from support.numeric import BOUNDS
+
+from gralora_kernels.cpu import adapters
+from gralora_kernels.cpu.adapters import CpuBackend
 
 BOUND = BOUNDS[torch.float32]
 RANKS_AND_KS = [(r, k) for r in (1, 2, 3, 8, 12, 64) for k in (1, 2, 4, 8) if r % k == 0]
@@ -100,5 +101,5 @@ def test_a_tensor_that_it_would_misread_is_refused(spoil):
     case = make_case(64, 64, [[(4, 2)]])
     x, y, grouping = case.step([0, 0, 0])
 
-    with pytest.raises(ValueError, match="the cpu backend needs contiguous torch.float32"):
+    with pytest.raises(ValueError, match="the cpu backend needs contiguous float32"):
         CpuBackend().apply(y, spoil(x), case.arena, case.table, grouping)

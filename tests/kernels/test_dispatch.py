@@ -8,6 +8,7 @@ import sys
 import numba
 import pytest
 import torch
+
 from gralora_kernels.cpu import threads
 from gralora_kernels.dispatch import resolve_backend
 from gralora_kernels.warmup import warm_up_backend
@@ -73,7 +74,7 @@ def test_threads_are_configured_for_the_calling_thread():
         assert numba.get_num_threads() == 1
     finally:
         numba.set_num_threads(before)
-    with pytest.raises(ValueError, match="num_threads must be in 1.."):
+    with pytest.raises(ValueError, match="num_threads must be in 1"):
         threads.configure(10**6)
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gralora_kernels.cpu.gemm import linear
 from support.numeric import assert_close
+
+from gralora_kernels.cpu.gemm import linear
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 8, 31])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from gralora_kernels.grouping import TILE_TOKENS, Grouping
 
 CPU = torch.device("cpu")
@@ -15,7 +16,9 @@ CPU = torch.device("cpu")
         pytest.param([], [], [0], [], [], id="no-tokens"),
         pytest.param([-1, -1], [], [0], [], [], id="base-model-only"),
         pytest.param([5], [0], [0, 1], [5], [[5, 0, 1]], id="one-token"),
-        pytest.param([7, -1, 3, 7, 7], [2, 0, 3, 4], [0, 1, 4], [3, 7], [[3, 0, 1], [7, 1, 2], [7, 3, 1]], id="docstring"),
+        pytest.param(
+            [7, -1, 3, 7, 7], [2, 0, 3, 4], [0, 1, 4], [3, 7], [[3, 0, 1], [7, 1, 2], [7, 3, 1]], id="docstring"
+        ),
         pytest.param([0, 0, 0], [0, 1, 2], [0, 3], [0], [[0, 0, 2], [0, 2, 1]], id="one-slot"),
         pytest.param([2, 1, 0], [2, 1, 0], [0, 1, 2, 3], [0, 1, 2], [[0, 0, 1], [1, 1, 1], [2, 2, 1]], id="reversed"),
     ],
@@ -24,7 +27,7 @@ def test_groups_tokens_by_slot(token_slots, order, starts, slots, items):
     grouping = Grouping(8, CPU, tile_tokens=2)
     grouping.fill([9] * 8, {9: 64})  # a fuller step before: nothing of it may remain
 
-    grouping.fill(token_slots, {slot: 4 for slot in range(-1, 8)})
+    grouping.fill(token_slots, dict.fromkeys(range(-1, 8), 4))
 
     assert order == grouping.order.tolist()
     assert starts == grouping.starts.tolist()
@@ -55,7 +58,9 @@ def test_every_token_is_in_exactly_one_tile():
     grouping.fill(token_slots, dict.fromkeys(range(-1, 4), 1))
 
     covered = [
-        (slot, token) for slot, first, count in grouping.items.tolist() for token in grouping.order[first : first + count]
+        (slot, token)
+        for slot, first, count in grouping.items.tolist()
+        for token in grouping.order[first : first + count]
     ]
     assert sorted((slot, token) for token, slot in enumerate(token_slots) if slot >= 0) == sorted(covered)
     assert grouping.max_item_tokens <= TILE_TOKENS

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gralora_kernels import reference
-from gralora_kernels.cpu import paged_attention as cpu
 from support.numeric import assert_close
 from torch.nn.functional import scaled_dot_product_attention
+
+from gralora_kernels import reference
+from gralora_kernels.cpu import paged_attention as cpu
 
 KERNELS = [
     pytest.param(reference.paged_attention, id="reference"),
@@ -74,13 +75,18 @@ def test_a_prompt_can_be_rows_with_growing_contexts():
     out = torch.full_like(q, NAN)
 
     cpu.paged_attention(
-        out, q, case.k_pages, case.v_pages, case.page_table.expand(length, -1), torch.arange(1, length + 1).int(), 0.1, 0
+        out,
+        q,
+        case.k_pages,
+        case.v_pages,
+        case.page_table.expand(length, -1),
+        torch.arange(1, length + 1).int(),
+        0.1,
+        0,
     )
 
     k, v = case.keys[0].transpose(0, 1)[None], case.values[0].transpose(0, 1)[None]
-    expected = scaled_dot_product_attention(
-        q.transpose(0, 1)[None], k, v, is_causal=True, scale=0.1, enable_gqa=True
-    )
+    expected = scaled_dot_product_attention(q.transpose(0, 1)[None], k, v, is_causal=True, scale=0.1, enable_gqa=True)
     assert_close(expected[0].transpose(0, 1), out)
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gralora_kernels.reference import ReferenceBackend, gralora, pack_a, pack_b, unpack_a, unpack_b
-from gralora_kernels.tables import Entry, ModuleTable
 from peft import LoraConfig
 from peft.tuners.gralora.config import GraloraConfig
 from peft.tuners.gralora.layer import Linear as PeftGralora
@@ -14,16 +12,16 @@ from support.kernel_cases import CPU, Case
 from support.numeric import assert_close
 from torch import nn
 
+from gralora_kernels.reference import ReferenceBackend, gralora, pack_a, pack_b, unpack_a, unpack_b
+from gralora_kernels.tables import Entry, ModuleTable
+
 RANKS_AND_KS = [(r, k) for r in (1, 2, 3, 8, 12, 64) for k in (1, 2, 4, 8) if r % k == 0]
 
 
 def peft_gralora(in_features, out_features, r, k, hybrid_r):
     config = GraloraConfig(r=r, alpha=3, gralora_k=k, hybrid_r=hybrid_r, init_weights=False)
     base = nn.Linear(in_features, out_features, bias=False)
-    return PeftGralora(
-        base, "default", r=r, config=config, alpha=3, gralora_k=k, gralora_dropout=0.0, hybrid_r=hybrid_r,
-        init_weights=False,
-    )  # fmt: skip
+    return PeftGralora(base, "default", "q_proj", config, r)
 
 
 @pytest.mark.parametrize(("r", "k"), RANKS_AND_KS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from gralora_kernels.tables import Entry, ModuleTable
 
 CPU = torch.device("cpu")

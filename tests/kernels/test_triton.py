@@ -65,7 +65,9 @@ def spilled(compiled, tmp_path) -> int:
     cubin = tmp_path / "kernel.cubin"
     cubin.write_bytes(compiled.asm["cubin"])
     cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    usage = subprocess.run([str(cuobjdump), "-res-usage", str(cubin)], capture_output=True, text=True, check=True).stdout
+    usage = subprocess.run(
+        [str(cuobjdump), "-res-usage", str(cubin)], capture_output=True, text=True, check=True
+    ).stdout
     found = re.findall(r"STACK:(\d+).*?LOCAL:(\d+)", usage)
     assert found, usage
     return sum(int(stack) + int(local) for stack, local in found)
@@ -75,10 +77,13 @@ def spilled(compiled, tmp_path) -> int:
 @pytest.mark.parametrize("block_m", [16, 32])
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "gfx942"])
 def test_compiles_without_spills(architecture, block_m, aligned, tmp_path):
-    from gralora_kernels.triton_ops import launch
     from triton.backends.compiler import GPUTarget
 
-    target = GPUTarget("hip", "gfx942", 64) if architecture == "gfx942" else GPUTarget("cuda", int(architecture[3:]), 32)
+    from gralora_kernels.triton_ops import launch
+
+    target = (
+        GPUTarget("hip", "gfx942", 64) if architecture == "gfx942" else GPUTarget("cuda", int(architecture[3:]), 32)
+    )
     common = {"ENTRIES": 2, "BLOCK_M": block_m, "BLOCK_R": launch.BLOCK_R, "ALIGNED": aligned}
     shrink = compile_kernel(launch.shrink_kernel, common | {"BLOCK_K": launch.BLOCK_K}, "*bf16", target)
     expand = compile_kernel(launch.expand_kernel, common | {"BLOCK_N": launch.BLOCK_N}, "*bf16", target)

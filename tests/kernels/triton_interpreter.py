@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 
 import torch
-from gralora_kernels.dispatch import resolve_backend
 from support.kernel_cases import CPU, MIXED, make_case, token_slots
+
+from gralora_kernels.dispatch import resolve_backend
 
 backend = resolve_backend("triton", CPU)
 errors: dict[str, float] = {}

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import grpc
 import pytest
-from gralora.v1 import adapters_pb2
 from support.fake_engine import adapter_info
 from support.grpc_harness import failure, served
 
+from gralora.v1 import adapters_pb2
 from gralora_runtime.errors import AdapterBusyError, AdapterExistsError, AdapterRejectedError
 
 Code = grpc.StatusCode

@@ -6,15 +6,15 @@ from pathlib import Path
 
 import grpc
 import pytest
-from gralora.v1 import adapters_pb2
-from gralora_server.auth import Tokens
-from gralora_server.config import TlsConfig
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from support.fake_engine import finished
 from support.grpc_harness import ask, ask_once, failure, read_all, served
 
+from gralora.v1 import adapters_pb2
 from gralora_runtime.errors import ConfigError
+from gralora_server.auth import Tokens
+from gralora_server.config import TlsConfig
 
 ADMIN, GENERATE = "admin-token-0123456789", "generate-token-0123456789"
 PEMS = Path(__file__).parent / "tls"

@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, fields
 
 import pytest
-from gralora.v1 import adapters_pb2, generation_pb2, server_pb2
-from gralora_server import convert
 from support.fake_engine import INFO, LOAD, adapter_info
 
+from gralora.v1 import adapters_pb2, generation_pb2, server_pb2
 from gralora_runtime.adapters.store import AdapterState
 from gralora_runtime.info import EngineInfo, EngineLoad
 from gralora_runtime.request import (
@@ -24,6 +23,7 @@ from gralora_runtime.request import (
     StoppingParams,
     TokenLogprob,
 )
+from gralora_server import convert
 
 
 def test_what_a_request_leaves_out_is_the_runtimes_default() -> None:

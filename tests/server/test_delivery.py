@@ -6,13 +6,13 @@ import asyncio
 from collections.abc import AsyncIterator
 
 import pytest
-from gralora.v1 import generation_pb2
-from gralora_server.delivery import collect, deliver, merged
-from gralora_server.errors import StalledClientError
 from support.fake_engine import finished, token
 
+from gralora.v1 import generation_pb2
 from gralora_runtime.errors import DeadlineExceededError
 from gralora_runtime.request import Delta, Started
+from gralora_server.delivery import collect, deliver, merged
+from gralora_server.errors import StalledClientError
 
 STARTED = Delta(
     started=Started(prompt_tokens=1, cached_tokens=0, queue_time_s=0, seed=1, adapter="", adapter_digest="")

@@ -8,11 +8,10 @@ import logging
 
 import grpc
 import pytest
-from gralora.v1 import generation_pb2
-from gralora_server.servicers import effective_timeout_s
 from support.fake_engine import finished, token
 from support.grpc_harness import ask, ask_once, failure, read_all, served
 
+from gralora.v1 import generation_pb2
 from gralora_runtime.errors import (
     AdapterBusyError,
     AdapterCapacityError,
@@ -25,6 +24,7 @@ from gralora_runtime.errors import (
     RequestCancelledError,
 )
 from gralora_runtime.request import FinishReason
+from gralora_server.servicers import effective_timeout_s
 
 Code = grpc.StatusCode
 

@@ -10,14 +10,14 @@ from contextlib import asynccontextmanager
 
 import grpc
 import pytest
-from gralora.v1 import adapters_pb2, server_pb2
-from gralora_server.config import ServerConfig
-from gralora_server.service import SERVICES, GrpcServer, serve
 from grpc_health.v1 import health_pb2
 from support.fake_engine import FakeEngine, finished, token
 from support.grpc_harness import Client, ask, ask_once, failure, read_all, served
 
+from gralora.v1 import adapters_pb2, server_pb2
 from gralora_runtime.errors import ConfigError, EngineDeadError
+from gralora_server.config import ServerConfig
+from gralora_server.service import SERVICES, GrpcServer, serve
 
 Code = grpc.StatusCode
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING

@@ -9,10 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from gralora.v1 import generation_pb2, server_pb2
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from support.fake_engine import LOAD, finished, token
 from support.grpc_harness import Served, ask, failure, served
+
+from gralora.v1 import generation_pb2, server_pb2
 
 GRPCURL = shutil.which("grpcurl", path=str(Path(sys.executable).parent)) or shutil.which("grpcurl")
 

@@ -9,9 +9,6 @@ import urllib.parse
 import grpc
 import pytest
 from google.rpc import status_pb2
-from gralora_server import errors as server_errors
-from gralora_server.errors import StalledClientError, StartingError
-from gralora_server.status import CODES, clip, failure_of
 from support.grpc_harness import unpack
 
 from gralora_runtime import errors as runtime_errors
@@ -24,6 +21,9 @@ from gralora_runtime.errors import (
     InvalidRequestError,
     ModelUnsupportedError,
 )
+from gralora_server import errors as server_errors
+from gralora_server.errors import StalledClientError, StartingError
+from gralora_server.status import CODES, clip, failure_of
 
 NEVER_IN_A_CALL = {GraloraError, AdapterError, ConfigError, ModelUnsupportedError}
 OUR_BUGS = {EngineDeadError}

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 
 import pytest
-from gralora.v1 import adapters_pb2, generation_pb2, server_pb2
-from gralora_server import validation
 
+from gralora.v1 import adapters_pb2, generation_pb2, server_pb2
 from gralora_runtime.errors import InvalidRequestError
+from gralora_server import validation
 
 SamplingParams = generation_pb2.SamplingParams
 StoppingParams = generation_pb2.StoppingParams

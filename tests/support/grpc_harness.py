@@ -10,6 +10,9 @@ from dataclasses import dataclass, field
 import grpc
 from google.protobuf import message
 from google.rpc import error_details_pb2, status_pb2
+from grpc_health.v1 import health_pb2_grpc
+from support.fake_engine import FakeEngine
+
 from gralora.v1 import (
     adapters_pb2_grpc,
     generation_pb2,
@@ -18,8 +21,6 @@ from gralora.v1 import (
 )
 from gralora_server.config import ServerConfig
 from gralora_server.service import GrpcServer
-from grpc_health.v1 import health_pb2_grpc
-from support.fake_engine import FakeEngine
 
 DETAIL_TYPES = (
     error_details_pb2.ErrorInfo,

@@ -7,18 +7,27 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from support.numeric import rms_ratio
+from torch import Tensor
+
 from gralora_kernels.dispatch import AdapterBackend
 from gralora_kernels.grouping import Grouping
 from gralora_kernels.reference import ReferenceBackend
 from gralora_kernels.tables import ALIGNMENT, Entry, ModuleTable
-from torch import Tensor
-
-from support.numeric import rms_ratio
 
 CPU = torch.device("cpu")
 Layout = Sequence[tuple[int, int]]  # (r, k) of each entry; empty: the module has no adapter in this slot
 
-MIXED: tuple[Layout, ...] = ([(16, 2)], [(8, 8)], [(3, 1)], [(12, 4), (5, 1)], [(64, 8), (8, 1)], [(1, 1)], [(2, 2)], [])
+MIXED: tuple[Layout, ...] = (
+    [(16, 2)],
+    [(8, 8)],
+    [(3, 1)],
+    [(12, 4), (5, 1)],
+    [(64, 8), (8, 1)],
+    [(1, 1)],
+    [(2, 2)],
+    [],
+)
 
 
 @dataclass(frozen=True, slots=True)

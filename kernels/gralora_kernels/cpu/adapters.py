@@ -3,6 +3,8 @@
 Every element of u and y is summed by one thread in one fixed order, so a token's result does not depend on its batch.
 """
 
+# ruff: noqa: PLR0917  # Numba takes arguments by position
+
 from __future__ import annotations
 
 import threading
@@ -170,6 +172,8 @@ class CpuBackend:
             return
         _check(y, (grouping.num_tokens, table.out_features))
         _check(x, (grouping.num_tokens, table.in_features))
+        if arena.dtype != torch.float32:
+            raise ValueError(f"the cpu backend needs a float32 arena, got {arena.dtype}")
         with self._lock, region_lock:
             if self._u.numel() < grouping.num_adapted * grouping.max_width:
                 self._u = torch.empty(grouping.num_adapted * grouping.max_width)

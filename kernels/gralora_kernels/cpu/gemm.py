@@ -1,5 +1,7 @@
 """A linear layer for few rows, at the speed at which memory delivers the weight. Bit-identical for any batch."""
 
+# ruff: noqa: PLR0917  # Numba takes arguments by position
+
 from __future__ import annotations
 
 import torch

@@ -1,5 +1,7 @@
 """Attention of single queries over paged keys and values, read where they lie. Knows no scheduler and no model."""
 
+# ruff: noqa: PLR0917  # Numba takes arguments by position
+
 from __future__ import annotations
 
 import numpy as np
@@ -124,7 +126,8 @@ def paged_attention(
 ) -> None:
     """q, out [rows, heads, head_dim]; one query per row, at the last position of its context; window 0: no limit.
 
-    k_pages, v_pages [pages, page_size, kv_heads, head_dim]; page_table int32 [rows, max_pages]; context_lens int32 [rows].
+    k_pages, v_pages [pages, page_size, kv_heads, head_dim]; page_table int32 [rows, max_pages]; context_lens int32
+    [rows].
     A prompt's tokens can be rows too, each with its own context length.
     """
     for tensor in (out, q, k_pages, v_pages):

@@ -5,11 +5,13 @@ independent of its batch, at full speed. Addresses are plain integers (`Tensor.d
 Numba's on-disk cache watches only the file of the kernel itself: after editing this one, delete `__pycache__`.
 """
 
+# ruff: noqa: ARG001  # Numba names the arguments of an intrinsic and of its code generator
+
 from __future__ import annotations
 
 from typing import Any
 
-import llvmlite.binding as llvm
+import llvmlite.binding as llvm  # type: ignore[import-untyped]
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils

@@ -7,6 +7,8 @@ so the spare arithmetic costs nothing where it happens. Addresses are integers; 
 core instead of 12 (Zen 4).
 """
 
+# ruff: noqa: PLR0917  # Numba takes arguments by position
+
 from __future__ import annotations
 
 from numba import njit

@@ -1,7 +1,7 @@
 """y += u @ B for every (slot, token tile) of a step. Knows no launch sizes."""
 
 # Triton reads annotations as code and knows only its own.
-# ruff: noqa: ANN001, ANN201
+# ruff: noqa: ANN001, ANN201, PLR0917
 # mypy: disable-error-code="no-untyped-def"
 
 from __future__ import annotations

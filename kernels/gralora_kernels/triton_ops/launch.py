@@ -1,4 +1,4 @@
-"""The "triton" backend: sizes and launches shrink and expand, two launches per linear layer whatever the adapters are."""
+"""The "triton" backend: sizes and launches shrink and expand, one launch each per linear layer for all adapters."""
 
 from __future__ import annotations
 

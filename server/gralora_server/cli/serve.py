@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -129,28 +128,6 @@ def _tls(certificate: Path | None, private_key: Path | None, client_ca: Path | N
     return None
 
 
-@dataclass(slots=True)
-class _Life:
-    """An engine's start, and the line that scripts wait for. The port is known first, and said when it is of use."""
-
-    server_config: ServerConfig
-    engine_config: EngineConfig
-    as_json: bool
-    port: int = 0
-
-    def bound(self, port: int) -> None:
-        self.port = port
-
-    async def start(self) -> Engine:
-        engine = await _start_engine(self.engine_config)
-        address = f"{self.server_config.host}:{self.port}"
-        if self.as_json:
-            print_json({"address": address, "model": self.engine_config.model})
-        else:
-            stdout().print(f"SERVING on {address}", markup=False, soft_wrap=True)
-        return engine
-
-
 async def _start_engine(config: EngineConfig) -> Engine:
     from gralora_runtime.async_engine import AsyncEngine
 
@@ -162,5 +139,12 @@ def _run(server_config: ServerConfig, engine_config: EngineConfig, *, as_json: b
 
     from gralora_server.service import serve as serve_until_stopped
 
-    life = _Life(server_config, engine_config, as_json)
-    uvloop.run(serve_until_stopped(server_config, life.start, on_bound=life.bound))
+    def announce(port: int) -> None:
+        """The line that scripts wait for."""
+        address = f"{server_config.host}:{port}"
+        if as_json:
+            print_json({"address": address, "model": engine_config.model})
+        else:
+            stdout().print(f"SERVING on {address}", markup=False, soft_wrap=True)
+
+    uvloop.run(serve_until_stopped(server_config, lambda: _start_engine(engine_config), on_serving=announce))

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, Generic, TypedDict, TypeVar
 
 import grpc
-from gralora.v1 import adapters_pb2, adapters_pb2_grpc, generation_pb2, generation_pb2_grpc, server_pb2, server_pb2_grpc
 from grpc_health.v1 import health_pb2_grpc
 
+from gralora.v1 import adapters_pb2, adapters_pb2_grpc, generation_pb2, generation_pb2_grpc, server_pb2, server_pb2_grpc
 from gralora_runtime.adapters.info import UnloadResult
 from gralora_runtime.info import EngineLoad, TokenizeResult
 from gralora_runtime.request import ChatMessage

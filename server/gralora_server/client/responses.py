@@ -9,7 +9,6 @@ from datetime import UTC
 from typing import Any, TypeVar
 
 from gralora.v1 import adapters_pb2, generation_pb2, server_pb2
-
 from gralora_runtime.adapters.info import UnloadResult
 from gralora_runtime.adapters.store import AdapterState
 from gralora_runtime.info import EngineLoad, TokenizeResult

@@ -9,9 +9,9 @@ from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
 import grpc
-from gralora.v1 import generation_pb2
 from grpc_health.v1 import health_pb2
 
+from gralora.v1 import generation_pb2
 from gralora_runtime.adapters.info import UnloadResult
 from gralora_runtime.info import EngineLoad, TokenizeResult
 from gralora_server.client import requests
