@@ -17,6 +17,7 @@ from gralora_runtime.adapters.arena import ArenaAllocator
 from gralora_runtime.adapters.loader import SERIAL_NUMEL, AdapterLayout, LoadedAdapter, copy_serially
 from gralora_runtime.adapters.spec import ModuleShape
 from gralora_runtime.adapters.window import Segment
+from gralora_runtime.memory import lazy_zeros
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -56,7 +57,7 @@ class AdapterPool:
     ) -> None:
         self.max_slots = max_slots
         self.ranges = ArenaAllocator(pool_bytes // dtype.itemsize)
-        self.arena = torch.zeros(self.ranges.numel, dtype=dtype, device=device)  # [numel]
+        self.arena = lazy_zeros([self.ranges.numel], dtype, device)  # [numel]
         self.tables = {
             module.name: ModuleTable(module.in_features, module.out_features, max_slots, device) for module in modules
         }

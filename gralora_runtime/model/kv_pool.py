@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
+
+from gralora_runtime.memory import lazy_zeros
 
 
 class KVPool:
@@ -22,8 +23,8 @@ class KVPool:
         device: torch.device,
     ) -> None:
         shape = (num_pages, page_size, num_kv_heads, head_dim)
-        self.keys = [_lazy_zeros(shape, dtype, device) for _ in range(num_layers)]
-        self.values = [_lazy_zeros(shape, dtype, device) for _ in range(num_layers)]
+        self.keys = [lazy_zeros(shape, dtype, device) for _ in range(num_layers)]
+        self.values = [lazy_zeros(shape, dtype, device) for _ in range(num_layers)]
 
     def write(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
         """Store keys and values [tokens, kv_heads, head_dim] at slots [tokens] (page * page_size + offset)."""
@@ -38,11 +39,3 @@ class KVPool:
 def page_bytes(*, num_layers: int, page_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
     """Bytes that one page takes, keys and values of all layers together."""
     return 2 * num_layers * page_size * num_kv_heads * head_dim * dtype.itemsize
-
-
-def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    if device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
-    # numpy's zeros come from calloc: a page that was never written costs no memory, unlike torch.zeros's.
-    num_bytes = int(np.prod(shape)) * dtype.itemsize
-    return torch.from_numpy(np.zeros(num_bytes, dtype=np.uint8)).view(dtype).view(shape)
