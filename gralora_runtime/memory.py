@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def lazy_zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros of `shape`. On the CPU they come from calloc through numpy; torch.zeros would write, so take, every page."""
+    """Zeros of `shape`. On the CPU from calloc, through numpy: torch.zeros would write, and so take, every page."""
     if device.type != "cpu":
         return torch.zeros(tuple(shape), dtype=dtype, device=device)
     num_bytes = math.prod(shape) * dtype.itemsize
