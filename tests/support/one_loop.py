@@ -1,6 +1,6 @@
 """Runs `async def` tests, all on one event loop: grpc.aio has one completion queue a process, and wants one loop.
 
-A conftest that imports the two hooks switches this on for its folder.
+The top conftest imports the two hooks, which switches this on.
 """
 
 from __future__ import annotations
