@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from personas import PERSONAS
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from transformers.utils import logging as transformers_logging
 
 from gralora_server import AsyncClient
 from gralora_server.client import Adapter, Generation
@@ -247,4 +249,7 @@ def verdict_text(verdict: Comparison) -> str:
 
 if __name__ == "__main__":
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    # transformers' words to peft and its progress bars would stand in the middle of the answers.
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+    transformers_logging.disable_progress_bar()
     sys.exit(main())

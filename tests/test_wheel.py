@@ -17,7 +17,18 @@ ROOT = Path(__file__).parent.parent
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The `bin` of an environment that has our wheel and, to save minutes, this one's third-party packages."""
     folder = tmp_path_factory.mktemp("wheel")
-    build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(folder), str(ROOT)]
+    build = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-q",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        str(folder),
+        str(ROOT),
+    ]
     subprocess.run(build, check=True)
     venv.create(folder / "env", with_pip=False)
     python = folder / "env" / "bin" / "python"
@@ -31,7 +42,9 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(installed: Path, tmp_path: Path, *command: str) -> str:
-    done = subprocess.run([str(installed / command[0]), *command[1:]], cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [str(installed / command[0]), *command[1:]], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 

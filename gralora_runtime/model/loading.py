@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from gralora_runtime.errors import ConfigError, ModelUnsupportedError
 
@@ -39,6 +40,7 @@ def load_base_model(path: Path, *, device: torch.device, dtype: str) -> BaseMode
     """Read the model. Raises `ConfigError` if it is no model directory, `ModelUnsupportedError` with all reasons."""
     if not (path / "config.json").is_file():
         raise ConfigError(f"{path} is not a Hugging Face model directory: it has no config.json")
+    transformers_logging.disable_progress_bar()  # a server's log is no place for one
     config = AutoConfig.from_pretrained(path, local_files_only=True)
     problems = unsupported_features(config)
     if problems:

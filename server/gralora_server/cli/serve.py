@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gralora_runtime.config import DEVICES, DTYPES, KERNEL_BACKENDS, EngineConfig
+from gralora_server.cli.environment import limit_spinning
 from gralora_server.cli.logs import LEVELS, configure
 from gralora_server.cli.model import default_model
 from gralora_server.cli.options import DEFAULT_ADDRESS, Json, default_of, parse_address, parse_bytes
@@ -98,6 +99,7 @@ def serve(
         drain_grace_s=grace_s,
     )
     configure(log_level)
+    limit_spinning()
     engine_config = EngineConfig(
         model=model if model is not None else default_model(),
         adapters_dir=adapters,
