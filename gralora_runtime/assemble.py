@@ -109,7 +109,10 @@ def _use_threads(count: int, device: torch.device) -> None:
     """OpenMP and Numba keep the number of threads per calling thread, so each thread that computes sets it itself."""
     torch.set_num_threads(count)
     if device.type == "cpu":
-        cpu_threads.configure(count)
+        try:
+            cpu_threads.configure(count)
+        except ValueError as error:
+            raise ConfigError(f"num_threads: {error}") from error
 
 
 def _resolve_backend(name: str, device: torch.device) -> AdapterBackend:

@@ -30,7 +30,7 @@ class EngineConfig:
     adapter_pool_bytes: int | None = None
     max_adapter_slots: int = 4096  # adapters resident in the pool at once, whatever their size
     host_cache_bytes: int = 512 << 20  # loaded adapters kept in host memory behind the pool
-    max_adapter_rank: int = 256  # of r * k + hybrid_r: sizes the kernels' intermediate
+    max_adapter_rank: int = 2048  # of r * k + hybrid_r: bounds the kernels' intermediate
     enable_prefix_cache: bool = True
     num_threads: int | None = None
 

@@ -1,0 +1,100 @@
+"""What cannot be served exactly is refused at load, with every reason; so are settings that cannot work."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.tiny_models import save_tiny_model
+from transformers import Gemma2Config, LlamaConfig, MambaConfig, T5Config
+
+from gralora_runtime.assemble import assemble
+from gralora_runtime.config import EngineConfig
+from gralora_runtime.errors import ConfigError, ModelUnsupportedError
+from gralora_runtime.model import attention
+from gralora_runtime.model.loading import unsupported_features
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> EngineConfig:
+    model = save_tiny_model("llama", tmp_path_factory.mktemp("model"))
+    return EngineConfig(model=model, device="cpu", num_threads=1, kv_cache_bytes=1 << 20, adapter_pool_bytes=1 << 20)
+
+
+@pytest.mark.parametrize(
+    ("model_config", "reason"),
+    [
+        (Gemma2Config(), "attention scores are soft-capped (attn_logit_softcapping), got 50.0"),
+        (T5Config(), "encoder-decoder models are not served, got True"),
+        (MambaConfig(), "no multi-head attention (num_attention_heads), got True"),
+        (
+            LlamaConfig(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}),
+            "rotary angles that depend on the batch (rope_type), got ['dynamic']",
+        ),
+    ],
+    ids=["softcap", "encoder-decoder", "state-space", "dynamic-rope"],
+)
+def test_a_model_that_cannot_be_served_exactly_is_named_with_its_reason(model_config: Any, reason: str) -> None:
+    assert reason in unsupported_features(model_config)
+
+
+def test_all_reasons_are_given_at_once() -> None:
+    assert len(unsupported_features(T5Config(quantization_config={"quant_method": "gptq"}))) >= 2
+
+
+def test_a_plain_model_has_no_reason() -> None:
+    assert unsupported_features(LlamaConfig()) == []
+
+
+def test_the_check_at_start_refuses_a_model_that_we_compute_wrongly(
+    config: EngineConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As an architecture with some mask or scale of its own would be, that no configuration key tells of."""
+    exact = attention._causal_mask
+    monkeypatch.setattr(attention, "_causal_mask", lambda *sizes: exact(*sizes).roll(1, dims=1) | exact(*sizes))
+
+    with pytest.raises(ModelUnsupportedError, match="paged logits differ from transformers' by"):
+        assemble(config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": Path("/nowhere")}, "is not a Hugging Face model directory"),
+        ({"dtype": "bfloat16"}, "dtype must be float32 on the CPU"),
+        ({"max_model_len": 4096}, "the model ends at 512 positions"),
+        ({"kv_cache_bytes": 1000}, "too few to serve with"),
+        ({"kv_cache_bytes": 20_000, "max_model_len": 400}, "a sequence of max_model_len=400 tokens needs"),
+        ({"num_threads": 4096}, "num_threads: "),
+    ],
+    ids=["no-model", "dtype", "too-long", "no-pages", "too-few-pages", "threads"],
+)
+def test_impossible_settings_are_named(config: EngineConfig, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        assemble(replace(config, **changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"device": "abacus"}, "device must be one of auto, cpu, cuda, got 'abacus'"),
+        ({"kernel_backend": "cuda"}, "kernel_backend must be one of"),
+        ({"max_num_seqs": 0}, "max_num_seqs must be at least 1, got 0"),
+        ({"max_num_seqs": 64, "max_num_batched_tokens": 32}, "decoding rows would not fit into a step"),
+        ({"kv_cache_bytes": -1}, "kv_cache_bytes must be at least 1, got -1"),
+    ],
+)
+def test_settings_that_contradict_themselves_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        EngineConfig(**{"model": Path("m")} | changes)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_an_explicit_device_or_backend_that_is_not_there_is_an_error_never_a_fallback(config: EngineConfig) -> None:
+    with pytest.raises(ConfigError, match="torch sees no GPU"):
+        assemble(replace(config, device="cuda"))
+    with pytest.raises(ConfigError, match="kernel_backend: "):
+        assemble(replace(config, kernel_backend="triton"))
