@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import shutil
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,8 +14,10 @@ from typing import TypeVar
 import pytest
 from support.peft_adapters import gralora_config, lora_config, save_adapter
 from support.tiny_models import save_tiny_model, tiny_model
+from torch import Tensor
 
 from gralora_runtime.async_engine import AsyncEngine
+from gralora_runtime.batch import StepTensors
 from gralora_runtime.config import EngineConfig
 from gralora_runtime.errors import (
     AdapterNotFoundError,
@@ -111,6 +114,18 @@ async def until(condition: Callable[[], bool]) -> None:
     """Let the loop run until it holds; the test's own time limit is the bound."""
     while not condition():  # noqa: ASYNC110  # a count of another object: there is no event to wait for
         await asyncio.sleep(0.01)
+
+
+def slow_down(engine: AsyncEngine, step_s: float) -> None:
+    """Let every step take at least so long."""
+    runner = engine._parts.engine._runner
+    execute = runner.execute
+
+    def slow_execute(tensors: StepTensors) -> Tensor:
+        time.sleep(step_s)
+        return execute(tensors)
+
+    runner.execute = slow_execute  # type: ignore[method-assign]
 
 
 async def finish(engine: AsyncEngine, wanted: GenerationRequest) -> Delta:
@@ -298,7 +313,8 @@ def test_aborting_a_submission_that_waits_for_its_adapter_ends_it(config: Engine
 
 def test_a_deadline_holds_while_waiting_for_an_adapter_and_while_generating(config: EngineConfig) -> None:
     async def work(engine: AsyncEngine) -> FinishReason:
-        holder = await engine.submit(replace(request("holder", "g0", max_tokens=440), timeout_s=0.4))
+        slow_down(engine, 0.01)  # 440 tokens then take seconds on any machine
+        holder = await engine.submit(replace(request("holder", "g0", max_tokens=440), timeout_s=0.6))
         with pytest.raises(DeadlineExceededError):
             await engine.submit(replace(request("waiting", "g1"), timeout_s=0.05))
         finished = merge_deltas([delta async for delta in holder]).finished
