@@ -35,7 +35,7 @@ proto: $(STAMP)
 	PATH=$(abspath $(BIN)):$$PATH $(BIN)/python scripts/generate_stubs.py
 
 bench: $(STAMP)
-	$(BIN)/python benchmarks/decode.py
+	PYTHONPATH=examples $(BIN)/python benchmarks/decode.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -13,10 +13,12 @@ from transformers import AttentionInterface
 
 from gralora_kernels.cpu.paged_attention import paged_attention
 from gralora_runtime.batch import PrefillSegment, StepTensors
+from gralora_runtime.errors import ModelUnsupportedError
 from gralora_runtime.model.context import StepContext
 from gralora_runtime.model.kv_pool import KVPool
 
 ATTENTION_NAME = "gralora_paged"
+UNSUPPORTED = ("softcap", "s_aux", "position_bias")  # arguments of attention functions
 
 
 class PagedAttention(ABC):
@@ -129,9 +131,11 @@ def _attention_function(
 ) -> tuple[Tensor, None]:
     """What transformers calls in each layer. `key` and `value` are in the pool already."""
     del key, value
-    assert attention_mask is None, "the page table is the mask"
-    for name in ("softcap", "s_aux", "position_bias"):  # each would change the result
-        assert unsupported.get(name) is None, f"attention with {name} is refused at load"
+    # Each would change the result. The check at start calls this, so such a model is refused before it serves.
+    asked_for = {"attention_mask": attention_mask} | {name: unsupported.get(name) for name in UNSUPPORTED}
+    problems = [f"its attention uses {name}" for name, value in asked_for.items() if value is not None]
+    if problems:
+        raise ModelUnsupportedError(type(module).__name__, problems)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     layer: int = module.layer_idx  # type: ignore[assignment]
     return paged_attention.attend(layer, query, scale, sliding_window or 0), None

@@ -60,6 +60,16 @@ def test_the_check_at_start_refuses_a_model_that_we_compute_wrongly(
         assemble(config)
 
 
+@pytest.mark.parametrize("argument", ["softcap", "s_aux", "position_bias", "attention_mask"])
+def test_attention_that_asks_for_what_we_do_not_compute_is_refused_by_name(argument: str) -> None:
+    """The configuration did not tell of it, the model's own call does."""
+    asked: dict[str, Any] = {"attention_mask": None} | {argument: torch.ones(1)}
+    query = torch.zeros(1, 1, 1, 4)
+
+    with pytest.raises(ModelUnsupportedError, match=f"its attention uses {argument}$"):
+        attention._attention_function(torch.nn.Identity(), query, query, query, **asked, paged_attention=None)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
