@@ -3,8 +3,9 @@
     PYTHONPATH=examples python benchmarks/decode.py [--model DIR] [--rows 16] [--rounds 5] [--out FILE.json]
 
 Contenders take turns; each figure is the median of the rounds. Base-model tokens are compared first, and no time is
-printed when one differs (but for ties within 1e-3 of a logit); adapters' tokens are the business of tests/e2e. The floor of a decode step is the larger of: weight bytes over the read bandwidth measured here, and
-the products' FLOPs over the fp32 GEMM rate measured here.
+printed when one differs (but for ties within 1e-3 of a logit); adapters' tokens are the business of tests/e2e. The
+floor of a decode step is the larger of: weight bytes over the read bandwidth measured here, and the products' FLOPs
+over the fp32 GEMM rate measured here.
 """
 
 from __future__ import annotations
