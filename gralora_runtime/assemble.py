@@ -22,9 +22,11 @@ from gralora_runtime.engine import Engine
 from gralora_runtime.errors import ConfigError
 from gralora_runtime.info import EngineInfo
 from gralora_runtime.model.adaptable import adaptable_modules
+from gralora_runtime.model.compiled_runner import CompiledRunner
+from gralora_runtime.model.decoder import decoder_of
 from gralora_runtime.model.kv_pool import KVPool, page_bytes
 from gralora_runtime.model.loading import BaseModel, load_base_model
-from gralora_runtime.model.runner import ModelRunner
+from gralora_runtime.model.runner import ModelRunner, Runner
 from gralora_runtime.model.selfcheck import check_runner, expected_logits
 from gralora_runtime.model.tokenization import PromptTokenizer
 from gralora_runtime.pages import PagePool
@@ -58,11 +60,11 @@ def assemble(config: EngineConfig) -> EngineParts:
     _use_threads(num_threads, device)
     base = load_base_model(config.model, device=device, dtype=config.dtype)
     expected = expected_logits(base)
-    adapters = _adapter_manager(config, base, device)
+    adapters = _adapter_manager(config, base, device, backend.panel)
     try:
         kv_pool, max_model_len = _kv_pool(config, base, device)
         num_pages = len(kv_pool.keys[0])
-        runner = ModelRunner(base, kv_pool, arena=adapters.pool.arena, tables=adapters.pool.tables, backend=backend)
+        runner = _runner(config, base, kv_pool, adapters, backend)
         batch = BatchBuilder(
             max_num_tokens=config.max_num_batched_tokens,
             page_size=config.page_size,
@@ -94,6 +96,25 @@ def assemble(config: EngineConfig) -> EngineParts:
     prompts = PromptTokenizer(base.tokenizer, base.chat_tokenizer, vocab_size)
     engine = Engine(scheduler, batch, runner)
     return EngineParts(engine, adapters, base, prompts, info, lambda: _use_threads(num_threads, device))
+
+
+def _runner(
+    config: EngineConfig, base: BaseModel, kv_pool: KVPool, adapters: AdapterManager, backend: AdapterBackend
+) -> Runner:
+    """One compiled program for models of Llama's build on the CPU; transformers' own forward pass for all others."""
+    arena, tables = adapters.pool.arena, adapters.pool.tables
+    decoder = decoder_of(base.model) if backend.name == "cpu" else None
+    if decoder is None:
+        return ModelRunner(base, kv_pool, arena=arena, tables=tables, backend=backend)
+    return CompiledRunner(
+        base,
+        decoder,
+        kv_pool,
+        arena=arena,
+        tables=tables,
+        page_size=config.page_size,
+        max_num_tokens=config.max_num_batched_tokens,
+    )
 
 
 def resolve_device(name: str) -> torch.device:
@@ -128,7 +149,7 @@ def _free_bytes(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def _adapter_manager(config: EngineConfig, base: BaseModel, device: torch.device) -> AdapterManager:
+def _adapter_manager(config: EngineConfig, base: BaseModel, device: torch.device, panel: int) -> AdapterManager:
     pool_bytes = config.adapter_pool_bytes or int(_free_bytes(device) * ADAPTER_POOL_SHARE[device.type])
     return AdapterManager(
         modules=[shape for shape, _ in adaptable_modules(base.model)],
@@ -140,6 +161,7 @@ def _adapter_manager(config: EngineConfig, base: BaseModel, device: torch.device
         adapters_dir=config.adapters_dir,
         base_model=base.name,
         max_width=config.max_adapter_rank,
+        panel=panel,
     )
 
 

@@ -14,28 +14,17 @@ from gralora_runtime.plan import RowPlan, StepPlan
 
 
 @dataclass(frozen=True, slots=True)
-class PrefillSegment:
-    """Several consecutive tokens of one sequence, attending to all its context so far and to one another."""
-
-    begin: int  # first of its tokens in the step's flattened batch
-    end: int
-    context_slots: Tensor  # int64 [context_len]: where each position's keys and values lie in the KV pool
-
-
-@dataclass(frozen=True, slots=True)
 class StepTensors:
-    """Input of one forward pass. Tokens of all rows are flattened; decode rows come first, one token each."""
+    """Input of one forward pass. Tokens of all rows are flattened."""
 
     input_ids: Tensor  # int64 [1, tokens]
     position_ids: Tensor  # int64 [1, tokens]
     kv_slots: Tensor  # int64 [tokens]: page * page_size + offset, where each token's keys and values go
-    num_decode_rows: int
     page_table: Tensor  # int32 [rows, max_pages]
     context_lens: Tensor  # int32 [rows], the step's own tokens included
     query_starts: Tensor  # int32 [rows + 1]
     max_query_len: int
     max_context_len: int
-    prefills: tuple[PrefillSegment, ...]
     logits_index: Tensor  # int64 [sampling rows]: the tokens whose logits are wanted
     grouping: Grouping
 
@@ -72,13 +61,11 @@ class BatchBuilder:
             input_ids=self._tensor([t for row in rows for t in row.token_ids], torch.int64)[None],
             position_ids=self._tensor(positions, torch.int64)[None],
             kv_slots=self._tensor(np.concatenate([self._slots(r, r.start, r.context_len) for r in rows]), torch.int64),
-            num_decode_rows=plan.num_decode_rows,
             page_table=self._tensor(_page_table(rows), torch.int32),
             context_lens=self._tensor([row.context_len for row in rows], torch.int32),
             query_starts=self._tensor(starts, torch.int32),
             max_query_len=max(counts),
             max_context_len=max(row.context_len for row in rows),
-            prefills=self._prefills(plan, starts),
             logits_index=self._tensor([starts[i + 1] - 1 for i, row in enumerate(rows) if row.samples], torch.int64),
             grouping=self._grouping,
         )
@@ -92,16 +79,6 @@ class BatchBuilder:
         counts = [len(row.token_ids) for row in rows]
         token_slots = np.repeat(np.array([row.adapter.slot for row in rows], dtype=np.int32), counts)
         self._grouping.fill(token_slots, {row.adapter.slot: row.adapter.width for row in rows})
-
-    def _prefills(self, plan: StepPlan, starts: np.ndarray) -> tuple[PrefillSegment, ...]:
-        return tuple(
-            PrefillSegment(
-                int(starts[i]),
-                int(starts[i + 1]),
-                self._tensor(self._slots(plan.rows[i], 0, plan.rows[i].context_len), torch.int64),
-            )
-            for i in range(plan.num_decode_rows, len(plan.rows))
-        )
 
     def _slots(self, row: RowPlan, begin: int, end: int) -> np.ndarray:
         """KV slots of positions `begin .. end` of a row."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from gralora_runtime.batch import BatchBuilder
-from gralora_runtime.model.runner import ModelRunner
+from gralora_runtime.model.runner import Runner
 from gralora_runtime.plan import StepPlan
 from gralora_runtime.sampler import SampledToken, SamplingFailure, sample
 from gralora_runtime.scheduler import Scheduler, StepOutput
@@ -14,7 +14,7 @@ from gralora_runtime.scheduler import Scheduler, StepOutput
 class Engine:
     """Plan, build, execute, sample, commit."""
 
-    def __init__(self, scheduler: Scheduler, batch: BatchBuilder, runner: ModelRunner) -> None:
+    def __init__(self, scheduler: Scheduler, batch: BatchBuilder, runner: Runner) -> None:
         self.scheduler = scheduler
         self.num_steps = 0
         self._batch = batch

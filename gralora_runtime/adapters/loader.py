@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError, deserialize
 from torch import Tensor
 
+from gralora_kernels.packing import arrange_a, arrange_b
 from gralora_kernels.tables import Entry
 from gralora_runtime.adapters.checkpoint import (
     WEIGHTS_FILE,
@@ -75,8 +76,12 @@ def load(
     *,
     max_width: int,
     root: Path | None = None,
+    panel: int = 0,
 ) -> LoadedAdapter:
-    """Read, check and pack an adapter, or raise AdapterRejectedError with every reason."""
+    """Read, check and pack an adapter, or raise AdapterRejectedError with every reason.
+
+    `panel` is how the kernels want matrices to lie (`gralora_kernels.packing`); the digest does not depend on it.
+    """
     header = inspect(path, name=name, root=root)
     plan = header.fitting_plan(modules)
     width = max(module.width for module in plan)
@@ -92,6 +97,8 @@ def load(
         modules=modules_layout,
         summary=header.summary(modules),
     )
+    if panel:
+        _arrange(modules_layout, plan, packed, panel)
     return LoadedAdapter(layout, _cast(packed, dtype))
 
 
@@ -155,6 +162,15 @@ def _packed_pair(pair: PartTensors, tensors: Mapping[str, Array]) -> tuple[Array
 
 def _place(packed: Array, offset: int, matrix: Array) -> None:
     packed[offset : offset + matrix.size].reshape(matrix.shape)[:] = matrix
+
+
+def _arrange(layout: Layout, plan: Sequence[ModulePlan], packed: Array, panel: int) -> None:
+    """In place, from row-major matrices to panels."""
+    for module, (_, entries) in zip(plan, layout, strict=True):
+        for entry in entries:
+            a, b = _matrices(module, entry, packed)
+            a[:] = arrange_a(a.reshape(entry.r, -1), entry.k, panel)
+            b[:] = arrange_b(b.reshape(entry.r, -1), entry.k, panel)
 
 
 def _cast(packed: Array, dtype: torch.dtype) -> Tensor:

@@ -52,10 +52,13 @@ class AdapterManager:
         adapters_dir: Path | None,
         base_model: str,
         max_width: int,
+        panel: int = 0,
     ) -> None:
         if adapters_dir is not None and not adapters_dir.is_dir():
             raise ConfigError(f"adapters_dir: there is no directory {str(adapters_dir)!r}")
-        self.pool = AdapterPool(modules=modules, device=device, dtype=dtype, pool_bytes=pool_bytes, max_slots=max_slots)
+        self.pool = AdapterPool(
+            modules=modules, device=device, dtype=dtype, pool_bytes=pool_bytes, max_slots=max_slots, panel=panel
+        )
         self.base_model = base_model
         self._modules = tuple(modules)
         self._max_width = max_width

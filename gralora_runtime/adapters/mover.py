@@ -91,6 +91,7 @@ class Mover:
             self._pool.arena.dtype,
             max_width=self._max_width,
             root=self._root,
+            panel=self._pool.panel,
         )
         settle.later(partial(read.add_done_callback, on_done))
 

@@ -54,8 +54,10 @@ class AdapterPool:
         dtype: torch.dtype,
         pool_bytes: int,
         max_slots: int,
+        panel: int = 0,
     ) -> None:
         self.max_slots = max_slots
+        self.panel = panel  # how matrices lie in the arena (`gralora_kernels.packing`)
         self.ranges = ArenaAllocator(pool_bytes // dtype.itemsize)
         self.arena = lazy_zeros([self.ranges.numel], dtype, device)  # [numel]
         self.tables = {

@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
+from gralora_kernels.cpu.linear import PackedWeight, linear
 from gralora_kernels.dispatch import AdapterBackend
 from gralora_kernels.tables import ModuleTable
 from gralora_runtime.model.context import StepContext
 
-# oneDNN packs for one number of rows, but the layout serves all others: packed for 16 it was level with exact packing
-# at 1..128 rows, and 1.2 - 5.5x faster than F.linear at 4..32 rows (SmolLM2's shapes, 2 cores, AVX-512).
-PACKED_FOR_ROWS = 16
-
 
 class PackedLinear(nn.Module):
-    """fp32 linear on the CPU with its weight in oneDNN's own blocked layout."""
+    """fp32 linear on the CPU."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
+        self._weight = PackedWeight(weight)
         self._bias = bias
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), PACKED_FOR_ROWS)  # noqa: SLF001
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""
-        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, "none", [], "")  # noqa: SLF001
+        out = x.new_empty(*x.shape[:-1], self.out_features)
+        linear(out, x.contiguous(), self._weight, self._bias)
         return out
 
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from gralora_kernels.cpu.paged_attention import paged_attention
-from gralora_runtime.batch import PrefillSegment, StepTensors
+from gralora_kernels.cpu.attention import paged_attention
+from gralora_runtime.batch import StepTensors
 from gralora_runtime.errors import ModelUnsupportedError
 from gralora_runtime.model.context import StepContext
 from gralora_runtime.model.kv_pool import KVPool
@@ -59,31 +59,13 @@ class PagedAttention(ABC):
 
 
 class CpuPagedAttention(PagedAttention):
-    """Decode rows read the pages where they lie (Numba); prompts go through torch's fused attention on a gathered copy,
-    which costs little beside their products."""
+    """Decode and prompt rows alike read the pages where they lie."""
 
     def _attend(self, step: StepTensors, layer: int, query: Tensor, scale: float, window: int) -> Tensor:
         out = torch.empty_like(query)
-        rows = step.num_decode_rows
-        if rows:
-            keys, values = self._pool.keys[layer], self._pool.values[layer]
-            tables, lengths = step.page_table[:rows], step.context_lens[:rows]
-            paged_attention(out[:rows], query[:rows], keys, values, tables, lengths, scale, window)
-        for segment in step.prefills:
-            out[segment.begin : segment.end] = self._prefill(segment, layer, query, scale, window)
+        keys, values = self._pool.keys[layer], self._pool.values[layer]
+        paged_attention(out, query, keys, values, step.page_table, step.query_starts, step.context_lens, scale, window)
         return out
-
-    def _prefill(self, segment: PrefillSegment, layer: int, query: Tensor, scale: float, window: int) -> Tensor:
-        keys, values = self._pool.read(layer, segment.context_slots)
-        attended: Tensor = nn.functional.scaled_dot_product_attention(
-            query[segment.begin : segment.end].transpose(0, 1)[None],
-            keys.transpose(0, 1)[None],
-            values.transpose(0, 1)[None],
-            attn_mask=_causal_mask(segment.end - segment.begin, len(keys), window),
-            scale=scale,
-            enable_gqa=True,
-        )
-        return attended[0].transpose(0, 1)
 
 
 class CudaPagedAttention(PagedAttention):
@@ -139,11 +121,3 @@ def _attention_function(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     layer: int = module.layer_idx  # type: ignore[assignment]
     return paged_attention.attend(layer, query, scale, sliding_window or 0), None
-
-
-def _causal_mask(num_queries: int, num_keys: int, window: int) -> Tensor:
-    """True where a query may look, bool [queries, keys]; the last query stands at the last key."""
-    query_positions = torch.arange(num_keys - num_queries, num_keys)[:, None]
-    key_positions = torch.arange(num_keys)[None]
-    mask = key_positions <= query_positions
-    return mask & (key_positions > query_positions - window) if window else mask

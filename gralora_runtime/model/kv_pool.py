@@ -9,7 +9,11 @@ from gralora_runtime.memory import lazy_zeros
 
 
 class KVPool:
-    """One K and one V tensor per layer, [pages, page_size, kv_heads, head_dim]."""
+    """One K and one V tensor per layer, laid out as the device's attention wants them.
+
+    GPU: both [pages, page_size, kv_heads, head_dim]. CPU: keys [pages, kv_heads, head_dim, page_size], values [pages,
+    kv_heads, page_size, head_dim].
+    """
 
     def __init__(
         self,
@@ -22,18 +26,24 @@ class KVPool:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        shape = (num_pages, page_size, num_kv_heads, head_dim)
-        self.keys = [lazy_zeros(shape, dtype, device) for _ in range(num_layers)]
-        self.values = [lazy_zeros(shape, dtype, device) for _ in range(num_layers)]
+        self._page_size = page_size
+        self._on_cpu = device.type == "cpu"
+        keys = values = (num_pages, page_size, num_kv_heads, head_dim)
+        if self._on_cpu:
+            keys = (num_pages, num_kv_heads, head_dim, page_size)
+            values = (num_pages, num_kv_heads, page_size, head_dim)
+        self.keys = [lazy_zeros(keys, dtype, device) for _ in range(num_layers)]
+        self.values = [lazy_zeros(values, dtype, device) for _ in range(num_layers)]
 
     def write(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
         """Store keys and values [tokens, kv_heads, head_dim] at slots [tokens] (page * page_size + offset)."""
-        self.keys[layer].flatten(0, 1).index_copy_(0, slots, keys)
-        self.values[layer].flatten(0, 1).index_copy_(0, slots, values)
-
-    def read(self, layer: int, slots: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values [len(slots), kv_heads, head_dim], copied out."""
-        return self.keys[layer].flatten(0, 1)[slots], self.values[layer].flatten(0, 1)[slots]
+        if self._on_cpu:
+            pages, offsets = slots // self._page_size, slots % self._page_size
+            self.keys[layer][pages, :, :, offsets] = keys
+            self.values[layer][pages, :, offsets] = values
+        else:
+            self.keys[layer].flatten(0, 1).index_copy_(0, slots, keys)
+            self.values[layer].flatten(0, 1).index_copy_(0, slots, values)
 
 
 def page_bytes(*, num_layers: int, page_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,13 @@ from gralora_runtime.model.loading import BaseModel
 from gralora_runtime.model.norms import fuse_rms_norms
 
 logger = logging.getLogger(__name__)
+
+
+class Runner(Protocol):
+    """Computes one step."""
+
+    def execute(self, tensors: StepTensors) -> Tensor:
+        """Logits of the tokens in `logits_index`, fp32 [sampling rows, vocab]."""
 
 
 class ModelRunner:
@@ -70,7 +78,7 @@ class ModelRunner:
         return logits
 
     def _wrap_linears(self, arena: Tensor, tables: Mapping[str, ModuleTable], backend: AdapterBackend) -> int:
-        pack = _can_pack(self._model)
+        pack = self._model.device.type == "cpu"
         head = self._model.get_output_embeddings()
         targets = {module: shape.name for shape, module in adaptable_modules(self._model)}
 
@@ -90,12 +98,3 @@ class ModelRunner:
 def _attention_for(pool: KVPool, context: StepContext) -> CpuPagedAttention | CudaPagedAttention:
     kind = CpuPagedAttention if pool.keys[0].device.type == "cpu" else CudaPagedAttention
     return kind(pool, context)
-
-
-def _can_pack(model: nn.Module) -> bool:
-    """oneDNN's layout is for the CPU, and only where torch was built with it."""
-    on_cpu = next(model.parameters()).device.type == "cpu"
-    if on_cpu and not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-        logger.warning("torch has no oneDNN here: base products use F.linear, which is slower")
-        return False
-    return on_cpu

@@ -8,7 +8,7 @@ from torch import Tensor
 from gralora_runtime.batch import BatchBuilder
 from gralora_runtime.errors import ModelUnsupportedError
 from gralora_runtime.model.loading import BaseModel
-from gralora_runtime.model.runner import ModelRunner
+from gralora_runtime.model.runner import Runner
 from gralora_runtime.plan import AdapterUse, RowPlan, StepPlan
 
 NUM_TOKENS = 40
@@ -23,7 +23,7 @@ def expected_logits(base: BaseModel) -> Tensor:
     return logits
 
 
-def check_runner(base: BaseModel, runner: ModelRunner, batch: BatchBuilder, page_size: int, expected: Tensor) -> None:
+def check_runner(base: BaseModel, runner: Runner, batch: BatchBuilder, page_size: int, expected: Tensor) -> None:
     """Raise `ModelUnsupportedError` if the served model does not reproduce `expected`. Writes the first KV pages."""
     tokens = _prompt(base).tolist()
     adapter = AdapterUse(slot=-1, generation=0, width=0)

@@ -20,6 +20,7 @@ class AdapterBackend(Protocol):
     """One way to compute y += adapter(x) for a whole step."""
 
     name: str
+    panel: int  # how it wants matrices to lie in the arena (`packing.py`)
 
     def apply(self, y: Tensor, x: Tensor, arena: Tensor, table: ModuleTable, grouping: Grouping) -> None:
         """y [tokens, out] += adapter(x [tokens, in]), in place; rows of slot -1 are not touched at all."""

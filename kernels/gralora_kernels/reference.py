@@ -41,6 +41,7 @@ class ReferenceBackend:
     """`gralora` per segment and entry, in fp32."""
 
     name = "reference"
+    panel = 0
 
     def apply(self, y: Tensor, x: Tensor, arena: Tensor, table: ModuleTable, grouping: Grouping) -> None:
         """y [tokens, out] += adapter(x [tokens, in]) for the tokens that have an adapter."""
@@ -61,20 +62,24 @@ class ReferenceBackend:
 def paged_attention(  # noqa: PLR0917  # as the kernel that it specifies
     out: Tensor,
     q: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
+    keys: Tensor,
+    values: Tensor,
     page_table: Tensor,
+    query_starts: Tensor,
     context_lens: Tensor,
     scale: float,
     window: int,
 ) -> None:
-    """q, out [rows, heads, head_dim]; one query per row, at the last position of its context; window 0: no limit."""
-    page_size, kv_heads = k_pages.shape[1:3]
+    """As `cpu.attention.paged_attention`, token by token."""
+    kv_heads, page_size = values.shape[1:3]
+    group = q.shape[1] // kv_heads
     for row, length in enumerate(context_lens.tolist()):
-        positions = torch.arange(max(0, length - window) if window else 0, length)
-        pages = page_table[row, positions // page_size].long()
-        group = q.shape[1] // kv_heads
-        keys = k_pages[pages, positions % page_size].repeat_interleave(group, dim=1)  # [context, heads, head_dim]
-        values = v_pages[pages, positions % page_size].repeat_interleave(group, dim=1)
-        weights = torch.softmax(torch.einsum("hd,thd->ht", q[row], keys) * scale, dim=1)
-        out[row] = torch.einsum("ht,thd->hd", weights, values)
+        begin, end = query_starts[row : row + 2].tolist()
+        for token in range(begin, end):
+            last = length - (end - 1 - token)
+            positions = torch.arange(max(0, last - window) if window else 0, last)
+            pages, offsets = page_table[row, positions // page_size].long(), positions % page_size
+            k = keys[pages, :, :, offsets].repeat_interleave(group, dim=1)  # [context, heads, head_dim]
+            v = values[pages, :, offsets].repeat_interleave(group, dim=1)
+            weights = torch.softmax(torch.einsum("hd,thd->ht", q[token], k) * scale, dim=1)
+            out[token] = torch.einsum("ht,thd->hd", weights, v)

@@ -30,14 +30,3 @@ def warm_up_backend(backend: AdapterBackend, *, device: torch.device, dtype: tor
             backend.apply(y, x, arena, table, grouping)
             assert y[:-1].all(), "the adapter did nothing"
             assert not y[-1].any(), "a base-model row was changed"
-    if device.type == "cpu":
-        _warm_up_attention()
-
-
-def _warm_up_attention() -> None:
-    from gralora_kernels.cpu.paged_attention import paged_attention
-
-    pages = torch.zeros(1, 16, 1, 16)
-    q = torch.zeros(1, 1, 16)
-    index = torch.zeros(1, 1, dtype=torch.int32)
-    paged_attention(torch.empty_like(q), q, pages, pages, index, index[0] + 1, 1.0, 0)

@@ -48,8 +48,6 @@ def test_every_token_goes_to_its_row_position_page_and_adapter(builder: BatchBui
     assert tensors.context_lens.tolist() == [6, 1, 6, 2]
     assert tensors.query_starts.tolist() == [0, 1, 2, 5, 7]
     assert tensors.logits_index.tolist() == [0, 1, 6]
-    assert [(segment.begin, segment.end) for segment in tensors.prefills] == [(2, 5), (5, 7)]
-    assert tensors.prefills[0].context_slots.tolist() == [4, 5, 6, 7, 24, 25]
     assert tensors.grouping.slots.tolist() == [0, 5]
     assert tensors.grouping.order.tolist() == [2, 3, 4, 0, 5, 6]
     assert tensors.grouping.max_width == 24

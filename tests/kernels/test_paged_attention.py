@@ -8,7 +8,7 @@ from support.numeric import assert_close
 from torch.nn.functional import scaled_dot_product_attention
 
 from gralora_kernels import reference
-from gralora_kernels.cpu import paged_attention as cpu
+from gralora_kernels.cpu import attention as cpu
 
 KERNELS = [
     pytest.param(reference.paged_attention, id="reference"),
@@ -29,19 +29,21 @@ class PagedCase:
         self.values = [torch.randn(n, kv_heads, head_dim, generator=generator) for n in context_lens]
         self.page_table = torch.randperm(num_pages, generator=generator)[: rows * max_pages].view(rows, -1).int()
         self.context_lens = torch.tensor(context_lens, dtype=torch.int32)
-        self.k_pages = torch.full((num_pages, page_size, kv_heads, head_dim), NAN)
-        self.v_pages = torch.full((num_pages, page_size, kv_heads, head_dim), NAN)
+        self.k_pages = torch.full((num_pages, kv_heads, head_dim, page_size), NAN)
+        self.v_pages = torch.full((num_pages, kv_heads, page_size, head_dim), NAN)
         for row, n in enumerate(context_lens):
             positions = torch.arange(n)
             pages = self.page_table[row, positions // page_size].long()
-            self.k_pages[pages, positions % page_size] = self.keys[row]
-            self.v_pages[pages, positions % page_size] = self.values[row]
+            self.k_pages[pages, :, :, positions % page_size] = self.keys[row]
+            self.v_pages[pages, :, positions % page_size] = self.values[row]
 
     def run(self, kernel, window, rows=slice(None)):
         q = self.q[rows].contiguous()
         out = torch.full_like(q, NAN)
         scale = 0.7 * q.shape[-1] ** -0.5
-        kernel(out, q, self.k_pages, self.v_pages, self.page_table[rows], self.context_lens[rows], scale, window)
+        starts = torch.arange(len(q) + 1, dtype=torch.int32)
+        lengths = self.context_lens[rows]
+        kernel(out, q, self.k_pages, self.v_pages, self.page_table[rows], starts, lengths, scale, window)
         return out
 
     def expected(self, window):
@@ -68,26 +70,43 @@ def test_agrees_with_torch(kernel, window, heads, kv_heads, head_dim):
     assert_close(case.expected(window), case.run(kernel, window))
 
 
-def test_a_prompt_can_be_rows_with_growing_contexts():
-    case = PagedCase([23], 6, 2, 64)
-    length = 23
-    q = torch.randn(length, 6, 64)
+def prompt_in_chunks(kernel, case, q, chunks, window):
+    """The context of row 0, its queries computed in chunks."""
     out = torch.full_like(q, NAN)
+    done = 0
+    for count in chunks:
+        part = torch.full_like(q[:count], NAN)
+        starts = torch.tensor([0, count], dtype=torch.int32)
+        length = torch.tensor([done + count], dtype=torch.int32)
+        chunk = q[done : done + count].contiguous()
+        kernel(part, chunk, case.k_pages, case.v_pages, case.page_table, starts, length, 0.1, window)
+        out[done : done + count] = part
+        done += count
+    return out
 
-    cpu.paged_attention(
-        out,
-        q,
-        case.k_pages,
-        case.v_pages,
-        case.page_table.expand(length, -1),
-        torch.arange(1, length + 1).int(),
-        0.1,
-        0,
-    )
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("page_size", [4, 16, 48, 128])
+def test_a_prompt_attends_causally(kernel, page_size):
+    case = PagedCase([150], 6, 2, 64, page_size)
+    q = torch.randn(150, 6, 64)
+
+    out = prompt_in_chunks(kernel, case, q, [150], 0)
 
     k, v = case.keys[0].transpose(0, 1)[None], case.values[0].transpose(0, 1)[None]
     expected = scaled_dot_product_attention(q.transpose(0, 1)[None], k, v, is_causal=True, scale=0.1, enable_gqa=True)
     assert_close(expected[0].transpose(0, 1), out)
+
+
+@pytest.mark.parametrize("window", [0, 20, 70])
+def test_how_a_prompt_is_cut_changes_no_bit(window):
+    case = PagedCase([150], 9, 3, 64)
+    q = torch.randn(150, 9, 64)
+
+    whole = prompt_in_chunks(cpu.paged_attention, case, q, [150], window)
+
+    assert torch.equal(whole, prompt_in_chunks(cpu.paged_attention, case, q, [1] * 150, window))
+    assert torch.equal(whole, prompt_in_chunks(cpu.paged_attention, case, q, [7, 64, 1, 78], window))
 
 
 def test_a_rows_result_does_not_depend_on_its_batch():

@@ -144,3 +144,22 @@ def test_a_base_row_is_bit_identical_beside_every_occupied_slot(served: Served) 
             served.parts.adapters.release(lease)
 
     assert torch.equal(alone, beside)
+
+
+def test_logits_are_bit_identical_whatever_shares_the_batch_and_however_the_prompt_is_cut(served: Served) -> None:
+    """Alone, among all adapters, and in chunks of any size: every product has one order of summation."""
+    names = ["", *(info.name for info in served.parts.adapters.list())]
+    leases = [served.parts.adapters.acquire(name).result(30) for name in names]
+    try:
+        together = served.logits([(lease, PROMPT) for lease in leases], 64)
+        in_chunks = served.logits([(lease, PROMPT) for lease in leases], 7)
+        alone = [
+            served.logits([(lease, PROMPT)], chunk)[0] for lease, chunk in zip(leases, [64, 1, 5] * 99, strict=False)
+        ]
+    finally:
+        for lease in leases:
+            served.parts.adapters.release(lease)
+
+    for name, one, two, three in zip(names, together, in_chunks, alone, strict=True):
+        assert torch.equal(one, two), f"{name}: chunks change it"
+        assert torch.equal(one, three), f"{name}: neighbours change it"

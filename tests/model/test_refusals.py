@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import torch
 from support.tiny_models import save_tiny_model
-from transformers import Gemma2Config, LlamaConfig, MambaConfig, T5Config
+from transformers import Gemma2Config, LlamaConfig, MambaConfig, PreTrainedModel, T5Config
 
+import gralora_runtime.assemble as assembling
 from gralora_runtime.assemble import assemble
 from gralora_runtime.config import EngineConfig
 from gralora_runtime.errors import ConfigError, ModelUnsupportedError
 from gralora_runtime.model import attention
+from gralora_runtime.model.decoder import Decoder, decoder_of
 from gralora_runtime.model.loading import unsupported_features
 
 
@@ -49,12 +51,29 @@ def test_a_plain_model_has_no_reason() -> None:
     assert unsupported_features(LlamaConfig()) == []
 
 
-def test_the_check_at_start_refuses_a_model_that_we_compute_wrongly(
+def test_the_check_at_start_refuses_a_model_that_the_program_computes_wrongly(
     config: EngineConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As an architecture with some mask or scale of its own would be, that no configuration key tells of."""
-    exact = attention._causal_mask
-    monkeypatch.setattr(attention, "_causal_mask", lambda *sizes: exact(*sizes).roll(1, dims=1) | exact(*sizes))
+    """As a model of Llama's build with some scale of its own would be, that no configuration key tells of."""
+
+    def wrong_scale(model: PreTrainedModel) -> Decoder:
+        decoder = decoder_of(model)
+        assert decoder is not None
+        return replace(decoder, scale=decoder.scale * 1.1)
+
+    monkeypatch.setattr(assembling, "decoder_of", wrong_scale)
+
+    with pytest.raises(ModelUnsupportedError, match="paged logits differ from transformers' by"):
+        assemble(config)
+
+
+def test_the_check_at_start_refuses_a_model_whose_attention_is_computed_wrongly(
+    config: EngineConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same for the architectures that transformers' own forward pass computes."""
+    exact = attention.paged_attention
+    monkeypatch.setattr(assembling, "decoder_of", lambda _: None)
+    monkeypatch.setattr(attention, "paged_attention", lambda *args: exact(*args[:-1], 8))
 
     with pytest.raises(ModelUnsupportedError, match="paged logits differ from transformers' by"):
         assemble(config)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gralora_kernels.dispatch import AdapterBackend
 from gralora_kernels.grouping import Grouping
+from gralora_kernels.packing import arrange_a, arrange_b
 from gralora_kernels.reference import ReferenceBackend
 from gralora_kernels.tables import ALIGNMENT, Entry, ModuleTable
 
@@ -53,8 +54,24 @@ class Case:
     def apply(self, backend: AdapterBackend, x: Tensor, y: Tensor, grouping: Grouping) -> Tensor:
         """What y becomes; y itself is kept."""
         result = y.clone()
-        backend.apply(result, x, self.arena, self.table, grouping)
+        backend.apply(result, x, self.arranged(backend.panel), self.table, grouping)
         return result
+
+    def arranged(self, panel: int) -> Tensor:
+        """The arena as a backend wants its matrices to lie."""
+        arena = self.arena.clone()
+        for slot in range(self.table.max_slots):
+            for a, b, r, k in self.table.host_index[slot].tolist():
+                for offset, features, arrange in (
+                    (a, self.table.in_features, arrange_a),
+                    (b, self.table.out_features, arrange_b),
+                ):
+                    matrix = self.arena[offset : offset + r * features]
+                    if r and panel:
+                        arena[offset : offset + r * features] = torch.from_numpy(
+                            arrange(matrix.view(r, -1).numpy(), k, panel).copy()
+                        )
+        return arena
 
     def error(self, backend: AdapterBackend, token_slots: Sequence[int]) -> float:
         """RMS error ratio of the update against the reference."""

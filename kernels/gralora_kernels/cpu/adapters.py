@@ -1,6 +1,6 @@
-"""The "cpu" backend: shrink and expand for all adapters of a step, two parallel regions per linear layer.
+"""Shrink and expand for the adapters of a step, in pieces, and the "cpu" backend, which runs them layer by layer.
 
-Every element of u and y is summed by one thread in one fixed order, so a token's result does not depend on its batch.
+Adapters lie in panels (`packing.py`). A token's result does not depend on its batch (`microkernel.py`).
 """
 
 # ruff: noqa: PLR0917  # Numba takes arguments by position
@@ -9,161 +9,122 @@ from __future__ import annotations
 
 import threading
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from numba import get_num_threads, njit, prange
 from torch import Tensor
 
-from gralora_kernels.cpu.simd import load_scalar, store_scalar
+from gralora_kernels.cpu.linear import FLOAT_BYTES, IOTA
+from gralora_kernels.cpu.microkernel import FROM_OUTPUT, FROM_ZERO, PANEL, multiply
+from gralora_kernels.cpu.simd import load_int32, load_int64, load_scalar, store_scalar
 from gralora_kernels.cpu.threads import region_lock
-from gralora_kernels.cpu.tiles import ROWS, TOKENS, add_scaled, dot
-from gralora_kernels.grouping import Grouping
+from gralora_kernels.grouping import TILE_TOKENS, Grouping
 from gralora_kernels.tables import ENTRIES, ModuleTable
 
-FLOAT_BYTES = 4
-COLUMNS = 512  # of the output per piece of work: rank 16 keeps its slice of B in a 32 KB first-level cache
+COLUMNS = 8 * PANEL  # of the output per piece of an expand
+SCRATCH_BYTES = TILE_TOKENS * PANEL * FLOAT_BYTES  # that a shrink needs
 # Below so many multiply-adds (an upper bound) one thread is done sooner than two have met: about 15 us on Zen 4.
 SERIAL_WORK = 200_000
 
-Int32s = npt.NDArray[np.int32]
-Int64s = npt.NDArray[np.int64]
-Floats = npt.NDArray[np.float32]
-
 
 @njit(nogil=True)
-def _shrink_rows(
-    u: int, u_stride: int, x: int, in_features: int, order: Int32s, first: int, end: int,
-    w: int, rows: int, width: int, scale: float, column: int, row: int, strip: int, rank: int, ahead: int,
+def shrink_piece(
+    item: int, index: int, scales: int, x: int, in_features: int, order: int, u: int, u_stride: int, arena: int,
+    scratch: int, iota: int,
 ) -> None:  # fmt: skip
-    """u = scale * (up to four rows of Ap, one block wide) for one tile of tokens; `w` is where those rows begin.
+    """u = scale * x @ A of one item (slot, first, count), all its entries and blocks, already exchanged.
 
-    Row p = j*strip + c goes to column j*rank + c: the block exchange happens here, in the store.
+    Row p = j*strip + c of block n goes to column j*r + n*strip + c: the exchange happens here, in the store.
     """
-    stride = in_features * FLOAT_BYTES
-    w1, w2, w3 = w + min(1, rows - 1) * stride, w + min(2, rows - 1) * stride, w + (rows - 1) * stride
-    for i in range(first, end, TOKENS):
-        other = min(i + 1, end - 1)
-        sums = dot(w, w1, w2, w3, x + order[i] * stride, x + order[other] * stride, width, ahead)
-        for lane in range(rows):
-            target = column + (row + lane) // strip * rank + (row + lane) % strip
-            store_scalar(u, i * u_stride + target, sums[lane] * scale)
-            store_scalar(u, other * u_stride + target, sums[ROWS + lane] * scale)
+    slot, first, count = load_int32(item, 0), load_int32(item, 1), load_int32(item, 2)
+    column = 0
+    for entry in range(ENTRIES):
+        row = (slot * ENTRIES + entry) * 4
+        a, r, k = load_int64(index, row), load_int64(index, row + 2), load_int64(index, row + 3)
+        if r == 0:
+            continue
+        width, strip = in_features // k, r // k
+        scale = load_scalar(scales, slot * ENTRIES + entry)
+        for n in range(k):
+            for p in range(0, r, PANEL):
+                columns = min(PANEL, r - p)
+                multiply(
+                    count, x + n * width * FLOAT_BYTES, in_features, order + first * 4, scratch, PANEL, iota,
+                    arena + (a + n * width * r + p * width) * FLOAT_BYTES, columns, width, FROM_ZERO, columns,
+                    columns == PANEL, 0,
+                )  # fmt: skip
+                for q in range(columns):
+                    target = column + (p + q) // strip * r + n * strip + (p + q) % strip
+                    for t in range(count):
+                        store_scalar(u, (first + t) * u_stride + target, load_scalar(scratch, t * PANEL + q) * scale)
+        column += r * k
 
 
 @njit(nogil=True)
-def _expand_columns(
-    y: int, out_features: int, u: int, u_stride: int, order: Int32s, first: int, end: int,
-    b: int, rank: int, column: int, begin: int, length: int,
+def expand_piece(
+    item: int, index: int, begin: int, y: int, y_stride: int, out_features: int, order: int, u: int, u_stride: int,
+    arena: int, iota: int,
 ) -> None:  # fmt: skip
-    """y[begin .. begin + length] += u[column .. column + rank] @ Bp[:, begin ..] for one tile of tokens."""
-    stride = out_features * FLOAT_BYTES
-    start = begin * FLOAT_BYTES
-    zero = np.float32(0.0)
-    for i in range(first, end, TOKENS):
-        other = min(i + 1, end - 1)
-        y0, y1 = y + order[i] * stride + start, y + order[other] * stride + start
-        p, q = i * u_stride + column, other * u_stride + column
-        for c in range(0, rank, ROWS):
-            last = rank - 1 - c
-            w = b + c * stride + start
-            f1 = load_scalar(u, p + c + 1) if last >= 1 else zero
-            f2 = load_scalar(u, p + c + 2) if last >= 2 else zero
-            f3 = load_scalar(u, p + c + 3) if last >= 3 else zero
-            g1 = load_scalar(u, q + c + 1) if last >= 1 else zero
-            g2 = load_scalar(u, q + c + 2) if last >= 2 else zero
-            g3 = load_scalar(u, q + c + 3) if last >= 3 else zero
-            factors = (load_scalar(u, p + c), f1, f2, f3, load_scalar(u, q + c), g1, g2, g3)
-            w1, w2, w3 = w + min(1, last) * stride, w + min(2, last) * stride, w + min(3, last) * stride
-            add_scaled(y0, y1, w, w1, w2, w3, factors, length, ROWS * out_features)
+    """y += u @ B of one item (slot, first, count), all its entries, for COLUMNS columns from `begin` on."""
+    slot, first, count = load_int32(item, 0), load_int32(item, 1), load_int32(item, 2)
+    end = min(begin + COLUMNS, out_features)
+    column = 0
+    for entry in range(ENTRIES):
+        row = (slot * ENTRIES + entry) * 4
+        b, r, k = load_int64(index, row + 1), load_int64(index, row + 2), load_int64(index, row + 3)
+        if r == 0:
+            continue
+        width = out_features // k
+        at = begin
+        while at < end:  # one panel, or the part of it that lies between begin and end
+            j = at // width
+            inside = at - j * width
+            panel = inside // PANEL * PANEL
+            panel_columns = min(PANEL, width - panel)
+            columns = min(panel + panel_columns - inside, end - at)
+            weights = b + j * width * r + panel * r + inside - panel
+            multiply(
+                count, u + (column + j * r) * FLOAT_BYTES, u_stride, iota + first * 4, y + at * FLOAT_BYTES, y_stride,
+                order + first * 4, arena + weights * FLOAT_BYTES, panel_columns, r, FROM_OUTPUT, columns,
+                columns == PANEL, 0,
+            )  # fmt: skip
+            at += columns
+        column += r * k
 
 
-@njit(nogil=True)
+# Two functions: Numba would join two loops of one length into one, and it cannot see that the second reads what the
+# first writes.
+@njit(nogil=True, parallel=True, cache=True)
 def _shrink(
-    part: int, parts: int, u: int, u_stride: int, x: int, in_features: int, arena: int,
-    index: Int64s, scale: Floats, order: Int32s, items: Int32s,
+    parts: int, items: int, num_items: int, index: int, scales: int, x: int, in_features: int, order: int, u: int,
+    u_stride: int, arena: int, scratch: int, iota: int,
 ) -> None:  # fmt: skip
-    """Every `parts`-th piece of the shrink: a piece is four rows of one block of one entry, for one tile of tokens."""
-    piece = 0
-    for item in range(items.shape[0]):
-        slot, first = items[item, 0], items[item, 1]
-        column = 0
-        for entry in range(ENTRIES):
-            rank, k = index[slot, entry, 2], index[slot, entry, 3]
-            if rank == 0:
-                continue
-            width, strip = in_features // k, rank // k
-            for row in range(0, rank, ROWS):
-                for n in range(k):
-                    if piece % parts == part:
-                        w = arena + (index[slot, entry, 0] + row * in_features + n * width) * FLOAT_BYTES
-                        _shrink_rows(
-                            u, u_stride, x + n * width * FLOAT_BYTES, in_features, order, first, first + items[item, 2],
-                            w, min(ROWS, rank - row), width, scale[slot, entry], column + n * strip, row, strip, rank,
-                            ROWS * parts * in_features,
-                        )  # fmt: skip
-                    piece += 1
-            column += rank * k
-
-
-@njit(nogil=True)
-def _expand(
-    part: int, parts: int, y: int, out_features: int, u: int, u_stride: int, arena: int,
-    index: Int64s, order: Int32s, items: Int32s,
-) -> None:  # fmt: skip
-    """Every `parts`-th piece of the expand: a piece is some columns of the output, for one tile of tokens."""
-    piece = 0
-    for item in range(items.shape[0]):
-        slot, first = items[item, 0], items[item, 1]
-        for begin in range(0, out_features, COLUMNS):
-            piece += 1
-            if piece % parts != part:
-                continue
-            end = min(begin + COLUMNS, out_features)
-            column = 0
-            for entry in range(ENTRIES):
-                rank, k = index[slot, entry, 2], index[slot, entry, 3]
-                if rank == 0:
-                    continue
-                width = out_features // k
-                for j in range(begin // width, (end - 1) // width + 1):
-                    low, high = max(begin, j * width), min(end, (j + 1) * width)
-                    _expand_columns(
-                        y, out_features, u, u_stride, order, first, first + items[item, 2],
-                        arena + index[slot, entry, 1] * FLOAT_BYTES, rank, column + j * rank, low, high - low,
-                    )  # fmt: skip
-                column += rank * k
+    for part in prange(parts):
+        own = scratch + part * SCRATCH_BYTES
+        for i in range(part, num_items, parts):
+            shrink_piece(items + 12 * i, index, scales, x, in_features, order, u, u_stride, arena, own, iota)
 
 
 @njit(nogil=True, parallel=True, cache=True)
-def _apply(
-    parts: int, y: int, out_features: int, x: int, in_features: int, arena: int, u: int, u_stride: int,
-    index: Int64s, scale: Floats, order: Int32s, items: Int32s,
+def _expand(
+    parts: int, items: int, num_items: int, index: int, y: int, out_features: int, order: int, u: int, u_stride: int,
+    arena: int, iota: int,
 ) -> None:  # fmt: skip
+    pieces = (out_features + COLUMNS - 1) // COLUMNS
     for part in prange(parts):
-        _shrink(part, parts, u, u_stride, x, in_features, arena, index, scale, order, items)
-    for part in prange(parts):
-        _expand(part, parts, y, out_features, u, u_stride, arena, index, order, items)
-
-
-@njit(nogil=True, cache=True)
-def _apply_serially(
-    parts: int, y: int, out_features: int, x: int, in_features: int, arena: int, u: int, u_stride: int,
-    index: Int64s, scale: Floats, order: Int32s, items: Int32s,
-) -> None:  # fmt: skip
-    for part in range(parts):
-        _shrink(part, parts, u, u_stride, x, in_features, arena, index, scale, order, items)
-    for part in range(parts):
-        _expand(part, parts, y, out_features, u, u_stride, arena, index, order, items)
+        for i in range(part, num_items * pieces, parts):
+            item, begin = items + 12 * (i // pieces), i % pieces * COLUMNS
+            expand_piece(item, index, begin, y, out_features, out_features, order, u, u_stride, arena, iota)
 
 
 class CpuBackend:
     """fp32 only. Holds the intermediate u, so calls take turns."""
 
     name = "cpu"
+    panel = PANEL
 
     def __init__(self) -> None:
         self._u = torch.empty(0)
+        self._scratch = torch.empty(0)
         self._lock = threading.Lock()
 
     def apply(self, y: Tensor, x: Tensor, arena: Tensor, table: ModuleTable, grouping: Grouping) -> None:
@@ -175,16 +136,22 @@ class CpuBackend:
         if arena.dtype != torch.float32:
             raise ValueError(f"the cpu backend needs a float32 arena, got {arena.dtype}")
         with self._lock, region_lock:
-            if self._u.numel() < grouping.num_adapted * grouping.max_width:
-                self._u = torch.empty(grouping.num_adapted * grouping.max_width)
             work = grouping.num_adapted * grouping.max_width * (table.in_features + table.out_features)
             parts = 1 if work <= SERIAL_WORK else get_num_threads()
-            kernel = _apply_serially if parts == 1 else _apply
-            kernel(
-                parts, y.data_ptr(), table.out_features, x.data_ptr(), table.in_features, arena.data_ptr(),
-                self._u.data_ptr(), grouping.max_width, table.host_index, table.host_scale, grouping.order,
-                grouping.items,
+            self._reserve(grouping.num_adapted * grouping.max_width, parts)
+            work_list = (parts, grouping.items.ctypes.data, grouping.num_items, table.host_index.ctypes.data)
+            order, u, stride = grouping.order.ctypes.data, self._u.data_ptr(), grouping.max_width
+            _shrink(
+                *work_list, table.host_scale.ctypes.data, x.data_ptr(), table.in_features, order, u, stride,
+                arena.data_ptr(), self._scratch.data_ptr(), IOTA,
             )  # fmt: skip
+            _expand(*work_list, y.data_ptr(), table.out_features, order, u, stride, arena.data_ptr(), IOTA)
+
+    def _reserve(self, numel: int, parts: int) -> None:
+        if self._u.numel() < numel:
+            self._u = torch.empty(numel)
+        if self._scratch.numel() < parts * SCRATCH_BYTES // FLOAT_BYTES:
+            self._scratch = torch.empty(parts * SCRATCH_BYTES // FLOAT_BYTES)
 
 
 def _check(tensor: Tensor, shape: tuple[int, int]) -> None:

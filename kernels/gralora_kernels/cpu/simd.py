@@ -43,21 +43,21 @@ class _VectorModel(models.PrimitiveModel):  # type: ignore[misc]
         super().__init__(manager, fe_type, _VECTOR)
 
 
-def _constant(value: float) -> ir.Constant:
+def constant(value: float) -> ir.Constant:
     return ir.Constant(_VECTOR, [ir.Constant(_F32, value)] * LANES)
 
 
-def _splat(builder: Any, scalar: Any, lane_type: Any = _F32) -> Any:
+def splat_value(builder: Any, scalar: Any, lane_type: Any = _F32) -> Any:
     one = builder.insert_element(ir.Constant(ir.VectorType(lane_type, LANES), ir.Undefined), scalar, _I32(0))
     return builder.shuffle_vector(one, one, ir.Constant(ir.VectorType(_I32, LANES), [0] * LANES))
 
 
-def _call(builder: Any, name: str, result: Any, args: list[Any]) -> Any:
+def call(builder: Any, name: str, result: Any, args: list[Any]) -> Any:
     function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(result, [a.type for a in args]), name)
     return builder.call(function, args)
 
 
-def _pointer(builder: Any, address: Any, offset: Any) -> Any:
+def pointer_to(builder: Any, address: Any, offset: Any) -> Any:
     """`address` in bytes, `offset` in fp32 elements."""
     byte = builder.add(address, builder.shl(offset, ir.Constant(offset.type, 2)))
     return builder.inttoptr(byte, ir.PointerType(_VECTOR))
@@ -66,7 +66,7 @@ def _pointer(builder: Any, address: Any, offset: Any) -> Any:
 def _mask(builder: Any, count: Any) -> Any:
     """Lanes below `count`."""
     lanes = ir.Constant(ir.VectorType(_I32, LANES), list(range(LANES)))
-    return builder.icmp_signed("<", lanes, _splat(builder, builder.trunc(count, _I32), _I32))
+    return builder.icmp_signed("<", lanes, splat_value(builder, builder.trunc(count, _I32), _I32))
 
 
 def _fold(builder: Any, value: Any, combine: Any) -> Any:
@@ -88,7 +88,7 @@ def load(typing: Any, address: Any, offset: Any) -> Any:
     """LANES elements from `offset`."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.load(_pointer(builder, *args), align=4)
+        return builder.load(pointer_to(builder, *args), align=4)
 
     return vector(types.intp, types.intp), codegen
 
@@ -98,8 +98,8 @@ def load_part(typing: Any, address: Any, offset: Any, count: Any) -> Any:
     """The first `count` lanes from memory, the others zero; touches no memory beyond."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        pointer, mask = _pointer(builder, *args[:2]), _mask(builder, args[2])
-        return _call(builder, f"llvm.masked.load.{_SUFFIX}.p0", _VECTOR, [pointer, _I32(4), mask, _constant(0.0)])
+        pointer, mask = pointer_to(builder, *args[:2]), _mask(builder, args[2])
+        return call(builder, f"llvm.masked.load.{_SUFFIX}.p0", _VECTOR, [pointer, _I32(4), mask, constant(0.0)])
 
     return vector(types.intp, types.intp, types.intp), codegen
 
@@ -109,7 +109,7 @@ def store(typing: Any, address: Any, offset: Any, value: Any) -> Any:
     """LANES elements to `offset`."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        builder.store(args[2], _pointer(builder, *args[:2]), align=4)
+        builder.store(args[2], pointer_to(builder, *args[:2]), align=4)
         return context.get_dummy_value()
 
     return types.none(types.intp, types.intp, vector), codegen
@@ -120,8 +120,8 @@ def store_part(typing: Any, address: Any, offset: Any, value: Any, count: Any) -
     """The first `count` lanes to memory; touches no memory beyond."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        pointer, mask = _pointer(builder, *args[:2]), _mask(builder, args[3])
-        _call(builder, f"llvm.masked.store.{_SUFFIX}.p0", ir.VoidType(), [args[2], pointer, _I32(4), mask])
+        pointer, mask = pointer_to(builder, *args[:2]), _mask(builder, args[3])
+        call(builder, f"llvm.masked.store.{_SUFFIX}.p0", ir.VoidType(), [args[2], pointer, _I32(4), mask])
         return context.get_dummy_value()
 
     return types.none(types.intp, types.intp, vector, types.intp), codegen
@@ -132,8 +132,8 @@ def prefetch(typing: Any, address: Any, offset: Any) -> Any:
     """Ask for the cache line of `offset`; any address is allowed."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        pointer = _pointer(builder, *args)
-        _call(builder, "llvm.prefetch.p0", ir.VoidType(), [pointer, _I32(0), _I32(2), _I32(1)])
+        pointer = pointer_to(builder, *args)
+        call(builder, "llvm.prefetch.p0", ir.VoidType(), [pointer, _I32(0), _I32(2), _I32(1)])
         return context.get_dummy_value()
 
     return types.none(types.intp, types.intp), codegen
@@ -144,7 +144,7 @@ def load_scalar(typing: Any, address: Any, offset: Any) -> Any:
     """One fp32 element."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.load(builder.bitcast(_pointer(builder, *args), ir.PointerType(_F32)), align=4)
+        return builder.load(builder.bitcast(pointer_to(builder, *args), ir.PointerType(_F32)), align=4)
 
     return types.float32(types.intp, types.intp), codegen
 
@@ -154,7 +154,7 @@ def store_scalar(typing: Any, address: Any, offset: Any, value: Any) -> Any:
     """One fp32 element."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        builder.store(args[2], builder.bitcast(_pointer(builder, *args[:2]), ir.PointerType(_F32)), align=4)
+        builder.store(args[2], builder.bitcast(pointer_to(builder, *args[:2]), ir.PointerType(_F32)), align=4)
         return context.get_dummy_value()
 
     return types.none(types.intp, types.intp, types.float32), codegen
@@ -165,7 +165,7 @@ def splat(typing: Any, scalar: Any) -> Any:
     """The same number in every lane."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return _splat(builder, args[0])
+        return splat_value(builder, args[0])
 
     return vector(types.float32), codegen
 
@@ -175,7 +175,7 @@ def fma(typing: Any, a: Any, b: Any, c: Any) -> Any:
     """a * b + c, rounded once."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return _call(builder, f"llvm.fma.{_SUFFIX}", _VECTOR, list(args))
+        return call(builder, f"llvm.fma.{_SUFFIX}", _VECTOR, list(args))
 
     return vector(vector, vector, vector), codegen
 
@@ -211,6 +211,16 @@ def total(typing: Any, value: Any) -> Any:
 
 
 @intrinsic
+def largest(typing: Any, value: Any) -> Any:
+    """The largest of all lanes."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return _fold(builder, args[0], lambda a, b: builder.select(builder.fcmp_ordered(">", a, b), a, b))
+
+    return types.float32(vector), codegen
+
+
+@intrinsic
 def exp(typing: Any, value: Any) -> Any:
     """e to each lane, for lanes <= 0 (as in a softmax): within 2 ulp, and 0 below -87."""
 
@@ -218,6 +228,93 @@ def exp(typing: Any, value: Any) -> Any:
         return _exp(builder, args[0])
 
     return vector(vector), codegen
+
+
+@intrinsic
+def load_int64(typing: Any, address: Any, offset: Any) -> Any:
+    """One 8-byte integer; `offset` in such integers."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        byte = builder.add(args[0], builder.shl(args[1], ir.Constant(args[1].type, 3)))
+        return builder.load(builder.inttoptr(byte, ir.PointerType(ir.IntType(64))), align=8)
+
+    return types.intp(types.intp, types.intp), codegen
+
+
+@intrinsic
+def load_int32(typing: Any, address: Any, offset: Any) -> Any:
+    """One 4-byte integer; `offset` in such integers."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pointer = builder.bitcast(pointer_to(builder, *args), ir.PointerType(_I32))
+        return builder.sext(builder.load(pointer, align=4), ir.IntType(64))
+
+    return types.intp(types.intp, types.intp), codegen
+
+
+@intrinsic
+def store_int32(typing: Any, address: Any, offset: Any, value: Any) -> Any:
+    """One 4-byte integer; `offset` in such integers."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pointer = builder.bitcast(pointer_to(builder, *args[:2]), ir.PointerType(_I32))
+        builder.store(builder.trunc(args[2], _I32), pointer, align=4)
+        return context.get_dummy_value()
+
+    return types.none(types.intp, types.intp, types.intp), codegen
+
+
+@intrinsic
+def store_int64(typing: Any, address: Any, offset: Any, value: Any) -> Any:
+    """One 8-byte integer; `offset` in such integers."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        byte = builder.add(args[0], builder.shl(args[1], ir.Constant(args[1].type, 3)))
+        builder.store(args[2], builder.inttoptr(byte, ir.PointerType(ir.IntType(64))), align=8)
+        return context.get_dummy_value()
+
+    return types.none(types.intp, types.intp, types.intp), codegen
+
+
+@intrinsic
+def silu(typing: Any, value: Any) -> Any:
+    """x / (1 + e^-x), lane by lane."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.fmul(args[0], _sigmoid(builder, args[0]))
+
+    return vector(vector), codegen
+
+
+@intrinsic
+def gelu_tanh(typing: Any, value: Any) -> Any:
+    """x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3))), which is x * sigmoid(2 * that argument)."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        x = args[0]
+        cube = builder.fmul(builder.fmul(x, x), x)
+        inner = builder.fadd(x, builder.fmul(constant(0.044715), cube))
+        return builder.fmul(x, _sigmoid(builder, builder.fmul(constant(2 * 0.7978845608028654), inner)))
+
+    return vector(vector), codegen
+
+
+def _sigmoid(builder: Any, x: Any) -> Any:
+    """1 / (1 + e^-x) by an exponential that never overflows: e = e^-|x|, and then 1 / (1 + e) or e / (1 + e)."""
+    negative = builder.fcmp_ordered("<", x, constant(0.0))
+    e = _exp(builder, builder.select(negative, x, builder.fsub(constant(0.0), x)))
+    top = builder.select(negative, e, constant(1.0))
+    return builder.fdiv(top, builder.fadd(constant(1.0), e))
+
+
+@intrinsic
+def maximum(typing: Any, a: Any, b: Any) -> Any:
+    """The larger of each lane."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.select(builder.fcmp_ordered(">", *args), *args)
+
+    return vector(vector, vector), codegen
 
 
 # e^f on |f| <= ln2 / 2 by its Taylor series; the last term left out is below 2e-9.
@@ -228,18 +325,18 @@ def _exp(builder: Any, value: Any) -> Any:
     """e^x = 2^n * e^f with n = round(x / ln2); ln2 is subtracted in two parts so that f keeps its last bits."""
 
     def fused(a: Any, b: Any, c: Any) -> Any:
-        return _call(builder, f"llvm.fma.{_SUFFIX}", _VECTOR, [a, b, c])
+        return call(builder, f"llvm.fma.{_SUFFIX}", _VECTOR, [a, b, c])
 
     integers = ir.VectorType(_I32, LANES)
-    tiny = builder.fcmp_ordered("<", value, _constant(-87.0))
-    value = builder.select(tiny, _constant(-87.0), value)
-    scaled = builder.fmul(value, _constant(1.4426950408889634))
-    n = _call(builder, f"llvm.rint.{_SUFFIX}", _VECTOR, [scaled])
-    f = fused(n, _constant(-0.693359375), value)
-    f = fused(n, _constant(2.12194440e-4), f)
-    series = _constant(_EXP_TERMS[0])
+    tiny = builder.fcmp_ordered("<", value, constant(-87.0))
+    value = builder.select(tiny, constant(-87.0), value)
+    scaled = builder.fmul(value, constant(1.4426950408889634))
+    n = call(builder, f"llvm.rint.{_SUFFIX}", _VECTOR, [scaled])
+    f = fused(n, constant(-0.693359375), value)
+    f = fused(n, constant(2.12194440e-4), f)
+    series = constant(_EXP_TERMS[0])
     for term in _EXP_TERMS[1:]:
-        series = fused(series, f, _constant(term))
+        series = fused(series, f, constant(term))
     exponent = builder.add(builder.fptosi(n, integers), ir.Constant(integers, [127] * LANES))
     power = builder.bitcast(builder.shl(exponent, ir.Constant(integers, [23] * LANES)), _VECTOR)
-    return builder.select(tiny, _constant(0.0), builder.fmul(series, power))
+    return builder.select(tiny, constant(0.0), builder.fmul(series, power))

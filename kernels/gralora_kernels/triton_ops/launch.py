@@ -21,6 +21,7 @@ class TritonBackend:
     """One device. Holds the intermediate u: calls belong on one stream."""
 
     name = "triton"
+    panel = 0
 
     def __init__(self, device: torch.device) -> None:
         if device.type == "cpu" and not triton.knobs.runtime.interpret:

@@ -1,4 +1,4 @@
-"""The skinny GEMM against torch."""
+"""The base product against torch, in whatever pieces it is computed."""
 
 from __future__ import annotations
 
@@ -6,34 +6,35 @@ import pytest
 import torch
 from support.numeric import assert_close
 
-from gralora_kernels.cpu.gemm import linear
+from gralora_kernels.cpu.linear import PackedWeight, linear
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 8, 31])
-@pytest.mark.parametrize(("in_features", "out_features"), [(576, 192), (192, 577), (7, 3), (40, 1)])
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 8, 13, 31, 130])
+@pytest.mark.parametrize(("in_features", "out_features"), [(576, 192), (192, 577), (7, 3), (40, 1), (2500, 33)])
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_agrees_with_torch(rows, in_features, out_features, with_bias):
     x, weight = torch.randn(rows, in_features), torch.randn(out_features, in_features)
     bias = torch.randn(out_features) if with_bias else None
     out = torch.empty(rows, out_features)
 
-    linear(out, x, weight, bias)
+    linear(out, x, PackedWeight(weight), bias)
 
     assert_close(torch.nn.functional.linear(x, weight, bias), out)
 
 
 def test_a_rows_result_does_not_depend_on_its_batch():
-    x, weight = torch.randn(31, 576), torch.randn(193, 576)
-    together, alone = torch.empty(31, 193), torch.empty(1, 193)
+    x, weight = torch.randn(131, 1500), PackedWeight(torch.randn(193, 1500))
+    together, alone = torch.empty(131, 193), torch.empty(1, 193)
     linear(together, x, weight, None)
 
-    for row in range(31):
+    for row in range(131):
         linear(alone, x[row : row + 1], weight, None)
         assert torch.equal(together[row], alone[0])
 
 
 def test_shapes_that_do_not_fit_are_refused():
-    with pytest.raises(ValueError, match="do not fit weight"):
-        linear(torch.empty(2, 5), torch.zeros(2, 4), torch.zeros(4, 4), None)
+    weight = PackedWeight(torch.zeros(4, 4))
+    with pytest.raises(ValueError, match="do not fit a weight"):
+        linear(torch.empty(2, 5), torch.zeros(2, 4), weight, None)
     with pytest.raises(ValueError, match="contiguous float32"):
-        linear(torch.empty(2, 4), torch.zeros(4, 2).T, torch.zeros(4, 4), None)
+        linear(torch.empty(2, 4), torch.zeros(4, 2).T, weight, None)

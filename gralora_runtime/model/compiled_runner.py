@@ -1,0 +1,99 @@
+"""Runs one step of a Llama-like model on the CPU as one compiled program, without a line of Python per layer."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from gralora_kernels.cpu.attention import attention_pieces
+from gralora_kernels.cpu.linear import PackedWeight
+from gralora_kernels.cpu.program import DecoderShape, Program, Step
+from gralora_kernels.cpu.rows import GELU_TANH, SILU
+from gralora_kernels.tables import ModuleTable
+from gralora_runtime.batch import StepTensors
+from gralora_runtime.model.decoder import Decoder, DecoderLayer, Projection, projections, rotary_tables
+from gralora_runtime.model.kv_pool import KVPool
+from gralora_runtime.model.loading import BaseModel
+
+logger = logging.getLogger(__name__)
+
+
+class CompiledRunner:
+    """Takes the model of `base` over: its linears are packed, which frees the originals."""
+
+    def __init__(
+        self,
+        base: BaseModel,
+        decoder: Decoder,
+        kv_pool: KVPool,
+        *,
+        arena: Tensor,
+        tables: Mapping[str, ModuleTable],
+        page_size: int,
+        max_num_tokens: int,
+    ) -> None:
+        self._group = decoder.heads // decoder.kv_heads
+        self._tables = tables
+        cos, sin = rotary_tables(base.model, base.max_positions)
+        shape = DecoderShape(
+            hidden=decoder.embedding.shape[1],
+            intermediate=decoder.intermediate,
+            heads=decoder.heads,
+            kv_heads=decoder.kv_heads,
+            head_dim=decoder.head_dim,
+            page_size=page_size,
+            activation={"silu": SILU, "gelu_tanh": GELU_TANH}[decoder.activation],
+            cos=cos,
+            sin=sin,
+        )
+        self._program = Program(shape, max_tokens=max_num_tokens, arena=arena)
+        self._program.embed(decoder.embedding.detach(), decoder.embedding_factor)
+        for index, layer in enumerate(decoder.layers):
+            self._add_layer(decoder, layer, kv_pool.keys[index], kv_pool.values[index])
+        head = decoder.head
+        bias = None if head.bias is None else head.bias.detach()
+        self._program.head(decoder.final_norm, decoder.eps, PackedWeight(head.weight.detach()), bias)
+        logger.info("model ready: %d layers compiled into one program", len(decoder.layers))
+
+    def execute(self, tensors: StepTensors) -> Tensor:
+        """Logits of the tokens in `logits_index`, fp32 [sampling rows, vocab]."""
+        pieces = attention_pieces(tensors.query_starts.numpy(), tensors.context_lens.numpy(), self._group)
+        return self._program.run(
+            Step(
+                token_ids=tensors.input_ids[0],
+                positions=tensors.position_ids[0],
+                kv_slots=tensors.kv_slots,
+                last=tensors.logits_index,
+                page_table=tensors.page_table,
+                pieces=pieces,
+                grouping=tensors.grouping,
+            )
+        )
+
+    def _add_layer(self, decoder: Decoder, layer: DecoderLayer, keys: Tensor, values: Tensor) -> None:
+        program, eps = self._program, decoder.eps
+        program.norm(layer.input_norm, eps)
+        self._linear(program.normed, program.qkv, layer.qkv)
+        program.attend(
+            keys, values, scale=decoder.scale, window=layer.window, q_norm=layer.q_norm, k_norm=layer.k_norm, eps=eps
+        )
+        self._linear(program.attended, program.hidden, layer.o, accumulate=True)
+        program.norm(layer.post_norm, eps)
+        self._linear(program.normed, program.gates_and_ups, layer.gate_up)
+        program.gate()
+        self._linear(program.gated, program.hidden, layer.down, accumulate=True)
+        for projection in projections(layer):
+            _free(projection)
+
+    def _linear(self, x: Tensor, y: Tensor, projection: Projection, *, accumulate: bool = False) -> None:
+        tables = [self._tables[name] for name in projection.names]
+        bias = None if projection.bias is None else projection.bias.detach()
+        weight = PackedWeight(projection.weight.detach())
+        self._program.linear(x, y, weight, tables, bias=bias, accumulate=accumulate)
+
+
+def _free(projection: Projection) -> None:
+    for module in projection.modules:
+        module.weight = nn.Parameter(module.weight.new_empty(0), requires_grad=False)

@@ -1,0 +1,147 @@
+"""Recognises models of Llama's build and says where their weights are. Knows no kernel and no step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+# One pre-norm decoder, written many times: RMS norm, rotary attention, gated feed-forward. What else may differ between
+# them is read from the modules, and whether it was read rightly is checked at each start (selfcheck.py).
+LLAMA_LIKE = {
+    "LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "GemmaForCausalLM",
+    "Phi3ForCausalLM",
+}  # fmt: skip
+ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+
+
+@dataclass(frozen=True, slots=True)
+class Projection:
+    """Linear layers that read the same input, with their weights below one another."""
+
+    names: tuple[str, ...]
+    modules: tuple[nn.Linear, ...]
+
+    @property
+    def weight(self) -> Tensor:
+        """[sum of out, in]."""
+        weights: tuple[Tensor, ...] = tuple(module.weight for module in self.modules)
+        return torch.cat(weights)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """[sum of out]; all have one or none has (`decoder_of` sees to it)."""
+        biases = [module.bias for module in self.modules if module.bias is not None]
+        return torch.cat(biases) if biases else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecoderLayer:
+    """One layer, in the order in which it is computed."""
+
+    input_norm: Tensor
+    qkv: Projection
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    window: int  # 0: the whole context
+    o: Projection
+    post_norm: Tensor
+    gate_up: Projection
+    down: Projection
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decoder:
+    """A whole model."""
+
+    embedding: Tensor  # [vocab, hidden]
+    embedding_factor: float
+    layers: tuple[DecoderLayer, ...]
+    final_norm: Tensor
+    head: nn.Linear
+    heads: int
+    kv_heads: int
+    head_dim: int
+    scale: float  # of attention scores
+    eps: float
+    activation: str  # "silu" or "gelu_tanh"
+
+    @property
+    def intermediate(self) -> int:
+        return self.layers[0].down.modules[0].in_features
+
+
+def decoder_of(model: PreTrainedModel) -> Decoder | None:
+    """The model's parts, or None for another build, which transformers' own forward pass then computes."""
+    config = model.config
+    activation = ACTIVATIONS.get(getattr(config, "hidden_act", ""))
+    if type(model).__name__ not in LLAMA_LIKE or activation is None:
+        return None
+    gemma = type(model).__name__ == "GemmaForCausalLM"  # its norms scale by 1 + weight, its embeddings by sqrt(hidden)
+    names = {module: name for name, module in model.named_modules()}
+    layers = tuple(_layer(layer, names, config, gemma) for layer in model.model.layers)
+    projections = [p for layer in layers for p in (layer.qkv, layer.o, layer.gate_up, layer.down)]
+    residual = [p for layer in layers for p in (layer.o, layer.down)]
+    if any(p.bias is not None for p in residual) or not all(_uniform(p) for p in projections):
+        return None
+    attention = model.model.layers[0].self_attn
+    heads = config.num_attention_heads
+    return Decoder(
+        embedding=model.get_input_embeddings().weight,
+        embedding_factor=config.hidden_size**0.5 if gemma else 1.0,
+        layers=layers,
+        final_norm=_norm(model.model.norm, gemma),
+        head=model.get_output_embeddings(),
+        heads=heads,
+        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=attention.head_dim,
+        scale=attention.scaling,
+        eps=config.rms_norm_eps,
+        activation=activation,
+    )
+
+
+def rotary_tables(model: PreTrainedModel, positions: int) -> tuple[Tensor, Tensor]:
+    """The model's own cosines and sines, [positions, rotary_dim] each."""
+    ids = torch.arange(positions)[None]
+    with torch.inference_mode():
+        cos, sin = model.model.rotary_emb(torch.zeros(1, dtype=torch.float32), ids)
+    return cos[0].contiguous(), sin[0].contiguous()
+
+
+def _layer(layer: Any, names: dict[nn.Module, str], config: Any, gemma: bool) -> DecoderLayer:
+    attention, mlp = layer.self_attn, layer.mlp
+
+    def projection(parent: Any, *candidates: str) -> Projection:
+        modules = tuple(getattr(parent, name) for name in candidates if hasattr(parent, name))
+        return Projection(tuple(names[module] for module in modules), modules)
+
+    return DecoderLayer(
+        input_norm=_norm(layer.input_layernorm, gemma),
+        qkv=projection(attention, "qkv_proj", "q_proj", "k_proj", "v_proj"),
+        q_norm=_norm(attention.q_norm, gemma) if hasattr(attention, "q_norm") else None,
+        k_norm=_norm(attention.k_norm, gemma) if hasattr(attention, "k_norm") else None,
+        window=getattr(attention, "sliding_window", getattr(config, "sliding_window", None)) or 0,
+        o=projection(attention, "o_proj"),
+        post_norm=_norm(layer.post_attention_layernorm, gemma),
+        gate_up=projection(mlp, "gate_up_proj", "gate_proj", "up_proj"),
+        down=projection(mlp, "down_proj"),
+    )
+
+
+def _norm(module: Any, gemma: bool) -> Tensor:
+    weight: Tensor = module.weight.detach()
+    return weight + 1 if gemma else weight
+
+
+def _uniform(projection: Projection) -> bool:
+    return len({module.bias is None for module in projection.modules}) == 1
+
+
+def projections(layer: DecoderLayer) -> Iterator[Projection]:
+    """All four, in order."""
+    yield from (layer.qkv, layer.o, layer.gate_up, layer.down)

@@ -1,0 +1,283 @@
+"""The product that everything on the CPU is made of: a few rows times a panel of columns, kept in registers.
+
+    y[y_index[m], c] = start[m, c] + sum over d in 0 .. depth of x[x_index[m], d] * w[d, c]
+
+Each element is one chain of fused multiply-adds over d, in order. So it does not depend on how rows, columns or depth
+are cut into calls: that is what makes a token's result independent of its batch, bit for bit. Base products, adapters
+and attention all go through here. Addresses are plain integers, strides are fp32 elements, nothing checks bounds.
+Numba's on-disk cache watches only the file of the kernel itself: after editing this one, delete `__pycache__`.
+"""
+
+# ruff: noqa: ARG001, PLR0911, PLR0917  # Numba names an intrinsic's arguments, and takes arguments by position
+
+# mypy: disable-error-code="no-untyped-call"
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir  # type: ignore[import-untyped]
+from numba import njit, types
+from numba.extending import intrinsic
+
+from gralora_kernels.cpu.ahead import take
+from gralora_kernels.cpu.simd import LANES, call, constant, pointer_to, splat_value
+
+VECTORS = 2  # per row of a panel
+PANEL = VECTORS * LANES  # columns
+# Rows whose sums fit into registers: 24 of 32 with AVX-512, 12 of 16 with AVX2.
+MAX_ROWS = 12 if LANES == 16 else 6
+UNROLL = 4
+# From so many rows on, arithmetic leaves the memory idle: each step of depth asks for one cache line that somebody will
+# want next.
+PREFETCH_ROWS = 6
+LINE = 64  # bytes
+
+FROM_ZERO = 0  # `start`: sums begin at 0
+FROM_OUTPUT = 1  # sums begin at what y holds; any other value is the address of a bias
+
+_I32 = ir.IntType(32)
+_I64 = ir.IntType(64)
+_F32 = ir.FloatType()
+_VECTOR = ir.VectorType(_F32, LANES)
+_SUFFIX = f"v{LANES}f32"
+
+
+class _Tile:
+    """Emits one tile: `rows` x `vectors`, columns beyond `columns` neither read from memory nor written."""
+
+    def __init__(self, builder: Any, args: Any, rows: int, vectors: int, masked: bool) -> None:
+        self.builder = builder
+        (self.x, self.x_stride, self.x_index, self.y, self.y_stride, self.y_index, self.w, self.w_stride, self.depth,
+         self.start, self.columns, self.ahead) = args  # fmt: skip
+        self.rows, self.vectors, self.masked = rows, vectors, masked
+
+    def emit(self) -> None:
+        b = self.builder
+        self.masks = [self._mask(v) for v in range(self.vectors)]
+        x_rows = [self._row(self.x, self.x_stride, self.x_index, m) for m in range(self.rows)]
+        y_rows = [self._row(self.y, self.y_stride, self.y_index, m) for m in range(self.rows)]
+        sums = self._initial(y_rows)
+        whole = b.and_(self.depth, _I64(-UNROLL))
+        sums = self._loop(sums, x_rows, _I64(0), whole, UNROLL)
+        sums = self._loop(sums, x_rows, whole, self.depth, 1)
+        for m in range(self.rows):
+            for v in range(self.vectors):
+                self._store(y_rows[m], v, sums[m * self.vectors + v])
+
+    def _row(self, base: Any, stride: Any, index: Any, m: int) -> Any:
+        b = self.builder
+        address = b.inttoptr(b.add(index, _I64(4 * m)), ir.PointerType(_I32))
+        row = b.sext(b.load(address, align=4), _I64)
+        return b.add(base, b.shl(b.mul(row, stride), _I64(2)))
+
+    def _mask(self, v: int) -> Any:
+        b = self.builder
+        lanes = ir.Constant(ir.VectorType(_I32, LANES), list(range(v * LANES, (v + 1) * LANES)))
+        return b.icmp_signed("<", lanes, splat_value(b, b.trunc(self.columns, _I32), _I32))
+
+    def _load(self, address: Any, v: int, masked: bool) -> Any:
+        b = self.builder
+        p = pointer_to(b, address, _I64(v * LANES))
+        if not masked:
+            return b.load(p, align=4)
+        return call(b, f"llvm.masked.load.{_SUFFIX}.p0", _VECTOR, [p, _I32(4), self.masks[v], constant(0.0)])
+
+    def _store(self, address: Any, v: int, value: Any) -> None:
+        b = self.builder
+        p = pointer_to(b, address, _I64(v * LANES))
+        call(b, f"llvm.masked.store.{_SUFFIX}.p0", ir.VoidType(), [value, p, _I32(4), self.masks[v]])
+
+    def _initial(self, y_rows: list[Any]) -> list[Any]:
+        """Zeros, y, or the bias in every row."""
+        b = self.builder
+        count = self.rows * self.vectors
+        zero, output, bias, begin = (b.append_basic_block(n) for n in ("zero", "output", "bias", "begin"))
+        switch = b.switch(self.start, bias)
+        switch.add_case(_I64(FROM_ZERO), zero)
+        switch.add_case(_I64(FROM_OUTPUT), output)
+        choices = []
+        for block, values in (
+            (zero, lambda: [constant(0.0)] * count),
+            (output, lambda: [self._load(y, v, True) for y in y_rows for v in range(self.vectors)]),
+            (bias, lambda: [self._load(self.start, v, True) for v in range(self.vectors)] * self.rows),
+        ):
+            b.position_at_end(block)
+            choices.append((block, values()))
+            b.branch(begin)
+        b.position_at_end(begin)
+        return self._phis(choices, count)
+
+    def _phis(self, choices: list[tuple[Any, list[Any]]], count: int) -> list[Any]:
+        phis = [self.builder.phi(_VECTOR) for _ in range(count)]
+        for block, values in choices:
+            for phi, value in zip(phis, values, strict=True):
+                phi.add_incoming(value, block)
+        return phis
+
+    def _loop(self, sums: list[Any], x_rows: list[Any], begin: Any, end: Any, unroll: int) -> list[Any]:
+        b = self.builder
+        before = b.block
+        head, body, after = (b.append_basic_block(n) for n in ("head", "body", "after"))
+        b.branch(head)
+        b.position_at_end(head)
+        d = b.phi(_I64)
+        d.add_incoming(begin, before)
+        phis = self._phis([(before, sums)], len(sums))
+        b.cbranch(b.icmp_signed("<", d, end), body, after)
+        b.position_at_end(body)
+        new = list(phis)
+        for step in range(unroll):
+            new = self._multiply(new, x_rows, b.add(d, _I64(step)))
+        d.add_incoming(b.add(d, _I64(unroll)), b.block)
+        for phi, value in zip(phis, new, strict=True):
+            phi.add_incoming(value, b.block)
+        b.branch(head)
+        b.position_at_end(after)
+        return phis
+
+    def _multiply(self, sums: list[Any], x_rows: list[Any], d: Any) -> list[Any]:
+        b = self.builder
+        w = b.add(self.w, b.shl(b.mul(d, self.w_stride), _I64(2)))
+        if self.rows >= PREFETCH_ROWS and not self.masked:
+            line = b.inttoptr(b.add(self.ahead, b.shl(d, _I64(6))), ir.PointerType(_VECTOR))
+            call(b, "llvm.prefetch.p0", ir.VoidType(), [line, _I32(0), _I32(2), _I32(1)])
+        weights = [self._load(w, v, self.masked) for v in range(self.vectors)]
+        values = [self._scalar(x, d) for x in x_rows]
+        return [
+            call(b, f"llvm.fma.{_SUFFIX}", _VECTOR, [values[m], weights[v], sums[m * self.vectors + v]])
+            for m in range(self.rows)
+            for v in range(self.vectors)
+        ]
+
+    def _scalar(self, x: Any, d: Any) -> Any:
+        b = self.builder
+        pointer = b.inttoptr(b.add(x, b.shl(d, _I64(2))), ir.PointerType(_F32))
+        return splat_value(b, b.load(pointer, align=4))
+
+
+def _tile(rows: int, vectors: int, masked: bool) -> Any:
+    @intrinsic
+    def tile(
+        typing: Any, x: Any, x_stride: Any, x_index: Any, y: Any, y_stride: Any, y_index: Any, w: Any, w_stride: Any,
+        depth: Any, start: Any, columns: Any, ahead: Any,
+    ) -> Any:  # fmt: skip
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            _Tile(builder, args, rows, vectors, masked).emit()
+            return context.get_dummy_value()
+
+        return types.none(*(types.intp,) * 12), codegen
+
+    return tile
+
+
+_SIZES = (1, 2, 3, 4, 6, 8, 12)
+_wide = {m: _tile(m, 2, False) for m in _SIZES if m <= MAX_ROWS}
+_masked = {m: _tile(m, 2, True) for m in _SIZES if m <= MAX_ROWS}
+_narrow = {m: _tile(m, 1, True) for m in _SIZES if m <= MAX_ROWS}
+
+
+def _by_rows(tiles: dict[int, Any]) -> Any:
+    """A function that runs one tile of as many of `rows` as fit, and returns how many those were."""
+    t1, t2, t3, t4, t6 = (tiles[m] for m in (1, 2, 3, 4, 6))
+    t8, t12 = tiles.get(8, t6), tiles.get(12, t6)
+
+    @njit(nogil=True)
+    def run(
+        rows: int, x: int, x_stride: int, x_index: int, y: int, y_stride: int, y_index: int, w: int, w_stride: int,
+        depth: int, start: int, columns: int, ahead: int,
+    ) -> int:  # fmt: skip
+        if MAX_ROWS >= 12 and rows >= 12:
+            t12(x, x_stride, x_index, y, y_stride, y_index, w, w_stride, depth, start, columns, ahead)
+            return 12
+        if MAX_ROWS >= 8 and rows >= 8:
+            t8(x, x_stride, x_index, y, y_stride, y_index, w, w_stride, depth, start, columns, ahead)
+            return 8
+        if rows >= 6:
+            t6(x, x_stride, x_index, y, y_stride, y_index, w, w_stride, depth, start, columns, ahead)
+            return 6
+        if rows >= 4:
+            t4(x, x_stride, x_index, y, y_stride, y_index, w, w_stride, depth, start, columns, ahead)
+            return 4
+        if rows == 3:
+            t3(x, x_stride, x_index, y, y_stride, y_index, w, w_stride, depth, start, columns, ahead)
+            return 3
+        if rows == 2:
+            t2(x, x_stride, x_index, y, y_stride, y_index, w, w_stride, depth, start, columns, ahead)
+            return 2
+        t1(x, x_stride, x_index, y, y_stride, y_index, w, w_stride, depth, start, columns, ahead)
+        return 1
+
+    return run
+
+
+_run_wide, _run_masked, _run_narrow = _by_rows(_wide), _by_rows(_masked), _by_rows(_narrow)
+
+
+@njit(nogil=True)
+def multiply(
+    rows: int, x: int, x_stride: int, x_index: int, y: int, y_stride: int, y_index: int, w: int, w_stride: int,
+    depth: int, start: int, columns: int, padded: bool, ranges: int,
+) -> None:  # fmt: skip
+    """Any number of rows times up to PANEL columns. `padded`: all PANEL columns of w may be read.
+
+    `ranges` is a list of memory that is wanted later (`ahead.py`), of which each tile fetches depth * LINE bytes; 0:
+    nothing is.
+    """
+    done = 0
+    while done < rows:
+        left = rows - done
+        tiles = (left + MAX_ROWS - 1) // MAX_ROWS
+        some = (left + tiles - 1) // tiles
+        shift = 4 * done
+        if padded:
+            # Without a list, fetch what follows this panel: as likely as anything to be next.
+            after = w + depth * w_stride * 4 + 2 * done * depth * 4
+            ahead = take(ranges, depth * LINE, after) if ranges and some >= PREFETCH_ROWS else after
+            done += _run_wide(
+                some,
+                x,
+                x_stride,
+                x_index + shift,
+                y,
+                y_stride,
+                y_index + shift,
+                w,
+                w_stride,
+                depth,
+                start,
+                columns,
+                ahead,
+            )
+        elif columns <= LANES:
+            done += _run_narrow(
+                some,
+                x,
+                x_stride,
+                x_index + shift,
+                y,
+                y_stride,
+                y_index + shift,
+                w,
+                w_stride,
+                depth,
+                start,
+                columns,
+                ahead,
+            )
+        else:
+            done += _run_masked(
+                some,
+                x,
+                x_stride,
+                x_index + shift,
+                y,
+                y_stride,
+                y_index + shift,
+                w,
+                w_stride,
+                depth,
+                start,
+                columns,
+                ahead,
+            )

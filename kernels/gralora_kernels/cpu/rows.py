@@ -1,0 +1,91 @@
+"""What a decoder layer does to one token alone: norm, rotary embedding, activation. Addresses are integers."""
+
+# Numba takes arguments by position
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numba import njit
+
+from gralora_kernels.cpu.simd import (
+    LANES,
+    add,
+    fma,
+    gelu_tanh,
+    load,
+    load_part,
+    load_scalar,
+    silu,
+    splat,
+    store,
+    store_part,
+    store_scalar,
+    total,
+)  # fmt: skip
+from gralora_kernels.cpu.simd import (
+    multiply as times,
+)
+
+SILU, GELU_TANH = 0, 1
+
+
+@njit(nogil=True)
+def rms_norm(x: int, weight: int, out: int, features: int, eps: float) -> None:
+    """out = weight * x / sqrt(mean(x^2) + eps); out may be x."""
+    squares = splat(np.float32(0.0))
+    whole = features - features % LANES
+    for i in range(0, whole, LANES):
+        value = load(x, i)
+        squares = fma(value, value, squares)
+    if whole < features:
+        value = load_part(x, whole, features - whole)
+        squares = fma(value, value, squares)
+    factor = splat(np.float32(1.0 / math.sqrt(total(squares) / features + eps)))
+    for i in range(0, whole, LANES):
+        store(out, i, times(load(weight, i), times(load(x, i), factor)))
+    if whole < features:
+        rest = features - whole
+        value = times(load_part(weight, whole, rest), times(load_part(x, whole, rest), factor))
+        store_part(out, whole, value, rest)
+
+
+@njit(nogil=True)
+def rotate(head: int, cos: int, sin: int, rotary_dim: int) -> None:
+    """Rotary embedding in place, as Llama pairs its dimensions: (i, i + rotary_dim / 2). cos, sin [rotary_dim]."""
+    half = rotary_dim // 2
+    for i in range(0, half, LANES):
+        count = min(LANES, half - i)
+        a, b = load_part(head, i, count), load_part(head, half + i, count)
+        minus_b = times(b, splat(np.float32(-1.0)))
+        low = add(times(a, load_part(cos, i, count)), times(minus_b, load_part(sin, i, count)))
+        high = add(times(b, load_part(cos, half + i, count)), times(a, load_part(sin, half + i, count)))
+        store_part(head, i, low, count)
+        store_part(head, half + i, high, count)
+
+
+@njit(nogil=True)
+def gate(gates: int, ups: int, out: int, features: int, activation: int) -> None:
+    """out = activation(gates) * ups."""
+    for i in range(0, features, LANES):
+        count = min(LANES, features - i)
+        value = load_part(gates, i, count)
+        value = gelu_tanh(value) if activation == GELU_TANH else silu(value)
+        store_part(out, i, times(value, load_part(ups, i, count)), count)
+
+
+@njit(nogil=True)
+def scale_into(x: int, out: int, features: int, factor: float) -> None:
+    """out = factor * x."""
+    factors = splat(np.float32(factor))
+    for i in range(0, features, LANES):
+        count = min(LANES, features - i)
+        store_part(out, i, times(load_part(x, i, count), factors), count)
+
+
+@njit(nogil=True)
+def scatter(x: int, out: int, count: int, stride: int) -> None:
+    """out[i * stride] = x[i]."""
+    for i in range(count):
+        store_scalar(out, i * stride, load_scalar(x, i))
