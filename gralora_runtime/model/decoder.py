@@ -35,7 +35,7 @@ class Projection:
     @property
     def bias(self) -> Tensor | None:
         """[sum of out]; all have one or none has (`decoder_of` sees to it)."""
-        biases = [module.bias for module in self.modules if module.bias is not None]
+        biases: list[Tensor] = [module.bias for module in self.modules if module.bias is not None]
         return torch.cat(biases) if biases else None
 
 
