@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -91,18 +92,26 @@ def exact_lora(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return lora_a.reshape(k * rank, k * width), lora_b.contiguous()
 
 
-def merged(base: PreTrainedModel, adapter: Path) -> PreTrainedModel:
-    """A copy of the base model with the adapter merged by PEFT."""
-    model = PeftModel.from_pretrained(_copy(base), adapter).merge_and_unload()
-    assert isinstance(model, PreTrainedModel)
-    return model.eval()
+class Merger:
+    """Merged models: the base with an adapter merged into its weights by PEFT."""
+
+    def __init__(self, base: PreTrainedModel) -> None:
+        self._base = base
+        self._scratch = deepcopy(base)
+
+    def keep(self, adapter: Path) -> PreTrainedModel:
+        """A model of its own."""
+        return _merge(deepcopy(self._base), adapter)
+
+    def borrow(self, adapter: Path) -> PreTrainedModel:
+        """Valid until the next call: all of them share one model's memory."""
+        self._scratch.load_state_dict(self._base.state_dict())
+        return _merge(self._scratch, adapter)
 
 
-def _copy(base: PreTrainedModel) -> PreTrainedModel:
-    copy = type(base)(base.config).to(base.dtype)
-    copy.load_state_dict(base.state_dict())
-    copy.generation_config = base.generation_config
-    return copy.eval()
+def _merge(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
+    merged: PreTrainedModel = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    return merged.eval()
 
 
 def _randomise(adapted: PeftModel, *, seed: int) -> int:

@@ -1,4 +1,4 @@
-"""When each token came, and what follows from it. The same record for every contender, and one loop that takes turns."""
+"""When each token came, and what follows from it: one record for every contender, and the loop that takes turns."""
 
 from __future__ import annotations
 

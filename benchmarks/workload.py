@@ -37,6 +37,7 @@ class Workload:
     peft_turns: int = 1
     own_fleet: int = 4  # engines that take turns, of the `crowd` that a fleet would have
     bandwidth_bytes: int = 1 << 30
+    kernel_segment: int = 256  # tokens of one adapter
     kernel_samples: int = 20
 
     @property
@@ -59,6 +60,7 @@ QUICK = Workload(
     own_turns=1,
     own_fleet=1,
     bandwidth_bytes=1 << 26,
+    kernel_segment=32,
     kernel_samples=2,
 )
 
