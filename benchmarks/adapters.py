@@ -88,8 +88,10 @@ def exact_lora(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     lora_a = a.new_zeros(k, k, s, k, width)  # [j, n, c, block of in, column]
     for n in range(k):
         lora_a[:, n, :, n] = a[n].T.reshape(k, s, width)
-    lora_b = torch.block_diag(*(block.T for block in b))  # [out, k*r]
-    return lora_a.reshape(k * rank, k * width), lora_b.contiguous()
+    lora_b = b.new_zeros(k, b.shape[2], k, rank)  # [block of out, row, j, column of j]
+    for j in range(k):
+        lora_b[j, :, j] = b[j].T
+    return lora_a.reshape(k * rank, k * width), lora_b.reshape(k * b.shape[2], k * rank)
 
 
 class Merger:

@@ -12,11 +12,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from benchmarks.adapters import AdapterSet, Merger
 from benchmarks.cost import BYTES, ModelCost
-from benchmarks.gate import Gate
+from benchmarks.gate import Gate, GateRedError
 from benchmarks.machine import resident_bytes
-from benchmarks.measurement import Contender, Rounds, interleave
+from benchmarks.measurement import Contender, interleave
 from benchmarks.own_engine import OwnEngine
 from benchmarks.record import Memory, Row, Skipped, rows_of
+from benchmarks.worker import WorkerError
 from benchmarks.workload import Request, Workload, make_prompts, make_requests
 
 KV_CACHE_BYTES = 512 << 20  # more than the largest crowd needs
@@ -58,19 +59,19 @@ class Bench:
             kv_cache_bytes=KV_CACHE_BYTES,
         )
 
-    def requests(self, adapters: Sequence[str], count: int) -> list[Request]:
+    def requests(self, adapters: Sequence[str], count: int, *, max_tokens: int | None = None) -> list[Request]:
         """The first `count` prompts; request i asks for adapter i, modulo their number."""
-        return make_requests(self.prompts[:count], adapters, self.workload.output_tokens)
+        return make_requests(self.prompts[:count], adapters, max_tokens or self.workload.output_tokens)
 
     def ours(self, name: str, requests: Sequence[Request]) -> Contender:
         """Our engine with these requests."""
         return Contender(name=name, run=lambda _: [self.engine.run(requests)])
 
-    def measure(self, contenders: Sequence[Contender]) -> tuple[list[Row], Rounds]:
+    def measure(self, contenders: Sequence[Contender]) -> list[Row]:
         """All contenders in turn, through the gate."""
-        rounds = interleave(contenders, self.workload.rounds, check=self.gate.check)
-        rows = [row for contender in contenders for row in rows_of(contender, rounds[contender.name], self.cost)]
-        return rows, rounds
+        present = [contender for contender in contenders if not contender.theirs or self._can_take_part(contender)]
+        rounds = interleave(present, self.workload.rounds, check=self.gate.check)
+        return [row for contender in present for row in rows_of(contender, rounds[contender.name], self.cost)]
 
     def keep_merged(self, names: Sequence[str]) -> list[PreTrainedModel]:
         """Merged models that stay in memory until `forget_merged`."""
@@ -97,6 +98,15 @@ class Bench:
 
     def close(self) -> None:
         self.engine.close()
+
+    def _can_take_part(self, contender: Contender) -> bool:
+        try:
+            for run in contender.run(0):
+                self.gate.check(run)
+        except (GateRedError, WorkerError) as problem:
+            self.skipped.append(Skipped(contender=contender.name, why=str(problem)))
+            return False
+        return True
 
     def _reference(self, adapter: str) -> PreTrainedModel:
         if adapter == "":

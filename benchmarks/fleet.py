@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -19,6 +20,7 @@ from benchmarks.machine import resident_bytes
 from benchmarks.measurement import Contender, Run
 from benchmarks.record import Skipped
 from benchmarks.rivals import PeftSwitcher, generate
+from benchmarks.worker import WorkerError
 from benchmarks.workload import Request
 
 TRANSFORMERS_ONE = "transformers, 1 merged model, one batch"
@@ -98,10 +100,10 @@ def _vllm(bench: Bench, resources: ExitStack, python: str) -> list[Contender]:
     same_model = bench.requests(bench.main[:1], workload.crowd)
     distinct = bench.requests(exact, workload.crowd)
 
-    def start(folder_of: str, loras: Sequence[str]) -> Callable[[Sequence[Request]], Run]:
+    def start(model_dir: Path, loras: Sequence[str]) -> Callable[[Sequence[Request]], Run]:
         worker = vllm_process.running(
             python,
-            bench.save_merged(folder_of) if folder_of else bench.model_dir,
+            model_dir,
             max_num_seqs=workload.large_crowd,
             max_model_len=workload.prompt_tokens + workload.output_tokens,
             loras={name: bench.adapters.path(name) for name in loras},
@@ -110,10 +112,14 @@ def _vllm(bench: Bench, resources: ExitStack, python: str) -> list[Contender]:
         )
         return resources.enter_context(worker).run
 
-    run_one, run_exact = start(bench.main[0], ()), start("", exact)
+    try:
+        run_one, run_exact = start(bench.save_merged(bench.main[0]), ()), start(bench.model_dir, exact)
+    except WorkerError as death:
+        bench.skipped += [Skipped(contender=name, why=str(death)) for name in (VLLM_ONE, VLLM_EXACT)]
+        return []
     return [
-        Contender(name=VLLM_ONE, run=lambda _: [run_one(same_model)], merged=True),
-        Contender(name=VLLM_EXACT, run=lambda _: [run_exact(distinct)]),
+        Contender(name=VLLM_ONE, run=lambda _: [run_one(same_model)], merged=True, theirs=True),
+        Contender(name=VLLM_EXACT, run=lambda _: [run_exact(distinct)], theirs=True),
     ]
 
 

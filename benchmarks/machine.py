@@ -91,9 +91,10 @@ def chunked_sum(values: npt.NDArray[np.float32]) -> np.float32:
     """Of whole chunks; what is left over at the end is not read."""
     total = np.float32(0)
     for chunk in numba.prange(len(values) // CHUNK):
+        block = values[chunk * CHUNK : (chunk + 1) * CHUNK]  # a slice with its own index is what becomes SIMD code
         partial = np.float32(0)
-        for i in range(chunk * CHUNK, (chunk + 1) * CHUNK):
-            partial += values[i]
+        for i in range(len(block)):
+            partial += block[i]
         total += partial
     return total
 

@@ -58,6 +58,7 @@ class Contender:
     run: Callable[[int], Sequence[Run]]
     merged: bool = False  # its adapters are part of the weights, and cost nothing more
     one_by_one: bool = False
+    theirs: bool = False  # if its tokens are wrong it is left out, where we would stop
     note: str = ""
 
 

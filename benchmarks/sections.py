@@ -39,12 +39,12 @@ def one_request(bench: Bench) -> Section:
         bench.ours(ONE, adapter),
         Contender(name=TRANSFORMERS, run=lambda _: [generate(bench.base, base)]),
     ]
-    rows, _ = bench.measure(contenders)
+    rows = bench.measure(contenders)
     return Section(
         key="one",
         title="One request",
         text="Decoding one stream is bound by memory: every step reads all weights, and the adapter's. "
-        "The share of the read bandwidth that a step reaches is one over its times-floor.",
+        "The share is that of the read bandwidth which a step reaches.",
         rows=rows,
         ratios=[
             Ratio(title="decode beside transformers", ours=BASE, theirs=TRANSFORMERS, measure=STEP),
@@ -66,7 +66,7 @@ def crowd(bench: Bench, vllm_python: str) -> list[Section]:
     own += [bench.ours(name, bench.requests(names, workload.crowd)) for name, names in kinds.items()]
     with ExitStack() as resources:
         contenders = [*own, *fleet.rivals(bench, resources, vllm_python)]
-        rows, _ = bench.measure(contenders)
+        rows = bench.measure(contenders)
     bench.forget_merged()
     pool_bytes = sum(bench.adapters.params[name] for name in bench.by_k[workload.k]) * 4
     bench.note_memory(f"{workload.crowd} adapters in our engine's pool", pool_bytes, "their parameters, in float32")
@@ -132,13 +132,18 @@ def _exact_name(bench: Bench, k: int) -> str:
 def many_adapters(bench: Bench) -> Section:
     """What a step pays per byte of adapter."""
     count = bench.workload.large_crowd
-    contenders = [bench.ours(BASE, bench.requests([""], count))]
-    contenders += [bench.ours(adapters_name(n), bench.requests(bench.main[:n], count)) for n in bench.workload.distinct]
-    rows, _ = bench.measure(contenders)
+    max_tokens = bench.workload.large_crowd_tokens
+    contenders = [bench.ours(BASE, bench.requests([""], count, max_tokens=max_tokens))]
+    contenders += [
+        bench.ours(adapters_name(n), bench.requests(bench.main[:n], count, max_tokens=max_tokens))
+        for n in bench.workload.distinct
+    ]
+    rows = bench.measure(contenders)
     return Section(
         key="adapters",
         title=f"Distinct adapters among {count} requests",
-        text="The time over base only, per byte of adapter that the step has to read.",
+        text="The time over base only, per byte of adapter that the step has to read. "
+        f"{max_tokens} output tokens each.",
         rows=rows,
         ratios=[Ratio(title=f"{c.name} / base model", ours=c.name, theirs=BASE, measure=STEP) for c in contenders[1:]],
         base=BASE,
@@ -149,7 +154,7 @@ def long_prompt(bench: Bench) -> Section:
     """Prefill alone: the time to the first token of one long prompt."""
     prompt = make_prompts(1, bench.workload.long_prompt_tokens, bench.base.config.vocab_size, seed=1)[0]
     base, adapter = Request("", prompt, 1), Request(bench.main[0], prompt, 1)
-    rows, _ = bench.measure([bench.ours(BASE, [base]), bench.ours(ONE, [adapter])])
+    rows = bench.measure([bench.ours(BASE, [base]), bench.ours(ONE, [adapter])])
     return Section(
         key="prefill",
         title=f"Prefill of {len(prompt)} tokens",
@@ -180,8 +185,8 @@ def kernel(bench: Bench) -> Section:
     return Section(
         key="kernel",
         title="The grouped adapter kernel alone",
-        text=f"One pass over all {len(shapes)} modules, r={workload.rank}, k={workload.k}. The share of the read "
-        "bandwidth, or of the GEMM rate, is one over times-floor.",
+        text=f"One pass over all {len(shapes)} modules, r={workload.rank}, k={workload.k}. The share is that "
+        "of the read bandwidth, or of the GEMM rate.",
         rows=list(starmap(row, cases.items())),
     )
 
@@ -198,7 +203,7 @@ def over_grpc(bench: Bench) -> Section:
         kv_cache_bytes=KV_CACHE_BYTES,
     ) as service:
         remote = Contender(name=GRPC, run=lambda _: [service.client.run(requests)])
-        rows, _ = bench.measure([in_process, remote])
+        rows = bench.measure([in_process, remote])
         bench.note_memory("`gralora serve` with those adapters", service.server_bytes, "resident memory of its process")
     return Section(
         key="grpc",

@@ -27,15 +27,16 @@ class Workload:
     long_prompt_tokens: int = 512
     crowd: int = 16
     large_crowd: int = 32
+    large_crowd_tokens: int = 32  # output of each: only steps are compared there
     distinct: tuple[int, ...] = (1, 4, 16, 32)  # adapters among `large_crowd` requests
     rank: int = 16
     k: int = 2
     other_k: tuple[int, ...] = (1, 4, 8)
     # Requests that are served one after another do not influence each other, so a round times a few of them.
-    transformers_turns: int = 2
+    transformers_turns: int = 1
     own_turns: int = 2
     peft_turns: int = 1
-    own_fleet: int = 4  # engines that take turns, of the `crowd` that a fleet would have
+    own_fleet: int = 2  # engines that take turns, of the `crowd` that a fleet would have
     bandwidth_bytes: int = 1 << 30
     kernel_segment: int = 256  # tokens of one adapter
     kernel_samples: int = 20
@@ -54,6 +55,7 @@ QUICK = Workload(
     long_prompt_tokens=32,
     crowd=2,
     large_crowd=3,
+    large_crowd_tokens=6,
     distinct=(1, 3),
     other_k=(4,),
     transformers_turns=1,
