@@ -31,16 +31,17 @@ def main() -> None:
     """Exit status 1 when the gate is red: then there is no result."""
     options = _options()
     workload = QUICK if options.quick else FULL
+    out: Path = options.out or HERE / "results" / ("quick.json" if options.quick else "bench.json")
+    target = out.parent / "quick" if options.quick else HERE
+    for folder in (out.parent, target):  # now, not when a quarter of an hour has been spent
+        folder.mkdir(exist_ok=True, parents=True)
     transformers_logging.disable_progress_bar()
     try:
         result = run(options.model or ensure_default_model(), workload, options.vllm_python)
     except GateRedError as red:
         sys.exit(f"the gate is red, no time is reported: {red}")
     result["quick"] = options.quick
-    out: Path = options.out or HERE / "results" / ("quick.json" if options.quick else "bench.json")
     out.write_text(json.dumps(result, indent=1) + "\n")
-    target = out.parent / "quick" if options.quick else HERE
-    target.mkdir(exist_ok=True)
     print(report.write(result, target, notes=HERE / "NOTES.md"))
 
 
