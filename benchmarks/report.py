@@ -286,7 +286,7 @@ def _bars(axes: Axes, labels: Sequence[str], samples: Sequence[Sequence[float]],
         [median - min(each) for median, each in zip(medians, samples, strict=True)],
         [max(each) - median for median, each in zip(medians, samples, strict=True)],
     ]
-    colors = ["C0" if label.startswith("our engine") and "merged" not in label else "C7" for label in labels]
+    colors = ["C0" if label.startswith(("our engine", "gRPC")) and "merged" not in label else "C7" for label in labels]
     bars = axes.barh(labels, medians, xerr=errors, color=colors, ecolor="black", error_kw={"elinewidth": 0.8})
     axes.bar_label(bars, [f"{median:.3g}" for median in medians], padding=6)
     axes.set_xlabel(unit)
