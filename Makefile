@@ -34,8 +34,9 @@ check: $(STAMP)
 proto: $(STAMP)
 	PATH=$(abspath $(BIN)):$$PATH $(BIN)/python scripts/generate_stubs.py
 
+# BENCH=--quick tries everything out in a minute or two; its numbers mean nothing.
 bench: $(STAMP)
-	PYTHONPATH=examples $(BIN)/python benchmarks/decode.py
+	$(BIN)/python -m benchmarks $(BENCH)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,109 @@
+"""This project's engine, stepped directly: no server, no event loop, no other thread."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.measurement import Answer, Run
+from benchmarks.workload import Request
+from gralora_runtime.adapters.lease import AdapterLease
+from gralora_runtime.assemble import assemble
+from gralora_runtime.config import EngineConfig
+from gralora_runtime.detokenizer import Detokenizer
+from gralora_runtime.request import Delta, ResponseParams, SamplingParams, StoppingParams
+from gralora_runtime.sampler import SamplerState
+from gralora_runtime.sequence import Sequence as EngineSequence
+
+
+class OwnEngine:
+    """One model and the adapters of one directory. The prefix cache is off: repeated prompts are to be computed."""
+
+    def __init__(
+        self,
+        model_dir: Path,
+        *,
+        adapters_dir: Path | None = None,
+        max_num_seqs: int,
+        adapter_pool_bytes: int,
+        kv_cache_bytes: int,
+    ) -> None:
+        config = EngineConfig(
+            model=model_dir,
+            adapters_dir=adapters_dir,
+            max_num_seqs=max_num_seqs,
+            adapter_pool_bytes=adapter_pool_bytes,
+            kv_cache_bytes=kv_cache_bytes,
+            enable_prefix_cache=False,
+        )
+        self.parts = assemble(config)
+        self.parts.prepare_thread()
+        self._ids = itertools.count()
+
+    def run(self, requests: Sequence[Request], response: ResponseParams | None = None) -> Run:
+        """All requests arrive together, their adapters in the pool."""
+        response = response if response is not None else ResponseParams()
+        leases = [self.parts.adapters.acquire(request.adapter).result() for request in requests]
+        sequences = {
+            sequence.request_id: sequence
+            for sequence in (
+                self._sequence(request, lease, response) for request, lease in zip(requests, leases, strict=True)
+            )
+        }
+        deltas: dict[str, list[tuple[float, Delta]]] = {request_id: [] for request_id in sequences}
+        scheduler = self.parts.engine.scheduler
+        started_s = time.perf_counter()
+        for sequence in sequences.values():
+            scheduler.add(sequence)
+        while scheduler.has_work:
+            outputs = self.parts.engine.step()
+            now_s = time.perf_counter() - started_s
+            for output in outputs:
+                if output.delta is None:
+                    raise RuntimeError(f"a request failed: {output.error}") from output.error
+                deltas[output.request_id].append((now_s, output.delta))
+        return Run(tuple(answer(request, deltas[i]) for request, i in zip(requests, sequences, strict=True)))
+
+    def close(self) -> None:
+        """End the threads that load adapters."""
+        self.parts.adapters.close()
+
+    def _sequence(self, request: Request, lease: AdapterLease, response: ResponseParams) -> EngineSequence:
+        sampling, stopping = SamplingParams(temperature=0.0), StoppingParams(ignore_eos=True)
+        base = self.parts.base
+        state = SamplerState(
+            sampling,
+            stopping,
+            response,
+            seed=0,
+            prompt_token_ids=request.prompt,
+            eos_token_ids=base.eos_token_ids,
+            vocab_size=self.parts.info.vocab_size,
+        )
+        return EngineSequence(
+            request_id=f"bench-{next(self._ids)}",
+            adapter_name=lease.name,
+            tokens=list(request.prompt),
+            num_prompt=len(request.prompt),
+            max_tokens=request.max_tokens,
+            stopping=stopping,
+            eos_token_ids=base.eos_token_ids,
+            lease=lease,
+            sampler=state,
+            detokenizer=Detokenizer(base.tokenizer),
+            arrival_s=time.monotonic(),
+            seed=0,
+        )
+
+
+def answer(request: Request, deltas: Sequence[tuple[float, Delta]]) -> Answer:
+    """The deltas of one request, with when each came."""
+    tokens = [(token, time_s) for time_s, delta in deltas for token in delta.token_ids]
+    return Answer(
+        request=request,
+        tokens=tuple(token for token, _ in tokens),
+        times_s=tuple(time_s for _, time_s in tokens),
+        logprobs=tuple(token.logprob for _, delta in deltas for token in delta.logprobs),
+    )
