@@ -62,7 +62,7 @@ def assemble(config: EngineConfig) -> EngineParts:
     try:
         kv_pool, max_model_len = _kv_pool(config, base, device)
         num_pages = len(kv_pool.keys[0])
-        runner = ModelRunner(base, kv_pool, arena=adapters.pool.arena, tables=adapters.pool.tables, backend=backend)
+        runner = ModelRunner(base, kv_pool, arena=adapters.pool.arena, groups=adapters.pool.groups, backend=backend)
         batch = BatchBuilder(
             max_num_tokens=config.max_num_batched_tokens,
             page_size=config.page_size,

@@ -23,11 +23,12 @@ def warm_up_backend(backend: AdapterBackend, *, device: torch.device, dtype: tor
         table.set(0, [entry])
         arena = torch.ones(2 * RANK * features, device=device, dtype=dtype)
         for num_tokens in TOKENS:
-            grouping = Grouping(num_tokens + 1, device)
+            grouping = Grouping(num_tokens + 1)
             grouping.fill([0] * num_tokens + [-1], {0: entry.width})
             x = torch.ones(num_tokens + 1, features, device=device, dtype=dtype)
             y = torch.zeros_like(x)
-            backend.apply(y, x, arena, table, grouping)
+            backend.prepare([table.group], grouping)
+            backend.apply(y, x, arena, table.group, grouping)
             assert y[:-1].all(), "the adapter did nothing"
             assert not y[-1].any(), "a base-model row was changed"
     if device.type == "cpu":

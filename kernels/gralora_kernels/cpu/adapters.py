@@ -8,6 +8,7 @@ Every element of u and y is summed by one thread in one fixed order, so a token'
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +20,7 @@ from gralora_kernels.cpu.simd import load_scalar, store_scalar
 from gralora_kernels.cpu.threads import region_lock
 from gralora_kernels.cpu.tiles import ROWS, TOKENS, add_scaled, dot
 from gralora_kernels.grouping import Grouping
-from gralora_kernels.tables import ENTRIES, ModuleTable
+from gralora_kernels.tables import ENTRIES, GroupTable, ModuleTable
 
 FLOAT_BYTES = 4
 COLUMNS = 512  # of the output per piece of work: rank 16 keeps its slice of B in a 32 KB first-level cache
@@ -53,7 +54,7 @@ def _shrink_rows(
 
 @njit(nogil=True)
 def _expand_columns(
-    y: int, out_features: int, u: int, u_stride: int, order: Int32s, first: int, end: int,
+    y: int, y_stride: int, out_features: int, u: int, u_stride: int, order: Int32s, first: int, end: int,
     b: int, rank: int, column: int, begin: int, length: int,
 ) -> None:  # fmt: skip
     """y[begin .. begin + length] += u[column .. column + rank] @ Bp[:, begin ..] for one tile of tokens."""
@@ -62,7 +63,7 @@ def _expand_columns(
     zero = np.float32(0.0)
     for i in range(first, end, TOKENS):
         other = min(i + 1, end - 1)
-        y0, y1 = y + order[i] * stride + start, y + order[other] * stride + start
+        y0, y1 = y + order[i] * y_stride * FLOAT_BYTES + start, y + order[other] * y_stride * FLOAT_BYTES + start
         p, q = i * u_stride + column, other * u_stride + column
         for c in range(0, rank, ROWS):
             last = rank - 1 - c
@@ -108,7 +109,7 @@ def _shrink(
 
 @njit(nogil=True)
 def _expand(
-    part: int, parts: int, y: int, out_features: int, u: int, u_stride: int, arena: int,
+    part: int, parts: int, y: int, y_stride: int, out_features: int, u: int, u_stride: int, arena: int,
     index: Int64s, order: Int32s, items: Int32s,
 ) -> None:  # fmt: skip
     """Every `parts`-th piece of the expand: a piece is some columns of the output, for one tile of tokens."""
@@ -129,7 +130,7 @@ def _expand(
                 for j in range(begin // width, (end - 1) // width + 1):
                     low, high = max(begin, j * width), min(end, (j + 1) * width)
                     _expand_columns(
-                        y, out_features, u, u_stride, order, first, first + items[item, 2],
+                        y, y_stride, out_features, u, u_stride, order, first, first + items[item, 2],
                         arena + index[slot, entry, 1] * FLOAT_BYTES, rank, column + j * rank, low, high - low,
                     )  # fmt: skip
                 column += rank * k
@@ -137,24 +138,24 @@ def _expand(
 
 @njit(nogil=True, parallel=True, cache=True)
 def _apply(
-    parts: int, y: int, out_features: int, x: int, in_features: int, arena: int, u: int, u_stride: int,
+    parts: int, y: int, y_stride: int, out_features: int, x: int, in_features: int, arena: int, u: int, u_stride: int,
     index: Int64s, scale: Floats, order: Int32s, items: Int32s,
 ) -> None:  # fmt: skip
     for part in prange(parts):
         _shrink(part, parts, u, u_stride, x, in_features, arena, index, scale, order, items)
     for part in prange(parts):
-        _expand(part, parts, y, out_features, u, u_stride, arena, index, order, items)
+        _expand(part, parts, y, y_stride, out_features, u, u_stride, arena, index, order, items)
 
 
 @njit(nogil=True, cache=True)
 def _apply_serially(
-    parts: int, y: int, out_features: int, x: int, in_features: int, arena: int, u: int, u_stride: int,
+    parts: int, y: int, y_stride: int, out_features: int, x: int, in_features: int, arena: int, u: int, u_stride: int,
     index: Int64s, scale: Floats, order: Int32s, items: Int32s,
 ) -> None:  # fmt: skip
     for part in range(parts):
         _shrink(part, parts, u, u_stride, x, in_features, arena, index, scale, order, items)
     for part in range(parts):
-        _expand(part, parts, y, out_features, u, u_stride, arena, index, order, items)
+        _expand(part, parts, y, y_stride, out_features, u, u_stride, arena, index, order, items)
 
 
 class CpuBackend:
@@ -166,14 +167,22 @@ class CpuBackend:
         self._u = torch.empty(0)
         self._lock = threading.Lock()
 
-    def apply(self, y: Tensor, x: Tensor, arena: Tensor, table: ModuleTable, grouping: Grouping) -> None:
-        """y [tokens, out] += adapter(x [tokens, in]) for the tokens that have an adapter."""
+    def prepare(self, groups: Sequence[GroupTable], grouping: Grouping) -> None:
+        """The kernels read the grouping itself."""
+
+    def apply(self, y: Tensor, x: Tensor, arena: Tensor, group: GroupTable, grouping: Grouping) -> None:
+        """y [tokens, sum(out)] += adapter(x [tokens, in]) for the tokens that have an adapter."""
         if not grouping.num_adapted:
             return
-        _check(y, (grouping.num_tokens, table.out_features))
-        _check(x, (grouping.num_tokens, table.in_features))
+        _check(y, (grouping.num_tokens, group.out_features))
+        _check(x, (grouping.num_tokens, group.in_features))
         if arena.dtype != torch.float32:
             raise ValueError(f"the cpu backend needs a float32 arena, got {arena.dtype}")
+        for table, start in zip(group.modules, group.column_starts, strict=True):
+            columns = y[:, start : start + table.out_features]
+            self._apply_module(columns, x, arena, table, grouping)
+
+    def _apply_module(self, y: Tensor, x: Tensor, arena: Tensor, table: ModuleTable, grouping: Grouping) -> None:
         with self._lock, region_lock:
             if self._u.numel() < grouping.num_adapted * grouping.max_width:
                 self._u = torch.empty(grouping.num_adapted * grouping.max_width)
@@ -181,9 +190,9 @@ class CpuBackend:
             parts = 1 if work <= SERIAL_WORK else get_num_threads()
             kernel = _apply_serially if parts == 1 else _apply
             kernel(
-                parts, y.data_ptr(), table.out_features, x.data_ptr(), table.in_features, arena.data_ptr(),
-                self._u.data_ptr(), grouping.max_width, table.host_index, table.host_scale, grouping.order,
-                grouping.items,
+                parts, y.data_ptr(), y.stride(0), table.out_features, x.data_ptr(), table.in_features,
+                arena.data_ptr(), self._u.data_ptr(), grouping.max_width, table.host_index, table.host_scale,
+                grouping.order, grouping.items,
             )  # fmt: skip
 
 
