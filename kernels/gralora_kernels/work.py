@@ -12,7 +12,7 @@ Most adapters have the same r and k in all layers, so most layers of a kind shar
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -94,18 +94,20 @@ def plan_work(groups: Sequence[GroupTable], grouping: Grouping, blocking: Blocki
     """Cut a step into items. Layers whose slots have the same r and k share their lists."""
     longest = int(np.diff(grouping.starts).max(initial=0))
     tile_tokens = blocking.small_tile if longest <= blocking.small_tile else blocking.full_tile
-    tiles = np.array(list(_tiles(grouping, tile_tokens)), np.int32).reshape(-1, 3)
-    tile_slots = tiles[:, 0].tolist()
+    tiles = [_tiles(begin, end, tile_tokens) for begin, end in pairwise(grouping.starts.tolist())]
+    slots = grouping.slots.tolist()
     made: dict[tuple[object, ...], GroupWork] = {}
     lists: list[Int32s] = []
     works = []
     num_items = 0
     for group in groups:
-        layouts = _layouts(group, tile_slots)
+        layouts = _layouts(group, slots)
         key = (group.kind, layouts)
         if key not in made:
             pieces = [pieces_of(group.kind, layout, blocking) for layout in layouts]
-            shrink, expand = (_items([getattr(p, phase) for p in pieces], tiles) for phase in ("shrink", "expand"))
+            shrink, expand = (
+                _items([getattr(p, phase) for p in pieces], slots, tiles) for phase in ("shrink", "expand")
+            )
             made[key] = _group_work(pieces, num_items, len(shrink), len(expand))
             lists += [shrink, expand]
             num_items += len(shrink) + len(expand)
@@ -146,11 +148,10 @@ def pieces_of(kind: tuple[int, tuple[int, ...], int], layout: bytes, blocking: B
     )
 
 
-def _tiles(grouping: Grouping, tile_tokens: int) -> Iterator[tuple[int, int, int]]:
-    """(slot, first position in order, number of tokens)."""
-    for slot, (begin, end) in zip(grouping.slots.tolist(), pairwise(grouping.starts.tolist()), strict=True):
-        for first in range(begin, end, tile_tokens):
-            yield slot, first, min(tile_tokens, end - first)
+def _tiles(begin: int, end: int, tile_tokens: int) -> Int32s:
+    """A segment cut: (first position in order, number of tokens)."""
+    firsts = range(begin, end, tile_tokens)
+    return np.array([(first, min(tile_tokens, end - first)) for first in firsts], np.int32)
 
 
 def _layouts(group: GroupTable, slots: Sequence[int]) -> tuple[bytes, ...]:
@@ -160,14 +161,15 @@ def _layouts(group: GroupTable, slots: Sequence[int]) -> tuple[bytes, ...]:
     return found
 
 
-def _items(pieces: Sequence[Int32s], tiles: Int32s) -> Int32s:
-    """Each tile's pieces, pointed at the tile's slot and tokens."""
-    if not pieces:
+def _items(pieces: Sequence[Int32s], slots: Sequence[int], tiles: Sequence[Int32s]) -> Int32s:
+    """Each segment's pieces, for each of its tiles. Tiles that read the same weights are neighbours, so that all but
+    the first find them in the cache."""
+    repeats = np.repeat([len(t) for t in tiles], [len(p) for p in pieces])
+    if not len(repeats):
         return np.zeros((0, ITEM), np.int32)
-    items = np.concatenate(pieces)
-    owner = np.repeat(tiles, [len(part) for part in pieces], axis=0)
-    items[:, 0] += owner[:, 0] * ENTRIES
-    items[:, 1:3] = owner[:, 1:]
+    items = np.repeat(np.concatenate(pieces), repeats, axis=0)
+    items[:, 0] += np.repeat(np.array(slots) * ENTRIES, [len(p) * len(t) for p, t in zip(pieces, tiles, strict=True)])
+    items[:, 1:3] = np.concatenate([np.tile(t, (len(p), 1)) for p, t in zip(pieces, tiles, strict=True)])
     return items
 
 

@@ -59,4 +59,5 @@ def expand_kernel(
     token = tl.load(order + first + t, mask=m_t, other=0).to(tl.int64)
     p_y = y + (token * y_stride + y_start)[:, None] + o[None, :]
     mask = m_t[:, None] & m_o[None, :]
-    tl.store(p_y, (tl.load(p_y, mask=mask, other=0.0).to(tl.float32) + b_y).to(y.dtype.element_ty), mask=mask)
+    b_old = tl.load(p_y, mask=mask, other=0.0)
+    tl.store(p_y, (b_old.to(tl.float32) + b_y).to(y.dtype.element_ty), mask=mask)

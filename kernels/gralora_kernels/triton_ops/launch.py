@@ -20,8 +20,11 @@ Constants = dict[str, int]
 
 VECTOR_BYTES = 16  # the widest load
 BLOCK_K = 128
+# Expand's loop is over ranks, mostly one round: a third stage would only cost registers (in fp32 it spilled).
+NUM_STAGES = {"shrink": 3, "expand": 2}
 # 16 rank rows are the least that tensor cores take, and most adapters have no more.
 BLOCKING = Blocking(small_tile=16, full_tile=32, rank_rows=16, columns=128)
+SMALL_AND_FULL_TILES = (BLOCKING.small_tile, BLOCKING.full_tile)
 U_BYTES = 4  # per element of the intermediate, at most
 
 
@@ -71,14 +74,13 @@ class TritonBackend:
         _check(x, (grouping.num_tokens, group.in_features), arena.dtype)
         order, items, u = self._words, self._items, self._u.view(arena.dtype)
         shrink, expand = constants_for(work, self._work.tile_tokens, arena.dtype)
-        options = launch_options(_gpu_kind())
         shrink_kernel[(work.num_shrink_items,)](
             x, arena, group.index, group.scale, order, items, shrink_head, u, group.in_features // shrink["ALIGN"],
-            self._u_stride, **shrink, **options,
+            self._u_stride, **shrink, **launch_options("shrink", _gpu_kind()),
         )  # fmt: skip
         expand_kernel[(work.num_expand_items,)](
             y, arena, group.index, order, items, expand_head, u, group.out_features // expand["ALIGN"],
-            self._u_stride, **expand, **options,
+            self._u_stride, **expand, **launch_options("expand", _gpu_kind()),
         )  # fmt: skip
 
     def _size(self, groups: Sequence[GroupTable], work: StepWork) -> None:
@@ -127,9 +129,9 @@ def expand_constants(tile_tokens: int, align: int) -> Constants:
     return sizes | {"ALIGN": align, "ENTRIES": ENTRIES}
 
 
-def launch_options(gpu_kind: str) -> dict[str, Any]:
+def launch_options(kernel: str, gpu_kind: str) -> dict[str, Any]:
     """Compiler options. On AMD the instruction's shape would follow the tile's, and with it the order of sums."""
-    common = {"num_warps": 4, "num_stages": 3}
+    common = {"num_warps": 4, "num_stages": NUM_STAGES[kernel]}
     return common | {"matrix_instr_nonkdim": 16} if gpu_kind == "hip" else common
 
 
