@@ -105,7 +105,7 @@ def _runner(
     arena, tables = adapters.pool.arena, adapters.pool.tables
     decoder = decoder_of(base.model) if backend.name == "cpu" else None
     if decoder is None:
-        return ModelRunner(base, kv_pool, arena=arena, tables=tables, backend=backend)
+        return ModelRunner(base, kv_pool, arena=arena, groups=adapters.pool.groups, backend=backend)
     return CompiledRunner(
         base,
         decoder,

@@ -47,7 +47,7 @@ class BatchBuilder:
         self._page_size = page_size
         self._device = device
         self._slot_generation = slot_generation
-        self._grouping = Grouping(max_num_tokens, device)
+        self._grouping = Grouping(max_num_tokens)
 
     def build(self, plan: StepPlan) -> StepTensors:
         """Raises `StaleAdapterError` if any slot no longer holds what its row was promised."""

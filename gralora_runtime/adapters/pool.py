@@ -12,9 +12,10 @@ from dataclasses import dataclass
 
 import torch
 
-from gralora_kernels.tables import Entry, ModuleTable
+from gralora_kernels.tables import Entry, GroupTable, ModuleTable
 from gralora_runtime.adapters.arena import ArenaAllocator
 from gralora_runtime.adapters.loader import SERIAL_NUMEL, AdapterLayout, LoadedAdapter, copy_serially
+from gralora_runtime.adapters.siblings import group_siblings
 from gralora_runtime.adapters.spec import ModuleShape
 from gralora_runtime.adapters.window import Segment
 from gralora_runtime.memory import lazy_zeros
@@ -60,9 +61,14 @@ class AdapterPool:
         self.panel = panel  # how matrices lie in the arena (`gralora_kernels.packing`)
         self.ranges = ArenaAllocator(pool_bytes // dtype.itemsize)
         self.arena = lazy_zeros([self.ranges.numel], dtype, device)  # [numel]
-        self.tables = {
-            module.name: ModuleTable(module.in_features, module.out_features, max_slots, device) for module in modules
-        }
+        self.groups: dict[tuple[str, ...], GroupTable] = {}  # by the names of a group's modules
+        self.tables: dict[str, ModuleTable] = {}
+        for siblings in group_siblings(modules):
+            outs = [module.out_features for module in siblings]
+            group = GroupTable(siblings[0].in_features, outs, max_slots, device)
+            names = tuple(module.name for module in siblings)
+            self.groups[names] = group
+            self.tables |= zip(names, group.modules, strict=True)
         self._generations = [0] * max_slots
         self._free_slots = list(range(max_slots))  # a heap: low slots first
         self._residents: dict[int, Resident] = {}  # by slot: everything that owns a range

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -28,6 +29,17 @@ def weight_and_bias(module: nn.Module) -> tuple[Tensor, Tensor | None]:
     weight, bias = module.weight, module.bias
     assert isinstance(weight, Tensor)
     return weight.t() if isinstance(module, Conv1D) else weight, bias if isinstance(bias, Tensor) else None
+
+
+def joined_weight_and_bias(modules: Sequence[nn.Module]) -> tuple[Tensor, Tensor | None]:
+    """Linear layers that read the same input as one: weight [sum(out), in], and a bias if any has one."""
+    weights, biases = zip(*map(weight_and_bias, modules), strict=True)
+    if len(modules) == 1:
+        return weights[0], biases[0]
+    if all(bias is None for bias in biases):
+        return torch.cat(weights), None
+    filled = [w.new_zeros(len(w)) if bias is None else bias for w, bias in zip(weights, biases, strict=True)]
+    return torch.cat(weights), torch.cat(filled)
 
 
 def replace_modules(model: nn.Module, make: Callable[[str, nn.Module], nn.Module | None]) -> int:

@@ -6,7 +6,8 @@ from torch import Tensor, nn
 
 from gralora_kernels.cpu.linear import PackedWeight, linear
 from gralora_kernels.dispatch import AdapterBackend
-from gralora_kernels.tables import ModuleTable
+from gralora_kernels.tables import GroupTable
+from gralora_runtime.batch import StepTensors
 from gralora_runtime.model.context import StepContext
 
 
@@ -26,11 +27,24 @@ class PackedLinear(nn.Module):
         return out
 
 
-class AdaptedLinear(nn.Module):
-    """A base linear that adapters may target."""
+class DenseLinear(nn.Module):
+    """Any other linear whose weight we hold ourselves."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self._weight = weight
+        self._bias = bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] -> [..., out]."""
+        return nn.functional.linear(x, self._weight, self._bias)
+
+
+class AdaptedGroup(nn.Module):
+    """Linear layers that read the same input, as one product and one call of the adapter kernels."""
 
     def __init__(
-        self, base: nn.Module, *, table: ModuleTable, arena: Tensor, backend: AdapterBackend, context: StepContext
+        self, base: nn.Module, *, table: GroupTable, arena: Tensor, backend: AdapterBackend, context: StepContext
     ) -> None:
         super().__init__()
         self.base = base
@@ -38,11 +52,41 @@ class AdaptedLinear(nn.Module):
         self._arena = arena
         self._backend = backend
         self._context = context
+        # What one member's call computed for its siblings: in which step, from which input, and their parts.
+        self._step: StepTensors | None = None
+        self._input: Tensor | None = None
+        self._parts: dict[int, Tensor] = {}
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [1, tokens, in] -> [1, tokens, out]; rows without an adapter are the base product, bit for bit."""
+        """x [1, tokens, in] -> [1, tokens, sum(out)]; rows without an adapter are the base product, bit for bit."""
         y: Tensor = self.base(x)
         grouping = self._context.tensors.grouping
         if grouping.num_adapted:
             self._backend.apply(y[0], x[0].contiguous(), self._arena, self._table, grouping)
         return y
+
+    def part(self, member: int, x: Tensor) -> Tensor:
+        """One member's columns of `forward(x)`. Each part is handed out once, and only for the tensor and the step that
+        it was computed from: anything else is computed anew, so that no layer can be given what is not its own."""
+        kept = self._input is x and self._step is self._context.tensors and member in self._parts
+        if not kept:
+            sizes = [table.out_features for table in self._table.modules]
+            self._parts = dict(enumerate(self(x).split(sizes, dim=-1)))
+            self._input, self._step = x, self._context.tensors
+        part = self._parts.pop(member)
+        if not self._parts:
+            self._input = self._step = None
+        return part
+
+
+class AdaptedLinear(nn.Module):
+    """A base linear that adapters may target: a member of a group, often its only one."""
+
+    def __init__(self, group: AdaptedGroup, member: int) -> None:
+        super().__init__()
+        self.group = group
+        self.member = member
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [1, tokens, in] -> [1, tokens, out]."""
+        return self.group.part(self.member, x)

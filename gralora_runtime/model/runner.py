@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from gralora_kernels.dispatch import AdapterBackend
-from gralora_kernels.tables import ModuleTable
+from gralora_kernels.tables import GroupTable
 from gralora_runtime.batch import StepTensors
-from gralora_runtime.model.adaptable import adaptable_modules, replace_modules, weight_and_bias
-from gralora_runtime.model.adapted_linear import AdaptedLinear, PackedLinear
+from gralora_runtime.model.adaptable import joined_weight_and_bias, weight_and_bias
+from gralora_runtime.model.adapted_linear import AdaptedGroup, AdaptedLinear, DenseLinear, PackedLinear
 from gralora_runtime.model.attention import (
     ATTENTION_NAME,
     CpuPagedAttention,
@@ -48,7 +48,7 @@ class ModelRunner:
         kv_pool: KVPool,
         *,
         arena: Tensor,
-        tables: Mapping[str, ModuleTable],
+        groups: Mapping[tuple[str, ...], GroupTable],
         backend: AdapterBackend,
     ) -> None:
         self._model = base.model
@@ -57,14 +57,23 @@ class ModelRunner:
         register_attention()
         self._model.set_attn_implementation(ATTENTION_NAME)
         fused = fuse_rms_norms(self._model)
-        wrapped = self._wrap_linears(arena, tables, backend)
-        logger.info("model ready: %d linear layers can be adapted, %d RMS norms fused", wrapped, fused)
+        self._backend = backend
+        self._groups = tuple(groups.values())
+        self._wrap_linears(arena, groups)
+        logger.info(
+            "model ready: %d linear layers can be adapted, in %d groups; %d RMS norms fused",
+            sum(map(len, groups)),
+            len(groups),
+            fused,
+        )
 
     def execute(self, tensors: StepTensors) -> Tensor:
         """Logits of the tokens in `logits_index`, fp32 [sampling rows, vocab]."""
         index = tensors.logits_index
         # A step of unfinished prompts wants no logits; one row of them costs less than a second way through the model.
         wanted = index if len(index) else index.new_zeros(1)
+        if tensors.grouping.num_adapted:
+            self._backend.prepare(self._groups, tensors.grouping)
         with torch.inference_mode(), self._context.running(tensors):
             output = self._model(
                 input_ids=tensors.input_ids,
@@ -77,22 +86,23 @@ class ModelRunner:
         logits: Tensor = output.logits[0, : len(index)].float()
         return logits
 
-    def _wrap_linears(self, arena: Tensor, tables: Mapping[str, ModuleTable], backend: AdapterBackend) -> int:
+    def _wrap_linears(self, arena: Tensor, groups: Mapping[tuple[str, ...], GroupTable]) -> None:
+        """Group by group, so that at most one group's weights are held twice."""
         pack = self._model.device.type == "cpu"
         head = self._model.get_output_embeddings()
-        targets = {module: shape.name for shape, module in adaptable_modules(self._model)}
+        if pack and isinstance(head, nn.Linear):
+            self._model.set_output_embeddings(PackedLinear(*weight_and_bias(head)))
+        for names, table in groups.items():
+            base = _base_product([self._model.get_submodule(name) for name in names], pack=pack)
+            group = AdaptedGroup(base, table=table, arena=arena, backend=self._backend, context=self._context)
+            for member, name in enumerate(names):
+                self._model.set_submodule(name, AdaptedLinear(group, member))
 
-        def make(_: str, module: nn.Module) -> nn.Module | None:
-            if module is head:
-                return PackedLinear(*weight_and_bias(module)) if pack else None
-            if module not in targets:
-                return None
-            base = PackedLinear(*weight_and_bias(module)) if pack else module
-            table = tables[targets[module]]
-            return AdaptedLinear(base, table=table, arena=arena, backend=backend, context=self._context)
 
-        replace_modules(self._model, make)
-        return len(targets)
+def _base_product(modules: Sequence[nn.Module], *, pack: bool) -> nn.Module:
+    if pack:
+        return PackedLinear(*joined_weight_and_bias(modules))
+    return modules[0] if len(modules) == 1 else DenseLinear(*joined_weight_and_bias(modules))
 
 
 def _attention_for(pool: KVPool, context: StepContext) -> CpuPagedAttention | CudaPagedAttention:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from gralora_kernels.grouping import Grouping
-from gralora_kernels.tables import ModuleTable
+from gralora_kernels.tables import GroupTable
 
 logger = logging.getLogger(__name__)
 
@@ -22,8 +23,11 @@ class AdapterBackend(Protocol):
     name: str
     panel: int  # how it wants matrices to lie in the arena (`packing.py`)
 
-    def apply(self, y: Tensor, x: Tensor, arena: Tensor, table: ModuleTable, grouping: Grouping) -> None:
-        """y [tokens, out] += adapter(x [tokens, in]), in place; rows of slot -1 are not touched at all."""
+    def prepare(self, groups: Sequence[GroupTable], grouping: Grouping) -> None:
+        """Before the first `apply` of a step, with every group of the model: what all layers share is made here."""
+
+    def apply(self, y: Tensor, x: Tensor, arena: Tensor, group: GroupTable, grouping: Grouping) -> None:
+        """y [tokens, sum(out)] += adapter(x [tokens, in]), in place; rows of slot -1 are not touched at all."""
 
 
 def resolve_backend(name: str, device: torch.device) -> AdapterBackend:

@@ -16,7 +16,6 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 TILE_TOKENS = 32  # one adapter's weights are read once per so many tokens
 
@@ -24,24 +23,18 @@ TILE_TOKENS = 32  # one adapter's weights are read once per so many tokens
 class Grouping:
     """Preallocated for `max_tokens` and refilled in place. The arrays are views, valid until the next `fill`."""
 
-    def __init__(self, max_tokens: int, device: torch.device, *, tile_tokens: int = TILE_TOKENS) -> None:
+    def __init__(self, max_tokens: int, *, tile_tokens: int = TILE_TOKENS) -> None:
         self.max_tokens = max_tokens
         self.num_tokens = 0
-        self.max_width = 0  # columns of u, over the slots of this step
+        self.max_width = 0  # columns of u that one module needs, over the slots of this step
         self.max_item_tokens = 0
         self.order: npt.NDArray[np.int32] = np.zeros(0, np.int32)  # [num_adapted]
         self.starts: npt.NDArray[np.int32] = np.zeros(1, np.int32)  # [num_segments + 1]
         self.slots: npt.NDArray[np.int32] = np.zeros(0, np.int32)  # [num_segments]
         self.items: npt.NDArray[np.int32] = np.zeros((0, 3), np.int32)  # [num_items, 3]
         self._tile_tokens = tile_tokens
-        # One buffer, so that a GPU gets a step's grouping in one copy: order first, then items.
-        self._host = torch.zeros(4 * max_tokens, dtype=torch.int32, pin_memory=device.type == "cuda")
-        self._device_buffer = self._host if device.type == "cpu" else torch.zeros_like(self._host, device=device)
-        buffer = self._host.numpy()
-        self._order_buffer = buffer[:max_tokens]
-        self._item_buffer = buffer[max_tokens:].reshape(max_tokens, 3)
-        self.device_order = self._device_buffer[:max_tokens]  # int32 [max_tokens]; the first num_adapted count
-        self.device_items = self._device_buffer[max_tokens:].view(max_tokens, 3)  # int32; the first num_items count
+        self._order_buffer: npt.NDArray[np.int32] = np.zeros(max_tokens, np.int32)
+        self._item_buffer: npt.NDArray[np.int32] = np.zeros((max_tokens, 3), np.int32)
 
     @property
     def num_adapted(self) -> int:
@@ -72,8 +65,6 @@ class Grouping:
         self.starts = np.append(first, len(ranked)).astype(np.int32)
         self._fill_items()
         self.max_width = max((slot_widths[slot] for slot in self.slots.tolist()), default=0)
-        if self._device_buffer is not self._host:
-            self._device_buffer.copy_(self._host)  # blocking: the host side is refilled by the next step
 
     def _fill_items(self) -> None:
         items = [

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from gralora_kernels.grouping import Grouping
-from gralora_kernels.tables import ModuleTable
+from gralora_kernels.tables import GroupTable, ModuleTable
 
 
 def pack_a(a: Tensor) -> Tensor:
@@ -38,13 +40,20 @@ def gralora(x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
 
 
 class ReferenceBackend:
-    """`gralora` per segment and entry, in fp32."""
+    """`gralora` per module, segment and entry, in fp32."""
 
     name = "reference"
     panel = 0
 
-    def apply(self, y: Tensor, x: Tensor, arena: Tensor, table: ModuleTable, grouping: Grouping) -> None:
-        """y [tokens, out] += adapter(x [tokens, in]) for the tokens that have an adapter."""
+    def prepare(self, groups: Sequence[GroupTable], grouping: Grouping) -> None:
+        """Nothing is shared between layers."""
+
+    def apply(self, y: Tensor, x: Tensor, arena: Tensor, group: GroupTable, grouping: Grouping) -> None:
+        """y [tokens, sum(out)] += adapter(x [tokens, in]) for the tokens that have an adapter."""
+        for table, start in zip(group.modules, group.column_starts, strict=True):
+            self._apply_module(y[:, start : start + table.out_features], x, arena, table, grouping)
+
+    def _apply_module(self, y: Tensor, x: Tensor, arena: Tensor, table: ModuleTable, grouping: Grouping) -> None:
         for segment, slot in enumerate(grouping.slots.tolist()):
             rows = grouping.order[grouping.starts[segment] : grouping.starts[segment + 1]]
             tokens = torch.from_numpy(rows).to(y.device, torch.int64)

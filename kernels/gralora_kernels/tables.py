@@ -1,9 +1,13 @@
-"""Where in the arena each pool slot keeps its matrices for one linear layer. Knows no names, nor who fills a slot."""
+"""Where in the arena each pool slot keeps its matrices, per linear layer, and which layers are served together.
+
+Knows no names, nor who fills a slot.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import numpy.typing as npt
@@ -29,20 +33,64 @@ class Entry:
         return self.r * self.k
 
 
+class GroupTable:
+    """Linear layers that read the same input (q, k and v; gate and up), or one alone. Kernels serve a group at once.
+
+    The group's output is its modules' outputs side by side: module m has the columns from `column_starts[m]` on. Index
+    and scale of all modules are one tensor each; a `ModuleTable` is a view of its part.
+    """
+
+    def __init__(self, in_features: int, out_features: Sequence[int], max_slots: int, device: torch.device) -> None:
+        self.in_features = in_features
+        self.column_starts = tuple(accumulate(out_features, initial=0))[:-1]
+        self.out_features = sum(out_features)
+        self.max_slots = max_slots
+        self.kind = (in_features, tuple(out_features), max_slots)
+        shape = (len(out_features), max_slots, ENTRIES)
+        self.host_index: npt.NDArray[np.int64] = np.zeros((*shape, 4), np.int64)
+        self.host_scale: npt.NDArray[np.float32] = np.zeros(shape, np.float32)
+        self.index = torch.from_numpy(self.host_index).to(device)  # [modules, max_slots, ENTRIES, 4]
+        self.scale = torch.from_numpy(self.host_scale).to(device)  # [modules, max_slots, ENTRIES]
+        # By slot: r and k of every module and entry, as bytes. Equal for slots, and layers, that need the same work.
+        self.layouts = [self._layout(0)] * max_slots
+        self.modules = tuple(
+            ModuleTable(in_features, out, max_slots, device, group=self, position=m)
+            for m, out in enumerate(out_features)
+        )
+
+    def note_layout(self, slot: int) -> None:
+        """A module's entries of this slot have changed."""
+        self.layouts[slot] = self._layout(slot)
+
+    def _layout(self, slot: int) -> bytes:
+        return self.host_index[:, slot, :, 2:].tobytes()
+
+
 class ModuleTable:
     """One per adaptable linear. Rows are pool slots; a row holds (a_offset, b_offset, r, k) and the scale per entry.
 
-    The host copy is what the CPU kernels read. On the CPU `index` and `scale` share its memory.
+    The host copy is what the CPU kernels read. On the CPU `index` and `scale` share its memory. A table that is given
+    no group is a group of its own.
     """
 
-    def __init__(self, in_features: int, out_features: int, max_slots: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        max_slots: int,
+        device: torch.device,
+        *,
+        group: GroupTable | None = None,
+        position: int = 0,
+    ) -> None:
         self.in_features = in_features
         self.out_features = out_features
         self.max_slots = max_slots
-        self.host_index: npt.NDArray[np.int64] = np.zeros((max_slots, ENTRIES, 4), np.int64)
-        self.host_scale: npt.NDArray[np.float32] = np.zeros((max_slots, ENTRIES), np.float32)
-        self.index = torch.from_numpy(self.host_index).to(device)  # [max_slots, ENTRIES, 4]
-        self.scale = torch.from_numpy(self.host_scale).to(device)  # [max_slots, ENTRIES]
+        self.group = group or GroupTable(in_features, [out_features], max_slots, device)
+        self.host_index = self.group.host_index[position]  # int64 [max_slots, ENTRIES, 4]
+        self.host_scale = self.group.host_scale[position]  # float32 [max_slots, ENTRIES]
+        self.index = self.group.index[position]
+        self.scale = self.group.scale[position]
         self._shared = device.type == "cpu"
 
     def set(self, slot: int, entries: Sequence[Entry]) -> None:
@@ -58,6 +106,7 @@ class ModuleTable:
         for i, entry in enumerate(entries):
             self.host_index[slot, i] = (entry.a_offset, entry.b_offset, entry.r, entry.k)
             self.host_scale[slot, i] = entry.scale
+        self.group.note_layout(slot)
         self._upload(slot)
 
     def clear(self, slot: int) -> None:

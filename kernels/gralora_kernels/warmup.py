@@ -8,9 +8,9 @@ from gralora_kernels.dispatch import AdapterBackend
 from gralora_kernels.grouping import Grouping
 from gralora_kernels.tables import Entry, ModuleTable
 
-# Features and k: one width that the GPU kernels may assume aligned and one not (208 / 2 = 104); 32 tokens of either are
+# Features and k: one width that the GPU kernels may assume aligned and one not (200 / 8 = 25); 32 tokens of either are
 # enough work for the CPU to go parallel, one token is not.
-SHAPES = ((256, 1), (208, 2))
+SHAPES = ((256, 1), (200, 8))
 TOKENS = (1, 32)
 RANK = 16
 
@@ -23,10 +23,11 @@ def warm_up_backend(backend: AdapterBackend, *, device: torch.device, dtype: tor
         table.set(0, [entry])
         arena = torch.ones(2 * RANK * features, device=device, dtype=dtype)
         for num_tokens in TOKENS:
-            grouping = Grouping(num_tokens + 1, device)
+            grouping = Grouping(num_tokens + 1)
             grouping.fill([0] * num_tokens + [-1], {0: entry.width})
             x = torch.ones(num_tokens + 1, features, device=device, dtype=dtype)
             y = torch.zeros_like(x)
-            backend.apply(y, x, arena, table, grouping)
+            backend.prepare([table.group], grouping)
+            backend.apply(y, x, arena, table.group, grouping)
             assert y[:-1].all(), "the adapter did nothing"
             assert not y[-1].any(), "a base-model row was changed"

@@ -65,11 +65,13 @@ def peft_updates(model: PreTrainedModel, folder: Path, tokens: int = 5) -> Itera
 
 def our_update(pool: AdapterPool, slot: int, width: int, module: str, x: torch.Tensor) -> torch.Tensor:
     table = pool.tables[module]
-    grouping = Grouping(len(x), CPU)
+    grouping = Grouping(len(x))
     grouping.fill(np.full(len(x), slot, np.int32), {slot: width})
-    y = torch.zeros(len(x), table.out_features)  # [tokens, out]
-    ReferenceBackend().apply(y, x, pool.arena, table, grouping)
-    return y
+    group = table.group
+    y = torch.zeros(len(x), group.out_features)  # [tokens, sum(out)]
+    ReferenceBackend().apply(y, x, pool.arena, group, grouping)
+    start = group.column_starts[group.modules.index(table)]
+    return y[:, start : start + table.out_features]
 
 
 def check_against_peft(model: PreTrainedModel, folder: Path) -> None:

@@ -40,6 +40,13 @@ def test_mixed_adapters_side_by_side(backend, in_features, out_features, num_tok
     assert case.error(backend, slots) <= BOUND
 
 
+@pytest.mark.parametrize("outs", [(576, 192, 192), (1536, 1536), (8, 40, 16)], ids=["q-k-v", "gate-up", "narrow"])
+def test_several_modules_side_by_side(backend, outs):
+    case = make_case(576, outs, MIXED)
+
+    assert case.error(backend, [3, *token_slots(41, len(MIXED))]) <= BOUND
+
+
 def test_thirty_three_adapters_in_one_batch(backend):
     case = make_case(576, 192, [MIXED[i % 7] for i in range(33)])
 
@@ -102,4 +109,4 @@ def test_a_tensor_that_it_would_misread_is_refused(spoil):
     x, y, grouping = case.step([0, 0, 0])
 
     with pytest.raises(ValueError, match="the cpu backend needs contiguous float32"):
-        CpuBackend().apply(y, spoil(x), case.arena, case.table, grouping)
+        CpuBackend().apply(y, spoil(x), case.arena, case.group, grouping)

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 from gralora_kernels.grouping import TILE_TOKENS, Grouping
-
-CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize(
@@ -24,7 +21,7 @@ CPU = torch.device("cpu")
     ],
 )
 def test_groups_tokens_by_slot(token_slots, order, starts, slots, items):
-    grouping = Grouping(8, CPU, tile_tokens=2)
+    grouping = Grouping(8, tile_tokens=2)
     grouping.fill([9] * 8, {9: 64})  # a fuller step before: nothing of it may remain
 
     grouping.fill(token_slots, dict.fromkeys(range(-1, 8), 4))
@@ -33,8 +30,6 @@ def test_groups_tokens_by_slot(token_slots, order, starts, slots, items):
     assert starts == grouping.starts.tolist()
     assert slots == grouping.slots.tolist()
     assert items == grouping.items.tolist()
-    assert items == grouping.device_items[: grouping.num_items].tolist()
-    assert order == grouping.device_order[: grouping.num_adapted].tolist()
     assert (len(token_slots), len(order), len(slots), len(items)) == (
         grouping.num_tokens, grouping.num_adapted, grouping.num_segments, grouping.num_items,
     )  # fmt: skip
@@ -43,7 +38,7 @@ def test_groups_tokens_by_slot(token_slots, order, starts, slots, items):
 
 
 def test_width_is_the_widest_slot_of_this_step_only():
-    grouping = Grouping(4, CPU)
+    grouping = Grouping(4)
     grouping.fill([0, 1], {0: 8, 1: 512})
 
     grouping.fill([0, -1], {0: 8, 1: 512, -1: 0})
@@ -52,7 +47,7 @@ def test_width_is_the_widest_slot_of_this_step_only():
 
 
 def test_every_token_is_in_exactly_one_tile():
-    grouping = Grouping(256, CPU)
+    grouping = Grouping(256)
     token_slots = [(t * 7) % 5 - 1 for t in range(256)]
 
     grouping.fill(token_slots, dict.fromkeys(range(-1, 4), 1))
@@ -68,4 +63,4 @@ def test_every_token_is_in_exactly_one_tile():
 
 def test_a_step_that_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="3 tokens does not fit into a grouping for 2"):
-        Grouping(2, CPU).fill([0, 0, 0], {0: 1})
+        Grouping(2).fill([0, 0, 0], {0: 1})

@@ -89,4 +89,4 @@ def packed_case(in_features, out_features, matrices, layouts, scale):
         Entry(a_offset=starts[2 * i], b_offset=starts[2 * i + 1], r=r, k=k, scale=scale)
         for i, (r, k) in enumerate(layouts)
     ])  # fmt: skip
-    return Case(table, torch.cat([matrix.reshape(-1) for matrix in matrices]))
+    return Case(table.group, torch.cat([matrix.reshape(-1) for matrix in matrices]))

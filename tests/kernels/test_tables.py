@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gralora_kernels.tables import Entry, ModuleTable
+from gralora_kernels.tables import Entry, GroupTable, ModuleTable
 
 CPU = torch.device("cpu")
 
@@ -56,3 +56,37 @@ def test_a_shorter_layout_leaves_no_second_entry_behind():
     table.set(0, [entry()])
 
     assert table.index[0].tolist() == [[0, 16, 8, 2], [0, 0, 0, 0]]
+
+
+def test_a_group_is_one_tensor_and_its_modules_are_views():
+    group = GroupTable(48, [64, 16], 3, CPU)
+    first, second = group.modules
+
+    second.set(2, [entry(r=4, k=1)])
+
+    assert group.index.shape == (2, 3, 2, 4)
+    assert group.index[1, 2, 0].tolist() == [0, 16, 4, 1]
+    assert first.host_index.flags.c_contiguous
+    assert second.host_index.flags.c_contiguous
+    assert second.host_index.ctypes.data == group.index[1].data_ptr()
+    assert (group.column_starts, group.out_features) == ((0, 64), 80)
+    assert first.index.count_nonzero() == 0
+
+
+def test_a_layout_tells_slots_of_equal_work():
+    group = GroupTable(48, [64, 16], 3, CPU)
+    for slot in (0, 2):
+        group.modules[0].set(slot, [entry(scale=slot + 1.0, a_offset=16 * slot)])
+
+    assert group.layouts[0] == group.layouts[2] != group.layouts[1]
+
+    group.modules[0].clear(0)
+
+    assert group.layouts[0] == group.layouts[1]
+
+
+def test_a_module_alone_is_a_group_of_its_own():
+    table = ModuleTable(48, 64, 2, CPU)
+
+    assert table.group.modules[0].host_index.ctypes.data == table.host_index.ctypes.data
+    assert table.group.kind == (48, (64,), 2)

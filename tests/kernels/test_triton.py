@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -42,55 +41,63 @@ def test_base_model_rows_are_untouched_under_the_interpreter(interpreted):
     assert interpreted["base_untouched"]
 
 
-def compile_kernel(kernel, constants, dtype, target):
-    """As the JIT would: pointers and sizes are multiples of 16."""
-    import triton
-    from triton.compiler import ASTSource
-
-    types = {"x": dtype, "y": dtype, "arena": dtype, "index": "*i64", "scale": "*fp32", "u": "*fp32"}
-    types |= {"order": "*i32", "items": "*i32", "in_features": "i32", "out_features": "i32", "u_stride": "i32"}
-    names = kernel.arg_names
-    signature = {name: "constexpr" if name in constants else types[name] for name in names}
-    attrs = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name not in constants}
-    constexprs = {(names.index(name),): value for name, value in constants.items()}
-    return triton.compile(ASTSource(kernel, signature, constexprs=constexprs, attrs=attrs), target=target)
+def test_a_tokens_result_does_not_depend_on_its_batch_under_the_interpreter(interpreted):
+    assert interpreted["batch_invariant"]
 
 
-def spilled(compiled, tmp_path) -> int:
-    """Bytes of local memory per thread (NVIDIA) or registers spilled (AMD), as the binary itself says."""
-    if "amdgcn" in compiled.asm:
-        return sum(int(n) for n in re.findall(r"[sv]gpr_spill_count:\s*(\d+)", compiled.asm["amdgcn"]))
-    import triton
+def test_a_frozen_backend_serves_smaller_steps_and_refuses_a_larger_one(interpreted):
+    right, refusal = interpreted["replayed"]
 
-    cubin = tmp_path / "kernel.cubin"
-    cubin.write_bytes(compiled.asm["cubin"])
-    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    usage = subprocess.run(
-        [str(cuobjdump), "-res-usage", str(cubin)], capture_output=True, text=True, check=True
-    ).stdout
-    found = re.findall(r"STACK:(\d+).*?LOCAL:(\d+)", usage)
-    assert found, usage
-    return sum(int(stack) + int(local) for stack, local in found)
+    assert right
+    assert refusal == "the step needs tokens 9, but the graph was captured with 8"
 
 
-@pytest.mark.parametrize("aligned", [True, False], ids=["aligned", "any-width"])
-@pytest.mark.parametrize("block_m", [16, 32])
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "gfx942"])
-def test_compiles_without_spills(architecture, block_m, aligned, tmp_path):
-    from triton.backends.compiler import GPUTarget
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_every_variant_meets_the_audits_requirements(target):
+    """No spills, matrix instructions, loads of 16 bytes, and the same instruction in every variant of a dtype."""
+    from kernel_audit import compile_all, failures
 
-    from gralora_kernels.triton_ops import launch
+    binaries = compile_all(targets=[target])
 
-    target = (
-        GPUTarget("hip", "gfx942", 64) if architecture == "gfx942" else GPUTarget("cuda", int(architecture[3:]), 32)
-    )
-    common = {"ENTRIES": 2, "BLOCK_M": block_m, "BLOCK_R": launch.BLOCK_R, "ALIGNED": aligned}
-    shrink = compile_kernel(launch.shrink_kernel, common | {"BLOCK_K": launch.BLOCK_K}, "*bf16", target)
-    expand = compile_kernel(launch.expand_kernel, common | {"BLOCK_N": launch.BLOCK_N}, "*bf16", target)
+    assert len(binaries) == 24  # 3 dtypes, 2 kernels, 2 tiles, 2 alignments
+    assert all({"weights", "x"} <= b.load_bytes.keys() for b in binaries if b.kernel == "shrink")
+    assert all({"weights", "u", "y"} <= b.load_bytes.keys() for b in binaries if b.kernel == "expand")
+    assert failures(binaries, []) == []
 
-    assert spilled(shrink, tmp_path) == 0
-    assert spilled(expand, tmp_path) == 0
-    if aligned and target.backend == "cuda":
-        for compiled in (shrink, expand):
-            assert "cp.async.cg" in compiled.asm["ptx"]  # weights arrive in 16-byte pieces
-            assert "ld.global.b16" not in compiled.asm["ptx"]
+
+def test_launches_and_bytes_meet_the_audits_requirements():
+    from kernel_audit import count_all, failures
+
+    steps = count_all()
+
+    assert failures([], steps) == []
+    by_adapter = {
+        adapter: sum(s.minimum for s in steps if s.adapter == adapter) for adapter in {s.adapter for s in steps}
+    }
+    assert sorted(by_adapter) == ["GraLoRA r=16 k=2", "exact LoRA r=32"]
+    assert by_adapter["GraLoRA r=16 k=2"] < by_adapter["exact LoRA r=32"]
+
+
+def test_the_audit_names_what_fails():
+    from dataclasses import replace
+
+    from kernel_audit import count_all, failures
+    from kernel_binary import Binary
+
+    good = Binary(
+        kernel="shrink", target="sm_80", dtype="bf16", tile_tokens=16, align=8, registers=40, spilled_bytes=0,
+        shared_bytes=0, matrix_instructions=("HMMA",), load_bytes={"x": 16, "weights": 16},
+    )  # fmt: skip
+    step = count_all()[0]
+
+    assert failures([good], [step]) == []
+    for broken, message in (
+        (replace(good, spilled_bytes=8), "spills 8 bytes"),
+        (replace(good, matrix_instructions=()), "uses no matrix instruction"),
+        (replace(good, load_bytes={"x": 16, "weights": 2}), "less than 16 bytes: {'weights': 2}"),
+    ):
+        assert message in failures([broken], [])[0]
+    assert "different matrix instructions" in failures([good, replace(good, matrix_instructions=("HGMMA",))], [])[0]
+    assert "launches for 4 groups" in failures([], [replace(step, launches=9)])[0]
+    assert "moves" in failures([], [replace(step, distinct=2 * step.minimum)])[0]
+    assert "requests" in failures([], [replace(step, requested=2 * step.minimum)])[0]

@@ -8,6 +8,7 @@ Adapters lie in panels (`packing.py`). A token's result does not depend on its b
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 
 import torch
 from numba import get_num_threads, njit, prange
@@ -18,7 +19,7 @@ from gralora_kernels.cpu.microkernel import FROM_OUTPUT, FROM_ZERO, PANEL, multi
 from gralora_kernels.cpu.simd import load_int32, load_int64, load_scalar, store_scalar
 from gralora_kernels.cpu.threads import region_lock
 from gralora_kernels.grouping import TILE_TOKENS, Grouping
-from gralora_kernels.tables import ENTRIES, ModuleTable
+from gralora_kernels.tables import ENTRIES, GroupTable, ModuleTable
 
 COLUMNS = 8 * PANEL  # of the output per piece of an expand
 SCRATCH_BYTES = TILE_TOKENS * PANEL * FLOAT_BYTES  # that a shrink needs
@@ -106,14 +107,14 @@ def _shrink(
 
 @njit(nogil=True, parallel=True, cache=True)
 def _expand(
-    parts: int, items: int, num_items: int, index: int, y: int, out_features: int, order: int, u: int, u_stride: int,
-    arena: int, iota: int,
+    parts: int, items: int, num_items: int, index: int, y: int, y_stride: int, out_features: int, order: int, u: int,
+    u_stride: int, arena: int, iota: int,
 ) -> None:  # fmt: skip
     pieces = (out_features + COLUMNS - 1) // COLUMNS
     for part in prange(parts):
         for i in range(part, num_items * pieces, parts):
             item, begin = items + 12 * (i // pieces), i % pieces * COLUMNS
-            expand_piece(item, index, begin, y, out_features, out_features, order, u, u_stride, arena, iota)
+            expand_piece(item, index, begin, y, y_stride, out_features, order, u, u_stride, arena, iota)
 
 
 class CpuBackend:
@@ -127,14 +128,22 @@ class CpuBackend:
         self._scratch = torch.empty(0)
         self._lock = threading.Lock()
 
-    def apply(self, y: Tensor, x: Tensor, arena: Tensor, table: ModuleTable, grouping: Grouping) -> None:
-        """y [tokens, out] += adapter(x [tokens, in]) for the tokens that have an adapter."""
+    def prepare(self, groups: Sequence[GroupTable], grouping: Grouping) -> None:
+        """The kernels read the grouping itself."""
+
+    def apply(self, y: Tensor, x: Tensor, arena: Tensor, group: GroupTable, grouping: Grouping) -> None:
+        """y [tokens, sum(out)] += adapter(x [tokens, in]) for the tokens that have an adapter."""
         if not grouping.num_adapted:
             return
-        _check(y, (grouping.num_tokens, table.out_features))
-        _check(x, (grouping.num_tokens, table.in_features))
+        _check(y, (grouping.num_tokens, group.out_features))
+        _check(x, (grouping.num_tokens, group.in_features))
         if arena.dtype != torch.float32:
             raise ValueError(f"the cpu backend needs a float32 arena, got {arena.dtype}")
+        for table, start in zip(group.modules, group.column_starts, strict=True):
+            columns = y[:, start : start + table.out_features]
+            self._apply_module(columns, x, arena, table, grouping)
+
+    def _apply_module(self, y: Tensor, x: Tensor, arena: Tensor, table: ModuleTable, grouping: Grouping) -> None:
         with self._lock, region_lock:
             work = grouping.num_adapted * grouping.max_width * (table.in_features + table.out_features)
             parts = 1 if work <= SERIAL_WORK else get_num_threads()
@@ -145,7 +154,7 @@ class CpuBackend:
                 *work_list, table.host_scale.ctypes.data, x.data_ptr(), table.in_features, order, u, stride,
                 arena.data_ptr(), self._scratch.data_ptr(), IOTA,
             )  # fmt: skip
-            _expand(*work_list, y.data_ptr(), table.out_features, order, u, stride, arena.data_ptr(), IOTA)
+            _expand(*work_list, y.data_ptr(), y.stride(0), table.out_features, order, u, stride, arena.data_ptr(), IOTA)
 
     def _reserve(self, numel: int, parts: int) -> None:
         if self._u.numel() < numel:
