@@ -72,7 +72,6 @@ def assemble(config: EngineConfig) -> EngineParts:
             slot_generation=adapters.pool.generation,
         )
         check_runner(base, runner, batch, config.page_size, expected)
-        warm_up_backend(backend, device=device, dtype=base.model.dtype)
     except BaseException:
         adapters.close()
         raise
@@ -102,16 +101,17 @@ def _runner(
     config: EngineConfig, base: BaseModel, kv_pool: KVPool, adapters: AdapterManager, backend: AdapterBackend
 ) -> Runner:
     """One compiled program for models of Llama's build on the CPU; transformers' own forward pass for all others."""
-    arena, tables = adapters.pool.arena, adapters.pool.tables
+    arena, groups = adapters.pool.arena, adapters.pool.groups
     decoder = decoder_of(base.model) if backend.name == "cpu" else None
     if decoder is None:
-        return ModelRunner(base, kv_pool, arena=arena, groups=adapters.pool.groups, backend=backend)
+        warm_up_backend(backend, device=base.model.device, dtype=base.model.dtype)
+        return ModelRunner(base, kv_pool, arena=arena, groups=groups, backend=backend)
     return CompiledRunner(
         base,
         decoder,
         kv_pool,
         arena=arena,
-        tables=tables,
+        groups=groups,
         page_size=config.page_size,
         max_num_tokens=config.max_num_batched_tokens,
     )
@@ -128,12 +128,12 @@ def resolve_device(name: str) -> torch.device:
 
 def _use_threads(count: int, device: torch.device) -> None:
     """OpenMP and Numba keep the number of threads per calling thread, so each thread that computes sets it itself."""
-    torch.set_num_threads(count)
     if device.type == "cpu":
         try:
             cpu_threads.configure(count)
         except ValueError as error:
             raise ConfigError(f"num_threads: {error}") from error
+    torch.set_num_threads(count)  # a number that was refused must not stay behind
 
 
 def _resolve_backend(name: str, device: torch.device) -> AdapterBackend:

@@ -11,9 +11,10 @@ from gralora_kernels.cpu.attention import attention_pieces
 from gralora_kernels.cpu.linear import PackedWeight
 from gralora_kernels.cpu.program import DecoderShape, Program, Step
 from gralora_kernels.cpu.rows import GELU_TANH, SILU
-from gralora_kernels.tables import ModuleTable
+from gralora_kernels.tables import GroupTable
 from gralora_runtime.batch import StepTensors
-from gralora_runtime.model.decoder import Decoder, DecoderLayer, Projection, projections, rotary_tables
+from gralora_runtime.model.adaptable import joined_weight_and_bias
+from gralora_runtime.model.decoder import Decoder, DecoderLayer, Projection, rotary_tables
 from gralora_runtime.model.kv_pool import KVPool
 from gralora_runtime.model.loading import BaseModel
 
@@ -30,12 +31,12 @@ class CompiledRunner:
         kv_pool: KVPool,
         *,
         arena: Tensor,
-        tables: Mapping[str, ModuleTable],
+        groups: Mapping[tuple[str, ...], GroupTable],
         page_size: int,
         max_num_tokens: int,
     ) -> None:
         self._group = decoder.heads // decoder.kv_heads
-        self._tables = tables
+        self._groups = groups
         cos, sin = rotary_tables(base.model, base.max_positions)
         shape = DecoderShape(
             hidden=decoder.embedding.shape[1],
@@ -84,14 +85,14 @@ class CompiledRunner:
         self._linear(program.normed, program.gates_and_ups, layer.gate_up)
         program.gate()
         self._linear(program.gated, program.hidden, layer.down, accumulate=True)
-        for projection in projections(layer):
+        for projection in layer.projections:
             _free(projection)
 
     def _linear(self, x: Tensor, y: Tensor, projection: Projection, *, accumulate: bool = False) -> None:
-        tables = [self._tables[name] for name in projection.names]
-        bias = None if projection.bias is None else projection.bias.detach()
-        weight = PackedWeight(projection.weight.detach())
-        self._program.linear(x, y, weight, tables, bias=bias, accumulate=accumulate)
+        weight, bias = joined_weight_and_bias(projection.modules)
+        bias = None if bias is None else bias.detach()
+        group = self._groups[projection.names]
+        self._program.linear(x, y, PackedWeight(weight.detach()), group, bias=bias, accumulate=accumulate)
 
 
 def _free(projection: Projection) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,22 +20,10 @@ ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"
 
 @dataclass(frozen=True, slots=True)
 class Projection:
-    """Linear layers that read the same input, with their weights below one another."""
+    """Linear layers that read the same input."""
 
     names: tuple[str, ...]
     modules: tuple[nn.Linear, ...]
-
-    @property
-    def weight(self) -> Tensor:
-        """[sum of out, in]."""
-        weights: tuple[Tensor, ...] = tuple(module.weight for module in self.modules)
-        return torch.cat(weights)
-
-    @property
-    def bias(self) -> Tensor | None:
-        """[sum of out]; all have one or none has (`decoder_of` sees to it)."""
-        biases: list[Tensor] = [module.bias for module in self.modules if module.bias is not None]
-        return torch.cat(biases) if biases else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +39,10 @@ class DecoderLayer:
     post_norm: Tensor
     gate_up: Projection
     down: Projection
+
+    @property
+    def projections(self) -> tuple[Projection, ...]:
+        return self.qkv, self.o, self.gate_up, self.down
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,10 +75,8 @@ def decoder_of(model: PreTrainedModel) -> Decoder | None:
     gemma = type(model).__name__ == "GemmaForCausalLM"  # its norms scale by 1 + weight, its embeddings by sqrt(hidden)
     names = {module: name for name, module in model.named_modules()}
     layers = tuple(_layer(layer, names, config, gemma) for layer in model.model.layers)
-    projections = [p for layer in layers for p in (layer.qkv, layer.o, layer.gate_up, layer.down)]
-    residual = [p for layer in layers for p in (layer.o, layer.down)]
-    if any(p.bias is not None for p in residual) or not all(_uniform(p) for p in projections):
-        return None
+    if any(module.bias is not None for layer in layers for p in (layer.o, layer.down) for module in p.modules):
+        return None  # their sums begin at the residual stream
     attention = model.model.layers[0].self_attn
     heads = config.num_attention_heads
     return Decoder(
@@ -136,12 +125,3 @@ def _layer(layer: Any, names: dict[nn.Module, str], config: Any, gemma: bool) ->
 def _norm(module: Any, gemma: bool) -> Tensor:
     weight: Tensor = module.weight.detach()
     return weight + 1 if gemma else weight
-
-
-def _uniform(projection: Projection) -> bool:
-    return len({module.bias is None for module in projection.modules}) == 1
-
-
-def projections(layer: DecoderLayer) -> Iterator[Projection]:
-    """All four, in order."""
-    yield from (layer.qkv, layer.o, layer.gate_up, layer.down)

@@ -96,6 +96,13 @@ def test_a_larger_step_after_a_smaller_one_is_right():
     assert case.error(backend, [4] * 64) <= BOUND
 
 
+def test_a_step_of_very_many_tokens_is_right():
+    """More than any table of row numbers is made for in advance."""
+    case = make_case(8, 8, [[(2, 2)], [(1, 1)]])
+
+    assert case.error(CpuBackend(), [0] * 40_000 + [1] * 30_000) <= BOUND
+
+
 @pytest.mark.parametrize(
     "spoil",
     [

@@ -104,6 +104,7 @@ def test_attention_that_asks_for_what_we_do_not_compute_is_refused_by_name(argum
 def test_impossible_settings_are_named(config: EngineConfig, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         assemble(replace(config, **changes))
+    assert torch.get_num_threads() == 1, "a refused number of threads stayed behind"
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import torch
 from numba import get_num_threads, njit, prange
 from torch import Tensor
 
-from gralora_kernels.cpu.linear import FLOAT_BYTES, IOTA
+from gralora_kernels.cpu.linear import FLOAT_BYTES, row_numbers
 from gralora_kernels.cpu.microkernel import FROM_OUTPUT, FROM_ZERO, PANEL, multiply
 from gralora_kernels.cpu.simd import load_int32, load_int64, load_scalar, store_scalar
 from gralora_kernels.cpu.threads import region_lock
@@ -51,7 +51,7 @@ def shrink_piece(
                 multiply(
                     count, x + n * width * FLOAT_BYTES, in_features, order + first * 4, scratch, PANEL, iota,
                     arena + (a + n * width * r + p * width) * FLOAT_BYTES, columns, width, FROM_ZERO, columns,
-                    columns == PANEL, 0,
+                    columns == PANEL,
                 )  # fmt: skip
                 for q in range(columns):
                     target = column + (p + q) // strip * r + n * strip + (p + q) % strip
@@ -86,7 +86,7 @@ def expand_piece(
             multiply(
                 count, u + (column + j * r) * FLOAT_BYTES, u_stride, iota + first * 4, y + at * FLOAT_BYTES, y_stride,
                 order + first * 4, arena + weights * FLOAT_BYTES, panel_columns, r, FROM_OUTPUT, columns,
-                columns == PANEL, 0,
+                columns == PANEL,
             )  # fmt: skip
             at += columns
         column += r * k
@@ -150,11 +150,12 @@ class CpuBackend:
             self._reserve(grouping.num_adapted * grouping.max_width, parts)
             work_list = (parts, grouping.items.ctypes.data, grouping.num_items, table.host_index.ctypes.data)
             order, u, stride = grouping.order.ctypes.data, self._u.data_ptr(), grouping.max_width
+            iota = row_numbers(grouping.num_tokens)
             _shrink(
                 *work_list, table.host_scale.ctypes.data, x.data_ptr(), table.in_features, order, u, stride,
-                arena.data_ptr(), self._scratch.data_ptr(), IOTA,
+                arena.data_ptr(), self._scratch.data_ptr(), iota,
             )  # fmt: skip
-            _expand(*work_list, y.data_ptr(), y.stride(0), table.out_features, order, u, stride, arena.data_ptr(), IOTA)
+            _expand(*work_list, y.data_ptr(), y.stride(0), table.out_features, order, u, stride, arena.data_ptr(), iota)
 
     def _reserve(self, numel: int, parts: int) -> None:
         if self._u.numel() < numel:

@@ -19,7 +19,7 @@ import torch
 from numba import get_num_threads, njit, prange
 from torch import Tensor
 
-from gralora_kernels.cpu.linear import FLOAT_BYTES, IOTA
+from gralora_kernels.cpu.linear import FLOAT_BYTES, row_numbers
 from gralora_kernels.cpu.microkernel import FROM_OUTPUT, FROM_ZERO, PANEL, multiply
 from gralora_kernels.cpu.rows import scale_into
 from gralora_kernels.cpu.simd import (
@@ -46,15 +46,14 @@ Int32s = npt.NDArray[np.int32]
 Int64s = npt.NDArray[np.int64]
 
 
-@njit(nogil=True)
-def tokens_per_piece(group: int) -> int:
-    """How many tokens of a prompt one piece of work takes."""
-    return max(1, MAX_QUERIES // group)
+def attention_rows(group: int) -> int:
+    """The most queries of one piece."""
+    return max(group, MAX_QUERIES)
 
 
 def scratch_bytes(group: int, head_dim: int, page_size: int) -> int:
     """What one thread needs."""
-    rows = max(group, MAX_QUERIES)
+    rows = attention_rows(group)
     return rows * (2 * 4 + (2 + _positions(page_size) + head_dim) * FLOAT_BYTES) + 64
 
 
@@ -144,7 +143,7 @@ def attend_piece(
                 columns = min(PANEL, page_size - c)
                 multiply(
                     rows, q, head_dim, q_index, scores + (at - block + c) * FLOAT_BYTES, positions, iota,
-                    keys + (page + c) * FLOAT_BYTES, page_size, head_dim, FROM_ZERO, columns, columns == PANEL, 0,
+                    keys + (page + c) * FLOAT_BYTES, page_size, head_dim, FROM_ZERO, columns, columns == PANEL,
                 )  # fmt: skip
         for row in range(rows):
             position = start + row // group
@@ -162,7 +161,7 @@ def attend_piece(
                 multiply(
                     rows, scores + (at - block) * FLOAT_BYTES, positions, iota, sums + c * FLOAT_BYTES, head_dim, iota,
                     values + (page + c) * FLOAT_BYTES, head_dim, min(page_size, block_end - at), FROM_OUTPUT, columns,
-                    columns == PANEL, 0,
+                    columns == PANEL,
                 )  # fmt: skip
     for row in range(rows):
         target = out + load_int32(out_index, row) * head_dim * FLOAT_BYTES
@@ -172,7 +171,7 @@ def attend_piece(
 
 def attention_pieces(query_starts: Int32s, context_lens: Int32s, group: int) -> Int64s:
     """Work of a step: (row, first token, tokens, position of the first token), a row's tokens cut into equal pieces."""
-    size = tokens_per_piece(group)
+    size = max(1, MAX_QUERIES // group)
     pieces = [
         (row, at, min(size, end - at), length - (end - at))
         for row, (begin, end, length) in enumerate(
@@ -232,5 +231,5 @@ def paged_attention(
         _attend(
             parts, attention_pieces(query_starts.numpy(), context_lens.numpy(), group), page_table.numpy(),
             q.data_ptr(), out.data_ptr(), heads, kv_heads, head_dim, keys.data_ptr(), values.data_ptr(), page_size,
-            scale, window, scratch.ctypes.data, size, IOTA,
+            scale, window, scratch.ctypes.data, size, row_numbers(attention_rows(group)),
         )  # fmt: skip

@@ -4,9 +4,11 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from numba import get_num_threads, njit, prange
 from torch import Tensor
@@ -18,8 +20,17 @@ FLOAT_BYTES = 4
 ROW_BLOCK = 8 * MAX_ROWS  # rows of one piece of work
 DEPTH_BLOCK = 1024  # of a panel, which then stays in a second-level cache while the rows of a piece pass by
 
-_iota = np.arange(1 << 16, dtype=np.int32)  # row i lies at i
-IOTA: int = _iota.ctypes.data
+LEAST_ROW_NUMBERS = 1 << 12
+
+
+def row_numbers(count: int) -> int:
+    """Address of the int32 0 .. count: the index of a matrix whose rows lie in order. It stays valid."""
+    return _row_numbers(max(LEAST_ROW_NUMBERS, 1 << (count - 1).bit_length())).ctypes.data
+
+
+@cache
+def _row_numbers(size: int) -> npt.NDArray[np.int32]:
+    return np.arange(size, dtype=np.int32)
 
 
 class PackedWeight:
@@ -49,7 +60,6 @@ def num_pieces(rows: int, out_features: int) -> int:
 @njit(nogil=True)
 def linear_piece(
     piece: int, rows: int, x: int, in_features: int, out: int, out_features: int, panels: int, start: int, iota: int,
-    ranges: int,
 ) -> None:  # fmt: skip
     """One piece of out [rows, out] = start + x [rows, in] @ weight.T; `start` as in `microkernel`."""
     blocks = (rows + ROW_BLOCK - 1) // ROW_BLOCK
@@ -68,7 +78,6 @@ def linear_piece(
             count, source + depth * FLOAT_BYTES, in_features, iota, target, out_features, iota,
             weight + depth * PANEL * FLOAT_BYTES, PANEL, min(step, in_features - depth),
             start if depth == 0 else FROM_OUTPUT, columns, True,
-            ranges,
         )  # fmt: skip
 
 
@@ -79,7 +88,7 @@ def _linear(
     pieces = num_pieces(rows, out_features)
     for part in prange(parts):
         for piece in range(part * pieces // parts, (part + 1) * pieces // parts):
-            linear_piece(piece, rows, x, in_features, out, out_features, panels, start, iota, 0)
+            linear_piece(piece, rows, x, in_features, out, out_features, panels, start, iota)
 
 
 def linear(out: Tensor, x: Tensor, weight: PackedWeight, bias: Tensor | None) -> None:
@@ -88,7 +97,7 @@ def linear(out: Tensor, x: Tensor, weight: PackedWeight, bias: Tensor | None) ->
     tensors: tuple[Any, ...] = (out, x) if bias is None else (out, x, bias)
     if not all(tensor.dtype == torch.float32 and tensor.is_contiguous() for tensor in tensors):
         raise ValueError("linear needs contiguous float32 tensors")
-    if x.shape[-1] != weight.in_features or out.numel() != rows * weight.out_features or rows > len(_iota):
+    if x.shape[-1] != weight.in_features or out.numel() != rows * weight.out_features:
         raise ValueError(
             f"x {tuple(x.shape)} and out {tuple(out.shape)} do not fit a weight "
             f"({weight.out_features}, {weight.in_features})"
@@ -97,5 +106,5 @@ def linear(out: Tensor, x: Tensor, weight: PackedWeight, bias: Tensor | None) ->
     with region_lock:
         _linear(
             get_num_threads(), rows, x.data_ptr(), weight.in_features, out.data_ptr(), weight.out_features,
-            weight.address, start, IOTA,
+            weight.address, start, row_numbers(ROW_BLOCK),
         )  # fmt: skip

@@ -10,7 +10,6 @@ row of integers, of which the first says what it is; `Program` writes those rows
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,16 +19,15 @@ from numba import get_num_threads, njit, prange
 from torch import Tensor
 
 from gralora_kernels.cpu.adapters import COLUMNS, SCRATCH_BYTES, expand_piece, shrink_piece
-from gralora_kernels.cpu.ahead import LIST_BYTES, append, clear
-from gralora_kernels.cpu.attention import attend_piece, scratch_bytes
-from gralora_kernels.cpu.linear import FLOAT_BYTES, IOTA, PackedWeight, linear_piece, num_pieces
-from gralora_kernels.cpu.microkernel import FROM_OUTPUT, FROM_ZERO, PREFETCH_ROWS
+from gralora_kernels.cpu.attention import attend_piece, attention_rows, scratch_bytes
+from gralora_kernels.cpu.linear import FLOAT_BYTES, ROW_BLOCK, PackedWeight, linear_piece, num_pieces, row_numbers
+from gralora_kernels.cpu.microkernel import FROM_OUTPUT, FROM_ZERO
 from gralora_kernels.cpu.rows import gate, rms_norm, rotate, scale_into, scatter
-from gralora_kernels.cpu.simd import load_int32, load_int64
+from gralora_kernels.cpu.simd import load_int64
 from gralora_kernels.cpu.team import LINE, fetch_add, wait_for
 from gralora_kernels.cpu.threads import region_lock
 from gralora_kernels.grouping import Grouping
-from gralora_kernels.tables import ENTRIES, ModuleTable
+from gralora_kernels.tables import GroupTable
 
 Int64s = npt.NDArray[np.int64]
 Int32s = npt.NDArray[np.int32]
@@ -40,7 +38,7 @@ EMBED, NORM, NORM_LAST, LINEAR, HEAD, EXPAND, ROTATE, ATTEND, GATE = range(9)
 # What a row of `ops` holds, after its kind. Addresses are of float32 memory.
 KIND, X, Y, WEIGHT, DEPTH, COLUMNS_OUT, START, GROUP, KEYS, VALUES, EXTRA, NUM_FIELDS = range(12)
 # What a row of `groups` holds, per module of the group.
-INDEX, SCALES, COLUMN, IN_FEATURES, OUT_FEATURES, NUM_MODULE_FIELDS = range(6)
+INDEX, SCALES, COLUMN, OUT_FEATURES, NUM_MODULE_FIELDS = range(5)
 MAX_MODULES = 3  # q, k, v
 # What `step` holds: the sizes and addresses of one step.
 (NUM_TOKENS, NUM_LAST, NUM_ITEMS, NUM_ATTENTION, TOKEN_IDS, POSITIONS, KV_SLOTS, LAST, ORDER, ITEMS, U, U_STRIDE, ARENA,
@@ -77,10 +75,7 @@ def _num_pieces(op: Int64s, groups: Int64s, step: Int64s, shape: Int64s) -> int:
     kind = op[KIND]
     tokens = step[NUM_TOKENS]
     if kind == LINEAR:
-        pieces = num_pieces(tokens, op[COLUMNS_OUT])
-        if op[GROUP] >= 0:
-            pieces += _num_modules(groups[op[GROUP]]) * step[NUM_ITEMS]
-        return pieces
+        return num_pieces(tokens, op[COLUMNS_OUT]) + _num_modules(groups[op[GROUP]]) * step[NUM_ITEMS]
     if kind == EXPAND:
         return _expand_pieces(groups[op[GROUP]], step[NUM_ITEMS])
     if kind == ATTEND:
@@ -91,21 +86,21 @@ def _num_pieces(op: Int64s, groups: Int64s, step: Int64s, shape: Int64s) -> int:
 
 
 @njit(nogil=True)
-def _linear(piece: int, op: Int64s, groups: Int64s, step: Int64s, scratch: int, ranges: int, iota: int) -> None:
+def _linear(piece: int, op: Int64s, groups: Int64s, step: Int64s, scratch: int, iota: int) -> None:
     """Shrinks first: they are the longer pieces when a prompt has an adapter."""
-    if op[GROUP] >= 0:
-        group = groups[op[GROUP]]
-        shrinks = _num_modules(group) * step[NUM_ITEMS]
-        if piece < shrinks:
-            item, module = piece // _num_modules(group), piece % _num_modules(group)
-            column = module * (step[U_STRIDE] // MAX_MODULES) * FLOAT_BYTES
-            shrink_piece(
-                step[ITEMS] + 12 * item, group[module, INDEX], group[module, SCALES], op[X], op[DEPTH], step[ORDER],
-                step[U] + column, step[U_STRIDE], step[ARENA], scratch, iota,
-            )  # fmt: skip
-            return
-        piece -= shrinks
-    linear_piece(piece, step[NUM_TOKENS], op[X], op[DEPTH], op[Y], op[COLUMNS_OUT], op[WEIGHT], op[START], iota, ranges)
+    group = groups[op[GROUP]]
+    modules = _num_modules(group)
+    shrinks = modules * step[NUM_ITEMS]
+    if piece >= shrinks:
+        tokens = step[NUM_TOKENS]
+        linear_piece(piece - shrinks, tokens, op[X], op[DEPTH], op[Y], op[COLUMNS_OUT], op[WEIGHT], op[START], iota)
+        return
+    item, module = piece // modules, piece % modules
+    column = module * (step[U_STRIDE] // MAX_MODULES) * FLOAT_BYTES
+    shrink_piece(
+        step[ITEMS] + 12 * item, group[module, INDEX], group[module, SCALES], op[X], op[DEPTH], step[ORDER],
+        step[U] + column, step[U_STRIDE], step[ARENA], scratch, iota,
+    )  # fmt: skip
 
 
 @njit(nogil=True)
@@ -185,47 +180,21 @@ def _row(kind: int, token: int, op: Int64s, step: Int64s, shape: Int64s, real: f
 
 @njit(nogil=True)
 def _piece(
-    piece: int, op: Int64s, real: float, groups: Int64s, step: Int64s, shape: Int64s, scratch: int, ranges: int,
-    iota: int,
+    piece: int, op: Int64s, real: float, groups: Int64s, step: Int64s, shape: Int64s, scratch: int, iota: int,
 ) -> None:  # fmt: skip
     kind = op[KIND]
     if kind == LINEAR:
-        _linear(piece, op, groups, step, scratch, ranges, iota)
+        _linear(piece, op, groups, step, scratch, iota)
     elif kind == EXPAND:
         _expand(piece, op, groups, step, iota)
     elif kind == ATTEND:
         _attend(piece, op, step, shape, real, scratch, iota)
     elif kind == HEAD:
-        linear_piece(piece, step[NUM_LAST], op[X], op[DEPTH], op[Y], op[COLUMNS_OUT], op[WEIGHT], op[START], iota, 0)
+        linear_piece(piece, step[NUM_LAST], op[X], op[DEPTH], op[Y], op[COLUMNS_OUT], op[WEIGHT], op[START], iota)
     else:
         rows = step[NUM_LAST] if kind == NORM_LAST else step[NUM_TOKENS]
         for token in range(piece * TOKENS_PER_PIECE, min(rows, (piece + 1) * TOKENS_PER_PIECE)):
             _row(kind, token, op, step, shape, real)
-
-
-@njit(nogil=True)
-def _fetch_ahead(part: int, parts: int, op: Int64s, groups: Int64s, step: Int64s, ranges: int) -> None:
-    """While this product runs: the B that follow it, and the A of the next product."""
-    clear(ranges)
-    if step[NUM_TOKENS] < PREFETCH_ROWS:
-        return
-    own, following = op[GROUP], (op[GROUP] + 1) % len(groups)
-    for item in range(part, step[NUM_ITEMS], parts):
-        slot = load_int32(step[ITEMS], 3 * item)
-        for module in range(_num_modules(groups[own])):
-            _append_matrix(ranges, groups[own, module], slot, 1, groups[own, module, OUT_FEATURES], step[ARENA])
-        for module in range(_num_modules(groups[following])):
-            _append_matrix(
-                ranges, groups[following, module], slot, 0, groups[following, module, IN_FEATURES], step[ARENA]
-            )
-
-
-@njit(nogil=True)
-def _append_matrix(ranges: int, module: Int64s, slot: int, which: int, features: int, arena: int) -> None:
-    """A (`which` 0) or B (1) of a slot's first entry."""
-    row = slot * ENTRIES * 4
-    size = load_int64(module[INDEX], row + 2) * features * FLOAT_BYTES
-    append(ranges, arena + load_int64(module[INDEX], row + which) * FLOAT_BYTES, size)
 
 
 @njit(nogil=True, parallel=True, cache=True)
@@ -244,9 +213,6 @@ def _run(
             claimed = counters.ctypes.data + LINE * (parts + 1) * i
             done = claimed + LINE * parts
             own = scratch + part * scratch_size
-            ranges = own + scratch_size - LIST_BYTES
-            if op[KIND] == LINEAR:
-                _fetch_ahead(part, parts, op, groups, step, ranges)
             for other in range(parts):
                 owner = (part + other) % parts
                 first, end = owner * pieces // parts, (owner + 1) * pieces // parts
@@ -254,7 +220,7 @@ def _run(
                     piece = first + fetch_add(claimed + LINE * owner)
                     if piece >= end:
                         break
-                    _piece(piece, op, reals[i], groups, step, shape, own, ranges, iota)
+                    _piece(piece, op, reals[i], groups, step, shape, own, iota)
                     fetch_add(done)
             wait_for(done, pieces)
 
@@ -305,17 +271,15 @@ class Program:
         self._reals: list[float] = []
         self._groups: list[list[list[int]]] = []
         self._shape = np.zeros(NUM_SHAPE_FIELDS, np.int64)
-        self._shape[[HEADS, KV_HEADS, HEAD_DIM, PAGE_SIZE]] = (
-            shape.heads,
-            shape.kv_heads,
-            shape.head_dim,
-            shape.page_size,
-        )
+        self._shape[[HEADS, KV_HEADS]] = shape.heads, shape.kv_heads
+        self._shape[[HEAD_DIM, PAGE_SIZE]] = shape.head_dim, shape.page_size
         self._shape[[ROTARY_DIM, COS, SIN]] = shape.cos.shape[1], shape.cos.data_ptr(), shape.sin.data_ptr()
         self._shape[ACTIVATION] = shape.activation
         attend_scratch = scratch_bytes(shape.heads // shape.kv_heads, shape.head_dim, shape.page_size)
-        self._scratch_size = -(-(max(attend_scratch, SCRATCH_BYTES) + LIST_BYTES) // LINE) * LINE
+        self._scratch_size = -(-max(attend_scratch, SCRATCH_BYTES) // LINE) * LINE
         self._parts = get_num_threads()
+        # Of a step's tokens, of a product's rows, of a piece's queries.
+        self._iota = row_numbers(max(max_tokens, ROW_BLOCK, attention_rows(shape.heads // shape.kv_heads)))
         self._scratch = torch.zeros(self._parts * self._scratch_size, dtype=torch.uint8)
 
     def embed(self, table: Tensor, factor: float) -> None:
@@ -327,14 +291,14 @@ class Program:
         self._add(NORM, self.hidden, self.normed, len(weight), WEIGHT=weight, real=eps)
 
     def linear(
-        self, x: Tensor, y: Tensor, weight: PackedWeight, tables: Sequence[ModuleTable], *, bias: Tensor | None = None,
+        self, x: Tensor, y: Tensor, weight: PackedWeight, group: GroupTable, *, bias: Tensor | None = None,
         accumulate: bool = False,
     ) -> None:  # fmt: skip
-        """y = x @ weight.T + bias, or y += x @ weight.T; then what the adapters of `tables` add, side by side in y."""
+        """y = x @ weight.T + bias, or y += x @ weight.T; then what the adapters of `group` add."""
         assert not (accumulate and bias is not None), "sums begin at one of the two"
         start = FROM_OUTPUT if accumulate else FROM_ZERO if bias is None else bias
-        self._groups.append(_group(tables))
-        self._kept += [weight, *tables]
+        self._groups.append(_group(group))
+        self._kept += [weight, group]
         for kind in (LINEAR, EXPAND):
             self._add(
                 kind, x, y, weight.in_features, WEIGHT=weight.panels, COLUMNS_OUT=weight.out_features, START=start,
@@ -377,7 +341,7 @@ class Program:
         with region_lock:
             _run(
                 self._parts, self._table, self._factors, self._group_table, self._step_fields(step), self._shape,
-                self._counters, self._scratch.data_ptr(), self._scratch_size, IOTA,
+                self._counters, self._scratch.data_ptr(), self._scratch_size, self._iota,
             )  # fmt: skip
         return logits
 
@@ -418,12 +382,10 @@ def _check(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name} must be contiguous float32, got {tensor.dtype} with strides {tensor.stride()}")
 
 
-def _group(tables: Sequence[ModuleTable]) -> list[list[int]]:
-    """The modules of a group, their outputs side by side."""
+def _group(group: GroupTable) -> list[list[int]]:
+    """The modules of a group, as `_run` reads them."""
     rows = [[0] * NUM_MODULE_FIELDS for _ in range(MAX_MODULES)]
-    column = 0
-    for row, table in zip(rows, tables, strict=False):
+    for row, table, column in zip(rows, group.modules, group.column_starts, strict=False):
         row[INDEX], row[SCALES] = table.host_index.ctypes.data, table.host_scale.ctypes.data
-        row[COLUMN], row[IN_FEATURES], row[OUT_FEATURES] = column, table.in_features, table.out_features
-        column += table.out_features
+        row[COLUMN], row[OUT_FEATURES] = column, table.out_features
     return rows

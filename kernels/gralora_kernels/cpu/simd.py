@@ -265,18 +265,6 @@ def store_int32(typing: Any, address: Any, offset: Any, value: Any) -> Any:
 
 
 @intrinsic
-def store_int64(typing: Any, address: Any, offset: Any, value: Any) -> Any:
-    """One 8-byte integer; `offset` in such integers."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        byte = builder.add(args[0], builder.shl(args[1], ir.Constant(args[1].type, 3)))
-        builder.store(args[2], builder.inttoptr(byte, ir.PointerType(ir.IntType(64))), align=8)
-        return context.get_dummy_value()
-
-    return types.none(types.intp, types.intp, types.intp), codegen
-
-
-@intrinsic
 def silu(typing: Any, value: Any) -> Any:
     """x / (1 + e^-x), lane by lane."""
 
