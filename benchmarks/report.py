@@ -64,6 +64,12 @@ def gemm_rate(rates: Json) -> float:
     return float(max(rates["gemm_flop_per_s"].values()))
 
 
+def rates_of(section: Json, result: Json) -> Json:
+    """Those of its own minutes, or the whole run's."""
+    rates: Json = section.get("rates") or result["rates"]
+    return rates
+
+
 def find(section: Json, rates: Json, contender: str, measure: str) -> Measured | None:
     """The row of a section, or None where the contender did not take part."""
     for row in section["rows"]:
@@ -83,7 +89,7 @@ def render(result: Json, notes: str, plots: dict[str, str]) -> str:
     """`plots`: by section, the path of its plot."""
     parts = [_head(result), _machine(result), _shown_rates(result)]
     for section in result["sections"]:
-        parts.append(_section(section, result["rates"]))
+        parts.append(_section(section, rates_of(section, result)))
         if section["key"] in plots:
             parts.append(f"![{section['title']}]({plots[section['key']]})")
     parts += [_memory(result), _isolation(result), _skipped(result), notes.strip()]
@@ -142,21 +148,17 @@ def _machine(result: Json) -> str:
 
 
 def _shown_rates(result: Json) -> str:
+    measured = {section["title"]: rates_of(section, result) for section in result["sections"]}
     rows = []
-    for key, unit, label in (
-        ("read_bytes_per_s", "GB/s", "read bandwidth"),
-        ("gemm_flop_per_s", "GFLOP/s", "fp32 GEMM"),
-    ):
-        best = max(result["rates"][key].values())
-        for method, rate in result["rates"][key].items():
-            each = ", ".join(f"{pair[key][method] / 1e9:.1f}" for pair in result["rates_before_and_after"])
-            mark = "**" if rate == best else ""
-            rows.append((label, method, f"{mark}{rate / 1e9:.1f} {unit}{mark}", each))
+    for title, rates in measured.items():
+        reads = ", ".join(f"{rate / 1e9:.1f} ({method})" for method, rate in rates["read_bytes_per_s"].items())
+        gemms = ", ".join(f"{rate / 1e9:.0f} ({method})" for method, rate in rates["gemm_flop_per_s"].items())
+        rows.append((title, reads, gemms))
     return (
         "## Floors\n\n"
-        "What must be read or computed, over the better rate that was measured in this run (bold), with as many "
-        "threads as the engine has. Weights and adapters count, the KV cache and attention do not.\n\n"
-        + table(("rate", "method", "best", "before, after the run"), rows)
+        "What must be read or computed, over the best rate that was measured right before and after the section, with "
+        "as many threads as the engine has. Weights and adapters count, the KV cache and attention do not.\n\n"
+        + table(("section", "read bandwidth, GB/s", "fp32 GEMM, GFLOP/s"), rows)
     )
 
 
@@ -268,7 +270,7 @@ def draw_plots(result: Json, folder: Path) -> dict[str, str]:
         draw = DRAWN.get(section["key"], _draw_floors)
         figure = Figure(figsize=(8, 0.9 + 0.36 * _num_bars(section)), layout="constrained")
         axes = figure.add_subplot()
-        draw(axes, section, result["rates"])
+        draw(axes, section, rates_of(section, result))
         axes.spines[["top", "right"]].set_visible(False)
         figure.savefig(folder / f"{section['key']}.svg", metadata={"Date": None})
         plots[section["key"]] = f"{folder.name}/{section['key']}.svg"

@@ -7,6 +7,7 @@ import json
 import torch
 from support.kernel_cases import CPU, MIXED, make_case, token_slots
 
+from benchmarks import gpu
 from gralora_kernels.dispatch import resolve_backend
 from gralora_kernels.replay import ReplayError
 
@@ -64,6 +65,10 @@ def replayed() -> tuple[bool, str]:
     return right, "no error"
 
 
+gpu.check(
+    gpu.build_case([(96, [64, 32]), (64, [96])], [1, 40, 3], r=8, k=2, device=CPU, dtype=torch.float32), backend, 2
+)
+
 print(
     json.dumps(
         {
@@ -71,6 +76,7 @@ print(
             "base_untouched": untouched and untouched_alone and min(map(len, (base, first, second))) > 0,
             "batch_invariant": all(torch.equal(row, together[t]) for t, row in enumerate(alone)),
             "replayed": replayed(),
+            "benchmark_gate": "passed",  # it raises otherwise
         }
     )
 )

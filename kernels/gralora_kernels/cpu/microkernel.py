@@ -217,9 +217,7 @@ def multiply(
     """Any number of rows times up to PANEL columns. `padded`: all PANEL columns of w may be read."""
     done = 0
     while done < rows:
-        left = rows - done
-        tiles = (left + MAX_ROWS - 1) // MAX_ROWS
-        some = (left + tiles - 1) // tiles
+        some = rows - done  # the largest tile first: what it computes hides the panel's way from memory
         x_rows, y_rows = x_index + 4 * done, y_index + 4 * done
         if padded:
             done += _run_wide(some, x, x_stride, x_rows, y, y_stride, y_rows, w, w_stride, depth, start, columns)
