@@ -121,7 +121,7 @@ class AsyncEngine:
         return self._parts.info
 
     def load(self) -> EngineLoad:
-        """What is in use now, from any thread. Counts are read while the engine runs: each is right, their sum may lag."""
+        """What is in use now, from any thread. Counts are read while the engine runs: each is right, sums may lag."""
         engine, pool = self._parts.engine, self.adapters.stats()
         scheduler = engine.scheduler
         pages = scheduler.pages.counts()

@@ -1,4 +1,4 @@
-"""A histogram with fixed buckets: one writer, any number of readers, no lock. A leaf file: it imports nothing of ours."""
+"""A histogram with fixed buckets: one writer, any number of readers, no lock. A leaf file: imports nothing of ours."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ import logging
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 import grpc
@@ -138,8 +139,7 @@ async def serve(
             if on_bound is not None:
                 on_bound(port)
             _log.info("listening on %s:%d", config.host, port)
-            announce = (lambda: on_serving(port)) if on_serving is not None else (lambda: None)
-            await _load_and_serve(server, engine_factory, config.drain_grace_s, announce)
+            await _load_and_serve(server, engine_factory, config.drain_grace_s, partial(on_serving or _quietly, port))
     finally:
         await server.stop()
 
@@ -157,6 +157,10 @@ async def _load_and_serve(
             await _serve_engine(server, engine, asked_to_stop, grace_s)
         finally:
             await engine.close()
+
+
+def _quietly(_port: int) -> None:
+    """For those who do not want to be told."""
 
 
 @asynccontextmanager

@@ -1,4 +1,4 @@
-"""Turns one snapshot of the engine into the page's series. Asked in the scrape's own thread; keeps nothing between two."""
+"""Turns one snapshot of the engine into the page's series, in the scrape's own thread; keeps nothing between two."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def _model(seen: EngineSnapshot) -> Iterator[Metric]:
 def _requests(seen: EngineSnapshot) -> Iterator[Metric]:
     requests = seen.requests
     yield series.RECEIVED.value(requests.received)
-    yield series.ENDED.by(requests.ended.items())
+    yield series.ENDED.by(requests.ended)
     yield series.RUNNING.value(seen.load.running)
     yield series.WAITING.value(seen.load.waiting)
     yield series.PREPARING.value(seen.load.waiting_for_adapter)

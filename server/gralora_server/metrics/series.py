@@ -1,11 +1,11 @@
-"""Every series of the page: its name, type, labels and meaning. `docs/metrics.md` is this table, and a test compares."""
+"""Every series of the page: its name, type, labels and meaning. `docs/metrics.md` is this table; a test compares."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Literal
+from typing import Literal, TypeVar
 
 from prometheus_client.metrics_core import (
     CounterMetricFamily,
@@ -17,7 +17,7 @@ from prometheus_client.utils import floatToGoString
 
 from gralora_runtime.observation.histogram import HistogramCounts
 
-Key = str | tuple[str, ...]  # the values of a series' labels
+Key = TypeVar("Key", bound=str | tuple[str, ...])  # the values of a series' labels
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,11 +32,11 @@ class Series:
     def value(self, value: float) -> Metric:
         return self.by({(): value})
 
-    def by(self, values: Mapping[Key, float] | Iterable[tuple[Key, float]]) -> Metric:
+    def by(self, values: Mapping[Key, float]) -> Metric:
         """A sample for each combination of the labels' values."""
         make = CounterMetricFamily if self.kind == "counter" else GaugeMetricFamily
         family = make(self.name, self.text, labels=self.labels)
-        for key, value in values.items() if isinstance(values, Mapping) else values:
+        for key, value in values.items():
             family.add_metric(_label_values(key), value)
         return family
 
@@ -51,7 +51,7 @@ class Series:
         return self.histograms({(): counts})
 
 
-def _label_values(key: Key) -> Sequence[str]:
+def _label_values(key: str | tuple[str, ...]) -> tuple[str, ...]:
     return (key,) if isinstance(key, str) else key
 
 
@@ -89,7 +89,9 @@ INTER_TOKEN = Series("gralora_inter_token_seconds", "histogram", "From one token
 TOTAL = Series("gralora_request_seconds", "histogram", "From submission to the last token, of requests that finished.")
 
 # Tokens.
-PREFILL_TOKENS = Series("gralora_prefill_tokens_total", "counter", "Tokens computed in prompts, or again after preemption.")
+PREFILL_TOKENS = Series(
+    "gralora_prefill_tokens_total", "counter", "Tokens computed in prompts, or again after preemption."
+)
 DECODE_TOKENS = Series("gralora_decode_tokens_total", "counter", "Tokens computed one at a time, after the prompt.")
 GENERATED_TOKENS = Series("gralora_generated_tokens_total", "counter", "Tokens sampled.")
 PREFIX_HIT_TOKENS = Series(
@@ -101,7 +103,9 @@ STEPS = Series("gralora_steps_total", "counter", "Forward passes.")
 STEP_ROWS = Series("gralora_step_rows", "histogram", "Requests in a step.")
 STEP_TOKENS = Series("gralora_step_tokens", "histogram", "Tokens in a step.")
 STEP_PHASE = Series("gralora_step_phase_seconds", "histogram", "Time that each part of a step took.", ("phase",))
-PREEMPTIONS = Series("gralora_preemptions_total", "counter", "Requests that lost their KV pages and were computed again.")
+PREEMPTIONS = Series(
+    "gralora_preemptions_total", "counter", "Requests that lost their KV pages and were computed again."
+)
 KV_PAGES = Series(
     "gralora_kv_pages",
     "gauge",
@@ -142,7 +146,10 @@ BY_ADAPTER_GENERATED = Series(
     "gralora_adapter_generated_tokens_total", "counter", "Tokens delivered to those requests.", ("adapter",)
 )
 BY_ADAPTER_BYTES = Series(
-    "gralora_adapter_resident_bytes", "gauge", "Memory of an adapter that is in the pool or host memory.", ("adapter", "tier")
+    "gralora_adapter_resident_bytes",
+    "gauge",
+    "Memory of an adapter that is in the pool or host memory.",
+    ("adapter", "tier"),
 )
 
 # What gateways scrape.
