@@ -22,11 +22,15 @@ from gralora_runtime.errors import (
     DeadlineExceededError,
     DrainingError,
     EngineDeadError,
+    GraloraError,
     InvalidRequestError,
     QueueFullError,
     RequestCancelledError,
 )
 from gralora_runtime.info import EngineInfo, EngineLoad, TokenizeResult
+from gralora_runtime.observation.accounts import OTHER
+from gralora_runtime.observation.requests import RequestMeter, RequestObservation, outcome_of
+from gralora_runtime.observation.snapshot import EngineSnapshot
 from gralora_runtime.request import GenerationRequest, Prompt
 from gralora_runtime.sampler import SamplerState
 from gralora_runtime.scheduler import StepOutput
@@ -39,7 +43,9 @@ class _Entry:
     """A request from submission to its last delta."""
 
     stream: RequestStream
+    adapter: str
     submitted_s: float
+    meter: RequestMeter
     aborted: asyncio.Event  # wakes a submission that still waits for its adapter
     queued: bool = False  # the scheduler has it
 
@@ -57,6 +63,7 @@ class AsyncEngine:
         self._idle = asyncio.Event()
         self._idle.set()
         self._draining = False
+        self.requests = RequestObservation(config.max_named_adapters)
         self._mean_service_s = 1.0
         self._thread = EngineThread(
             parts.engine,
@@ -74,12 +81,21 @@ class AsyncEngine:
 
     async def submit(self, request: GenerationRequest) -> RequestStream:
         """Admit a request: tokenized, checked, and its adapter resident. Raises a `GraloraError` if it cannot be."""
+        self.requests.receive()
+        try:
+            return await self._submit(request)
+        except BaseException as error:
+            self.requests.end(outcome_of(error))
+            raise
+
+    async def _submit(self, request: GenerationRequest) -> RequestStream:
         entry = self._enter(request)
         try:
             sequence = await self._prepare(request, entry)
         except BaseException:
             self._leave(request.request_id)
             raise
+        entry.meter.admit(request.adapter, sequence.num_prompt)
         entry.queued = True
         self._thread.post(lambda scheduler: scheduler.add(sequence))
         return entry.stream
@@ -105,14 +121,14 @@ class AsyncEngine:
         return self._parts.info
 
     def load(self) -> EngineLoad:
-        """What is in use now. The engine's counts are read while it runs: each is right, their sum may lag."""
+        """What is in use now, from any thread. Counts are read while the engine runs: each is right, sums may lag."""
         engine, pool = self._parts.engine, self.adapters.stats()
         scheduler = engine.scheduler
         pages = scheduler.pages.counts()
         return EngineLoad(
             running=scheduler.num_running,
             waiting=scheduler.num_waiting,
-            waiting_for_adapter=sum(not entry.queued for entry in self._entries.values()),
+            waiting_for_adapter=sum(not entry.queued for entry in self._entries.copy().values()),
             pages_total=pages.total,
             pages_free=pages.free,
             pages_cached=pages.cached,
@@ -126,6 +142,25 @@ class AsyncEngine:
             generated_tokens=scheduler.counters.generated_tokens,
             preemptions=scheduler.counters.preemptions,
             prefix_hit_tokens=scheduler.counters.prefix_hit_tokens,
+        )
+
+    def snapshot(self) -> EngineSnapshot:
+        """All that can be measured, from any thread, and without making the engine or the event loop wait."""
+        engine, requests = self._parts.engine, self.requests.read()
+        running, waiting = engine.scheduler.adapters()
+        coming = {entry.adapter for entry in self._entries.copy().values() if not entry.queued}
+        named = requests.adapters.keys() - {OTHER}
+        return EngineSnapshot(
+            info=self.info(),
+            load=self.load(),
+            prefill_tokens=engine.scheduler.counters.prefill_tokens,
+            decode_tokens=engine.scheduler.counters.decode_tokens,
+            steps=engine.observation.read(),
+            requests=requests,
+            adapters=self.adapters.stats(),
+            residency=self.adapters.residency(self._config.max_named_adapters, named),
+            running_adapters=running - {""},
+            waiting_adapters=(waiting | coming) - {""},
         )
 
     def begin_drain(self) -> None:
@@ -146,9 +181,7 @@ class AsyncEngine:
         await asyncio.to_thread(self._thread.stop)
         for request_id, entry in list(self._entries.items()):
             entry.aborted.set()
-            entry.stream.fail(DrainingError())
-            if entry.queued:
-                self._leave(request_id)
+            self._fail(request_id, entry, DrainingError())
         await asyncio.to_thread(self.adapters.close)
 
     def _enter(self, request: GenerationRequest) -> _Entry:
@@ -161,7 +194,14 @@ class AsyncEngine:
             raise QueueFullError(self._config.max_queue, retry_after_s=self._mean_service_s)
         if request.request_id in self._entries:
             raise InvalidRequestError("request_id", request.request_id, "a request of that id is already running")
-        entry = _Entry(RequestStream(request.request_id, self.abort), time.monotonic(), asyncio.Event())
+        now_s = time.monotonic()
+        entry = _Entry(
+            stream=RequestStream(request.request_id, self.abort),
+            adapter=request.adapter,
+            submitted_s=now_s,
+            meter=RequestMeter(self.requests, now_s),
+            aborted=asyncio.Event(),
+        )
         self._entries[request.request_id] = entry
         self._idle.clear()
         return entry
@@ -237,7 +277,8 @@ class AsyncEngine:
         future = self.adapters.acquire(request.adapter)
         waiter = asyncio.ensure_future(_settled(future))
         aborted = asyncio.ensure_future(entry.aborted.wait())
-        timeout_s = None if deadline_s is None else max(0.0, deadline_s - time.monotonic())
+        asked_s = time.monotonic()
+        timeout_s = None if deadline_s is None else max(0.0, deadline_s - asked_s)
         kept = False
         try:
             await asyncio.wait({waiter, aborted}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
@@ -246,6 +287,8 @@ class AsyncEngine:
                 raise DeadlineExceededError(request.request_id)
             lease = future.result()
             kept = True
+            if request.adapter:
+                self.requests.adapter_wait.observe(time.monotonic() - asked_s)
         finally:
             waiter.cancel()
             aborted.cancel()
@@ -260,26 +303,36 @@ class AsyncEngine:
             raise DrainingError if self._draining else RequestCancelledError(request_id)
 
     def _deliver(self, outputs: list[StepOutput]) -> None:
+        now_s = time.monotonic()
         for output in outputs:
             entry = self._entries.get(output.request_id)
             if entry is None:
                 continue  # closed
+            outcome = None
             if output.error is not None:
                 entry.stream.fail(output.error)
+                outcome = outcome_of(output.error)
             elif output.delta is not None:
                 entry.stream.put(output.delta)
-            if output.error is not None or (output.delta is not None and output.delta.finished is not None):
-                service_s = time.monotonic() - entry.submitted_s
-                self._mean_service_s += 0.1 * (service_s - self._mean_service_s)
+                entry.meter.deliver(output.delta, now_s)
+                outcome = output.delta.finished.reason.value if output.delta.finished else None
+            if outcome is not None:
+                self._mean_service_s += 0.1 * (now_s - entry.submitted_s - self._mean_service_s)
+                self.requests.end(outcome)
                 self._leave(output.request_id)
 
     def _die(self) -> None:
         self.dead.set()
         for request_id, entry in list(self._entries.items()):
             entry.aborted.set()
-            entry.stream.fail(EngineDeadError())
-            if entry.queued:
-                self._leave(request_id)
+            self._fail(request_id, entry, EngineDeadError())
+
+    def _fail(self, request_id: str, entry: _Entry, error: GraloraError) -> None:
+        """From outside of the scheduler. A request that is not queued yet ends in `submit`."""
+        entry.stream.fail(error)
+        if entry.queued:
+            self.requests.end(outcome_of(error))
+            self._leave(request_id)
 
     def _call_soon(self, callback: object, *args: object) -> None:
         if not self._loop.is_closed():

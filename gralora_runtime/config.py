@@ -33,6 +33,7 @@ class EngineConfig:
     max_adapter_rank: int = 2048  # of r * k + hybrid_r: bounds the kernels' intermediate
     enable_prefix_cache: bool = True
     num_threads: int | None = None
+    max_named_adapters: int = 100  # with counts of their own; what all others do is counted together
 
     def __post_init__(self) -> None:
         for name, allowed in (("device", DEVICES), ("dtype", DTYPES), ("kernel_backend", KERNEL_BACKENDS)):
@@ -45,6 +46,8 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, got {value}")
+        if self.max_named_adapters < 0:
+            raise ConfigError(f"max_named_adapters must be at least 0, got {self.max_named_adapters}")
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ConfigError(
                 f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least "

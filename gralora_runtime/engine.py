@@ -6,6 +6,7 @@ from torch import Tensor
 
 from gralora_runtime.batch import BatchBuilder
 from gralora_runtime.model.runner import Runner
+from gralora_runtime.observation.steps import Phase, StepObservation
 from gralora_runtime.plan import StepPlan
 from gralora_runtime.sampler import SampledToken, SamplingFailure, sample
 from gralora_runtime.scheduler import Scheduler, StepOutput
@@ -17,19 +18,23 @@ class Engine:
     def __init__(self, scheduler: Scheduler, batch: BatchBuilder, runner: Runner) -> None:
         self.scheduler = scheduler
         self.num_steps = 0
+        self.observation = StepObservation()
         self._batch = batch
         self._runner = runner
 
     def step(self) -> list[StepOutput]:
         """Compute one step and return what it has to tell the clients."""
-        plan = self.scheduler.plan()
+        timed = self.observation.timed
+        plan = timed(Phase.SCHEDULE, self.scheduler.plan)
         if plan is None:
             return self.scheduler.take_outputs()
-        tensors = self._batch.build(plan)
-        logits = self._runner.execute(tensors)
-        sampled = self._sample(logits, plan)
+        tensors = timed(Phase.BUILD, self._batch.build, plan)
+        logits = timed(Phase.FORWARD, self._runner.execute, tensors)
+        sampled = timed(Phase.SAMPLE, self._sample, logits, plan)
+        outputs = timed(Phase.COMMIT, self.scheduler.commit, plan, sampled)
         self.num_steps += 1
-        return self.scheduler.commit(plan, sampled)
+        self.observation.count(plan)
+        return outputs
 
     def _sample(self, logits: Tensor, plan: StepPlan) -> dict[str, SampledToken | SamplingFailure]:
         ids = [row.request_id for row in plan.rows if row.samples]

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable
 
 from gralora_runtime.engine import Engine
+from gralora_runtime.observation.steps import Phase
 from gralora_runtime.scheduler import Scheduler, StepOutput
 
 logger = logging.getLogger(__name__)
@@ -57,7 +58,7 @@ class EngineThread:
             while self._take_commands():
                 outputs = self._engine.step()
                 if outputs:
-                    self._deliver(outputs)
+                    self._engine.observation.timed(Phase.DELIVER, self._deliver, outputs)
         except Exception:
             logger.exception("the engine thread failed")
             self._on_death()

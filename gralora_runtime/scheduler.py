@@ -33,6 +33,8 @@ class StepOutput:
 class SchedulerCounters:
     """Totals since start."""
 
+    prefill_tokens: int = 0  # computed: of prompts, and again of what was preempted
+    decode_tokens: int = 0  # computed, one at a time, after the prompt
     generated_tokens: int = 0
     preemptions: int = 0
     prefix_hit_tokens: int = 0
@@ -110,11 +112,20 @@ class Scheduler:
         """Take in a step's results: one token, or the reason why there is none, per row that samples."""
         for row in plan.rows:
             sequence = self._by_id[row.request_id]
+            self._count_tokens(sequence, row)
             sequence.num_computed = row.context_len
             self._publish_full_pages(sequence)
             if row.samples:
                 self._commit_token(sequence, sampled[row.request_id])
         return self.take_outputs()
+
+    def adapters(self) -> tuple[frozenset[str], frozenset[str]]:
+        """Names of the adapters in the batch, and of those that wait for it; "" is the base model.
+
+        Other threads may ask: sequences are copied in one call each, while which the engine's thread cannot move them.
+        """
+        running, waiting = self._running.copy(), self._waiting.copy()
+        return frozenset(s.adapter_name for s in running), frozenset(s.adapter_name for s in waiting)
 
     def take_outputs(self) -> list[StepOutput]:
         """What has to be told since the last call."""
@@ -210,6 +221,12 @@ class Scheduler:
             adapter=AdapterUse(lease.slot, lease.generation, lease.width),
             samples=start + count == len(sequence.tokens),
         )
+
+    def _count_tokens(self, sequence: Sequence, row: RowPlan) -> None:
+        if sequence.num_output and len(row.token_ids) == 1:
+            self.counters.decode_tokens += 1
+        else:
+            self.counters.prefill_tokens += len(row.token_ids)
 
     def _commit_token(self, sequence: Sequence, sampled: SampledToken | SamplingFailure) -> None:
         if isinstance(sampled, SamplingFailure):

@@ -26,6 +26,7 @@ CONFINED = {
     "grpc_health": ["gralora_server/*"],
     "grpc_reflection": ["gralora_server/*"],
     "google": ["gralora_server/*"],
+    "prometheus_client": ["gralora_server/metrics/*"],
     "transformers": ["gralora_runtime/model/*"],
     "safetensors": ["gralora_runtime/adapters/loader.py"],
     "triton": ["gralora_kernels/triton_ops/*"],
@@ -45,6 +46,10 @@ NO_TORCH = [
     "gralora_runtime/adapters/lease.py",
     "gralora_runtime/adapters/spec.py",
     "gralora_runtime/adapters/store.py",
+    "gralora_runtime/observation/histogram.py",
+    "gralora_runtime/observation/accounts.py",
+    "gralora_runtime/observation/requests.py",
+    "gralora_runtime/observation/steps.py",
 ]
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from gralora_runtime.adapters.checkpoint import AdapterSummary
 from gralora_runtime.adapters.store import AdapterState
+from gralora_runtime.observation.histogram import HistogramCounts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,5 +50,24 @@ class AdapterStats:
     host_bytes_used: int
     host_bytes_total: int
     loads: int  # from disk
+    load_failures: int
+    load_s: HistogramCounts  # reading, checking and packing, one adapter each, the failures among them
     placements: int  # into the pool, from disk or host memory
     evictions: int
+
+
+@dataclass(frozen=True, slots=True)
+class Residence:
+    """An adapter in memory. Names with the same content share one place, and each is told its whole size."""
+
+    name: str
+    state: AdapterState  # RESIDENT or HOST
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterResidency:
+    """Where the catalogue's adapters are."""
+
+    counts: Mapping[AdapterState, int]  # every state
+    residences: tuple[Residence, ...]  # at most as many as were asked for

@@ -8,7 +8,8 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import partial
@@ -19,7 +20,7 @@ import torch
 
 from gralora_runtime.adapters.cache import HostCache
 from gralora_runtime.adapters.checkpoint import AdapterSummary, inspect
-from gralora_runtime.adapters.info import AdapterInfo, AdapterStats, UnloadResult
+from gralora_runtime.adapters.info import AdapterInfo, AdapterResidency, AdapterStats, Residence, UnloadResult
 from gralora_runtime.adapters.lease import BASE_LEASE, AdapterLease
 from gralora_runtime.adapters.loader import LoadedAdapter, check_width
 from gralora_runtime.adapters.mover import Mover, log_if_unexpected
@@ -206,9 +207,31 @@ class AdapterManager:
                 host_bytes_used=self._cache.used_bytes,
                 host_bytes_total=self._cache.capacity_bytes,
                 loads=self._mover.loads,
+                load_failures=self._mover.load_failures,
+                load_s=self._mover.load_s.read(),
                 placements=self._mover.placements,
                 evictions=self._mover.evictions,
             )
+
+    def residency(self, limit: int, first: Collection[str] = ()) -> AdapterResidency:
+        """Where all adapters are, and by name at most `limit` that are in memory: `first`, then the last used ones.
+
+        The lock is not held while thousands of them are gone through.
+        """
+        with self._lock:
+            records = tuple(self._store)
+        states = [(record, self._state(record)) for record in records]
+        here = [(r, state) for r, state in states if state in (AdapterState.RESIDENT, AdapterState.HOST)]
+        here.sort(key=lambda found: (found[0].name not in first, -found[0].last_used_s, found[0].name))
+        counts = Counter(state for _, state in states)
+        return AdapterResidency(
+            {state: counts[state] for state in AdapterState},
+            tuple(
+                Residence(record.name, state, self._pool_bytes(record.summary.packed_numel))
+                for record, state in here[:limit]
+                if record.summary is not None
+            ),
+        )
 
     def check_integrity(self) -> None:
         """Every slot, element and lease is accounted for once, at any moment; raises AssertionError when not."""

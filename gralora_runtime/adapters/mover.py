@@ -6,6 +6,7 @@ Methods that take a `Settlement` are called with the manager's lock held; the ot
 from __future__ import annotations
 
 import logging
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,6 +23,7 @@ from gralora_runtime.adapters.spec import ModuleShape, rejected
 from gralora_runtime.adapters.store import AdapterRecord, AdapterStore, Waiter
 from gralora_runtime.adapters.window import Window
 from gralora_runtime.errors import AdapterCapacityError, DrainingError, GraloraError
+from gralora_runtime.observation.histogram import REQUEST_S, Histogram
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +48,8 @@ class Mover:
         settling: Callable[[], AbstractContextManager[Settlement]],
         serve: Serve,
     ) -> None:
-        self.loads = self.placements = self.evictions = 0
+        self.loads = self.load_failures = self.placements = self.evictions = 0
+        self.load_s = Histogram(REQUEST_S)  # observed under the lock: there are several readers
         self._pool = pool
         self._store = store
         self._cache = cache
@@ -83,17 +86,7 @@ class Mover:
     def read(
         self, record: AdapterRecord, source: Path, on_done: Callable[[Future[LoadedAdapter]], None], settle: Settlement
     ) -> None:
-        read = self._readers.submit(
-            load,
-            record.name,
-            source,
-            self._modules,
-            self._pool.arena.dtype,
-            max_width=self._max_width,
-            root=self._root,
-            panel=self._pool.panel,
-        )
-        settle.later(partial(read.add_done_callback, on_done))
+        settle.later(partial(self._readers.submit(self._load, record.name, source).add_done_callback, on_done))
 
     def forget(self, record: AdapterRecord, settle: Settlement) -> None:
         """Nobody waits for this name any more: unless it is being moved in, it gives up its place."""
@@ -167,6 +160,26 @@ class Mover:
         with self._settling() as settle:
             self._pool.release(resident)
             self.wake(settle)
+
+    def _load(self, name: str, source: Path) -> LoadedAdapter:
+        """In a reader."""
+        started_s, failures = time.perf_counter(), 1
+        try:
+            adapter = load(
+                name,
+                source,
+                self._modules,
+                self._pool.arena.dtype,
+                max_width=self._max_width,
+                root=self._root,
+                panel=self._pool.panel,
+            )
+            failures = 0
+        finally:
+            with self._settling():
+                self.load_s.observe(time.perf_counter() - started_s)
+                self.load_failures += failures
+        return adapter
 
     def _read_more(self, settle: Settlement) -> None:
         """Read on, in order of arrival, while little enough waits for room. Nobody's wish any more: not read at all."""

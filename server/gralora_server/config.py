@@ -18,6 +18,18 @@ class TlsConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MetricsConfig:
+    """Where the Prometheus page is served, in plain HTTP. `port` 0 lets the system choose."""
+
+    host: str
+    port: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"metrics port must be 0 to 65535, got {self.port}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ServerConfig:
     """`port` 0 lets the system choose. None means: off, or no limit."""
 
@@ -25,6 +37,7 @@ class ServerConfig:
     port: int = 50051
     tls: TlsConfig | None = None
     auth_token_file: Path | None = None
+    metrics: MetricsConfig | None = None
     reflection: bool = True
     max_message_bytes: int = 16 << 20  # received; 4 MiB of prompt text leave room for the rest
     max_request_s: float | None = None  # a request without a deadline gets this one, a longer one is cut to it

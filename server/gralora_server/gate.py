@@ -40,6 +40,11 @@ class Gate:
             raise DrainingError if self.phase is Phase.DRAINING else StartingError
         return self._engine
 
+    @property
+    def loaded(self) -> Engine | None:
+        """For those who only look, in whatever phase and from any thread."""
+        return self._engine
+
     @contextmanager
     def admit(self) -> Iterator[Engine]:
         """New work: refused while starting and draining, counted until it ends, and evictable."""

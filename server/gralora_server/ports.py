@@ -13,6 +13,7 @@ from typing import Protocol
 
 from gralora_runtime.adapters.info import AdapterInfo, UnloadResult
 from gralora_runtime.info import EngineInfo, EngineLoad, TokenizeResult
+from gralora_runtime.observation.snapshot import EngineSnapshot
 from gralora_runtime.request import GenerationRequest, Prompt
 from gralora_runtime.stream import RequestStream
 
@@ -28,7 +29,7 @@ class Adapters(Protocol):
 
 
 class Engine(Protocol):
-    """Generates. Every method is called on the event loop."""
+    """Generates. Every method but `snapshot` is called on the event loop."""
 
     dead: asyncio.Event
 
@@ -39,6 +40,7 @@ class Engine(Protocol):
     async def tokenize(self, prompt: Prompt) -> TokenizeResult: ...
     def info(self) -> EngineInfo: ...
     def load(self) -> EngineLoad: ...
+    def snapshot(self) -> EngineSnapshot: ...
     def begin_drain(self) -> None: ...
     async def close(self) -> None: ...
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 import grpc
@@ -23,10 +24,11 @@ from gralora.v1 import (
 )
 from gralora_runtime.errors import ConfigError, DrainingError, EngineDeadError
 from gralora_server.auth import Tokens
-from gralora_server.config import ServerConfig, TlsConfig
+from gralora_server.config import MetricsConfig, ServerConfig, TlsConfig
 from gralora_server.gate import Gate
 from gralora_server.health import Health
 from gralora_server.interceptors import AuthInterceptor, CallInterceptor
+from gralora_server.metrics.page import MetricsPage
 from gralora_server.ports import Engine, EngineFactory
 from gralora_server.servicers import AdapterServicer, GenerationServicer, ServerServicer
 
@@ -119,32 +121,60 @@ async def serve(
     *,
     on_bound: Callable[[int], None] | None = None,
     on_serving: Callable[[int], None] | None = None,
+    on_metrics: Callable[[int], None] | None = None,
 ) -> None:
     """Serve until SIGTERM or SIGINT, then drain; a second signal ends the draining at once.
 
     `on_bound` is told the port when calls are answered, if only with UNAVAILABLE; `on_serving` when requests are taken.
+    `on_metrics` is told the port of the metrics page, which is there from before the model loads until the very end.
 
     Raises what the factory raises, and `EngineDeadError` when the engine died while serving.
     """
     server = GrpcServer(config)
     port = await server.start()
-    if on_bound is not None:
-        on_bound(port)
-    _log.info("listening on %s:%d", config.host, port)
     try:
-        with _signals(server) as asked_to_stop:
-            engine = await _unless(asked_to_stop, engine_factory())
-            if engine is None:
-                return
-            try:
-                await server.open(engine)
-                if on_serving is not None:
-                    on_serving(port)
-                await _serve_engine(server, engine, asked_to_stop, config.drain_grace_s)
-            finally:
-                await engine.close()
+        async with _page(config.metrics, server.gate) as metrics_port:
+            if metrics_port is not None and on_metrics is not None:
+                on_metrics(metrics_port)
+            if on_bound is not None:
+                on_bound(port)
+            _log.info("listening on %s:%d", config.host, port)
+            await _load_and_serve(server, engine_factory, config.drain_grace_s, partial(on_serving or _quietly, port))
     finally:
         await server.stop()
+
+
+async def _load_and_serve(
+    server: GrpcServer, engine_factory: EngineFactory, grace_s: float, announce: Callable[[], None]
+) -> None:
+    with _signals(server) as asked_to_stop:
+        engine = await _unless(asked_to_stop, engine_factory())
+        if engine is None:
+            return
+        try:
+            await server.open(engine)
+            announce()
+            await _serve_engine(server, engine, asked_to_stop, grace_s)
+        finally:
+            await engine.close()
+
+
+def _quietly(_port: int) -> None:
+    """For those who do not want to be told."""
+
+
+@asynccontextmanager
+async def _page(config: MetricsConfig | None, gate: Gate) -> AsyncIterator[int | None]:
+    """The port of the metrics page while it is served; None if it is not wanted."""
+    if config is None:
+        yield None
+        return
+    page = await asyncio.to_thread(MetricsPage, config, gate)
+    _log.info("metrics on http://%s:%d/metrics", config.host, page.port)
+    try:
+        yield page.port
+    finally:
+        await asyncio.to_thread(page.close)
 
 
 async def _serve_engine(server: GrpcServer, engine: Engine, asked_to_stop: asyncio.Event, grace_s: float) -> None:

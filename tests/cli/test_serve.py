@@ -16,7 +16,7 @@ from gralora_server.cli.app import run
 from gralora_server.cli.options import parse_address, parse_bytes
 from gralora_server.cli.output import ExitCode
 from gralora_server.client import Client
-from gralora_server.config import ServerConfig, TlsConfig
+from gralora_server.config import MetricsConfig, ServerConfig, TlsConfig
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def test_every_option_reaches_its_configuration(configured) -> None:
         "--max-model-len": "11", "--max-queue": "13", "--max-adapter-rank": "17", "--max-adapter-slots": "19",
         "--page-size": "23", "--kv-cache-bytes": "1GiB", "--adapter-pool-bytes": "2m", "--host-cache-bytes": "29",
         "--token-file": "/t", "--tls-cert": "/c", "--tls-key": "/k", "--tls-client-ca": "/ca",
-        "--max-request-s": "31", "--grace-s": "37",
+        "--max-request-s": "31", "--grace-s": "37", "--metrics-address": "[::1]:41", "--metrics-max-adapters": "43",
     }  # fmt: skip
     words = [word for pair in options.items() for word in pair]
     assert run(["serve", *words, "--no-prefix-cache", "--no-reflection", "--json"]) == ExitCode.OK
@@ -53,6 +53,7 @@ def test_every_option_reaches_its_configuration(configured) -> None:
         port=0,
         tls=TlsConfig(certificate=Path("/c"), private_key=Path("/k"), client_ca=Path("/ca")),
         auth_token_file=Path("/t"),
+        metrics=MetricsConfig(host="::1", port=41),
         reflection=False,
         max_request_s=31.0,
         drain_grace_s=37.0,
@@ -75,6 +76,7 @@ def test_every_option_reaches_its_configuration(configured) -> None:
         max_adapter_rank=17,
         enable_prefix_cache=False,
         num_threads=3,
+        max_named_adapters=43,
     )
     assert as_json
 

@@ -8,11 +8,15 @@ import threading
 from pathlib import Path
 
 from gralora_runtime.adapters.checkpoint import AdapterSummary
-from gralora_runtime.adapters.info import AdapterInfo, UnloadResult
+from gralora_runtime.adapters.info import AdapterInfo, AdapterResidency, AdapterStats, Residence, UnloadResult
 from gralora_runtime.adapters.spec import Dialect
 from gralora_runtime.adapters.store import AdapterState
 from gralora_runtime.errors import AdapterNotFoundError, DrainingError, EngineDeadError, InvalidRequestError
 from gralora_runtime.info import EngineInfo, EngineLoad, TokenizeResult
+from gralora_runtime.observation.histogram import REQUEST_S, Histogram
+from gralora_runtime.observation.requests import RequestObservation
+from gralora_runtime.observation.snapshot import EngineSnapshot
+from gralora_runtime.observation.steps import StepObservation
 from gralora_runtime.request import (
     Delta,
     Finished,
@@ -58,6 +62,45 @@ LOAD = EngineLoad(
     preemptions=9,
     prefix_hit_tokens=10,
 )
+
+
+STATS = AdapterStats(
+    adapters=3,
+    leases=4,
+    waiting=3,
+    slots_used=5,
+    slots_total=4096,
+    pool_bytes_used=6,
+    pool_bytes_total=1 << 30,
+    host_bytes_used=7,
+    host_bytes_total=1 << 29,
+    loads=11,
+    load_failures=12,
+    load_s=Histogram(REQUEST_S).read(),
+    placements=13,
+    evictions=14,
+)
+
+
+def snapshot(observed: RequestObservation | None = None, **changes: object) -> EngineSnapshot:
+    """Numbers that are all different, so that none can be taken for another."""
+    requests = observed or RequestObservation(100)
+    facts: dict[str, object] = {
+        "info": INFO,
+        "load": LOAD,
+        "prefill_tokens": 15,
+        "decode_tokens": 16,
+        "steps": StepObservation().read(),
+        "requests": requests.read(),
+        "adapters": STATS,
+        "residency": AdapterResidency(
+            dict.fromkeys(AdapterState, 0) | {AdapterState.RESIDENT: 2},
+            (Residence("poet", AdapterState.RESIDENT, 1200), Residence("bard", AdapterState.HOST, 1300)),
+        ),
+        "running_adapters": frozenset({"poet", "bard"}),
+        "waiting_adapters": frozenset({"cold"}),
+    }
+    return EngineSnapshot(**facts | changes)  # type: ignore[arg-type]
 
 
 def started(request: GenerationRequest) -> Delta:
@@ -176,6 +219,9 @@ class FakeEngine:
 
     def load(self) -> EngineLoad:
         return LOAD
+
+    def snapshot(self) -> EngineSnapshot:
+        return snapshot()
 
     def begin_drain(self) -> None:
         self.draining.set()

@@ -13,7 +13,7 @@ from gralora_server.cli.logs import LEVELS, configure
 from gralora_server.cli.model import default_model
 from gralora_server.cli.options import DEFAULT_ADDRESS, Json, default_of, parse_address, parse_bytes
 from gralora_server.cli.output import CommandError, ExitCode, print_json, stdout
-from gralora_server.config import ServerConfig, TlsConfig
+from gralora_server.config import MetricsConfig, ServerConfig, TlsConfig
 
 if TYPE_CHECKING:
     from gralora_server.ports import Engine
@@ -76,6 +76,16 @@ def serve(
     tls_client_ca: Annotated[
         Path | None, typer.Option(help="PEM file: serve only clients certified by it.", rich_help_panel=SERVER)
     ] = None,
+    metrics_address: Annotated[
+        str | None,
+        typer.Option(help="HOST:PORT of a page for Prometheus. Default: none is served.", rich_help_panel=SERVER),
+    ] = None,
+    metrics_max_adapters: int = _engine_option(
+        "max_named_adapters",
+        "Adapters with series of their own; the others are counted together.",
+        panel=SERVER,
+        flag="--metrics-max-adapters",
+    ),
     reflection: bool = _server_option("reflection", "Answer gRPC reflection."),
     max_request_s: float | None = _server_option("max_request_s", "Longest generation. Default: no limit."),
     grace_s: float = _server_option("drain_grace_s", "Running requests may finish after SIGTERM.", flag="--grace-s"),
@@ -84,7 +94,7 @@ def serve(
 ) -> None:
     """Serve a model and its adapters until SIGTERM or Ctrl-C.
 
-    Prints one line, SERVING on HOST:PORT, when requests are taken (with --json: address and model).
+    Prints one line, SERVING on HOST:PORT, when requests are taken (with --json: address, model and metrics_address).
     """
     if log_level not in LEVELS:
         raise CommandError(ExitCode.USAGE, f"--log-level must be one of {', '.join(LEVELS)}, got {log_level!r}")
@@ -94,6 +104,7 @@ def serve(
         port=port,
         tls=_tls(tls_cert, tls_key, tls_client_ca),
         auth_token_file=token_file,
+        metrics=_metrics(metrics_address),
         reflection=reflection,
         max_request_s=max_request_s,
         drain_grace_s=grace_s,
@@ -118,6 +129,7 @@ def serve(
         max_adapter_rank=max_adapter_rank,
         enable_prefix_cache=prefix_cache,
         num_threads=threads,
+        max_named_adapters=metrics_max_adapters,
     )
     _run(server_config, engine_config, as_json=json)
 
@@ -128,6 +140,13 @@ def _tls(certificate: Path | None, private_key: Path | None, client_ca: Path | N
     if certificate is not None or private_key is not None or client_ca is not None:
         raise CommandError(ExitCode.USAGE, "--tls-cert and --tls-key belong together, and --tls-client-ca needs both")
     return None
+
+
+def _metrics(address: str | None) -> MetricsConfig | None:
+    if address is None:
+        return None
+    host, port = parse_address(address)
+    return MetricsConfig(host=host.strip("[]"), port=port)
 
 
 async def _start_engine(config: EngineConfig) -> Engine:
@@ -141,12 +160,22 @@ def _run(server_config: ServerConfig, engine_config: EngineConfig, *, as_json: b
 
     from gralora_server.service import serve as serve_until_stopped
 
+    metrics_address: str | None = None
+
+    def note_metrics(port: int) -> None:
+        nonlocal metrics_address
+        assert server_config.metrics is not None
+        metrics_address = f"{server_config.metrics.host}:{port}"
+
     def announce(port: int) -> None:
         """The line that scripts wait for."""
         address = f"{server_config.host}:{port}"
         if as_json:
-            print_json({"address": address, "model": engine_config.model})
+            print_json({"address": address, "model": engine_config.model, "metrics_address": metrics_address})
         else:
             stdout().print(f"SERVING on {address}", markup=False, soft_wrap=True)
 
-    uvloop.run(serve_until_stopped(server_config, lambda: _start_engine(engine_config), on_serving=announce))
+    serving = serve_until_stopped(
+        server_config, lambda: _start_engine(engine_config), on_serving=announce, on_metrics=note_metrics
+    )
+    uvloop.run(serving)

@@ -1,0 +1,46 @@
+"""A histogram with fixed buckets: one writer, any number of readers, no lock. A leaf file: imports nothing of ours."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+# Upper bounds, in seconds or counts as their names say.
+REQUEST_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 60.0, 150.0, 600.0)
+TOKEN_S = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5)
+PHASE_S = (1e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
+COUNTS = tuple(float(2**power) for power in range(14))  # 1 to 8192
+
+
+@dataclass(frozen=True, slots=True)
+class HistogramCounts:
+    """What a histogram held at one moment. `counts[i]` values were at most `bounds[i]`, the last count's were above."""
+
+    bounds: tuple[float, ...]
+    counts: tuple[int, ...]
+    sum: float
+
+    @property
+    def count(self) -> int:
+        return sum(self.counts)
+
+
+class Histogram:
+    """Only one thread at a time may call `observe`; `read` may be called from any."""
+
+    __slots__ = ("_bounds", "_counts", "_sum")
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self._bounds = tuple(bounds)
+        self._counts = [0] * (len(self._bounds) + 1)
+        self._sum = 0.0
+
+    def observe(self, value: float, times: int = 1) -> None:
+        """Count one value, `times` times."""
+        self._counts[bisect_left(self._bounds, value)] += times
+        self._sum += value * times
+
+    def read(self) -> HistogramCounts:
+        """The buckets are copied at once; the sum may be of a value later or earlier."""
+        return HistogramCounts(self._bounds, tuple(self._counts), self._sum)

@@ -1,0 +1,32 @@
+"""Buckets are upper bounds, and nothing falls between them."""
+
+from __future__ import annotations
+
+from gralora_runtime.observation.histogram import Histogram
+
+
+def test_a_value_counts_in_the_first_bucket_that_holds_it() -> None:
+    histogram = Histogram([1.0, 2.0])
+    for value in (0.5, 1.0, 1.5, 2.0, 2.5):
+        histogram.observe(value)
+    read = histogram.read()
+
+    assert read.counts == (2, 2, 1)
+    assert read.count == 5
+    assert read.sum == 7.5
+
+
+def test_a_value_can_count_several_times() -> None:
+    histogram = Histogram([1.0])
+    histogram.observe(0.25, 4)
+
+    assert histogram.read().counts == (4, 0)
+    assert histogram.read().sum == 1.0
+
+
+def test_what_was_read_does_not_change_afterwards() -> None:
+    histogram = Histogram([1.0])
+    read = histogram.read()
+    histogram.observe(0.5)
+
+    assert read.counts == (0, 0)
