@@ -208,7 +208,7 @@ async def test_a_client_that_sends_nothing_holds_up_no_other() -> None:
 @pytest.mark.skipif(
     shutil.which("promtool") is None, reason="promtool is not installed (Debian: apt install prometheus)"
 )
-async def test_promtool_finds_no_fault_but_the_colon_in_the_names_that_gateways_want() -> None:
+def test_promtool_finds_no_fault_but_the_colon_in_the_names_that_gateways_want() -> None:
     page = page_of(snapshot())
     whole, ours = (
         subprocess.run(["promtool", "check", "metrics"], input=text, capture_output=True, text=True, check=False)
