@@ -93,4 +93,4 @@ def test_prometheus_scrapes_a_loaded_server_and_answers_with_its_numbers(tiny_wo
         assert len(query(address, "vllm:lora_requests_info")) == 1
         assert value(address, "time() - vllm:lora_requests_info") < 60
         assert value(address, "vllm:kv_cache_usage_perc") == 0
-        until(address, "sum(increase(gralora_adapter_requests_total[1m])) > bool 0", 1)
+        until(address, "rate(gralora_generated_tokens_total[1m]) > bool 0", 1)
