@@ -199,7 +199,7 @@ class AsyncEngine:
             stream=RequestStream(request.request_id, self.abort),
             adapter=request.adapter,
             submitted_s=now_s,
-            meter=RequestMeter(self.requests, now_s),
+            meter=self.requests.meter(now_s),
             aborted=asyncio.Event(),
         )
         self._entries[request.request_id] = entry

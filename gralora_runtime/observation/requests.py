@@ -43,6 +43,9 @@ class RequestObservation:
         """A request came. What follows is a call of `end`, and before it of the meter's methods."""
         self._received += 1
 
+    def meter(self, submitted_s: float) -> RequestMeter:
+        return RequestMeter(self, submitted_s)
+
     def end(self, outcome: str) -> None:
         self._ended[outcome] = self._ended.get(outcome, 0) + 1
 

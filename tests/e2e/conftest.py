@@ -24,6 +24,13 @@ GRALORA = Path(sys.executable).with_name("gralora")
 @contextlib.contextmanager
 def serving(model: Path, adapters: Path, *options: str) -> Iterator[str]:
     """Yields the address of a server that is ready; afterwards it must have drained and left with exit code 0."""
+    with announced(model, adapters, *options) as announcement:
+        yield announcement["address"]
+
+
+@contextlib.contextmanager
+def announced(model: Path, adapters: Path, *options: str) -> Iterator[dict[str, str]]:
+    """The same, with all that the server says about itself."""
     command = [GRALORA, "serve", "--model", model, "--adapters", adapters, "--address", "127.0.0.1:0", "--json"]
     command += ["--log-level", "warning"]
     with subprocess.Popen([*map(str, command), *options], stdout=subprocess.PIPE, text=True) as server:
@@ -31,7 +38,7 @@ def serving(model: Path, adapters: Path, *options: str) -> Iterator[str]:
             assert server.stdout is not None
             line = server.stdout.readline()
             assert line, f"the server did not start: exit code {server.wait(60)}"
-            yield json.loads(line)["address"]
+            yield json.loads(line)
         finally:
             server.terminate()
             assert server.wait(60) == 0

@@ -64,8 +64,9 @@ def samples(page: str, name: str) -> dict[tuple[str, ...], float]:
     }
 
 
-def get(port: int) -> str:
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+def get(port: int, headers: dict[str, str] | None = None) -> str:
+    request = urllib.request.Request(f"http://127.0.0.1:{port}/metrics", headers=headers or {})
+    with urllib.request.urlopen(request, timeout=10) as answer:
         return answer.read().decode()
 
 
@@ -192,6 +193,21 @@ async def test_a_port_that_is_taken_is_refused_before_the_model_loads() -> None:
 def test_a_port_that_cannot_be_is_refused() -> None:
     with pytest.raises(ConfigError, match="metrics port"):
         MetricsConfig(host="127.0.0.1", port=65536)
+
+
+async def test_names_keep_their_colon_whatever_format_the_scraper_asks_for() -> None:
+    """As OpenMetrics they lost it, and Prometheus, which asks for that first, had none of the gateways' series."""
+    gate = Gate()
+    gate.open(FakeEngine())
+    page = MetricsPage(LOOPBACK, gate)
+    wanted = {"Accept": "application/openmetrics-text;version=1.0.0,text/plain;version=1.0.0;q=0.5,*/*;q=0.1"}
+    try:
+        text = await asyncio.to_thread(get, page.port, wanted)
+    finally:
+        await asyncio.to_thread(page.close)
+
+    assert samples(text, "vllm:num_requests_running") == {(): 1.0}
+    assert "vllm_" not in text
 
 
 async def test_a_client_that_sends_nothing_holds_up_no_other() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import socket
 import threading
+from collections.abc import Callable, Iterable
+from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, make_server
 
 from prometheus_client import CollectorRegistry, ProcessCollector, make_wsgi_app
@@ -25,7 +27,9 @@ class MetricsPage:
         ProcessCollector(registry=registry)
         kind = _Server6 if ":" in config.host else _Server
         try:
-            self._server = make_server(config.host, config.port, make_wsgi_app(registry), kind, _Handler)
+            self._server = make_server(
+                config.host, config.port, _in_classic_text(make_wsgi_app(registry)), kind, _Handler
+            )
         except OSError as cause:
             raise ConfigError(f"cannot serve metrics on {config.host}:{config.port}: {cause}") from cause
         self.port = self._server.server_port  # which the system chose if the configuration says 0
@@ -37,6 +41,19 @@ class MetricsPage:
         self._server.shutdown()
         self._thread.join()
         self._server.server_close()
+
+
+def _in_classic_text(app: Callable[..., Iterable[bytes]]) -> Callable[..., Iterable[bytes]]:
+    """Whatever format a scraper prefers, it gets the one that all read.
+
+    As OpenMetrics, which Prometheus asks for first, prometheus_client 0.26 writes `vllm_num_requests_running` for
+    `vllm:num_requests_running`, in the samples alone: gateways would find nothing.
+    """
+
+    def answer(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        return app(environ | {"HTTP_ACCEPT": "text/plain;version=0.0.4"}, start_response)
+
+    return answer
 
 
 class _Handler(WSGIRequestHandler):
