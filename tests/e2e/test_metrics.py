@@ -94,6 +94,8 @@ def test_step_histograms_hold_every_step_and_every_token(server: tuple[Client, s
 
 def test_gateways_see_who_runs_and_who_waits_in_one_series_that_changes(server: tuple[Client, str]) -> None:
     client, address = server
+    for adapter in ADAPTERS:  # who is loaded first would be admitted first
+        client.adapters.load(adapter)
     with contextlib.ExitStack() as stack:
         streams = [
             stack.enter_context(client.stream("hello", adapter=adapter, max_tokens=450, ignore_eos=True))
