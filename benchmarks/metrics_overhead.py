@@ -175,7 +175,7 @@ def measure(model_dir: Path, rounds: int) -> dict[str, Any]:
             "output_tokens": FULL.output_tokens,
             "rounds": rounds,
         },
-        "machine": facts() | {"busy_share_before": busy},
+        "machine": facts() | {"busy_share_before": busy, "busy_share_after": busy_share()},
         "tokens_per_s": rates,
         "decode_step_s": steps,
         "scrape_s": {"count": len(served.scrapes), "median": statistics.median(served.scrapes)},

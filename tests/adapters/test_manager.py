@@ -727,6 +727,37 @@ def test_all_descriptions_add_up(tmp_path: Path) -> None:
         manager.release(held)
 
 
+def test_residency_counts_all_and_names_as_many_as_wanted(tmp_path: Path) -> None:
+    write_units(tmp_path, ["a", "b", "c", "d"])
+    with managing(tmp_path, units=2, slots=4, host_units=3) as manager:
+        for name in "abc":
+            use(manager, name)
+        everything, some, none = manager.residency(9), manager.residency(2, first={"a"}), manager.residency(0)
+
+    here, host = AdapterState.RESIDENT, AdapterState.HOST
+    assert everything.counts == dict.fromkeys(AdapterState, 0) | {here: 2, host: 1, AdapterState.REGISTERED: 1}
+    assert {(r.name, r.state, r.bytes) for r in everything.residences} == {
+        ("a", host, UNIT_BYTES),
+        ("b", here, UNIT_BYTES),
+        ("c", here, UNIT_BYTES),
+    }
+    assert [r.name for r in some.residences] == ["a", "c"]
+    assert none.residences == ()
+    assert none.counts == everything.counts
+
+
+def test_reads_are_timed_and_those_that_fail_are_counted(tmp_path: Path) -> None:
+    write_units(tmp_path, ["a", "b"])
+    with managing(tmp_path) as manager:
+        use(manager, "a")
+        (tmp_path / "b" / WEIGHTS_FILE).unlink()
+        with pytest.raises(AdapterRejectedError):
+            lease(manager, "b")
+        stats = manager.stats()
+
+    assert (stats.loads, stats.load_failures, stats.load_s.count) == (1, 1, 2)
+
+
 def test_a_pipe_in_place_of_the_weights_does_not_hang_a_reader(tmp_path: Path) -> None:
     path = write_gralora(tmp_path / "a", r=4)
     with managing(tmp_path) as manager:

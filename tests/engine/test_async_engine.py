@@ -95,6 +95,8 @@ def with_engine(config: EngineConfig, work: Callable[[AsyncEngine], Awaitable[T]
             return result
         finally:
             await engine.close()
+            counts = engine.snapshot().requests
+            assert counts.received == sum(counts.ended.values()), f"a request ended twice or never: {counts.ended}"
 
     return asyncio.run(run())
 

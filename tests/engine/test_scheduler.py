@@ -213,3 +213,38 @@ def test_a_random_crowd_that_comes_goes_and_is_cancelled_leaves_nothing_behind()
         tokens = harness.tokens(name)
         prompt_len = harness.outputs[name][-1].delta.finished.prompt_tokens
         assert tokens == [100 + prompt_len + i for i in range(len(tokens))]
+
+
+def test_computed_tokens_are_counted_as_prefill_or_decode_also_after_preemption() -> None:
+    """A prompt of one token is prefill; tokens that are computed again after a preemption are prefill again."""
+    harness = Harness(max_num_batched_tokens=8)
+    harness.scheduler.add(fake_sequence("one", [1], max_tokens=3))
+    harness.scheduler.add(fake_sequence("long", list(range(20)), max_tokens=2))
+    harness.run()
+    counters = harness.scheduler.counters
+
+    assert (counters.prefill_tokens, counters.decode_tokens, counters.generated_tokens) == (21, 3, 5)
+
+    cramped = Harness(num_pages=4, page_size=4, max_num_batched_tokens=16)
+    for name in ("a", "b"):
+        cramped.scheduler.add(fake_sequence(name, [ord(name), *range(5)], max_tokens=8))
+    cramped.run()
+    counters = cramped.scheduler.counters
+    computed = sum(plan.num_tokens for plan in cramped.plans)
+
+    assert counters.preemptions > 0
+    assert counters.prefill_tokens > 12
+    assert counters.prefill_tokens + counters.decode_tokens == computed
+
+
+def test_adapters_are_told_by_where_their_requests_stand() -> None:
+    harness = Harness(max_num_seqs=1)
+    for name in ("a", "b"):
+        sequence = fake_sequence(name, [1, 2], max_tokens=2)
+        sequence.adapter_name = name
+        harness.scheduler.add(sequence)
+    before = harness.scheduler.adapters()
+    harness.step()
+
+    assert before == (set(), {"a", "b"})
+    assert harness.scheduler.adapters() == ({"a"}, {"b"})

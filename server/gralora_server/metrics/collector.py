@@ -25,10 +25,11 @@ class EngineCollector(Collector):
 
     def __init__(self, gate: Gate) -> None:
         self._gate = gate
+        self._build = (version("gralora-server"), platform.python_version())  # reads a file: once, not at each scrape
 
     def collect(self) -> Iterator[Metric]:
         now_in = self._gate.phase
-        yield series.BUILD_INFO.by({(version("gralora-server"), platform.python_version()): 1})
+        yield series.BUILD_INFO.by({self._build: 1})
         yield series.PHASE.by({phase.name.lower(): int(phase is now_in) for phase in Phase})
         engine = self._gate.loaded
         if engine is not None:
