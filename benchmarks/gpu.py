@@ -11,13 +11,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -26,6 +23,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from benchmarks.gate import GateRedError
+from benchmarks.kernels import aligned
+from benchmarks.machine import facts
 from gralora_kernels.dispatch import AdapterBackend, resolve_backend
 from gralora_kernels.grouping import Grouping
 from gralora_kernels.reference import ReferenceBackend
@@ -36,10 +36,6 @@ STEP_BYTES = 512 << 20  # several times any second-level cache
 MAX_LAYERS = 32
 RESULTS = Path(__file__).resolve().parent / "results"
 GroupShape = tuple[int, list[int]]  # in_features, out_features of the modules
-
-
-class GateError(AssertionError):
-    """The kernels are wrong here: no time is worth printing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +104,7 @@ def build_case(
                 offsets = []
                 for features in (table.in_features, table.out_features):
                     offsets.append(size)
-                    size += r * features + -(r * features) % 16
+                    size = aligned(size + r * features)
                 table.set(slot, [Entry(a_offset=offsets[0], b_offset=offsets[1], r=r, k=k, scale=0.5)])
     slots = [slot for slot, count in enumerate(counts) for _ in range(count)]
     grouping = Grouping(len(slots))
@@ -125,7 +121,7 @@ def build_case(
 
 
 def check(case: Case, backend: AdapterBackend, num_groups: int) -> None:
-    """Raise `GateError` unless the first `num_groups` groups (one layer) are right, and a token's bits its own."""
+    """Raise `GateRedError` unless the first `num_groups` groups (one layer) are right, and a token's bits its own."""
     backend.prepare(case.groups, case.grouping)
     together = []
     for i, (group, x) in enumerate(zip(case.groups[:num_groups], case.inputs, strict=False)):
@@ -134,7 +130,7 @@ def check(case: Case, backend: AdapterBackend, num_groups: int) -> None:
         backend.apply(actual, x, case.arena, group, case.grouping)
         error = float((actual.float() - expected.float()).norm() / expected.float().norm())
         if not error <= BOUNDS[case.arena.dtype]:
-            raise GateError(f"group {i}: RMS error ratio {error:.3g}, limit {BOUNDS[case.arena.dtype]:g}")
+            raise GateRedError(f"group {i}: RMS error ratio {error:.3g}, limit {BOUNDS[case.arena.dtype]:g}")
         together.append(actual)
     token = len(case.slots) - 1
     alone = Grouping(1)
@@ -144,7 +140,7 @@ def check(case: Case, backend: AdapterBackend, num_groups: int) -> None:
         y = torch.zeros_like(batch[token:])
         backend.apply(y, case.inputs[i][token:].clone(), case.arena, case.groups[i], alone)
         if not torch.equal(y[0], batch[token]):
-            raise GateError(f"group {i}: a token's result depends on its batch")
+            raise GateRedError(f"group {i}: a token's result depends on its batch")
 
 
 def flops(case: Case, r: int) -> int:
@@ -211,14 +207,8 @@ def gemm_flops_per_s(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def _machine(device: torch.device) -> dict[str, object]:
-    commit = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    return {
-        "gpu": torch.cuda.get_device_name(device),
-        "driver_runtime": torch.version.cuda or torch.version.hip,
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in ("torch", "triton")},
-        "commit": subprocess.run(commit, capture_output=True, text=True, check=True).stdout.strip(),
-    }
+    gpu = {"gpu": torch.cuda.get_device_name(device), "driver_runtime": torch.version.cuda or torch.version.hip}
+    return facts() | gpu
 
 
 def _print(result: dict[str, object], rows: Sequence[dict[str, object]]) -> None:

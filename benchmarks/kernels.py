@@ -28,9 +28,9 @@ class KernelStep:
         size = 0
         for slot in range(num_adapters):
             for table in self._tables:
-                b_offset = _aligned(size + rank * table.in_features)
+                b_offset = aligned(size + rank * table.in_features)
                 table.set(slot, [Entry(a_offset=size, b_offset=b_offset, r=rank, k=k, scale=1.0)])
-                size = _aligned(b_offset + rank * table.out_features)
+                size = aligned(b_offset + rank * table.out_features)
         self._params = rank * sum(sum(shape) for shape in shapes)  # of one adapter
         self._arena = torch.randn(size) / 32
 
@@ -63,5 +63,6 @@ def apply_adapters(
     backend.apply(y, x, arena, table.group, grouping)
 
 
-def _aligned(offset: int) -> int:
+def aligned(offset: int) -> int:
+    """Where the next matrix may begin."""
     return -(-offset // ALIGNMENT) * ALIGNMENT

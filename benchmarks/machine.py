@@ -22,7 +22,7 @@ import numpy.typing as npt
 import psutil
 import torch
 
-PACKAGES = ("torch", "transformers", "peft", "numba", "numpy", "grpcio")
+PACKAGES = ("torch", "triton", "transformers", "peft", "numba", "numpy", "grpcio")
 # What changes how threads wait or how many there are.
 THREAD_VARIABLES = ("OMP_", "GOMP_", "KMP_", "MKL_", "NUMBA_")
 PASSES = 7

@@ -18,6 +18,7 @@ from gralora_kernels.reference import ReferenceBackend
 pytest.importorskip("triton")
 
 from benchmarks import gpu
+from benchmarks.gate import GateRedError
 
 SHAPES = [(48, [32, 16]), (32, [48])]
 ROOT = Path(__file__).parent.parent.parent
@@ -64,5 +65,5 @@ class Wrong(ReferenceBackend):
 def test_the_gate_stops_wrong_kernels(alone, message):
     case = gpu.build_case(SHAPES, [1, 3], r=4, k=2, device=CPU, dtype=torch.float32)
 
-    with pytest.raises(gpu.GateError, match=message):
+    with pytest.raises(GateRedError, match=message):
         gpu.check(case, Wrong(alone=alone), len(SHAPES))
