@@ -83,8 +83,9 @@ def test_prometheus_scrapes_a_loaded_server_and_answers_with_its_numbers(tiny_wo
         until(address, "gralora_requests_received_total", 0)
         for adapter in ("a0", "a1", "a0"):
             client.generate("hello", adapter=adapter, max_tokens=NUM_OUTPUT, ignore_eos=True)
-        until(address, "gralora_generated_tokens_total", 3 * NUM_OUTPUT)
+        until(address, 'gralora_requests_ended_total{outcome="length"}', 3)  # what is counted last
 
+        assert value(address, "gralora_generated_tokens_total") == 3 * NUM_OUTPUT
         assert value(address, 'gralora_requests_ended_total{outcome="length"}') == 3
         assert value(address, 'gralora_adapter_generated_tokens_total{adapter="a0"}') == 2 * NUM_OUTPUT
         assert value(address, "gralora_time_to_first_token_seconds_count") == 3
