@@ -26,7 +26,7 @@ CONFINED = {
     "grpc_health": ["gralora_server/*"],
     "grpc_reflection": ["gralora_server/*"],
     "google": ["gralora_server/*"],
-    "prometheus_client": ["gralora_server/metrics/*"],
+    "prometheus_client": ["gralora_server/metrics/*", "gralora_server/loadtest/story.py"],
     "transformers": ["gralora_runtime/model/*"],
     "safetensors": ["gralora_runtime/adapters/loader.py"],
     "triton": ["gralora_kernels/triton_ops/*"],

@@ -8,7 +8,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from gralora_runtime.errors import ConfigError
-from gralora_server.loadtest.summary import Frozen, Summary
+from gralora_server.loadtest.summary import Distribution, Frozen, Summary
 
 VERSION = 1
 
@@ -39,6 +39,14 @@ class ServerStory(Frozen):
     prefix_hit_tokens: int
 
 
+class ChurnStats(Frozen):
+    """Adapters that were unloaded and loaded again during the run."""
+
+    unloads: int
+    reload_s: Distribution  # both calls together
+    failures: Mapping[str, int]  # by reason
+
+
 class RunResult(Frozen):
     """One run: one workload, one server."""
 
@@ -47,7 +55,8 @@ class RunResult(Frozen):
     summary: Summary
     timeline: tuple[Sample, ...]
     server: ServerStory | None = None  # None: it serves no metrics page
-    memory_bytes: int | None = None  # resident, of the server's processes; None: not on this machine
+    memory_bytes: int | None = None  # resident, of the server's processes; None: not known
+    churn: ChurnStats | None = None
 
 
 class Refusal(Frozen):

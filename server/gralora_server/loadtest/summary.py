@@ -6,11 +6,12 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from statistics import fmean
 
 from pydantic import BaseModel, ConfigDict
 
-from gralora_server.loadtest.record import OK, RequestRecord
+from gralora_server.loadtest.record import RequestRecord
 
 PERCENTILES = (50, 90, 95, 99)
 # A request that was sent so much later than it should have been was held up in the generator.
@@ -75,16 +76,18 @@ class Fairness(Frozen):
 class Generator(Frozen):
     """Whether the load was what it should have been."""
 
-    send_lag_p99_s: float
-    cpu_share: float  # of one core, of the busiest process of the generator
+    send_lag_p99_s: float  # requests were sent so much later than they were due
+    wake_lag_p99_s: float  # its loop woke up so much later than it asked to
+    cpu_share: float  # of one core
     limited: bool  # the generator, not the server, was the bottleneck: do not believe the figures
 
 
 class Summary(Frozen):
-    """Everything is of the counted requests, which exclude the warm-up. Rates are over `duration_s`."""
+    """Counts and delays are of the requests that were due in the window from warm-up to end, however long they took.
+    Rates are of what happened in the window: tokens that came, requests that ended well."""
 
     label: str
-    duration_s: float
+    duration_s: float  # of the window
     requests: int
     ok: int
     errors: Mapping[str, int]  # by status
@@ -106,36 +109,56 @@ class Summary(Frozen):
 TOP_ADAPTERS = 100
 
 
-def summarise(label: str, records: Sequence[RequestRecord], *, slo: Slo, cpu_share: float) -> Summary:
-    """`cpu_share`: of one core, of the generator's busiest process."""
+@dataclass(frozen=True, slots=True)
+class Window:
+    """What is measured, in seconds from the start of the run."""
+
+    start_s: float
+    end_s: float
+
+    def holds(self, at_s: float) -> bool:
+        return self.start_s <= at_s < self.end_s
+
+    def rate(self, count: int) -> float:
+        return count / (self.end_s - self.start_s)
+
+
+def summarise(
+    label: str, records: Sequence[RequestRecord], *, window: Window, slo: Slo, generator: Generator
+) -> Summary:
+    """The figures of one run."""
     counted = [record for record in records if record.counted]
     good = [record for record in counted if record.ok]
-    duration_s = _duration_s(counted)
-    tokens = sum(record.num_tokens for record in counted)
-    met = sum(map(slo.met_by, counted))
-    lag_s = percentile(sorted(record.send_lag_s for record in counted), 99)
+    ended = [record for record in records if record.ok and window.holds(record.finished_s)]
+    arrived = sum(window.holds(at_s) for record in records for at_s in record.token_times_s)
     return Summary(
         label=label,
-        duration_s=duration_s,
+        duration_s=window.end_s - window.start_s,
         requests=len(counted),
         ok=len(good),
-        errors=dict(Counter(record.status for record in counted if record.status != OK)),
-        tokens=tokens,
-        tokens_per_s=_rate(tokens, duration_s),
-        requests_per_s=_rate(len(good), duration_s),
+        errors=dict(Counter(record.status for record in counted if not record.ok)),
+        tokens=arrived,
+        tokens_per_s=window.rate(arrived),
+        requests_per_s=window.rate(len(ended)),
         ttft_s=Distribution.of(record.ttft_s for record in good if record.ttft_s is not None),
         itl_s=Distribution.of(gap for record in good for gap in gaps_s(record)),
         e2e_s=Distribution.of(record.e2e_s for record in good),
         queue_s=Distribution.of(record.queue_s for record in good),
         slo=slo,
-        goodput_per_s=_rate(met, duration_s),
-        goodput_share=met / len(counted) if counted else 0.0,
+        goodput_per_s=window.rate(sum(map(slo.met_by, ended))),
+        goodput_share=sum(map(slo.met_by, counted)) / len(counted) if counted else 0.0,
         fairness=fairness(counted),
         adapters=_services(counted),
-        generator=Generator(
-            send_lag_p99_s=lag_s, cpu_share=cpu_share, limited=lag_s > LATE_S or cpu_share > BUSY_SHARE
-        ),
+        generator=generator,
     )
+
+
+def generator_health(records: Sequence[RequestRecord], wake_lags_s: Sequence[float], cpu_share: float) -> Generator:
+    """Delays below `LATE_S` do not matter to figures of tens of milliseconds and more."""
+    send_lag_s = percentile(sorted(record.send_lag_s for record in records if record.counted), 99)
+    wake_lag_s = percentile(sorted(wake_lags_s), 99)
+    limited = max(send_lag_s, wake_lag_s) > LATE_S or cpu_share > BUSY_SHARE
+    return Generator(send_lag_p99_s=send_lag_s, wake_lag_p99_s=wake_lag_s, cpu_share=cpu_share, limited=limited)
 
 
 def percentile(ordered: Sequence[float], p: float) -> float:
@@ -182,14 +205,3 @@ def _service(records: Sequence[RequestRecord]) -> Service:
         tokens=sum(record.num_tokens for record in records),
         ttft_s=fmean(delays) if delays else 0.0,
     )
-
-
-def _duration_s(counted: Sequence[RequestRecord]) -> float:
-    """From the first counted arrival to the last end."""
-    if not counted:
-        return 0.0
-    return max(record.finished_s for record in counted) - min(record.intended_s for record in counted)
-
-
-def _rate(count: int, duration_s: float) -> float:
-    return count / duration_s if duration_s > 0 else 0.0

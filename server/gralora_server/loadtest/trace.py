@@ -6,7 +6,7 @@ import itertools
 import json
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +38,12 @@ class Trace:
     """Requests in the order of their arrival.
 
     Open loop (`concurrency` None): each is sent when it arrives, whatever became of those before. Closed loop: so many
-    clients send one after another, without a pause.
+    clients send them one after another, without a pause, until `duration_s`.
     """
 
     requests: tuple[TraceRequest, ...]
-    warmup_s: float  # requests that arrive (in a closed loop: are sent) before it are not counted
+    warmup_s: float  # what happens before is not counted
+    duration_s: float  # nothing is sent after it
     concurrency: int | None = None
 
     @property
@@ -52,8 +53,8 @@ class Trace:
 
     def write(self, path: Path) -> None:
         """JSON lines: a header, then one request a line."""
-        header = {"gralora_trace": VERSION, "warmup_s": self.warmup_s, "concurrency": self.concurrency}
-        lines = [header, *(asdict(request) for request in self.requests)]
+        header = {key: value for key, value in asdict(replace(self, requests=())).items() if key != "requests"}
+        lines = [{"gralora_trace": VERSION} | header, *(asdict(request) for request in self.requests)]
         path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
     @classmethod
@@ -69,8 +70,14 @@ class Trace:
         requests = [_request(path, number, line) for number, line in enumerate(lines[1:], start=2) if line.strip()]
         if any(later.arrival_s < earlier.arrival_s for earlier, later in itertools.pairwise(requests)):
             raise ConfigError(f"{path}: the requests are not in the order of their arrival_s")
-        warmup_s = _number(path, header, "warmup_s")
-        return cls(requests=tuple(requests), warmup_s=warmup_s, concurrency=_concurrency(path, header))
+        if not requests:
+            raise ConfigError(f"{path} has no requests")
+        return cls(
+            requests=tuple(requests),
+            warmup_s=_number(path, header, "warmup_s"),
+            duration_s=_number(path, header, "duration_s"),
+            concurrency=_concurrency(path, header),
+        )
 
 
 def _request(path: Path, number: int, line: str) -> TraceRequest:
@@ -102,7 +109,7 @@ def _concurrency(path: Path, header: dict[str, Any]) -> int | None:
 
 
 def _number(path: Path, header: dict[str, Any], name: str) -> float:
-    value = header.get(name, 0.0)
+    value = header.get(name)
     if isinstance(value, int | float) and value >= 0:
         return float(value)
     raise ConfigError(f"{path}: {name} must be a number of at least 0, got {value!r}")

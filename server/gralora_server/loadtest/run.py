@@ -1,0 +1,126 @@
+"""One load test: a trace to one server, and the result of it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+
+import psutil
+
+from gralora_server.client import AsyncClient
+from gralora_server.client.connection import Connection
+from gralora_server.loadtest.churn import Churn
+from gralora_server.loadtest.driver import Driver, DriverResult, Progress
+from gralora_server.loadtest.result import RunResult, Sample
+from gralora_server.loadtest.story import Page, story
+from gralora_server.loadtest.summary import Slo, Window, generator_health, summarise
+from gralora_server.loadtest.trace import Trace
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """A server. Failed calls are not tried again, since what fails is to be seen."""
+
+    connection: Connection
+    metrics_address: str | None = None  # HOST:PORT of its page
+    memory_bytes: Callable[[], int | None] = field(default=lambda: None)  # None: the page's figure
+
+    @classmethod
+    def at(cls, connection: Connection, metrics_address: str | None = None) -> Target:
+        return cls(connection=replace(connection, max_attempts=1), metrics_address=metrics_address)
+
+
+async def adapter_names(connection: Connection) -> list[str]:
+    """Of all that the server has, in alphabetical order."""
+    async with _client(connection) as client:
+        return sorted(adapter.name for adapter in await client.adapters.list())
+
+
+async def run(
+    target: Target,
+    trace: Trace,
+    *,
+    system: str,
+    label: str,
+    slo: Slo,
+    churn: Churn | None = None,
+    on_progress: Callable[[Progress], None] = lambda _: None,
+    drain_s: float = 60.0,
+) -> RunResult:
+    """Raises a GraloraClientError if the server cannot be reached, ConfigError if its metrics page cannot."""
+    async with _client(target.connection) as client:
+        await client.wait_ready()
+        info = await client.info()
+        driver = Driver(target.connection, info.vocab_size, drain_s=drain_s, on_progress=on_progress)
+        churning = None if churn is None else asyncio.create_task(churn.run(client))
+        before = await _page(target)
+        try:
+            driven = await driver.run(trace)
+        finally:
+            if churning is not None:
+                churning.cancel()
+        after = await _page(target)
+    memory_bytes = target.memory_bytes() or (None if after is None else after.memory_bytes)
+    return RunResult(
+        system=system,
+        num_adapters=len(trace.adapters),
+        summary=summarise(
+            label,
+            driven.records,
+            window=Window(trace.warmup_s, trace.duration_s),
+            slo=slo,
+            generator=generator_health(driven.records, driven.wake_lags_s, driven.cpu_share),
+        ),
+        timeline=timeline(driven),
+        server=None if before is None or after is None else story(before, after),
+        memory_bytes=memory_bytes,
+        churn=None if churn is None else churn.stats(),
+    )
+
+
+def timeline(driven: DriverResult) -> tuple[Sample, ...]:
+    """What each second brought."""
+    return tuple(
+        Sample(
+            at_s=now.at_s,
+            tokens=now.tokens - earlier.tokens,
+            requests_ended=now.ended - earlier.ended,
+            in_flight=now.in_flight,
+        )
+        for earlier, now in zip([Progress(), *driven.samples], driven.samples, strict=False)
+    )
+
+
+def machine() -> dict[str, str]:
+    """What a reader must know to believe a figure. Names no host and no path."""
+    memory_gib = psutil.virtual_memory().total / (1 << 30)
+    return {
+        "CPU": _cpu_name(),
+        "cores": str(len(os.sched_getaffinity(0))),
+        "memory": f"{memory_gib:.0f} GiB",
+        "system": f"{platform.system()} {platform.release()}",
+        "Python": platform.python_version(),
+        **{name: version(name) for name in ("gralora-server", "torch", "numba", "grpcio")},
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:  # noqa: PTH123 -- read line by line, to the first match
+            return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _client(connection: Connection) -> AsyncClient:
+    return AsyncClient(
+        connection.target, tls=connection.tls, token=connection.token, metadata=connection.metadata, max_attempts=1
+    )
+
+
+async def _page(target: Target) -> Page | None:
+    return None if target.metrics_address is None else await asyncio.to_thread(Page.read, target.metrics_address)
