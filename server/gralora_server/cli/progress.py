@@ -1,9 +1,10 @@
-"""How the preparation of the model is shown. Knows nothing of what is prepared."""
+"""How what takes long is shown: the preparation of the model, and a load test. Knows nothing of what they do."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
@@ -37,6 +38,31 @@ def stages() -> Iterator[Callable[[str, int, int | None], None]]:
         yield report
         for begun in tasks.values():
             progress.update(begun, total=1, completed=1)
+
+
+class Counts(Protocol):
+    """What a load test has done so far."""
+
+    at_s: float
+    sent: int
+    ended: int
+    failed: int
+    tokens: int
+
+
+@contextmanager
+def running(what: str, duration_s: float) -> Iterator[Callable[[Counts], None]]:
+    """A bar over the run's time, with its counts; nothing where standard error is no terminal."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TextColumn("{task.fields[counts]}"))
+    with Progress(*columns, console=stderr(), disable=not stderr().is_terminal, transient=True) as progress:
+        task = progress.add_task(what, total=duration_s, counts="")
+
+        def report(counts: Counts) -> None:
+            in_flight, rate = counts.sent - counts.ended, counts.tokens / max(counts.at_s, 1.0)
+            text = f"{counts.ended} answered, {in_flight} running, {counts.failed} failed, {rate:.0f} tokens/s"
+            progress.update(task, completed=counts.at_s, counts=text)
+
+        yield report
 
 
 def _plain_lines() -> Callable[[str, int, int | None], None]:

@@ -63,7 +63,7 @@ class Driver:
     on_progress: Callable[[Progress], None] = lambda _: None
     _progress: Progress = field(default_factory=Progress)
     _records: list[RequestRecord] = field(default_factory=list)
-    _start_s: float = 0.0
+    start_s: float = 0.0  # by the monotonic clock: all times of records count from it
 
     async def run(self, trace: Trace) -> DriverResult:
         """Returns when every request has ended. A request that fails is a record; only a bug here raises."""
@@ -71,7 +71,7 @@ class Driver:
         stubs = itertools.cycle([Stubs(channel) for channel in channels])
         # Drawing prompts must not delay requests that are due.
         messages = [self._message(request) for request in trace.requests] if trace.concurrency is None else []
-        self._start_s = time.monotonic() + START_DELAY_S
+        self.start_s = time.monotonic() + START_DELAY_S
         watch = _Watch(self, trace.warmup_s)
         watching = asyncio.create_task(watch.run())
         try:
@@ -86,7 +86,7 @@ class Driver:
         return DriverResult(self._records, [*watch.samples, self.progress()], watch.lags_s, cpu_share)
 
     def now_s(self) -> float:
-        return time.monotonic() - self._start_s
+        return time.monotonic() - self.start_s
 
     def progress(self) -> Progress:
         counts = self._progress

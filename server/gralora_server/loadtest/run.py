@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import platform
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from importlib.metadata import version
-
-import psutil
 
 from gralora_server.client import AsyncClient
 from gralora_server.client.connection import Connection
@@ -93,27 +88,6 @@ def timeline(driven: DriverResult) -> tuple[Sample, ...]:
         )
         for earlier, now in zip([Progress(), *driven.samples], driven.samples, strict=False)
     )
-
-
-def machine() -> dict[str, str]:
-    """What a reader must know to believe a figure. Names no host and no path."""
-    memory_gib = psutil.virtual_memory().total / (1 << 30)
-    return {
-        "CPU": _cpu_name(),
-        "cores": str(len(os.sched_getaffinity(0))),
-        "memory": f"{memory_gib:.0f} GiB",
-        "system": f"{platform.system()} {platform.release()}",
-        "Python": platform.python_version(),
-        **{name: version(name) for name in ("gralora-server", "torch", "numba", "grpcio")},
-    }
-
-
-def _cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:  # noqa: PTH123 -- read line by line, to the first match
-            return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def _client(connection: Connection) -> AsyncClient:
