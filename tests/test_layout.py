@@ -34,6 +34,8 @@ CONFINED = {
     "argparse": [],
     "typer": ["gralora_server/cli*"],
     "peft": [],
+    "matplotlib": ["gralora_server/loadtest/report/plots.py"],
+    "jinja2": ["gralora_runtime/model/*", "gralora_server/loadtest/report/page.py"],
 }
 NO_TORCH = [
     "gralora_runtime/scheduler.py",

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from gralora_runtime.errors import AdapterCapacityError, AdapterRejectedError, ConfigError, GraloraError
-from gralora_server.cli import adapters, generate, model, serve, status
+from gralora_server.cli import adapters, generate, loadtest, model, serve, status
 from gralora_server.cli.output import CommandError, ExitCode, print_error
 
 EXIT_CODES = (
@@ -34,6 +34,7 @@ app.command("generate")(generate.generate)
 app.command("status")(status.status)
 app.add_typer(adapters.app, name="adapters")
 app.add_typer(model.app, name="model")
+app.add_typer(loadtest.app, name="loadtest")
 
 
 def _print_version(wanted: bool) -> None:

@@ -1,0 +1,220 @@
+"""A result's plots. Each is drawn twice: as SVG whose colours are the page's, light or dark, and as PNG on white."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from gralora_runtime.errors import ConfigError
+from gralora_server.loadtest.report.findings import curve, is_comparison, seconds, systems
+from gralora_server.loadtest.result import LoadTestResult, RunResult
+
+try:
+    from matplotlib import rc_context
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+except ImportError as cause:
+    raise ConfigError("plots need matplotlib: pip install 'gralora-server[loadtest]'") from cause
+
+# Colours that every reader can tell apart (Okabe and Ito 2008), a marker and a line for who sees none.
+SERIES = ("#0072b2", "#c75000", "#007a5a", "#a8508a", "#7a6a00")
+MARKERS, LINES = "osD^v", ("-", "--", "-.", ":", "-")
+INK, GRID = "#1f2328", "#d0d7de"
+SIZE = (6.4, 3.4)
+
+
+@dataclass(frozen=True, slots=True)
+class Plot:
+    """`text` says what the plot shows, with its main figures, for who cannot see it."""
+
+    name: str
+    title: str
+    text: str
+    svg: str
+    png: bytes
+
+
+def plots(result: LoadTestResult) -> list[Plot]:
+    """Those that the result has data for."""
+    if not result.runs:
+        return []
+    if is_comparison(result):
+        return _comparison(result)
+    return _single(result.runs[0])
+
+
+def _comparison(result: LoadTestResult) -> list[Plot]:
+    if len({run.num_adapters for run in result.runs}) == 1:
+        return [_bars(result)]
+    drawn = [
+        _over_adapters(result, "throughput", "Throughput", "tokens a second", lambda run: run.summary.tokens_per_s),
+        _over_adapters(
+            result,
+            "ttft",
+            "First token, 99th percentile",
+            "seconds",
+            lambda run: run.summary.ttft_s.p99,
+            log=True,
+        ),
+    ]
+    if all(run.memory_bytes is not None for run in result.runs):
+        title = "Memory of the server"
+        drawn.append(_over_adapters(result, "memory", title, "GB", lambda run: (run.memory_bytes or 0) / 1e9))
+    return drawn
+
+
+def _over_adapters(
+    result: LoadTestResult,
+    name: str,
+    title: str,
+    unit: str,
+    value: Callable[[RunResult], float],
+    *,
+    log: bool = False,
+) -> Plot:
+    counts = sorted({run.num_adapters for run in result.runs})
+
+    def draw(axes: Axes) -> None:
+        for i, system in enumerate(systems(result)):
+            runs = curve(result, system)
+            axes.plot(
+                [run.num_adapters for run in runs],
+                [value(run) for run in runs],
+                color=SERIES[i % len(SERIES)],
+                marker=MARKERS[i % len(MARKERS)],
+                linestyle=LINES[i % len(LINES)],
+                label=system,
+            )
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(counts, [str(count) for count in counts])
+        axes.minorticks_off()
+        axes.set_xlabel("adapters (customers)")
+        axes.set_ylabel(unit)
+        axes.set_yscale("log" if log else "linear")
+        if not log:
+            axes.set_ylim(bottom=0)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), frameon=False)
+
+    said = [
+        f"{system}: " + ", ".join(f"{value(run):.3g} at {run.num_adapters}" for run in curve(result, system))
+        for system in systems(result)
+    ]
+    return _plot(name, title, f"{title} in {unit} over the number of adapters. {'; '.join(said)}.", draw, height=4.4)
+
+
+def _bars(result: LoadTestResult) -> Plot:
+    runs = result.runs
+
+    def draw(axes: Axes) -> None:
+        places = range(len(runs))
+        axes.barh(places, [run.summary.tokens_per_s for run in runs], color=SERIES[0], height=0.6)
+        axes.set_yticks(places, [run.summary.label for run in runs])
+        axes.invert_yaxis()
+        axes.set_xlabel("tokens a second")
+
+    said = ", ".join(f"{run.summary.label} {run.summary.tokens_per_s:.0f}" for run in runs)
+    return _plot("throughput", "Throughput", f"Tokens a second: {said}.", draw)
+
+
+def _single(run: RunResult) -> list[Plot]:
+    drawn = [_delays(run)]
+    if run.timeline:
+        drawn.insert(0, _timeline(run))
+    if run.server is not None and run.server.phase_s:
+        drawn.append(_phases(run.server.phase_s))
+    return drawn
+
+
+def _timeline(run: RunResult) -> Plot:
+    times = [sample.at_s for sample in run.timeline]
+    tokens, running = [one.tokens for one in run.timeline], [one.in_flight for one in run.timeline]
+
+    def draw(axes: Axes) -> None:
+        axes.plot(times, tokens, color=SERIES[0], label="tokens in the last second")
+        axes.set_ylabel("tokens a second")
+        axes.set_xlabel("seconds from the start")
+        axes.set_ylim(bottom=0)
+        other = axes.twinx()
+        other.plot(times, running, color=SERIES[1], linestyle="--", label="requests in flight")
+        other.set_ylabel("requests in flight")
+        other.set_ylim(bottom=0)
+        lines = [*axes.get_lines(), *other.get_lines()]
+        axes.legend(handles=lines, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2, frameon=False)
+
+    text = f"Tokens a second between {min(tokens)} and {max(tokens)}, up to {max(running)} requests in flight."
+    return _plot("timeline", "The run, second by second", text, draw)
+
+
+def _delays(run: RunResult) -> Plot:
+    summary = run.summary
+    kinds = {"first token": summary.ttft_s, "between tokens": summary.itl_s, "whole answer": summary.e2e_s}
+    points = ("p50", "p90", "p99")
+
+    def draw(axes: Axes) -> None:
+        for i, point in enumerate(points):
+            values = [max(getattr(of, point), 1e-4) for of in kinds.values()]
+            places = [kind + 0.25 * (i - 1) for kind in range(len(kinds))]
+            bars = axes.bar(places, values, width=0.23, color=SERIES[i], label=point)
+            axes.bar_label(bars, [seconds(value) for value in values], fontsize=8, padding=2)
+        axes.set_xticks(range(len(kinds)), list(kinds))
+        axes.set_yscale("log")
+        axes.set_ylabel("seconds")
+        axes.margins(y=0.15)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3, frameon=False)
+
+    said = [f"{name} {seconds(of.p50)}, {seconds(of.p90)} and {seconds(of.p99)}" for name, of in kinds.items()]
+    return _plot("delays", "Delays", f"50th, 90th and 99th percentile: {'; '.join(said)}.", draw)
+
+
+def _phases(phase_s: Mapping[str, float]) -> Plot:
+    total = sum(phase_s.values()) or 1.0
+    names = sorted(phase_s, key=lambda name: -phase_s[name])
+
+    def draw(axes: Axes) -> None:
+        bars = axes.barh(
+            range(len(names)), [100 * phase_s[name] / total for name in names], color=SERIES[0], height=0.6
+        )
+        axes.bar_label(bars, [f"{100 * phase_s[name] / total:.1f} %" for name in names], padding=3)
+        axes.set_yticks(range(len(names)), names)
+        axes.invert_yaxis()
+        axes.set_xlim(0, 115)
+        axes.set_xlabel("% of the time in steps")
+
+    said = ", ".join(f"{name} {phase_s[name] / total:.1%}" for name in names)
+    return _plot("phases", "Where the server's time went", f"Shares of the steps' time: {said}.", draw, height=2.6)
+
+
+def _plot(name: str, title: str, text: str, draw: Callable[[Axes], None], height: float = SIZE[1]) -> Plot:
+    style: Any = {
+        "text.color": INK,
+        "axes.labelcolor": INK,
+        "axes.edgecolor": INK,
+        "xtick.color": INK,
+        "ytick.color": INK,
+        "grid.color": GRID,
+        "axes.grid": True,
+        "axes.grid.axis": "y",
+        "axes.axisbelow": True,
+        "axes.spines.top": False,
+        "font.size": 11,
+        "svg.fonttype": "none",
+        "svg.hashsalt": name,  # ids within the drawing, of all plots on one page, must differ
+        "font.family": "sans-serif",
+    }
+    with rc_context(style):
+        figure = Figure(figsize=(SIZE[0], height), layout="constrained")
+        draw(figure.subplots())
+        png, svg = io.BytesIO(), io.StringIO()
+        figure.savefig(png, format="png", dpi=150)
+        figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None})
+    return Plot(name, title, text, _themed(svg.getvalue()), png.getvalue())
+
+
+def _themed(svg: str) -> str:
+    """The drawing alone, with the page's colours in place of the fixed ones."""
+    drawing = svg[svg.index("<svg") :]
+    for number, colour in enumerate(SERIES):
+        drawing = drawing.replace(colour, f"var(--series-{number})")
+    return drawing.replace(INK, "var(--ink)").replace(GRID, "var(--line)")
