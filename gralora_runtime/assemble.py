@@ -52,14 +52,18 @@ class EngineParts:
     prepare_thread: Callable[[], None]  # what the stepping thread must call first
 
 
-def assemble(config: EngineConfig) -> EngineParts:
-    """Load the model and connect the pieces. Raises `ConfigError` or `ModelUnsupportedError` before anything serves."""
+def assemble(config: EngineConfig, base: BaseModel | None = None) -> EngineParts:
+    """Load the model and connect the pieces. Raises `ConfigError` or `ModelUnsupportedError` before anything serves.
+
+    `base`: a model that was loaded already; one like it has been checked, so it is not checked again.
+    """
     device = resolve_device(config.device)
     backend = _resolve_backend(config.kernel_backend, device)
     num_threads = config.num_threads or len(os.sched_getaffinity(0))
     _use_threads(num_threads, device)
-    base = load_base_model(config.model, device=device, dtype=config.dtype)
-    expected = expected_logits(base)
+    checked = base is not None
+    base = base or load_base_model(config.model, device=device, dtype=config.dtype)
+    expected = None if checked else expected_logits(base)
     adapters = _adapter_manager(config, base, device, backend.panel)
     try:
         kv_pool, max_model_len = _kv_pool(config, base, device)
@@ -71,7 +75,8 @@ def assemble(config: EngineConfig) -> EngineParts:
             device=device,
             slot_generation=adapters.pool.generation,
         )
-        check_runner(base, runner, batch, config.page_size, expected)
+        if expected is not None:
+            check_runner(base, runner, batch, config.page_size, expected)
     except BaseException:
         adapters.close()
         raise

@@ -10,6 +10,7 @@ import asyncio
 import concurrent.futures
 import secrets
 import time
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from gralora_runtime.adapters.lease import AdapterLease
@@ -53,7 +54,10 @@ class _Entry:
 class AsyncEngine:
     """Submit requests, get streams of deltas. Build it with `start`."""
 
-    def __init__(self, parts: EngineParts, config: EngineConfig) -> None:
+    def __init__(
+        self, parts: EngineParts, config: EngineConfig, turn: AbstractContextManager[object] | None = None
+    ) -> None:
+        """`turn`: see `EngineThread`."""
         self.adapters: AdapterManager = parts.adapters
         self.dead = asyncio.Event()
         self._parts = parts
@@ -70,6 +74,7 @@ class AsyncEngine:
             prepare=parts.prepare_thread,
             deliver=lambda outputs: self._call_soon(self._deliver, outputs),
             on_death=lambda: self._call_soon(self._die),
+            turn=turn,
         )
         self._thread.start()
 
@@ -162,6 +167,11 @@ class AsyncEngine:
             running_adapters=running - {""},
             waiting_adapters=(waiting | coming) - {""},
         )
+
+    @property
+    def idle(self) -> bool:
+        """No request is left."""
+        return self._idle.is_set()
 
     def begin_drain(self) -> None:
         """Refuse new requests; those that run go on."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 from gralora_runtime.engine import Engine
 from gralora_runtime.observation.steps import Phase
@@ -16,7 +17,10 @@ Command = Callable[[Scheduler], None]
 
 
 class EngineThread:
-    """Runs commands between steps. `deliver` and `on_death` are called on this thread and must return at once."""
+    """Runs commands between steps. `deliver` and `on_death` are called on this thread and must return at once.
+
+    `turn` is entered for each step: engines that share it step one at a time.
+    """
 
     def __init__(
         self,
@@ -25,11 +29,13 @@ class EngineThread:
         prepare: Callable[[], None],
         deliver: Callable[[list[StepOutput]], None],
         on_death: Callable[[], None],
+        turn: AbstractContextManager[object] | None = None,
     ) -> None:
         self._engine = engine
         self._prepare = prepare
         self._deliver = deliver
         self._on_death = on_death
+        self._turn = turn if turn is not None else nullcontext()
         self._inbox: list[Command] = []
         self._stopping = False
         self._condition = threading.Condition()
@@ -56,7 +62,8 @@ class EngineThread:
         try:
             self._prepare()
             while self._take_commands():
-                outputs = self._engine.step()
+                with self._turn:
+                    outputs = self._engine.step()
                 if outputs:
                     self._engine.observation.timed(Phase.DELIVER, self._deliver, outputs)
         except Exception:
