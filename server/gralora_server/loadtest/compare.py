@@ -1,0 +1,122 @@
+"""The same customers served in four ways: together by one multi-adapter server, or by merged models.
+
+Every system is our own engine behind the same gRPC service, driven by the same trace, one system after another on the
+same machine. So the difference is the deployment and not the code.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from gralora_runtime.errors import ConfigError
+from gralora_server.client.connection import Connection
+from gralora_server.client.errors import GraloraClientError
+from gralora_server.loadtest.driver import Progress
+from gralora_server.loadtest.headers import num_parameters
+from gralora_server.loadtest.local_server import running
+from gralora_server.loadtest.result import Refusal, RunResult
+from gralora_server.loadtest.run import Target, run
+from gralora_server.loadtest.summary import Slo
+from gralora_server.loadtest.trace import Trace
+
+MULTI = "multi-adapter server"
+TURNS = "merged models in turn"
+FLEET = "merged models, swapped"
+IDEAL = "one merged model (a single customer)"
+SYSTEMS = {"multi": MULTI, "turns": TURNS, "fleet": FLEET, "ideal": IDEAL}
+# Beside its weights a process has its libraries, buffers and KV cache.
+OVERHEAD_BYTES = 1 << 30
+# Weights that were freed go back to the system, and do not stay as holes in a fleet's memory.
+FLEET_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """What stays the same for all systems. `progress` shows one run and gives its callback."""
+
+    model: Path
+    adapters: Path
+    names: Sequence[str]  # of adapters in that directory; N takes the first N
+    trace: Callable[[Sequence[str]], Trace]
+    slo: Slo
+    memory_bytes: int  # budget of a system
+    max_num_seqs: int
+    kv_cache_bytes: int
+    environment: Mapping[str, str]
+    progress: Callable[[str, float], object]  # a context manager of Callable[[Progress], None]
+
+    def run(self, systems: Sequence[str], counts: Sequence[int]) -> tuple[list[RunResult], list[Refusal]]:
+        """For each N, all systems in turn, so that a slow minute of the machine does not hit one system only."""
+        runs: list[RunResult] = []
+        refusals: list[Refusal] = []
+        for count in counts:
+            for system in self._apart(systems, count):
+                outcome = self._one(system, count)
+                if isinstance(outcome, Refusal):
+                    refusals.append(outcome)
+                else:
+                    runs.append(outcome)
+        return runs, refusals
+
+    def _apart(self, systems: Sequence[str], count: int) -> list[str]:
+        """Without the fleet that swaps where nothing has to be swapped: it is then the one that keeps all."""
+        swaps = count > self.models_that_fit() or "turns" not in systems
+        return [system for system in systems if system != "fleet" or swaps]
+
+    def _one(self, system: str, count: int) -> RunResult | Refusal:
+        if reason := self._why_not(system, count):
+            return Refusal(system=SYSTEMS[system], num_adapters=count, why=reason)
+        trace = self.trace(self.names[:count])
+        if system == "ideal":
+            trace = replace(trace, requests=tuple(replace(one, adapter=self.names[0]) for one in trace.requests))
+        try:
+            with self._server(system, count) as target:
+                return self._drive(target, trace, system, count)
+        except (ConfigError, GraloraClientError) as failure:
+            return Refusal(system=SYSTEMS[system], num_adapters=count, why=str(failure))
+
+    def _drive(self, target: Target, trace: Trace, system: str, count: int) -> RunResult:
+        label = f"{SYSTEMS[system]}, {count} adapters"
+        on_progress: Callable[[Progress], None]
+        with self.progress(label, trace.duration_s) as on_progress:  # type: ignore[attr-defined]
+            done = asyncio.run(
+                run(target, trace, system=SYSTEMS[system], label=label, slo=self.slo, on_progress=on_progress)
+            )
+        return done.model_copy(update={"num_adapters": count})
+
+    def _why_not(self, system: str, count: int) -> str | None:
+        fit = self.models_that_fit()
+        if system == "turns" and count > fit:
+            needed = (count * weight_bytes(self.model) + OVERHEAD_BYTES) / 1e9
+            return f"{count} merged models need {needed:.0f} GB; the budget is {self.memory_bytes / 1e9:.0f} GB"
+        return None
+
+    def models_that_fit(self) -> int:
+        """Merged models whose weights fit the budget beside what every process needs."""
+        return max(1, (self.memory_bytes - OVERHEAD_BYTES - self.kv_cache_bytes) // weight_bytes(self.model))
+
+    @contextmanager
+    def _server(self, system: str, count: int) -> Iterator[Target]:
+        common = ["--address", "127.0.0.1:0", "--log-level", "error", "--model", str(self.model)]
+        common += ["--adapters", str(self.adapters), "--max-num-seqs", str(self.max_num_seqs)]
+        common += ["--kv-cache-bytes", str(self.kv_cache_bytes)]
+        if system == "multi":
+            # Prompts are random, so that a prefix cache would find nothing; a fleet's models have one each.
+            command, environment = ["serve", *common, "--metrics-address", "127.0.0.1:0"], self.environment
+        else:
+            models = 1 if system == "ideal" else min(self.models_that_fit(), count)
+            command = ["serve-fleet", *common, "--max-models", str(models)]
+            command += [part for name in self.names[:models] for part in ("--preload", name)]
+            environment = {**self.environment, **FLEET_ENVIRONMENT}
+        with running(command, environment) as local:
+            connection = Connection(target=local.address)
+            yield replace(Target.at(connection, local.metrics_address), memory_bytes=lambda: local.memory_bytes)
+
+
+def weight_bytes(model: Path) -> int:
+    """Of a model's weights as they are served, in fp32."""
+    return 4 * num_parameters(model)

@@ -1,0 +1,32 @@
+"""A model's tensors as its safetensors headers tell them, without reading a weight."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+from gralora_runtime.errors import ConfigError
+
+
+def weight_shapes(model: Path) -> dict[str, tuple[int, ...]]:
+    """By tensor name. Raises ConfigError if the directory has no safetensors file that can be read."""
+    shapes = dict(_shapes(model))
+    if not shapes:
+        raise ConfigError(f"the model {model} has no *.safetensors files")
+    return shapes
+
+
+def num_parameters(model: Path) -> int:
+    return sum(math.prod(shape) for shape in weight_shapes(model).values())
+
+
+def _shapes(model: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
+    for path in sorted(model.glob("*.safetensors")):
+        try:
+            with path.open("rb") as file:
+                header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        except (OSError, ValueError) as cause:
+            raise ConfigError(f"{path} cannot be read as safetensors: {cause}") from cause
+        yield from ((name, tuple(about["shape"])) for name, about in header.items() if name != "__metadata__")
