@@ -4,7 +4,7 @@ A request's adapter says how it is answered: `ttft=0.2,itl=0.01` sends the first
 10 ms after the last was due. `fail=NAME` ends with that gRPC status, `lose=2` leaves out the last two tokens. Every
 message is noted when it leaves.
 
-`python -m benchmarks.fake_server` prints its address and serves until stdin ends.
+`python -m benchmarks.fake_server ADAPTER...` lists those adapters, prints its address and serves until stdin ends.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def message(*, first: bool) -> Any:
 
 async def main() -> None:
     """Until stdin ends."""
-    server, port = await FakeServer().start()  # type: ignore[abstract]  # other RPCs answer UNIMPLEMENTED
+    server, port = await FakeServer(tuple(sys.argv[1:])).start()  # type: ignore[abstract]  # other RPCs answer UNIMPLEMENTED
     print(f"127.0.0.1:{port}", flush=True)
     await asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)
     await server.stop(None)

@@ -22,6 +22,14 @@ def num_parameters(model: Path) -> int:
     return sum(math.prod(shape) for shape in weight_shapes(model).values())
 
 
+def num_tied_parameters(model: Path) -> int:
+    """Of the embedding, if the output head has no weights of its own; 0 otherwise."""
+    shapes = weight_shapes(model)
+    if any(name.startswith("lm_head.") for name in shapes):
+        return 0
+    return max(math.prod(shape) for shape in shapes.values() if len(shape) == 2)
+
+
 def _shapes(model: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
     for path in sorted(model.glob("*.safetensors")):
         try:

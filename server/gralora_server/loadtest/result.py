@@ -78,6 +78,11 @@ class LoadTestResult(Frozen):
     runs: tuple[RunResult, ...]
     refusals: tuple[Refusal, ...] = ()
 
+    def adding(self, outcome: RunResult | Refusal) -> LoadTestResult:
+        if isinstance(outcome, Refusal):
+            return self.model_copy(update={"refusals": (*self.refusals, outcome)})
+        return self.model_copy(update={"runs": (*self.runs, outcome)})
+
     def write(self, path: Path) -> None:
         path.write_text(self.model_dump_json(indent=1) + "\n")
 

@@ -1,0 +1,78 @@
+"""Results of runs that never took place: plausible figures, to test reports with."""
+
+from __future__ import annotations
+
+from gralora_server.loadtest.record import OK, RequestRecord
+from gralora_server.loadtest.result import LoadTestResult, Refusal, RunResult, Sample, ServerStory
+from gralora_server.loadtest.summary import Generator, Slo, Window, summarise
+
+STORY = ServerStory(
+    steps=400,
+    mean_rows=14.2,
+    phase_s={"schedule": 0.1, "build": 0.5, "forward": 18.0, "sample": 0.2, "deliver": 0.1},
+    prefill_tokens=5000,
+    decode_tokens=5000,
+    queue_s=0.2,
+    adapter_wait_s=0.03,
+    adapter_loads=16,
+    adapter_load_s=0.9,
+    adapter_evictions=2,
+    preemptions=1,
+    prefix_hit_tokens=0,
+)
+HEALTHY = Generator(send_lag_p99_s=0.001, wake_lag_p99_s=0.004, cpu_share=0.1, limited=False)
+
+
+def run_of(
+    system: str,
+    num_adapters: int,
+    *,
+    label: str = "",
+    itl_s: float = 0.05,
+    ttft_s: float = 0.5,
+    names: tuple[str, ...] = (),
+    failed: int = 0,
+    generator: Generator = HEALTHY,
+) -> RunResult:
+    adapters = names or tuple(f"customer-{i:02}" for i in range(num_adapters))
+    records = [
+        RequestRecord(
+            adapter=adapters[i % len(adapters)],
+            intended_s=0.3 * i,
+            sent_s=0.3 * i,
+            token_times_s=tuple(0.3 * i + ttft_s + itl_s * j for j in range(40)),
+            finished_s=0.3 * i + ttft_s + itl_s * 39,
+            status=OK if i >= failed else "RESOURCE_EXHAUSTED",
+            counted=True,
+        )
+        for i in range(60)
+    ]
+    label = label or f"{system}, {num_adapters} adapters"
+    return RunResult(
+        system=system,
+        num_adapters=num_adapters,
+        summary=summarise(label, records, window=Window(0, 20), slo=Slo(), generator=generator),
+        timeline=tuple(
+            Sample(at_s=t, tokens=100 + 7 * (t % 5), requests_ended=3, in_flight=t % 9) for t in range(1, 20)
+        ),
+        server=STORY,
+        memory_bytes=2_000_000_000 * (1 if system == "together" else num_adapters),
+    )
+
+
+def result_of(*runs: RunResult, refusals: tuple[Refusal, ...] = ()) -> LoadTestResult:
+    return LoadTestResult(
+        title="Made up",
+        made_at="2026-01-01T00:00:00+00:00",
+        machine={"CPU": "none", "cores": "2"},
+        workload={"arrivals": "poisson:3"},
+        runs=runs,
+        refusals=refusals,
+    )
+
+
+def comparison() -> LoadTestResult:
+    runs = [run_of("together", n) for n in (1, 4, 16, 64)]
+    runs += [run_of("in turn", n, itl_s=0.05 * n, ttft_s=0.5 * n) for n in (1, 4, 16)]
+    refusal = Refusal(system="in turn", num_adapters=64, why="64 merged models need 34 GB; the budget is 20 GB")
+    return result_of(*runs, refusals=(refusal,))

@@ -1,0 +1,163 @@
+"""The commands as a user types them: against the fake server for what they say, and with servers of their own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support.tiny_models import save_tiny_model
+
+from gralora_server.cli.app import run
+from gralora_server.cli.output import ExitCode
+from gralora_server.loadtest.compare import FLEET, IDEAL, MULTI, OVERHEAD_BYTES, TURNS, model_bytes
+from gralora_server.loadtest.result import LoadTestResult
+from gralora_server.loadtest.trace import Trace
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    command = [sys.executable, "-m", "benchmarks.fake_server", "ttft=0.01,itl=0.001", "ttft=0.02"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT) as server:
+        assert server.stdout is not None
+        yield server.stdout.readline().strip()
+        server.communicate()
+
+
+def quick(address: str, out: Path, *options: str) -> int:
+    short = ["--duration-s", "1", "--warmup-s", "0.2", "--output-tokens", "4", "--prompt-tokens", "8"]
+    return run(["loadtest", "--address", address, "--out", str(out), *short, *options])
+
+
+def test_a_run_leaves_result_report_and_plots(address: str, tmp_path: Path, capsys) -> None:
+    code = quick(address, tmp_path / "out", "--arrivals", "poisson:30", "--system", "fake")
+
+    assert code == ExitCode.OK
+    result = LoadTestResult.read(tmp_path / "out" / "result.json")
+    (done,) = result.runs
+    assert done.system == "fake"
+    assert done.num_adapters == 2
+    assert done.summary.ok == done.summary.requests > 5
+    assert result.workload["arrivals"] == "poisson:30"
+    assert (tmp_path / "out" / "report.html").is_file()
+    assert (tmp_path / "out" / "delays.png").is_file()
+    printed = capsys.readouterr().out
+    assert "fake" in printed
+    assert str(tmp_path / "out" / "report.html") in printed
+
+
+def test_json_prints_the_result_and_nothing_else(address: str, tmp_path: Path, capsys) -> None:
+    quick(address, tmp_path, "--num-adapters", "0", "--json")
+
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["runs"][0]["num_adapters"] == 0
+
+
+def test_a_saved_trace_is_sent_again(address: str, tmp_path: Path) -> None:
+    trace = tmp_path / "trace.jsonl"
+
+    quick(address, tmp_path / "a", "--arrivals", "gamma:30,2", "--save-trace", str(trace))
+    quick(address, tmp_path / "b", "--trace", str(trace))
+
+    first, second = (LoadTestResult.read(tmp_path / name / "result.json").runs[0] for name in "ab")
+    assert first.summary.requests == second.summary.requests
+    assert {n: s.requests for n, s in first.summary.adapters.items()} == {
+        n: s.requests for n, s in second.summary.adapters.items()
+    }
+    assert len(Trace.read(trace).requests) >= first.summary.requests
+
+
+def test_adapters_come_and_go_during_a_run(address: str, tmp_path: Path) -> None:
+    quick(address, tmp_path, "--churn-per-s", "20")
+
+    churn = LoadTestResult.read(tmp_path / "result.json").runs[0].churn
+    assert churn is not None
+    assert churn.unloads > 5
+    assert churn.reload_s.count == churn.unloads
+    assert churn.failures == {}
+
+
+def test_several_results_become_one_report(address: str, tmp_path: Path, capsys) -> None:
+    for name in "ab":
+        quick(address, tmp_path / name, "--system", name)
+
+    results = [str(tmp_path / name / "result.json") for name in "ab"]
+    code = run(["loadtest", "report", *results, "--out", str(tmp_path / "both")])
+
+    assert code == ExitCode.OK
+    assert [one.system for one in LoadTestResult.read(tmp_path / "both" / "result.json").runs] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        (["--arrivals", "often"], "arrivals 'often' is not understood"),
+        (["--num-adapters", "3"], "--num-adapters is 3, but the server has 2"),
+        (["--warmup-s", "1"], "no request would be counted"),
+        (["--trace", "nowhere"], "the trace nowhere cannot be read"),
+        (["--churn-per-s", "1", "--num-adapters", "0"], "--churn-per-s needs requests for adapters"),
+        (["--model", "x"], "add --start"),
+        (["--metrics-address", "127.0.0.1:1"], "no metrics page can be read"),
+    ],
+)
+def test_wrong_options_are_one_line(address: str, tmp_path: Path, options: list[str], problem: str, capsys) -> None:
+    code = quick(address, tmp_path, *options)
+
+    assert code == ExitCode.USAGE
+    assert problem in " ".join(capsys.readouterr().err.split())
+
+
+def test_no_server_is_exit_code_3(tmp_path: Path, capsys) -> None:
+    assert quick("127.0.0.1:1", tmp_path) == ExitCode.UNREACHABLE
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        (["--systems", "multi,best"], "--systems has best"),
+        (["--counts", "1,many"], "--counts must be numbers"),
+        (["--kinds", "big"], "adapter kind 'big' is not understood"),
+    ],
+)
+def test_wrong_comparisons_are_one_line(tmp_path: Path, options: list[str], problem: str, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("GRALORA_CACHE", str(tmp_path / "cache"))
+    model = save_tiny_model("llama", tmp_path / "model")
+
+    code = run(["loadtest", "compare", "--model", str(model), "--out", str(tmp_path), *options])
+
+    assert code == ExitCode.USAGE
+    assert problem in " ".join(capsys.readouterr().err.split())
+
+
+def test_deployments_are_compared(tmp_path: Path, monkeypatch) -> None:
+    """Real servers on a tiny model. The memory holds two merged models: three are refused, or swapped."""
+    monkeypatch.setenv("GRALORA_CACHE", str(tmp_path / "cache"))
+    model = save_tiny_model("llama", tmp_path / "model")
+    kv_cache = 8 << 20
+    budget = OVERHEAD_BYTES + kv_cache + 2 * model_bytes(model)
+    sizes = ["--memory", str(budget), "--kv-cache", str(kv_cache), "--kinds", "r4k2,r4k1", "--max-num-seqs", "4"]
+    short = ["--duration-s", "1.5", "--warmup-s", "0.5", "--output-tokens", "4", "--arrivals", "closed:3"]
+
+    code = run(
+        ["loadtest", "compare", "--model", str(model), "--counts", "3", "--out", str(tmp_path / "out"), *sizes, *short]
+    )
+
+    assert code == ExitCode.OK
+    result = LoadTestResult.read(tmp_path / "out" / "result.json")
+    assert [one.system for one in result.runs] == [MULTI, FLEET, IDEAL]
+    assert [(one.system, one.num_adapters) for one in result.refusals] == [(TURNS, 3)]
+    assert "3 merged models need" in result.refusals[0].why
+    for one in result.runs:
+        assert one.summary.errors == {}
+        assert one.summary.ok > 0
+        assert one.memory_bytes
+        assert one.num_adapters == 3
+    multi = result.runs[0].server
+    assert multi is not None
+    assert multi.decode_tokens > 0
+    assert multi.adapter_loads == 3

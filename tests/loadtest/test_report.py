@@ -1,0 +1,162 @@
+"""The report says what the result says, escapes what users wrote, and can be read wide, narrow, light and dark."""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from gralora_server.loadtest.report import findings, merge, write_report
+from gralora_server.loadtest.result import LoadTestResult
+from gralora_server.loadtest.summary import Generator
+
+from .made_up import HEALTHY, comparison, result_of, run_of
+
+
+def page_of(result: LoadTestResult, folder: Path) -> str:
+    return write_report(result, folder).read_text()
+
+
+def words(page: str) -> str:
+    return html.unescape(re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", page)))
+
+
+def test_a_single_run_is_answered_in_words_first(tmp_path: Path) -> None:
+    run = run_of("server", 8)
+    summary = run.summary
+
+    page = words(page_of(result_of(run), tmp_path))
+
+    assert f"{summary.tokens_per_s:.0f} tokens a second for 8 adapters" in page
+    assert f"{summary.goodput_share:.0%} of the requests met the objective" in page
+    assert f"99 % within {findings.seconds(summary.ttft_s.p99)}" in page
+    assert page.index("tokens a second for 8 adapters") < page.index("Figures")
+    assert "customer-07" in page
+    assert "forward passes with 14.2 requests each took 95% of the steps' time" in page
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == ["delays.png", "phases.png", "timeline.png"]
+
+
+def test_a_comparison_says_how_many_times_and_what_survives(tmp_path: Path) -> None:
+    result = comparison()
+
+    page = words(page_of(result, tmp_path))
+
+    ours, theirs = result.runs[2].summary.tokens_per_s, result.runs[6].summary.tokens_per_s
+    assert f"With 16 adapters, together gives {ours:.0f} tokens a second: {ours / theirs:.2g} times in turn" in page
+    assert "together: 64; in turn: 4" in page  # 16 in turn miss the objective, 64 do not fit
+    assert "in turn with 64 adapters: not run. 64 merged models need 34 GB" in page
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == ["memory.png", "throughput.png", "ttft.png"]
+
+
+def test_what_must_not_be_believed_stands_before_the_figures(tmp_path: Path) -> None:
+    tired = Generator(send_lag_p99_s=0.3, wake_lag_p99_s=0.2, cpu_share=1.1, limited=True)
+
+    page = words(page_of(result_of(run_of("server", 2, generator=tired, failed=3)), tmp_path))
+
+    assert page.index("the load generator was the bottleneck") < page.index("Figures")
+    assert "3 of 60 requests failed (3 x RESOURCE_EXHAUSTED)" in page
+
+
+def test_a_healthy_run_has_no_warnings(tmp_path: Path) -> None:
+    assert "Before you believe it" not in page_of(result_of(run_of("server", 2)), tmp_path)
+
+
+def test_a_result_without_runs_has_a_page(tmp_path: Path) -> None:
+    assert "Nothing could be run" in page_of(result_of(), tmp_path)
+
+
+def test_names_are_escaped_and_nothing_is_loaded(tmp_path: Path) -> None:
+    evil = "<script>alert(1)</script>"
+    run = run_of(evil, 1, label=evil, names=(evil,), failed=1)
+
+    page = page_of(result_of(run, run_of(evil, 2)), tmp_path) + page_of(result_of(run), tmp_path)
+
+    assert "<script" not in page.lower()
+    assert "&lt;script&gt;" in page
+    outside = [url for url in re.findall(r"(?:src|href)=\"([^\"]+)", page) if not url.startswith(("#", "data:"))]
+    assert outside == []
+
+
+def test_the_page_carries_the_whole_result(tmp_path: Path) -> None:
+    result = comparison()
+
+    found = re.search(r"data:application/json;base64,([^\"]+)", page_of(result, tmp_path))
+
+    assert found
+    assert LoadTestResult.model_validate(json.loads(base64.b64decode(found[1]))) == result
+
+
+def test_every_plot_has_its_figures_as_text(tmp_path: Path) -> None:
+    page = page_of(comparison(), tmp_path)
+
+    labels = re.findall(r'role="img" aria-label="([^"]+)"', page)
+    assert len(labels) == 3
+    assert all(re.search(r"\d", label) for label in labels)
+
+
+def test_ids_of_the_drawings_do_not_clash(tmp_path: Path) -> None:
+    page = page_of(comparison(), tmp_path)
+
+    clip_paths = re.findall(r'<clipPath id="([^"]+)"', page)
+    assert len(clip_paths) == len(set(clip_paths)) >= 3
+
+
+def test_results_of_several_runs_become_one(tmp_path: Path) -> None:
+    first, second = result_of(run_of("a", 2, label="run")), result_of(run_of("b", 2, label="run"))
+    second = second.model_copy(update={"machine": {"CPU": "another", "cores": "2"}})
+
+    merged = merge([first, second])
+
+    assert [run.summary.label for run in merged.runs] == ["run (1)", "run (2)"]
+    assert merged.machine == {"CPU": "none / another", "cores": "2"}
+    assert "none / another" in page_of(merged, tmp_path)
+    assert [path.name for path in tmp_path.glob("*.png")] == ["throughput.png"]
+
+
+def test_who_failed_did_not_survive() -> None:
+    assert findings.survived(run_of("x", 2))
+    assert not findings.survived(run_of("x", 2, failed=1))
+    assert not findings.survived(run_of("x", 2, ttft_s=9.0))
+    assert HEALTHY.limited is False
+
+
+CHROMIUM = shutil.which("chromium")
+PAPER = {"light": (255, 255, 255), "dark": (15, 20, 26)}
+FIRST_SERIES = {"light": (0, 114, 178), "dark": (86, 180, 233)}
+MEASURE = "<script>document.body.dataset.widths=[document.documentElement.scrollWidth,innerWidth].join()</script>"
+
+
+def chromium(page: Path, width: int, scheme: str, *options: str) -> str:
+    assert CHROMIUM is not None
+    settings = f"--blink-settings=preferredColorScheme={int(scheme == 'light')}"
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", settings]
+    command += [f"--window-size={width},3000", f"--user-data-dir={page.parent / 'profile'}", *options, page.as_uri()]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed (apt install chromium)")
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 375])
+def test_the_page_in_a_browser(width: int, scheme: str, tmp_path: Path) -> None:
+    page = write_report(comparison(), tmp_path)
+    measured = tmp_path / "measured.html"
+    measured.write_text(page.read_text().replace("</body>", MEASURE + "</body>"))
+    shot = tmp_path / "shot.png"
+
+    found = re.search(r'data-widths="(\d+),(\d+)"', chromium(measured, width, scheme, "--dump-dom"))
+    chromium(page, width, scheme, f"--screenshot={shot}")
+
+    assert found
+    assert int(found[1]) <= int(found[2]) == width  # nothing makes the page scroll sideways
+    image = Image.open(shot).convert("RGB")
+    colours = {colour: count for count, colour in image.getcolors(1 << 24) or []}
+    assert image.getpixel((2, 2)) == PAPER[scheme]
+    assert max(colours, key=lambda colour: colours[colour]) == PAPER[scheme]
+    assert colours.get(FIRST_SERIES[scheme], 0) > 50  # the curves are drawn, in the colours of the theme
