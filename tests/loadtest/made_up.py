@@ -73,6 +73,6 @@ def result_of(*runs: RunResult, refusals: tuple[Refusal, ...] = ()) -> LoadTestR
 
 def comparison() -> LoadTestResult:
     runs = [run_of("together", n) for n in (1, 4, 16, 64)]
-    runs += [run_of("in turn", n, itl_s=0.05 * n, ttft_s=0.5 * n) for n in (1, 4, 16)]
+    runs += [run_of("in turn", n, itl_s=0.04 * n, ttft_s=0.5 * n) for n in (1, 4, 16)]
     refusal = Refusal(system="in turn", num_adapters=64, why="64 merged models need 34 GB; the budget is 20 GB")
     return result_of(*runs, refusals=(refusal,))

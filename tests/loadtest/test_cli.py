@@ -15,6 +15,7 @@ from gralora_server.cli.app import run
 from gralora_server.cli.output import ExitCode
 from gralora_server.loadtest.compare import FLEET, IDEAL, MULTI, OVERHEAD_BYTES, TURNS, model_bytes
 from gralora_server.loadtest.result import LoadTestResult
+from gralora_server.loadtest.synthetic import AdapterKind, make_adapters
 from gralora_server.loadtest.trace import Trace
 
 ROOT = Path(__file__).parents[2]
@@ -31,11 +32,11 @@ def address() -> Iterator[str]:
 
 def quick(address: str, out: Path, *options: str) -> int:
     short = ["--duration-s", "1", "--warmup-s", "0.2", "--output-tokens", "4", "--prompt-tokens", "8"]
-    return run(["loadtest", "--address", address, "--out", str(out), *short, *options])
+    return run(["loadtest", "--address", address, "--out", str(out), *short, "--arrivals", "poisson:30", *options])
 
 
 def test_a_run_leaves_result_report_and_plots(address: str, tmp_path: Path, capsys) -> None:
-    code = quick(address, tmp_path / "out", "--arrivals", "poisson:30", "--system", "fake")
+    code = quick(address, tmp_path / "out", "--system", "fake")
 
     assert code == ExitCode.OK
     result = LoadTestResult.read(tmp_path / "out" / "result.json")
@@ -132,6 +133,31 @@ def test_wrong_comparisons_are_one_line(tmp_path: Path, options: list[str], prob
 
     assert code == ExitCode.USAGE
     assert problem in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_server_of_its_own_explains_the_figures(tmp_path: Path) -> None:
+    """The client's count of tokens and the server's must agree: nothing was cached, nothing was lost."""
+    model = save_tiny_model("llama", tmp_path / "model")
+    names = make_adapters(model, tmp_path / "adapters", [AdapterKind(4, 2)], 3)
+    own = ["--start", "--model", str(model), "--adapters", str(tmp_path / "adapters")]
+    load = ["--duration-s", "1.5", "--warmup-s", "0", "--arrivals", "constant:20", "--output-tokens", "5"]
+
+    code = run(["loadtest", "--out", str(tmp_path / "out"), "--prompt-tokens", "16-24", *own, *load])
+
+    assert code == ExitCode.OK
+    (done,) = LoadTestResult.read(tmp_path / "out" / "result.json").runs
+    server = done.server
+    assert server is not None
+    assert done.summary.requests == done.summary.ok == 29
+    assert set(done.summary.adapters) == set(names)
+    assert server.decode_tokens == 29 * 4  # the first of five comes from the prompt
+    assert 29 * 16 <= server.prefill_tokens + server.prefix_hit_tokens <= 29 * 24
+    assert server.adapter_loads == 3
+    assert server.steps > 0
+    assert server.phase_s["forward"] > 0
+    assert done.memory_bytes
+    assert done.memory_bytes > 50_000_000
+    assert sum(sample.tokens for sample in done.timeline) == 29 * 5
 
 
 def test_deployments_are_compared(tmp_path: Path, monkeypatch) -> None:

@@ -130,14 +130,20 @@ def test_who_failed_did_not_survive() -> None:
 CHROMIUM = shutil.which("chromium")
 PAPER = {"light": (255, 255, 255), "dark": (15, 20, 26)}
 FIRST_SERIES = {"light": (0, 114, 178), "dark": (86, 180, 233)}
-MEASURE = "<script>document.body.dataset.widths=[document.documentElement.scrollWidth,innerWidth].join()</script>"
+# The browser's own window is never narrower than 500 pixels, so the page is shown in a frame of the wanted width.
+FRAME = """<body style="margin:0">
+<iframe id="f" style="border:0;width:{width}px;height:5000px" srcdoc="{page}"></iframe>
+<script>f.onload = () => {{
+  const root = f.contentDocument.documentElement;
+  document.body.dataset.widths = [root.scrollWidth, root.clientWidth].join();
+}}</script></body>"""
 
 
-def chromium(page: Path, width: int, scheme: str, *options: str) -> str:
+def chromium(page: Path, scheme: str, *options: str) -> str:
     assert CHROMIUM is not None
     settings = f"--blink-settings=preferredColorScheme={int(scheme == 'light')}"
     command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", settings]
-    command += [f"--window-size={width},3000", f"--user-data-dir={page.parent / 'profile'}", *options, page.as_uri()]
+    command += ["--window-size=1300,5000", f"--user-data-dir={page.parent / 'profile'}", *options, page.as_uri()]
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
 
 
@@ -145,17 +151,15 @@ def chromium(page: Path, width: int, scheme: str, *options: str) -> str:
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 375])
 def test_the_page_in_a_browser(width: int, scheme: str, tmp_path: Path) -> None:
-    page = write_report(comparison(), tmp_path)
-    measured = tmp_path / "measured.html"
-    measured.write_text(page.read_text().replace("</body>", MEASURE + "</body>"))
-    shot = tmp_path / "shot.png"
+    frame, shot = tmp_path / "frame.html", tmp_path / "shot.png"
+    frame.write_text(FRAME.format(width=width, page=html.escape(page_of(comparison(), tmp_path))))
 
-    found = re.search(r'data-widths="(\d+),(\d+)"', chromium(measured, width, scheme, "--dump-dom"))
-    chromium(page, width, scheme, f"--screenshot={shot}")
+    found = re.search(r'data-widths="(\d+),(\d+)"', chromium(frame, scheme, "--dump-dom"))
+    chromium(frame, scheme, f"--screenshot={shot}")
 
     assert found
-    assert int(found[1]) <= int(found[2]) == width  # nothing makes the page scroll sideways
-    image = Image.open(shot).convert("RGB")
+    assert int(found[1]) == int(found[2]) == width  # nothing makes the page scroll sideways
+    image = Image.open(shot).convert("RGB").crop((0, 0, width, 3000))
     colours = {colour: count for count, colour in image.getcolors(1 << 24) or []}
     assert image.getpixel((2, 2)) == PAPER[scheme]
     assert max(colours, key=lambda colour: colours[colour]) == PAPER[scheme]

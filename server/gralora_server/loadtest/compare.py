@@ -74,7 +74,7 @@ class Comparison:
             return Refusal(system=SYSTEMS[system], num_adapters=count, why=str(failure))
 
     def _drive(self, target: Target, trace: Trace, system: str, count: int) -> RunResult:
-        label = f"{SYSTEMS[system]}, {count} adapters"
+        label = f"{SYSTEMS[system]}, {count} adapter{'s' if count > 1 else ''}"
         on_progress: Callable[[Progress], None]
         with self.progress(label, trace.duration_s) as on_progress:  # type: ignore[attr-defined]
             done = asyncio.run(
