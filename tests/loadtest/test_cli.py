@@ -14,6 +14,7 @@ from support.tiny_models import save_tiny_model
 from gralora_server.cli.app import run
 from gralora_server.cli.output import ExitCode
 from gralora_server.loadtest.compare import FLEET, IDEAL, MULTI, OVERHEAD_BYTES, TURNS, model_bytes
+from gralora_server.loadtest.headers import shapes_digest
 from gralora_server.loadtest.result import LoadTestResult
 from gralora_server.loadtest.synthetic import AdapterKind, make_adapters
 from gralora_server.loadtest.trace import Trace
@@ -187,3 +188,6 @@ def test_deployments_are_compared(tmp_path: Path, monkeypatch) -> None:
     assert multi is not None
     assert multi.decode_tokens > 0
     assert multi.adapter_loads == 3
+    (folder,) = (tmp_path / "cache" / "loadtest-adapters").glob("*/*")
+    assert folder == tmp_path / "cache" / "loadtest-adapters" / shapes_digest(model) / "r4k2-r4k1"
+    assert len(list(folder.iterdir())) == 3

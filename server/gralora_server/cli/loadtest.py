@@ -229,7 +229,10 @@ def compare_deployments(
     ] = None,
     kinds: Annotated[
         str,
-        typer.Option(help="Of the synthetic adapters, in turn: r16k2, r8k4:q_proj+v_proj, ...", rich_help_panel=OWN),
+        typer.Option(
+            help="Of the synthetic adapters, in turn: r16k2, r8k4:q_proj+v_proj, ... They stay in $GRALORA_CACHE.",
+            rich_help_panel=OWN,
+        ),
     ] = "r16k2",
     max_num_seqs: Annotated[int, typer.Option(min=1, help="Requests in one step.", rich_help_panel=OWN)] = 16,
     kv_cache: Annotated[
@@ -306,9 +309,11 @@ def _counts(text: str) -> list[int]:
 
 def _customers(model: Path, own: Path | None, kinds: str, count: int) -> tuple[Path, list[str]]:
     """A directory with at least `count` adapters, and their names in alphabetical order. What was made stays there."""
+    from gralora_server.loadtest.headers import shapes_digest
     from gralora_server.loadtest.synthetic import make_adapters, parse_kinds
 
-    folder = cache_dir() / "loadtest-adapters" / (re.sub(r"\W+", "-", kinds) if own is None else f"{own.name}-{kinds}")
+    kept = re.sub(r"[^\w.]+", "-", kinds if own is None else f"{own.name}-{kinds}")
+    folder = cache_dir() / "loadtest-adapters" / shapes_digest(model) / kept
     folder.mkdir(parents=True, exist_ok=True)
     names = []
     for adapter in [] if own is None else sorted(own.iterdir()):

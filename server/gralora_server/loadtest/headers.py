@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Iterator
@@ -20,6 +21,11 @@ def weight_shapes(model: Path) -> dict[str, tuple[int, ...]]:
 
 def num_parameters(model: Path) -> int:
     return sum(math.prod(shape) for shape in weight_shapes(model).values())
+
+
+def shapes_digest(model: Path) -> str:
+    """Twelve hexadecimal digits: models for which they are the same take the same adapters."""
+    return hashlib.sha256(json.dumps(sorted(weight_shapes(model).items())).encode()).hexdigest()[:12]
 
 
 def num_tied_parameters(model: Path) -> int:

@@ -157,7 +157,7 @@ def _delays(run: RunResult) -> Plot:
             values = [max(getattr(of, point), 1e-4) for of in kinds.values()]
             places = [kind + 0.25 * (i - 1) for kind in range(len(kinds))]
             bars = axes.bar(places, values, width=0.23, color=SERIES[i], label=point)
-            axes.bar_label(bars, [seconds(value) for value in values], fontsize=8, padding=2)
+            axes.bar_label(bars, [seconds(value) for value in values], fontsize=10, padding=2)
         axes.set_xticks(range(len(kinds)), list(kinds))
         axes.set_yscale("log")
         axes.set_ylabel("seconds")
@@ -198,7 +198,7 @@ def _plot(name: str, title: str, text: str, draw: Callable[[Axes], None], height
         "axes.grid.axis": "y",
         "axes.axisbelow": True,
         "axes.spines.top": False,
-        "font.size": 11,
+        "font.size": 13,  # a phone shows the drawing at three quarters of its size
         "svg.fonttype": "none",
         "svg.hashsalt": name,  # ids within the drawing, of all plots on one page, must differ
         "font.family": "sans-serif",
