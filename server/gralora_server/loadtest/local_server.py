@@ -30,9 +30,12 @@ class LocalServer:
     process: psutil.Process
 
     @property
-    def memory_bytes(self) -> int:
-        """Resident."""
-        return int(self.process.memory_info().rss)
+    def memory_bytes(self) -> int | None:
+        """Resident; None if it died, which its clients have noticed."""
+        try:
+            return int(self.process.memory_info().rss)
+        except psutil.Error:
+            return None
 
 
 @contextmanager
