@@ -1,0 +1,73 @@
+"""Options that `gralora loadtest` and `gralora loadtest compare` share, and the trace that they mean."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:  # numpy takes a while to import, and `--help` does without it
+    from gralora_server.loadtest.trace import Trace
+
+WORKLOAD, MEASURE, OWN = "Workload", "Measuring", "Server of its own"
+
+Arrivals = Annotated[
+    str,
+    typer.Option(
+        help="poisson:RATE, gamma:RATE,CV, constant:RATE, burst:RATE,SIZE (requests a second), or closed:CLIENTS.",
+        rich_help_panel=WORKLOAD,
+    ),
+]
+PopularityText = Annotated[
+    str,
+    typer.Option(
+        help="Which adapter a request is for: uniform, zipf:ALPHA, hot-set:COUNT,SHARE or identical.",
+        rich_help_panel=WORKLOAD,
+    ),
+]
+PromptTokens = Annotated[
+    str, typer.Option(help="Tokens: N, LOW-HIGH, or lognormal:MEDIAN,SIGMA,MAX.", rich_help_panel=WORKLOAD)
+]
+OutputTokens = Annotated[str, typer.Option(help="The same; the end of sequence is ignored.", rich_help_panel=WORKLOAD)]
+DurationS = Annotated[
+    float, typer.Option(min=0.1, help="Requests are sent so long, warm-up included.", rich_help_panel=WORKLOAD)
+]
+WarmupS = Annotated[float, typer.Option(min=0, help="Not counted.", rich_help_panel=WORKLOAD)]
+Seed = Annotated[int, typer.Option(min=0, help="The same seed sends the same requests.", rich_help_panel=WORKLOAD)]
+SloTtftS = Annotated[
+    float, typer.Option(min=0, help="Goodput: the first token comes within it ...", rich_help_panel=MEASURE)
+]
+SloItlS = Annotated[
+    float, typer.Option(min=0, help="... and the mean time between tokens is at most this.", rich_help_panel=MEASURE)
+]
+Out = Annotated[
+    Path, typer.Option(help="Directory for result.json, report.html and the plots.", rich_help_panel=MEASURE)
+]
+
+
+def workload(
+    *,
+    arrivals: str,
+    popularity: str,
+    names: Sequence[str],
+    prompt_tokens: str,
+    output_tokens: str,
+    duration_s: float,
+    warmup_s: float,
+    seed: int,
+) -> Trace:
+    """The trace that the options mean."""
+    from gralora_server.loadtest.workload import Workload, parse_arrivals, parse_lengths, parse_popularity
+
+    return Workload(
+        arrivals=parse_arrivals(arrivals),
+        adapters=names,
+        popularity=parse_popularity(popularity),
+        prompt=parse_lengths(prompt_tokens),
+        output=parse_lengths(output_tokens),
+        duration_s=duration_s,
+        warmup_s=warmup_s,
+        seed=seed,
+    ).trace()
