@@ -168,11 +168,6 @@ class AsyncEngine:
             waiting_adapters=(waiting | coming) - {""},
         )
 
-    @property
-    def idle(self) -> bool:
-        """No request is left."""
-        return self._idle.is_set()
-
     def begin_drain(self) -> None:
         """Refuse new requests; those that run go on."""
         self._draining = True
