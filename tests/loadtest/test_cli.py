@@ -104,6 +104,7 @@ def test_several_results_become_one_report(address: str, tmp_path: Path, capsys)
         (["--trace", "nowhere"], "the trace nowhere cannot be read"),
         (["--churn-per-s", "1", "--num-adapters", "0"], "--churn-per-s needs requests for adapters"),
         (["--model", "x"], "add --start"),
+        (["--tls-ca", "nowhere.pem"], "cannot read nowhere.pem"),
         (["--metrics-address", "127.0.0.1:1"], "no metrics page can be read"),
     ],
 )

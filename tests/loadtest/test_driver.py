@@ -92,6 +92,16 @@ def test_a_closed_loop_has_so_many_clients_and_stops_sending_at_the_end() -> Non
     assert all(record.intended_s < 0.5 for record in driven.result.records)
 
 
+def test_a_closed_loop_begins_anew_with_other_prompts() -> None:
+    """Requests that ran out would look like a server that stopped answering."""
+    trace = make_trace([request(0, "ttft=0.01", seed=100 * i) for i in range(5)], duration_s=0.5, concurrency=2)
+
+    driven = drive(trace)
+
+    assert len(driven.result.records) > 10
+    assert len(set(driven.server.prompts)) == len(driven.server.prompts) == len(driven.result.records)
+
+
 def test_delays_count_from_when_a_request_was_due() -> None:
     """No coordinated omission: a generator that is held up reports the delay, and that it was held up."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import threading
+import time
 from copy import deepcopy
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from support.peft_adapters import gralora_config, in_authors_dialect, lora_confi
 from support.tiny_models import save_tiny_model, tiny_model
 
 from gralora_runtime.adapters.loader import load
+from gralora_runtime.assemble import EngineParts
 from gralora_runtime.async_engine import AsyncEngine
 from gralora_runtime.config import EngineConfig
 from gralora_runtime.errors import AdapterNotFoundError
@@ -143,11 +145,38 @@ def test_a_model_is_swapped_out_only_when_its_requests_are_done(config: EngineCo
     asyncio.run(run())
 
 
+def test_who_goes_away_leaves_the_model_to_the_next(config: EngineConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise one more model would be made than there is room for, and one of them would be lost."""
+    made: list[str] = []
+    merged = FleetEngine._merged
+
+    def slowly(self: FleetEngine, name: str, source: Path) -> EngineParts:
+        made.append(name)
+        time.sleep(0.2)
+        return merged(self, name, source)
+
+    monkeypatch.setattr(FleetEngine, "_merged", slowly)
+
+    async def run() -> None:
+        fleet = await FleetEngine.start(config, 1, preload=["g0"])
+        impatient = asyncio.create_task(tokens(fleet, request("impatient", "g1")))
+        await asyncio.sleep(0.1)
+        impatient.cancel()
+        assert len(await tokens(fleet, request("patient", "g1"))) == 12
+        assert impatient.cancelled()
+        assert list(fleet._models) == ["g1"]
+        assert made == ["g0", "g1"]
+        await fleet.close()
+
+    asyncio.run(run())
+
+
 def test_an_unknown_adapter_is_refused_and_the_next_one_served(config: EngineConfig) -> None:
     async def run() -> None:
-        fleet = await FleetEngine.start(config, 1)
+        fleet = await FleetEngine.start(config, 1, preload=["g1"])
         with pytest.raises(AdapterNotFoundError):
             await fleet.submit(request("x", "nobody"))
+        assert list(fleet._models) == ["g1"]  # nobody had to go for it
         assert len(await tokens(fleet, request("y", "g0"))) == 12
         await fleet.close()
 

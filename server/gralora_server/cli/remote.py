@@ -51,9 +51,11 @@ def connection(
         secured = ClientTls(root_certificates=tls_ca, certificate=tls_cert, private_key=tls_key)
     try:
         token = bearer_token() if token_file is None else token_file.read_text(encoding="utf-8").strip()
+        settings = Connection(target=address, tls=secured, token=token)
+        settings.credentials()  # reads the PEM files
     except OSError as cause:
         raise CommandError(ExitCode.USAGE, f"cannot read {cause.filename}: {cause.strerror}") from cause
-    return Connection(target=address, tls=secured, token=token)
+    return settings
 
 
 @contextmanager
@@ -72,10 +74,7 @@ def connected(settings: Connection, wait_s: float) -> Iterator[Client]:
     """A client, whose failures become the command's."""
     from gralora_server.client import Client
 
-    try:
-        client = Client(settings.target, tls=settings.tls, token=settings.token)
-    except OSError as cause:
-        raise CommandError(ExitCode.USAGE, f"cannot read {cause.filename}: {cause.strerror}") from cause
+    client = Client(settings.target, tls=settings.tls, token=settings.token)
     with client, failures_of(settings.target):
         if wait_s:
             _wait_ready(client, settings.target, wait_s)

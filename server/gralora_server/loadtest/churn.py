@@ -6,12 +6,15 @@ import asyncio
 import random
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 
-from gralora_server.client import AsyncClient, GraloraClientError
+from gralora_runtime.errors import ConfigError
+from gralora_server.client import Adapter, AsyncClient, GraloraClientError
 from gralora_server.loadtest.result import ChurnStats
 from gralora_server.loadtest.summary import Distribution
+from gralora_server.loadtest.uninterrupted import uninterrupted
 
 
 @dataclass(slots=True, kw_only=True)
@@ -25,21 +28,35 @@ class Churn:
     _unloads: int = 0
     _failures: Counter[str] = field(default_factory=Counter)
 
-    async def run(self, client: AsyncClient) -> None:
-        """Until it is cancelled."""
+    @asynccontextmanager
+    async def running(self, client: AsyncClient) -> AsyncIterator[None]:
+        """For as long as the block lasts. What was unloaded is loaded again before it ends.
+
+        Raises a GraloraClientError if the adapters cannot be listed, ConfigError if the server has none of them.
+        """
+        adapters = [adapter for adapter in await client.adapters.list() if adapter.name in self.names]
+        if not adapters:
+            raise ConfigError(f"the server has none of the adapters that should come and go: {', '.join(self.names)}")
+        reloading = asyncio.create_task(self._run(client, adapters))
+        try:
+            yield
+        finally:
+            reloading.cancel()
+            with suppress(asyncio.CancelledError):
+                await reloading
+
+    async def _run(self, client: AsyncClient, adapters: Sequence[Adapter]) -> None:
         chosen = random.Random(self.seed)  # noqa: S311
-        sources = {adapter.name: adapter.source for adapter in await client.adapters.list()}
         while True:
             await asyncio.sleep(1 / self.per_s)
-            name = chosen.choice(self.names)
-            await self._reload(client, name, sources.get(name))
+            await uninterrupted(self._reload(client, chosen.choice(adapters)))
 
-    async def _reload(self, client: AsyncClient, name: str, source: str | None) -> None:
+    async def _reload(self, client: AsyncClient, adapter: Adapter) -> None:
         started_s = time.monotonic()
         try:
-            await client.adapters.unload(name)
+            await client.adapters.unload(adapter.name)
             self._unloads += 1
-            await client.adapters.load(name, source)
+            await client.adapters.load(adapter.name, adapter.source, pin=adapter.pinned)
             self._loads_s.append(time.monotonic() - started_s)
         except GraloraClientError as error:
             self._failures[error.reason or type(error).__name__] += 1

@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import grpc
@@ -54,7 +54,7 @@ class DriverResult:
 
 @dataclass(slots=True)
 class Driver:
-    """Drives one server. `on_progress` is called about twice a second."""
+    """Drives one server, once. `on_progress` is called about twice a second."""
 
     connection: Connection
     vocab_size: int
@@ -104,7 +104,7 @@ class Driver:
 
     async def _closed_loop(self, trace: Trace, concurrency: int, stubs: Iterator[Stubs]) -> None:
         await asyncio.sleep(max(0.0, -self.now_s()))
-        queue = iter(trace.requests)
+        queue = _endless(trace.requests)
 
         async def client() -> None:
             for request in queue:
@@ -175,6 +175,12 @@ class Driver:
         if credentials is None:
             return grpc.aio.insecure_channel(self.connection.target, options=options)
         return grpc.aio.secure_channel(self.connection.target, credentials, options=options)
+
+
+def _endless(requests: Sequence[TraceRequest]) -> Iterator[TraceRequest]:
+    """Again and again, each time with other prompts, which no prefix cache has: a fast server does not run out."""
+    for lap in itertools.count():
+        yield from (replace(request, seed=request.seed + lap) for request in requests)
 
 
 class _Watch:

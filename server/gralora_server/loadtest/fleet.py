@@ -31,6 +31,7 @@ from gralora_runtime.model.merging import merge_adapter
 from gralora_runtime.observation.snapshot import EngineSnapshot
 from gralora_runtime.request import GenerationRequest, Prompt
 from gralora_runtime.stream import RequestStream
+from gralora_server.loadtest.uninterrupted import uninterrupted
 
 # A merged model serves no adapter; its engine wants a pool all the same.
 POOL_BYTES = 1 << 20
@@ -151,27 +152,24 @@ class FleetEngine:
             return self._models[name]
         async with self._swapping:
             if name not in self._models:
-                if len(self._models) >= self._max_models:
-                    await self._swap_out()
-                # Whoever asked may go away; the others who wait for it should not begin anew.
-                await asyncio.shield(self._swap_in(name))
+                # Whoever asked may go away; the memory is accounted for, and the next one does not begin anew.
+                await uninterrupted(self._make(name))
             return self._models[name]
 
-    async def _swap_out(self) -> None:
-        name, engine = self._models.popitem(last=False)
-        try:
-            await engine.wait_idle(None)
-        except BaseException:
-            self._models[name] = engine
-            raise
-        await asyncio.shield(engine.close())
-        del engine
-        gc.collect()  # an engine and its thread refer to each other, and half a gigabyte should not wait
-
-    async def _swap_in(self, name: str) -> None:
+    async def _make(self, name: str) -> None:
+        """Where there is no room, in place of the model that was asked for least recently."""
         source = Path(self.adapters.get(name).source)
+        if len(self._models) >= self._max_models:
+            await self._swap_out()
         parts = await asyncio.to_thread(self._merged, name, source)
         self._models[name] = AsyncEngine(parts, self._config, self._turn)
+
+    async def _swap_out(self) -> None:
+        _, engine = self._models.popitem(last=False)
+        await engine.wait_idle(None)
+        await engine.close()
+        del engine
+        gc.collect()  # an engine and its thread refer to each other, and half a gigabyte should not wait
 
     def _merged(self, name: str, source: Path) -> EngineParts:
         widest = self._config.max_adapter_rank

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 
 from gralora_server.client import AsyncClient
@@ -51,13 +52,9 @@ async def run(
         await client.wait_ready()
         info = await client.info()
         driver = Driver(target.connection, info.vocab_size, drain_s=drain_s, on_progress=on_progress)
-        churning = None if churn is None else asyncio.create_task(churn.run(client))
         before = await _page(target)
-        try:
+        async with nullcontext() if churn is None else churn.running(client):
             driven = await driver.run(trace)
-        finally:
-            if churning is not None:
-                churning.cancel()
         after = await _page(target)
     memory_bytes = target.memory_bytes() or (None if after is None else after.memory_bytes)
     return RunResult(

@@ -6,7 +6,7 @@ import itertools
 import json
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ class Trace:
     """Requests in the order of their arrival.
 
     Open loop (`concurrency` None): each is sent when it arrives, whatever became of those before. Closed loop: so many
-    clients send them one after another, without a pause, until `duration_s`.
+    clients send them one after another, without a pause, until `duration_s`; after the last one they begin anew.
     """
 
     requests: tuple[TraceRequest, ...]
@@ -53,8 +53,9 @@ class Trace:
 
     def write(self, path: Path) -> None:
         """JSON lines: a header, then one request a line."""
-        header = {key: value for key, value in asdict(replace(self, requests=())).items() if key != "requests"}
-        lines = [{"gralora_trace": VERSION} | header, *(asdict(request) for request in self.requests)]
+        times = {"warmup_s": self.warmup_s, "duration_s": self.duration_s}
+        header = {"gralora_trace": VERSION, **times, "concurrency": self.concurrency}
+        lines = [header, *(asdict(request) for request in self.requests)]
         path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
     @classmethod

@@ -58,7 +58,7 @@ class Closed:
     """Closed loop: so many clients, each sending its next request when the last one is answered."""
 
     concurrency: int
-    # Drawn in advance, so that the trace is the same for every server: more than any server answers.
+    # Drawn in advance, so that the trace is the same for every server. One that answers more begins anew.
     most_per_s: float = 200.0
 
     def times_s(self, random: np.random.Generator, duration_s: float) -> Floats:  # noqa: ARG002
