@@ -22,6 +22,8 @@ import numpy.typing as npt
 import psutil
 import torch
 
+from gralora_server.loadtest.machine import cpu_name
+
 PACKAGES = ("torch", "triton", "transformers", "peft", "numba", "numpy", "grpcio")
 # What changes how threads wait or how many there are.
 THREAD_VARIABLES = ("OMP_", "GOMP_", "KMP_", "MKL_", "NUMBA_")
@@ -62,7 +64,7 @@ def best_of(*rates: Rates) -> Rates:
 def facts() -> dict[str, Any]:
     """Names no path and no host, so that it can be published."""
     return {
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
         "isa": torch.backends.cpu.get_cpu_capability(),
@@ -112,13 +114,6 @@ def _best_s(work: Callable[[], object]) -> float:
         work()
         times.append(time.perf_counter() - started_s)
     return min(times[1:])
-
-
-def _cpu_name() -> str:
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 def _version(package: str) -> str | None:

@@ -204,7 +204,9 @@ def over_grpc(bench: Bench) -> Section:
     ) as service:
         remote = Contender(name=GRPC, run=lambda _: [service.client.run(requests)])
         rows = bench.measure([in_process, remote])
-        bench.note_memory("`gralora serve` with those adapters", service.server_bytes, "resident memory of its process")
+        memory_bytes = service.server.memory_bytes
+        assert memory_bytes is not None  # it has just answered
+        bench.note_memory("`gralora serve` with those adapters", memory_bytes, "resident memory of its process")
     return Section(
         key="grpc",
         title=f"{len(requests)} streams through gRPC",

@@ -9,11 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
-
 from benchmarks.worker import Worker
-
-SERVE = "from gralora_server.cli import main; main()"
+from gralora_server.loadtest.local_server import LocalServer, running
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,12 +18,7 @@ class Service:
     """A server that takes requests, and the client that asks it."""
 
     client: Worker
-    server: Worker
-
-    @property
-    def server_bytes(self) -> int:
-        """Resident memory of the server's process."""
-        return int(psutil.Process(self.server.pid).memory_info().rss)
+    server: LocalServer
 
 
 @contextmanager
@@ -34,11 +26,11 @@ def serving(
     model_dir: Path, adapters_dir: Path, *, max_num_seqs: int, adapter_pool_bytes: int, kv_cache_bytes: int
 ) -> Iterator[Service]:
     """With the settings of the engine that it is compared with. Both processes end with the block."""
-    command = [sys.executable, "-c", SERVE, "serve", "--json", "--log-level", "error", "--address", "127.0.0.1:0"]
+    command = ["serve", "--log-level", "error", "--address", "127.0.0.1:0"]
     command += ["--model", str(model_dir), "--adapters", str(adapters_dir), "--no-prefix-cache"]
     command += ["--max-num-seqs", str(max_num_seqs), "--kv-cache-bytes", str(kv_cache_bytes)]
     command += ["--adapter-pool-bytes", str(adapter_pool_bytes)]
-    with Worker(command, environment=os.environ) as server:
-        address: str = server.read()["address"]
-        with Worker([sys.executable, "-m", "benchmarks.grpc_client", address], environment=os.environ) as client:
-            yield Service(client, server)
+    with running(command) as server:
+        client = [sys.executable, "-m", "benchmarks.grpc_client", server.address]
+        with Worker(client, environment=os.environ) as worker:
+            yield Service(worker, server)

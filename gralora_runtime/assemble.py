@@ -61,9 +61,10 @@ def assemble(config: EngineConfig, base: BaseModel | None = None) -> EngineParts
     backend = _resolve_backend(config.kernel_backend, device)
     num_threads = config.num_threads or len(os.sched_getaffinity(0))
     _use_threads(num_threads, device)
-    checked = base is not None
-    base = base or load_base_model(config.model, device=device, dtype=config.dtype)
-    expected = None if checked else expected_logits(base)
+    expected = None
+    if base is None:
+        base = load_base_model(config.model, device=device, dtype=config.dtype)
+        expected = expected_logits(base)
     adapters = _adapter_manager(config, base, device, backend.panel)
     try:
         kv_pool, max_model_len = _kv_pool(config, base, device)

@@ -28,7 +28,11 @@ CONFINED = {
     "google": ["gralora_server/*"],
     "prometheus_client": ["gralora_server/metrics/*", "gralora_server/loadtest/story.py"],
     "transformers": ["gralora_runtime/model/*"],
-    "safetensors": ["gralora_runtime/adapters/loader.py", "gralora_server/loadtest/synthetic.py"],
+    "safetensors": [
+        "gralora_runtime/adapters/loader.py",
+        "gralora_server/loadtest/headers.py",
+        "gralora_server/loadtest/synthetic.py",
+    ],
     "triton": ["gralora_kernels/triton_ops/*"],
     "numba": ["gralora_kernels/cpu/*"],
     "argparse": [],

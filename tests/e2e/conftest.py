@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.peft_adapters import gralora_config, lora_config, save_adapter
-from support.tiny_models import save_tiny_model, tiny_model
+from support.peft_adapters import gralora_config, lora_config
+from support.workspaces import save_workspace
 
 from gralora_server import Client
 from gralora_server.model_fetch import ensure_default_model
@@ -59,14 +59,8 @@ def real_server(smollm2: Path) -> Iterator[str]:
 @pytest.fixture(scope="session")
 def tiny_workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama with three adapters; tests may add directories under `adapters`."""
-    root = tmp_path_factory.mktemp("tiny")
-    save_tiny_model("llama", root / "model")
-    model = tiny_model("llama")
-    for seed, config in enumerate(
-        [gralora_config("llama", 8, 2), gralora_config("llama", 8, 4, hybrid_r=2), lora_config("llama", 5)]
-    ):
-        save_adapter(model, config, root / "adapters" / f"a{seed}", seed=seed)
-    return root
+    configs = [gralora_config("llama", 8, 2), gralora_config("llama", 8, 4, hybrid_r=2), lora_config("llama", 5)]
+    return save_workspace(tmp_path_factory.mktemp("tiny"), {f"a{i}": config for i, config in enumerate(configs)})
 
 
 @pytest.fixture(scope="session")

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TypeVar
 
 import pytest
-from support.peft_adapters import gralora_config, lora_config, save_adapter
-from support.tiny_models import save_tiny_model, tiny_model
+from support.peft_adapters import gralora_config, lora_config
+from support.workspaces import save_workspace
 from torch import Tensor
 
 from gralora_runtime.async_engine import AsyncEngine
@@ -43,24 +43,19 @@ from gralora_runtime.request import (
 from gralora_runtime.stream import RequestStream, merge_deltas
 
 T = TypeVar("T")
-ADAPTERS = ("g0", "g1", "g2", "hybrid", "lora")
+CONFIGS = {
+    "g0": gralora_config("llama", 8, 2, alpha=32),
+    "g1": gralora_config("llama", 16, 4, alpha=64),
+    "g2": gralora_config("llama", 4, 1, alpha=16),
+    "hybrid": gralora_config("llama", 8, 2, hybrid_r=3, alpha=40),
+    "lora": lora_config("llama", 5, alpha=20),
+}
+ADAPTERS = tuple(CONFIGS)
 
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("engine")
-    save_tiny_model("llama", root / "model")
-    model = tiny_model("llama")
-    configs = [
-        gralora_config("llama", 8, 2, alpha=32),
-        gralora_config("llama", 16, 4, alpha=64),
-        gralora_config("llama", 4, 1, alpha=16),
-        gralora_config("llama", 8, 2, hybrid_r=3, alpha=40),
-        lora_config("llama", 5, alpha=20),
-    ]
-    for seed, (name, config) in enumerate(zip(ADAPTERS, configs, strict=True)):
-        save_adapter(model, config, root / "adapters" / name, seed=seed)
-    return root
+    return save_workspace(tmp_path_factory.mktemp("engine"), CONFIGS)
 
 
 @pytest.fixture

@@ -13,7 +13,8 @@ import pytest
 import torch
 from peft import PeftModel
 from support.peft_adapters import gralora_config, in_authors_dialect, lora_config, save_adapter
-from support.tiny_models import save_tiny_model, tiny_model
+from support.tiny_models import tiny_model
+from support.workspaces import save_workspace
 
 from gralora_runtime.adapters.loader import load
 from gralora_runtime.assemble import EngineParts
@@ -26,23 +27,18 @@ from gralora_runtime.request import Delta, GenerationRequest, Prompt, SamplingPa
 from gralora_runtime.stream import merge_deltas
 from gralora_server.loadtest.fleet import FleetEngine, Turn
 
-NAMES = ("g0", "g1", "hybrid", "lora")
+ADAPTERS = {
+    "g0": gralora_config("llama", 8, 2, alpha=32),
+    "g1": gralora_config("llama", 16, 4, alpha=64),
+    "hybrid": gralora_config("llama", 8, 2, hybrid_r=3, alpha=40),
+    "lora": lora_config("llama", 5, alpha=20),
+}
+NAMES = tuple(ADAPTERS)
 
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("fleet")
-    save_tiny_model("llama", root / "model")
-    model = tiny_model("llama")
-    configs = [
-        gralora_config("llama", 8, 2, alpha=32),
-        gralora_config("llama", 16, 4, alpha=64),
-        gralora_config("llama", 8, 2, hybrid_r=3, alpha=40),
-        lora_config("llama", 5, alpha=20),
-    ]
-    for seed, (name, config) in enumerate(zip(NAMES, configs, strict=True)):
-        save_adapter(model, config, root / "adapters" / name, seed=seed)
-    return root
+    return save_workspace(tmp_path_factory.mktemp("fleet"), ADAPTERS)
 
 
 @pytest.fixture

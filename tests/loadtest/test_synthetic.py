@@ -13,7 +13,7 @@ from gralora_runtime.adapters.loader import load
 from gralora_runtime.errors import ConfigError
 from gralora_runtime.model.adaptable import adaptable_modules
 from gralora_runtime.model.merging import merge_adapter
-from gralora_server.loadtest.headers import num_parameters, num_tied_parameters, shapes_digest
+from gralora_server.loadtest.headers import num_parameters, num_tied_parameters, shapes_digest, weight_shapes
 from gralora_server.loadtest.synthetic import ALL_LINEAR, AdapterKind, make_adapters, parse_kinds
 
 KINDS = [AdapterKind(8, 2), AdapterKind(4, 1), AdapterKind(8, 4, ("q_proj", "v_proj"))]
@@ -93,7 +93,7 @@ def test_parameters_are_counted_from_headers(model_dir: Path) -> None:
 
     tied = model.config.tie_word_embeddings
     expected = sum(p.numel() for name, p in model.named_parameters() if not (tied and name.startswith("lm_head")))
-    assert num_parameters(model_dir) == expected
+    assert num_parameters(weight_shapes(model_dir)) == expected
 
 
 def test_a_digest_is_of_the_shapes(model_dir: Path, tmp_path: Path) -> None:
@@ -106,4 +106,4 @@ def test_a_tied_head_is_counted_once_more(model_dir: Path) -> None:
     model = tiny_model("llama")
 
     tied = model.config.vocab_size * model.config.hidden_size if model.config.tie_word_embeddings else 0
-    assert num_tied_parameters(model_dir) == tied
+    assert num_tied_parameters(weight_shapes(model_dir)) == tied

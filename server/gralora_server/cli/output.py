@@ -48,6 +48,14 @@ def print_json(document: object) -> None:
     sys.stdout.flush()
 
 
+def announce(address: str, *, as_json: bool, **also: object) -> None:
+    """The line that scripts wait for, when requests are taken."""
+    if as_json:
+        print_json({"address": address, **also})
+    else:
+        stdout().print(f"SERVING on {address}", markup=False, soft_wrap=True)
+
+
 def print_error(message: str) -> None:
     """One line, whatever the message holds."""
     stderr().print(f"error: {' '.join(message.split())}", style="bold red", markup=False, soft_wrap=True)

@@ -44,10 +44,12 @@ class Counts(Protocol):
     """What a load test has done so far."""
 
     at_s: float
-    sent: int
     ended: int
     failed: int
     tokens: int
+
+    @property
+    def in_flight(self) -> int: ...
 
 
 @contextmanager
@@ -58,8 +60,8 @@ def running(what: str, duration_s: float) -> Iterator[Callable[[Counts], None]]:
         task = progress.add_task(what, total=duration_s, counts="")
 
         def report(counts: Counts) -> None:
-            in_flight, rate = counts.sent - counts.ended, counts.tokens / max(counts.at_s, 1.0)
-            text = f"{counts.ended} answered, {in_flight} running, {counts.failed} failed, {rate:.0f} tokens/s"
+            rate = counts.tokens / max(counts.at_s, 1.0)
+            text = f"{counts.ended} answered, {counts.in_flight} running, {counts.failed} failed, {rate:.0f} tokens/s"
             progress.update(task, completed=counts.at_s, counts=text)
 
         yield report

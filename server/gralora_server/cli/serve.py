@@ -12,7 +12,7 @@ from gralora_server.cli.environment import limit_spinning
 from gralora_server.cli.logs import LEVELS, configure
 from gralora_server.cli.model import default_model
 from gralora_server.cli.options import DEFAULT_ADDRESS, Json, default_of, parse_address, parse_bytes
-from gralora_server.cli.output import CommandError, ExitCode, print_json, stdout
+from gralora_server.cli.output import CommandError, ExitCode, announce
 from gralora_server.config import MetricsConfig, ServerConfig, TlsConfig
 
 if TYPE_CHECKING:
@@ -167,15 +167,11 @@ def _run(server_config: ServerConfig, engine_config: EngineConfig, *, as_json: b
         assert server_config.metrics is not None
         metrics_address = f"{server_config.metrics.host}:{port}"
 
-    def announce(port: int) -> None:
-        """The line that scripts wait for."""
+    def on_serving(port: int) -> None:
         address = f"{server_config.host}:{port}"
-        if as_json:
-            print_json({"address": address, "model": engine_config.model, "metrics_address": metrics_address})
-        else:
-            stdout().print(f"SERVING on {address}", markup=False, soft_wrap=True)
+        announce(address, as_json=as_json, model=engine_config.model, metrics_address=metrics_address)
 
     serving = serve_until_stopped(
-        server_config, lambda: _start_engine(engine_config), on_serving=announce, on_metrics=note_metrics
+        server_config, lambda: _start_engine(engine_config), on_serving=on_serving, on_metrics=note_metrics
     )
     uvloop.run(serving)

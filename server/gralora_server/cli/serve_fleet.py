@@ -11,7 +11,7 @@ from gralora_runtime.config import EngineConfig
 from gralora_server.cli.environment import limit_spinning
 from gralora_server.cli.logs import configure
 from gralora_server.cli.options import DEFAULT_ADDRESS, Json, default_of, parse_address, parse_bytes
-from gralora_server.cli.output import print_json, stdout
+from gralora_server.cli.output import announce
 from gralora_server.config import ServerConfig
 from gralora_server.ports import Engine
 
@@ -46,11 +46,7 @@ def serve_fleet(
     async def start() -> Engine:
         return await FleetEngine.start(config, max_models, preload or ())
 
-    def announce(port: int) -> None:
-        served = f"{host}:{port}"
-        if json:
-            print_json({"address": served, "model": model})
-        else:
-            stdout().print(f"SERVING on {served}", markup=False, soft_wrap=True)
+    def on_serving(port: int) -> None:
+        announce(f"{host}:{port}", as_json=json, model=model)
 
-    uvloop.run(serve(ServerConfig(host=host, port=port), start, on_serving=announce))
+    uvloop.run(serve(ServerConfig(host=host, port=port), start, on_serving=on_serving))

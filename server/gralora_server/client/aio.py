@@ -109,15 +109,20 @@ class AsyncAdapterClient:
         return await self._client.run(requests.pin_adapter(name, pinned))
 
 
+def open_channel(target: str, credentials: grpc.ChannelCredentials | None, options: ChannelOptions) -> grpc.aio.Channel:
+    """On the running event loop, with TLS if there are credentials."""
+    if credentials is None:
+        return grpc.aio.insecure_channel(target, options=options)
+    return grpc.aio.secure_channel(target, credentials, options=options)
+
+
 class AsyncClient(ClientBase[grpc.aio.Channel]):
     """A server, from asyncio code; made on the event loop that uses it. Every failure is a `GraloraClientError`."""
 
     def _open(
         self, target: str, credentials: grpc.ChannelCredentials | None, options: ChannelOptions
     ) -> grpc.aio.Channel:
-        if credentials is None:
-            return grpc.aio.insecure_channel(target, options=options)
-        return grpc.aio.secure_channel(target, credentials, options=options)
+        return open_channel(target, credentials, options)
 
     @property
     def adapters(self) -> AsyncAdapterClient:

@@ -16,7 +16,7 @@ from gralora_runtime.errors import ConfigError
 from gralora_server.client.connection import Connection
 from gralora_server.client.errors import GraloraClientError
 from gralora_server.loadtest.driver import Progress
-from gralora_server.loadtest.headers import num_parameters, num_tied_parameters
+from gralora_server.loadtest.headers import num_parameters, num_tied_parameters, weight_shapes
 from gralora_server.loadtest.local_server import running
 from gralora_server.loadtest.result import Refusal, RunResult
 from gralora_server.loadtest.run import Target, run
@@ -113,4 +113,5 @@ class Comparison:
 
 def model_bytes(model: Path) -> int:
     """Of a merged model as it is served, in fp32. A head that shares the embedding's weights is there twice, packed."""
-    return 4 * (num_parameters(model) + num_tied_parameters(model))
+    shapes = weight_shapes(model)
+    return 4 * (num_parameters(shapes) + num_tied_parameters(shapes))

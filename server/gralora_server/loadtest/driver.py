@@ -16,6 +16,7 @@ from typing import Any
 import grpc
 
 from gralora.v1 import generation_pb2
+from gralora_server.client.aio import open_channel
 from gralora_server.client.connection import Connection
 from gralora_server.client.requests import Stubs, generate_fields
 from gralora_server.loadtest.record import OK, RequestRecord
@@ -171,10 +172,7 @@ class Driver:
     def _channel(self) -> grpc.aio.Channel:
         # Channels of one process to one server share a connection unless they are told not to.
         options = [*self.connection.channel_options(), ("grpc.use_local_subchannel_pool", 1)]
-        credentials = self.connection.credentials()
-        if credentials is None:
-            return grpc.aio.insecure_channel(self.connection.target, options=options)
-        return grpc.aio.secure_channel(self.connection.target, credentials, options=options)
+        return open_channel(self.connection.target, self.connection.credentials(), options)
 
 
 def _endless(requests: Sequence[TraceRequest]) -> Iterator[TraceRequest]:

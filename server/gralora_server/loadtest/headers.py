@@ -5,10 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
+
 from gralora_runtime.errors import ConfigError
+
+Shapes = Mapping[str, tuple[int, ...]]
 
 
 def weight_shapes(model: Path) -> dict[str, tuple[int, ...]]:
@@ -19,8 +23,8 @@ def weight_shapes(model: Path) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def num_parameters(model: Path) -> int:
-    return sum(math.prod(shape) for shape in weight_shapes(model).values())
+def num_parameters(shapes: Shapes) -> int:
+    return sum(map(math.prod, shapes.values()))
 
 
 def shapes_digest(model: Path) -> str:
@@ -28,19 +32,17 @@ def shapes_digest(model: Path) -> str:
     return hashlib.sha256(json.dumps(sorted(weight_shapes(model).items())).encode()).hexdigest()[:12]
 
 
-def num_tied_parameters(model: Path) -> int:
+def num_tied_parameters(shapes: Shapes) -> int:
     """Of the embedding, if the output head has no weights of its own; 0 otherwise."""
-    shapes = weight_shapes(model)
     if any(name.startswith("lm_head.") for name in shapes):
         return 0
-    return max(math.prod(shape) for shape in shapes.values() if len(shape) == 2)
+    return max((math.prod(shape) for shape in shapes.values() if len(shape) == 2), default=0)
 
 
 def _shapes(model: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
     for path in sorted(model.glob("*.safetensors")):
         try:
-            with path.open("rb") as file:
-                header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        except (OSError, ValueError) as cause:
+            with safe_open(path, framework="numpy") as file:
+                yield from ((name, tuple(file.get_slice(name).get_shape())) for name in file.keys())  # noqa: SIM118
+        except (OSError, SafetensorError) as cause:
             raise ConfigError(f"{path} cannot be read as safetensors: {cause}") from cause
-        yield from ((name, tuple(about["shape"])) for name, about in header.items() if name != "__metadata__")
