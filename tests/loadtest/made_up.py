@@ -35,13 +35,15 @@ def run_of(
     generator: Generator = HEALTHY,
 ) -> RunResult:
     adapters = names or tuple(f"customer-{i:02}" for i in range(num_adapters))
+    # From half of it to nearly all, in an order that is neither rising nor falling.
+    waits_s = [ttft_s * (0.5 + (7 * i % 20) / 40) for i in range(60)]
     records = [
         RequestRecord(
             adapter=adapters[i % len(adapters)],
             intended_s=0.3 * i,
             sent_s=0.3 * i,
-            token_times_s=tuple(0.3 * i + ttft_s + itl_s * j for j in range(40)),
-            finished_s=0.3 * i + ttft_s + itl_s * 39,
+            token_times_s=tuple(0.3 * i + waits_s[i] + itl_s * j for j in range(40)),
+            finished_s=0.3 * i + waits_s[i] + itl_s * 39,
             status=OK if i >= failed else "RESOURCE_EXHAUSTED",
             counted=True,
         )
@@ -69,6 +71,36 @@ def result_of(*runs: RunResult, refusals: tuple[Refusal, ...] = ()) -> LoadTestR
         runs=runs,
         refusals=refusals,
     )
+
+
+def four_systems() -> LoadTestResult:
+    """As `gralora loadtest compare` leaves it: 1 to 64 adapters, and what does not fit into memory was not run."""
+    runs = [run_of("multi-adapter server", n, itl_s=0.04 + n / 5000) for n in (1, 4, 16, 64)]
+    runs += [run_of("merged models in turn", n, itl_s=0.04 * n, ttft_s=0.4 * n) for n in (1, 4)]
+    runs += [run_of("merged models, swapped", n, itl_s=0.05, ttft_s=0.25 * n, failed=n // 16) for n in (16, 64)]
+    runs += [run_of("one merged model (a single customer)", n, itl_s=0.04) for n in (1, 4, 16, 64)]
+    refusals = [
+        Refusal(system="merged models in turn", num_adapters=n, why=f"{n} merged models need {need} GB")
+        for n, need in ((16, 34), (64, 130))
+    ]
+    return result_of(*(_short(run) for run in runs), refusals=tuple(refusals))
+
+
+def _short(run: RunResult) -> RunResult:
+    """Without what the report of a comparison does not show; only the multi-adapter server has a metrics page."""
+    several = {"merged models in turn": 3 + 2 * run.num_adapters, "merged models, swapped": 18}
+    return run.model_copy(
+        update={
+            "timeline": (),
+            "summary": run.summary.model_copy(update={"adapters": {}}),
+            "server": run.server if run.system == "multi-adapter server" else None,
+            "memory_bytes": several.get(run.system, 3) * 10**9,
+        }
+    )
+
+
+def single() -> LoadTestResult:
+    return result_of(run_of("multi-adapter server", 16))
 
 
 def comparison() -> LoadTestResult:

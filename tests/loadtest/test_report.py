@@ -8,16 +8,19 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from gralora_server.loadtest.report import findings, merge, write_report
-from gralora_server.loadtest.result import LoadTestResult
+from gralora_server.loadtest.result import LoadTestResult, Refusal
 from gralora_server.loadtest.summary import Generator
 
-from .made_up import HEALTHY, comparison, result_of, run_of
+from .made_up import HEALTHY, comparison, four_systems, result_of, run_of, single
+
+RESULTS = Path(__file__).parent.parent.parent / "benchmarks" / "results"
 
 
 def page_of(result: LoadTestResult, folder: Path) -> str:
@@ -52,7 +55,13 @@ def test_a_comparison_says_how_many_times_and_what_survives(tmp_path: Path) -> N
     assert f"With 16 adapters, together gives {ours:.0f} tokens a second: {ours / theirs:.2g} times in turn" in page
     assert "together: 64; in turn: 4" in page  # 16 in turn miss the objective, 64 do not fit
     assert "in turn with 64 adapters: not run. 64 merged models need 34 GB" in page
-    assert sorted(path.name for path in tmp_path.glob("*.png")) == ["memory.png", "throughput.png", "ttft.png"]
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == [
+        "memory.png",
+        "steps.png",
+        "throughput.png",
+        "ttft-p50.png",
+        "ttft.png",
+    ]
 
 
 def test_what_must_not_be_believed_stands_before_the_figures(tmp_path: Path) -> None:
@@ -97,7 +106,7 @@ def test_every_plot_has_its_figures_as_text(tmp_path: Path) -> None:
     page = page_of(comparison(), tmp_path)
 
     labels = re.findall(r'role="img" aria-label="([^"]+)"', page)
-    assert len(labels) == 3
+    assert len(labels) == 5
     assert all(re.search(r"\d", label) for label in labels)
 
 
@@ -116,8 +125,80 @@ def test_results_of_several_runs_become_one(tmp_path: Path) -> None:
 
     assert [run.summary.label for run in merged.runs] == ["run (1)", "run (2)"]
     assert merged.machine == {"CPU": "none / another", "cores": "2"}
-    assert "none / another" in page_of(merged, tmp_path)
+    page = words(page_of(merged, tmp_path))
+    assert page.index("The runs are not of one machine (CPU: none / another)") < page.index("Figures")
     assert [path.name for path in tmp_path.glob("*.png")] == ["throughput.png"]
+
+
+def test_runs_of_one_machine_need_no_note() -> None:
+    assert merge([result_of(run_of("a", 2)), result_of(run_of("b", 2))]).notes == ()
+
+
+def test_what_stopped_each_system_is_said() -> None:
+    assert findings.limits(four_systems()) == [
+        "merged models in turn with 16 adapters: not run. 16 merged models need 34 GB.",
+        "merged models in turn with 64 adapters: not run. 64 merged models need 130 GB.",
+        "merged models, swapped with 16 adapters: 1 of 60 requests failed (1 x RESOURCE_EXHAUSTED).",
+    ]
+
+
+def test_a_system_that_could_never_run_is_named() -> None:
+    result = result_of(run_of("a", 1), run_of("a", 2), refusals=(Refusal(system="b", num_adapters=2, why="no room."),))
+
+    assert "a: 2; b: none" in findings.answer(result)[-1]
+    assert findings.limits(result) == ["b with 2 adapters: not run. no room."]
+
+
+def test_memory_is_plotted_for_those_of_which_it_is_known(tmp_path: Path) -> None:
+    unknown = run_of("elsewhere", 4).model_copy(update={"memory_bytes": None})
+
+    page = words(page_of(result_of(run_of("here", 1), run_of("here", 4), unknown), tmp_path))
+
+    assert "Memory of the server in GB over the number of adapters. here:" in page
+    assert "not known" in page
+
+
+@pytest.mark.parametrize("kept", sorted(RESULTS.glob("loadtest*/result.json")), ids=lambda kept: kept.parent.name)
+def test_results_that_were_kept_stay_readable(kept: Path, tmp_path: Path) -> None:
+    """A result must open in later releases, or `VERSION` must rise."""
+    result = LoadTestResult.read(kept)
+
+    assert all(run.summary.label in page_of(result, tmp_path) for run in result.runs if run.server)
+
+
+def test_without_matplotlib_the_error_says_what_to_install() -> None:
+    script = (
+        "import sys\n"
+        "sys.modules['matplotlib'] = None\n"
+        "from gralora_runtime.errors import ConfigError\n"
+        "try:\n    import gralora_server.loadtest.report\n"
+        "except ConfigError as error:\n    print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)
+
+    assert "pip install 'gralora-server[loadtest]'" in done.stdout
+
+
+def luminance(colour: str) -> float:
+    """As WCAG defines it, of #rrggbb."""
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(first: str, second: str) -> float:
+    light, dark = sorted([luminance(first), luminance(second)], reverse=True)
+    return (light + 0.05) / (dark + 0.05)
+
+
+@pytest.mark.parametrize("scheme", [0, 1], ids=["light", "dark"])
+def test_colours_have_the_contrast_that_wcag_aa_asks_for(scheme: int, tmp_path: Path) -> None:
+    blocks = re.findall(r":root \{(\s*--paper.*?)\}", page_of(result_of(run_of("server", 2)), tmp_path), re.DOTALL)
+
+    colour = dict(re.findall(r"--([\w-]+): (#\w{6})", blocks[scheme]))
+    text = [("ink", "paper"), ("soft", "paper"), ("ink", "panel"), ("alarm", "alarm-paper"), ("series-0", "paper")]
+    assert all(contrast(colour[ink], colour[paper]) >= 4.5 for ink, paper in text)
+    assert all(contrast(colour[f"series-{i}"], colour["paper"]) >= 3 for i in range(5))
 
 
 def test_who_failed_did_not_survive() -> None:
@@ -150,9 +231,10 @@ def chromium(page: Path, scheme: str, *options: str) -> str:
 @pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed (apt install chromium)")
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 375])
-def test_the_page_in_a_browser(width: int, scheme: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("result", [four_systems(), single()], ids=["comparison", "single"])
+def test_the_page_in_a_browser(result: LoadTestResult, width: int, scheme: str, tmp_path: Path) -> None:
     frame, shot = tmp_path / "frame.html", tmp_path / "shot.png"
-    frame.write_text(FRAME.format(width=width, page=html.escape(page_of(comparison(), tmp_path))))
+    frame.write_text(FRAME.format(width=width, page=html.escape(page_of(result, tmp_path))))
 
     found = re.search(r'data-widths="(\d+),(\d+)"', chromium(frame, scheme, "--dump-dom"))
     chromium(frame, scheme, f"--screenshot={shot}")

@@ -77,6 +77,7 @@ class LoadTestResult(Frozen):
     workload: Mapping[str, str]  # as the command line says it
     runs: tuple[RunResult, ...]
     refusals: tuple[Refusal, ...] = ()
+    notes: tuple[str, ...] = ()  # sentences that must be read before the figures
 
     def adding(self, outcome: RunResult | Refusal) -> LoadTestResult:
         if isinstance(outcome, Refusal):

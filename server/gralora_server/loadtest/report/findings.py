@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from gralora_server.loadtest.result import LoadTestResult, RunResult, ServerStory
+from gralora_server.loadtest.result import LoadTestResult, Refusal, RunResult, ServerStory
+from gralora_server.loadtest.summary import Summary
 
 SURVIVAL_SHARE = 0.9
 
@@ -18,9 +19,20 @@ def systems(result: LoadTestResult) -> list[str]:
     return list(dict.fromkeys(run.system for run in result.runs))
 
 
+def tried(result: LoadTestResult) -> list[str]:
+    """All systems, also those that could never be run."""
+    return list(dict.fromkeys([*systems(result), *(refusal.system for refusal in result.refusals)]))
+
+
 def curve(result: LoadTestResult, system: str) -> list[RunResult]:
     """The runs of one system, by number of adapters."""
     return sorted((run for run in result.runs if run.system == system), key=lambda run: run.num_adapters)
+
+
+def row_name(result: LoadTestResult, run: RunResult) -> str:
+    """The system, whose number of adapters stands beside it; the label where that would not tell two runs apart."""
+    alike = [one for one in result.runs if (one.system, one.num_adapters) == (run.system, run.num_adapters)]
+    return run.system if len(alike) == 1 and is_comparison(result) else run.summary.label
 
 
 def survived(run: RunResult) -> bool:
@@ -38,30 +50,43 @@ def answer(result: LoadTestResult) -> list[str]:
 def _single(run: RunResult) -> list[str]:
     summary = run.summary
     slo = f"first token within {summary.slo.ttft_s:g} s, then at most {1000 * summary.slo.itl_s:g} ms a token"
+    failed = sum(summary.errors.values())
+    errors = f"{failed} of {summary.requests} requests failed" if failed else "none failed"
     rates = f"{summary.requests_per_s:.2f} requests and {summary.tokens_per_s:.0f} tokens a second"
     half, most = seconds(summary.ttft_s.p50), seconds(summary.ttft_s.p99)
+    gap = seconds(summary.itl_s.p99)
     met = f"{summary.goodput_share:.0%} of the requests met the objective ({slo})"
     return [
-        f"{rates} for {run.num_adapters} adapters; {met}.",
+        f"{rates} for {run.num_adapters} adapters; {met}, {errors}.",
         f"Half of the first tokens came within {half}, 99 % within {most}.",
+        f"Of the gaps between tokens, 99 % were within {gap}.",
     ]
 
 
 def _comparison(result: LoadTestResult) -> list[str]:
     first, *others = systems(result)
-    said = []
+    beside: dict[int, list[str]] = {}  # by number of adapters, the largest that both could run with
     for other in others:
         pairs = _pairs(curve(result, first), curve(result, other))
         if pairs:
-            ours, theirs = pairs[-1]
-            ratio = ours.summary.tokens_per_s / theirs.summary.tokens_per_s if theirs.summary.tokens_per_s else None
-            times = f"{ratio:.2g} times" if ratio is not None else "beside nothing at all from"
-            said.append(
-                f"With {ours.num_adapters} adapters, {first} gives {ours.summary.tokens_per_s:.0f} tokens a second: "
-                f"{times} {other} ({theirs.summary.tokens_per_s:.0f})."
-            )
-    limits = [f"{system}: {_largest(result, system)}" for system in systems(result)]
+            beside.setdefault(pairs[-1][0].num_adapters, []).append(_times(*pairs[-1]))
+    tokens = {run.num_adapters: run.summary.tokens_per_s for run in curve(result, first)}
+    said = [
+        f"With {_adapters(count)}, {first} gives {tokens[count]:.0f} tokens a second: {', '.join(beside[count])}."
+        for count in sorted(beside, reverse=True)
+    ]
+    limits = [f"{system}: {_largest(result, system) or 'none'}" for system in tried(result)]
     return [*said, f"Largest number of adapters that was survived: {'; '.join(limits)}."]
+
+
+def _times(ours: RunResult, theirs: RunResult) -> str:
+    rate = theirs.summary.tokens_per_s
+    times = f"{ours.summary.tokens_per_s / rate:.2g} times" if rate else "beside nothing at all from"
+    return f"{times} {theirs.system} ({rate:.0f})"
+
+
+def _adapters(count: int) -> str:
+    return f"{count} adapter{'' if count == 1 else 's'}"
 
 
 def _pairs(ours: Sequence[RunResult], theirs: Sequence[RunResult]) -> list[tuple[RunResult, RunResult]]:
@@ -69,14 +94,38 @@ def _pairs(ours: Sequence[RunResult], theirs: Sequence[RunResult]) -> list[tuple
     return [(run, by_count[run.num_adapters]) for run in ours if run.num_adapters in by_count]
 
 
-def _largest(result: LoadTestResult, system: str) -> str:
-    counts = [run.num_adapters for run in curve(result, system) if survived(run)]
-    return str(max(counts)) if counts else "none"
+def _largest(result: LoadTestResult, system: str) -> int:
+    """0 if it survived none."""
+    return max((run.num_adapters for run in curve(result, system) if survived(run)), default=0)
+
+
+def limits(result: LoadTestResult) -> list[str]:
+    """Why each system survived no more adapters, and why what was not run was not."""
+    found: list[RunResult | Refusal] = []
+    for system in tried(result):
+        beyond = [run for run in curve(result, system) if run.num_adapters > _largest(result, system)]
+        found += [*beyond[:1], *(refusal for refusal in result.refusals if refusal.system == system)]
+    return [f"{one.system} with {_adapters(one.num_adapters)}: {_reason(one)}." for one in found]
+
+
+def _reason(outcome: RunResult | Refusal) -> str:
+    if isinstance(outcome, Refusal):
+        return f"not run. {outcome.why.rstrip('.')}"
+    if outcome.summary.errors or not outcome.summary.ok:
+        return _failures(outcome.summary)
+    return f"{outcome.summary.goodput_share:.0%} of the requests met the objective"
+
+
+def _failures(summary: Summary) -> str:
+    if not summary.requests:
+        return "no request was counted"
+    errors = ", ".join(f"{count} x {status}" for status, count in summary.errors.items())
+    return f"{sum(summary.errors.values())} of {summary.requests} requests failed ({errors})"
 
 
 def warnings(result: LoadTestResult) -> list[str]:
     """What must be known before a figure is believed."""
-    found = []
+    found = [*result.notes]
     for run in result.runs:
         summary, health = run.summary, run.summary.generator
         if health.limited:
@@ -85,13 +134,9 @@ def warnings(result: LoadTestResult) -> list[str]:
                 f"late, woke up {seconds(health.wake_lag_p99_s)} late, used {health.cpu_share:.0%} of a core). "
                 "Do not believe its figures."
             )
-        if summary.errors:
-            errors = ", ".join(f"{count} x {status}" for status, count in summary.errors.items())
-            failed = sum(summary.errors.values())
-            found.append(f"{summary.label}: {failed} of {summary.requests} requests failed ({errors}).")
-        if not summary.requests:
-            found.append(f"{summary.label}: no request was counted.")
-    return [*found, *(f"{one.system} with {one.num_adapters} adapters: not run. {one.why}." for one in result.refusals)]
+        if summary.errors or not summary.requests:
+            found.append(f"{summary.label}: {_failures(summary)}.")
+    return found
 
 
 def explanation(story: ServerStory) -> str:
@@ -109,10 +154,12 @@ def explanation(story: ServerStory) -> str:
     if story.adapter_evictions:
         parts.append(f"{story.adapter_evictions} adapters left the pool for others")
     if story.preemptions:
-        parts.append(f"{story.preemptions} requests lost their KV pages and were computed again")
+        parts.append(f"KV pages were taken from a request, which was then computed again, {story.preemptions} times")
     return "; ".join(parts) + "."
 
 
 def seconds(value: float) -> str:
-    """1.23 s, or 45 ms below a second."""
-    return f"{value:.2f} s" if value >= 1 else f"{1000 * value:.0f} ms"
+    """1.23 s; 45 ms below a second, 4.5 ms below ten."""
+    if value >= 1:
+        return f"{value:.2f} s"
+    return f"{1000 * value:.0f} ms" if value >= 0.01 or not value else f"{1000 * value:.1f} ms"

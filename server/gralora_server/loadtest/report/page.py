@@ -15,7 +15,11 @@ TOP_ADAPTERS = 10
 
 
 def write_report(result: LoadTestResult, directory: Path) -> Path:
-    """Write report.html and a PNG for each plot; returns the page's path. Raises ConfigError without matplotlib."""
+    """Write report.html and a PNG for each plot; returns the page's path. Raises ConfigError without matplotlib.
+
+    The directory is made if there is none.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
     drawn = plots(result)
     for plot in drawn:
         (directory / f"{plot.name}.png").write_bytes(plot.png)
@@ -24,9 +28,11 @@ def write_report(result: LoadTestResult, directory: Path) -> Path:
         _environment()
         .get_template("report.html.jinja")
         .render(
+            rows=[(findings.row_name(result, run), run) for run in result.runs],
             result=result,
             comparison=findings.is_comparison(result),
             answer=findings.answer(result),
+            limits=findings.limits(result),
             warnings=findings.warnings(result),
             plots=drawn,
             stories=[(run.summary.label, findings.explanation(run.server)) for run in result.runs if run.server],

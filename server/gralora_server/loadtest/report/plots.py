@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from gralora_runtime.errors import ConfigError
 from gralora_server.loadtest.report.findings import curve, is_comparison, seconds, systems
-from gralora_server.loadtest.result import LoadTestResult, RunResult
+from gralora_server.loadtest.result import LoadTestResult, RunResult, ServerStory
 
 try:
     from matplotlib import rc_context
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 except ImportError as cause:
     raise ConfigError("plots need matplotlib: pip install 'gralora-server[loadtest]'") from cause
 
 # Colours that every reader can tell apart (Okabe and Ito 2008), a marker and a line for who sees none.
 SERIES = ("#0072b2", "#c75000", "#007a5a", "#a8508a", "#7a6a00")
-MARKERS, LINES = "osD^v", ("-", "--", "-.", ":", "-")
+MARKERS, LINES, HATCHES = "osD^v", ("-", "--", "-.", ":", "-"), ("", "//", "..", "xx", "--")
 INK, GRID = "#1f2328", "#d0d7de"
-SIZE = (6.4, 3.4)
+SIZE = (5.4, 3.3)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,19 +52,15 @@ def _comparison(result: LoadTestResult) -> list[Plot]:
         return [_bars(result)]
     drawn = [
         _over_adapters(result, "throughput", "Throughput", "tokens a second", lambda run: run.summary.tokens_per_s),
-        _over_adapters(
-            result,
-            "ttft",
-            "First token, 99th percentile",
-            "seconds",
-            lambda run: run.summary.ttft_s.p99,
-            log=True,
-        ),
+        _over_adapters(result, "ttft", "First token, 99th percentile", "", lambda run: run.summary.ttft_s.p99),
+        _over_adapters(result, "ttft-p50", "First token, median", "", lambda run: run.summary.ttft_s.p50),
     ]
-    if all(run.memory_bytes is not None for run in result.runs):
+    known = result.model_copy(update={"runs": tuple(run for run in result.runs if run.memory_bytes is not None)})
+    if known.runs:
         title = "Memory of the server"
-        drawn.append(_over_adapters(result, "memory", title, "GB", lambda run: (run.memory_bytes or 0) / 1e9))
-    return drawn
+        drawn.append(_over_adapters(known, "memory", title, "GB", lambda run: (run.memory_bytes or 0) / 1e9))
+    stories = {run.summary.label: run.server for run in result.runs if run.server and run.server.steps}
+    return [*drawn, _steps(stories)] if stories else drawn
 
 
 def _over_adapters(
@@ -71,13 +69,13 @@ def _over_adapters(
     title: str,
     unit: str,
     value: Callable[[RunResult], float],
-    *,
-    log: bool = False,
 ) -> Plot:
+    """`unit` is empty for seconds, which are drawn on a logarithmic scale: they span milliseconds to minutes."""
+    places = {system: i for i, system in enumerate(systems(result))}
     counts = sorted({run.num_adapters for run in result.runs})
 
     def draw(axes: Axes) -> None:
-        for i, system in enumerate(systems(result)):
+        for system, i in places.items():
             runs = curve(result, system)
             axes.plot(
                 [run.num_adapters for run in runs],
@@ -91,17 +89,62 @@ def _over_adapters(
         axes.set_xticks(counts, [str(count) for count in counts])
         axes.minorticks_off()
         axes.set_xlabel("adapters (customers)")
-        axes.set_ylabel(unit)
-        axes.set_yscale("log" if log else "linear")
-        if not log:
+        if unit:
+            axes.set_ylabel(unit)
             axes.set_ylim(bottom=0)
+        else:
+            _delay_scale(axes)
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), frameon=False)
 
+    shown: Callable[[float], str] = (lambda amount: f"{amount:.3g}") if unit else seconds
     said = [
-        f"{system}: " + ", ".join(f"{value(run):.3g} at {run.num_adapters}" for run in curve(result, system))
-        for system in systems(result)
+        f"{system}: " + ", ".join(f"{shown(value(run))} at {run.num_adapters}" for run in curve(result, system))
+        for system in places
     ]
-    return _plot(name, title, f"{title} in {unit} over the number of adapters. {'; '.join(said)}.", draw, height=4.4)
+    what = f"{title} in {unit}" if unit else title
+    height = SIZE[1] + 0.25 * len(places)
+    return _plot(name, title, f"{what} over the number of adapters. {'; '.join(said)}.", draw, height)
+
+
+def _delay_scale(axes: Axes) -> None:
+    """Seconds on a logarithmic scale, in words, with more marks where one power of ten holds everything."""
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    axes.set_ylim(low / 1.3, high * 1.3)
+    steps = (1.0,) if high / low > 100 else (1.0, 2.0, 5.0)
+    axes.yaxis.set_major_locator(LogLocator(base=10, subs=steps))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda at_s, _: f"{at_s:g} s" if at_s >= 1 else seconds(at_s)))
+    axes.yaxis.set_minor_locator(NullLocator())
+
+
+def _steps(stories: Mapping[str, ServerStory]) -> Plot:
+    """Phases of a mean step, one bar a run."""
+    phases = list(dict.fromkeys(phase for story in stories.values() for phase in story.phase_s))
+    means = {
+        label: [1000 * story.phase_s.get(phase, 0.0) / story.steps for phase in phases]
+        for label, story in stories.items()
+    }
+
+    def draw(axes: Axes) -> None:
+        for i, phase in enumerate(phases):
+            left = [sum(mean[:i]) for mean in means.values()]
+            widths = [mean[i] for mean in means.values()]
+            bars = axes.barh(range(len(means)), widths, left=left, height=0.6, label=phase, linewidth=0.5)
+            for bar in bars:
+                bar.set(facecolor=SERIES[i % len(SERIES)], hatch=HATCHES[i % len(HATCHES)], edgecolor=INK)
+        axes.set_yticks(range(len(means)), [textwrap.fill(label, 18) for label in means])
+        axes.invert_yaxis()
+        axes.set_xlabel("ms a step")
+        axes.legend(loc="upper center", bbox_to_anchor=(0.4, -0.1 - 0.5 / len(means)), ncols=3, frameon=False)
+
+    said = [
+        f"{label}: {sum(mean):.1f} ms, of it "
+        + ", ".join(f"{phase} {value:.1f}" for phase, value in zip(phases, mean, strict=True))
+        for label, mean in means.items()
+    ]
+    return _plot(
+        "steps", "Where the server's time went", f"A mean step. {'; '.join(said)}.", draw, 2 + 0.5 * len(means)
+    )
 
 
 def _bars(result: LoadTestResult) -> Plot:
@@ -156,16 +199,18 @@ def _delays(run: RunResult) -> Plot:
         for i, point in enumerate(points):
             values = [max(getattr(of, point), 1e-4) for of in kinds.values()]
             places = [kind + 0.25 * (i - 1) for kind in range(len(kinds))]
-            bars = axes.bar(places, values, width=0.23, color=SERIES[i], label=point)
-            axes.bar_label(bars, [seconds(value) for value in values], fontsize=10, padding=2)
-        axes.set_xticks(range(len(kinds)), list(kinds))
-        axes.set_yscale("log")
-        axes.set_ylabel("seconds")
-        axes.margins(y=0.15)
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3, frameon=False)
+            bars = axes.barh(places, values, height=0.22, color=SERIES[i], label=point)
+            axes.bar_label(bars, [f"{point} {seconds(value)}" for value in values], fontsize=11, padding=3)
+        axes.set_yticks(range(len(kinds)), [name.replace(" ", "\n") for name in kinds])
+        axes.invert_yaxis()
+        axes.grid(visible=False)
+        axes.set_xscale("log")
+        low, high = axes.get_xlim()
+        axes.set_xlim(low, high * (high / low) ** 0.4)  # room for the labels, which say what the axis would
+        axes.xaxis.set_visible(False)
 
     said = [f"{name} {seconds(of.p50)}, {seconds(of.p90)} and {seconds(of.p99)}" for name, of in kinds.items()]
-    return _plot("delays", "Delays", f"50th, 90th and 99th percentile: {'; '.join(said)}.", draw)
+    return _plot("delays", "Delays", f"50th, 90th and 99th percentile: {'; '.join(said)}.", draw, height=3.8)
 
 
 def _phases(phase_s: Mapping[str, float]) -> Plot:
@@ -198,7 +243,7 @@ def _plot(name: str, title: str, text: str, draw: Callable[[Axes], None], height
         "axes.grid.axis": "y",
         "axes.axisbelow": True,
         "axes.spines.top": False,
-        "font.size": 13,  # a phone shows the drawing at three quarters of its size
+        "font.size": 12.5,  # points of 389 in width: some 11 pixels on a phone
         "svg.fonttype": "none",
         "svg.hashsalt": name,  # ids within the drawing, of all plots on one page, must differ
         "font.family": "sans-serif",
