@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -44,6 +46,16 @@ class KVPool:
         else:
             self.keys[layer].flatten(0, 1).index_copy_(0, slots, keys)
             self.values[layer].flatten(0, 1).index_copy_(0, slots, values)
+
+
+def kv_shape(config: Any) -> dict[str, int]:
+    """num_layers, num_kv_heads and head_dim of a model's configuration."""
+    heads = config.num_attention_heads
+    return {
+        "num_layers": config.num_hidden_layers,
+        "num_kv_heads": getattr(config, "num_key_value_heads", None) or heads,
+        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // heads,
+    }
 
 
 def page_bytes(*, num_layers: int, page_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from transformers.utils import logging as transformers_logging
 
 from gralora_runtime.errors import ConfigError, ModelUnsupportedError
+from gralora_runtime.model.kv_pool import kv_shape
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SERVED_LAYER_TYPES = {"full_attention", "sliding_attention"}
@@ -48,7 +49,6 @@ def load_base_model(path: Path, *, device: torch.device, dtype: str) -> BaseMode
     chosen = _choose_dtype(dtype, config, device)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=chosen, local_files_only=True, attn_implementation="sdpa")
     chat_tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-    heads = config.num_attention_heads
     return BaseModel(
         model=model.to(device).eval(),
         chat_tokenizer=chat_tokenizer,
@@ -57,9 +57,7 @@ def load_base_model(path: Path, *, device: torch.device, dtype: str) -> BaseMode
         name=path.name,
         digest=_digest(path),
         max_positions=config.max_position_embeddings,
-        num_layers=config.num_hidden_layers,
-        num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        **kv_shape(config),
     )
 
 

@@ -1,8 +1,12 @@
-"""Which linear layers of a model an adapter may target, and their sizes, from the config alone: reads no weights."""
+"""Sizes of a model from its config alone: the linear layers that adapters may target, a token's keys and values."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -10,16 +14,31 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from gralora_runtime.adapters.spec import ModuleShape
 from gralora_runtime.errors import ModelUnsupportedError
 from gralora_runtime.model.adaptable import adaptable_modules
+from gralora_runtime.model.kv_pool import kv_shape
 
 
 def module_shapes(model_dir: Path) -> list[ModuleShape]:
     """The shapes of the model in `model_dir`, built on the meta device: no time and no memory goes into weights."""
+    with _unsupported(model_dir), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(_config(model_dir))
+    return [shape for shape, _ in adaptable_modules(model)]
+
+
+def kv_token_numel(model_dir: Path) -> int:
+    """Elements of the keys and values of one token, in all layers."""
+    with _unsupported(model_dir):
+        return 2 * math.prod(kv_shape(_config(model_dir)).values())
+
+
+def _config(model_dir: Path) -> Any:
     if not (model_dir / "config.json").is_file():
         raise ModelUnsupportedError(str(model_dir), ["it has no config.json"])
+    return AutoConfig.from_pretrained(model_dir, local_files_only=True)
+
+
+@contextmanager
+def _unsupported(model_dir: Path) -> Iterator[None]:
     try:
-        config = AutoConfig.from_pretrained(model_dir, local_files_only=True)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-    except (ValueError, OSError) as cause:  # an unknown architecture, or one that is no causal LM
+        yield
+    except (ValueError, OSError, AttributeError) as cause:  # an unknown architecture, or one that is no causal LM
         raise ModelUnsupportedError(str(model_dir), [str(cause).splitlines()[0]]) from cause
-    return [shape for shape, _ in adaptable_modules(model)]

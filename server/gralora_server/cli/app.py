@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from gralora_runtime.errors import AdapterCapacityError, AdapterRejectedError, ConfigError, GraloraError
-from gralora_server.cli import adapters, generate, loadtest, model, serve, serve_fleet, status
+from gralora_server.cli import adapters, generate, loadtest, model, plan, serve, serve_fleet, status
 from gralora_server.cli.output import CommandError, ExitCode, print_error
 
 EXIT_CODES = (
@@ -32,6 +32,7 @@ app = typer.Typer(
 app.command("serve")(serve.serve)
 app.command("serve-fleet", hidden=True)(serve_fleet.serve_fleet)
 app.command("generate")(generate.generate)
+app.command("plan")(plan.plan)
 app.command("status")(status.status)
 app.add_typer(adapters.app, name="adapters")
 app.add_typer(model.app, name="model")

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
-from shutil import copytree
 from typing import Annotated
 
 import typer
 
-from gralora_server.cli.environment import cache_dir, offline_environment
+from gralora_server.cli.customers import customers
+from gralora_server.cli.environment import offline_environment
 from gralora_server.cli.loadtest_options import (
     MEASURE,
     OWN,
-    WORKLOAD,
     Arrivals,
+    Counts,
     DurationS,
+    Memory,
     Out,
     OutputTokens,
     PopularityText,
@@ -24,6 +24,8 @@ from gralora_server.cli.loadtest_options import (
     SloItlS,
     SloTtftS,
     WarmupS,
+    memory_budget,
+    parse_counts,
     workload,
 )
 from gralora_server.cli.loadtest_output import report, result
@@ -35,9 +37,7 @@ from gralora_server.cli.progress import running
 
 def compare(
     *,
-    counts: Annotated[
-        str, typer.Option(help="Numbers of adapters (customers), with commas between.", rich_help_panel=WORKLOAD)
-    ] = "1,4,16,64",
+    counts: Counts = "1,4,16,64",
     systems: Annotated[
         str,
         typer.Option(
@@ -55,15 +55,7 @@ def compare(
     seed: Seed = 0,
     slo_ttft_s: SloTtftS = 4.0,
     slo_itl_s: SloItlS = 0.2,
-    memory: Annotated[
-        int | None,
-        typer.Option(
-            parser=parse_bytes,
-            metavar="BYTES",
-            help="Budget of each system. Default: four fifths of the machine's.",
-            rich_help_panel=MEASURE,
-        ),
-    ] = None,
+    memory: Memory = None,
     model: Annotated[Path | None, typer.Option(help="Default: SmolLM2-135M-Instruct.", rich_help_panel=OWN)] = None,
     adapters: Annotated[
         Path | None,
@@ -87,17 +79,15 @@ def compare(
 
     Starts each system in turn on this machine, sends all of them the same requests, and writes one report.
     """
-    import psutil
-
     from gralora_server.loadtest.compare import SYSTEMS, Comparison
     from gralora_server.loadtest.summary import Slo
 
     chosen = systems.split(",")
     if unknown := set(chosen) - SYSTEMS.keys():
         raise CommandError(ExitCode.USAGE, f"--systems has {', '.join(unknown)}; there are {', '.join(SYSTEMS)}")
-    wanted = _counts(counts)
+    wanted = parse_counts(counts)
     served = model if model is not None else default_model()
-    folder, names = _customers(served, adapters, kinds, max(wanted))
+    folder, names = customers(served, adapters, kinds, max(wanted))
     comparison = Comparison(
         model=served,
         adapters=folder,
@@ -113,7 +103,7 @@ def compare(
             seed=seed,
         ),
         slo=Slo(ttft_s=slo_ttft_s, itl_s=slo_itl_s),
-        memory_bytes=memory if memory is not None else psutil.virtual_memory().total * 4 // 5,
+        memory_bytes=memory_budget(memory),
         max_num_seqs=max_num_seqs,
         kv_cache_bytes=kv_cache,
         environment=offline_environment(),
@@ -140,27 +130,3 @@ def compare(
         found = found.adding(outcome)
         found.write(out / "result.json")  # what was measured stays, whatever becomes of the rest
     report(found, out, as_json=json)
-
-
-def _counts(text: str) -> list[int]:
-    parts = text.split(",")
-    if not all(part.strip().isdigit() and int(part) for part in parts):
-        raise CommandError(ExitCode.USAGE, f"--counts must be numbers with commas between, got {text!r}")
-    return [int(part) for part in parts]
-
-
-def _customers(model: Path, own: Path | None, kinds: str, count: int) -> tuple[Path, list[str]]:
-    """A directory with at least `count` adapters, and their names in alphabetical order. What was made stays there."""
-    from gralora_server.loadtest.headers import shapes_digest
-    from gralora_server.loadtest.synthetic import make_adapters, parse_kinds
-
-    kept = re.sub(r"[^\w.]+", "-", kinds if own is None else f"{own.name}-{kinds}")
-    folder = cache_dir() / "loadtest-adapters" / shapes_digest(model) / kept
-    folder.mkdir(parents=True, exist_ok=True)
-    names = []
-    for adapter in [] if own is None else sorted(own.iterdir()):
-        if (adapter / "adapter_config.json").is_file():
-            copytree(adapter, folder / adapter.name, dirs_exist_ok=True)
-            names.append(adapter.name)
-    made = make_adapters(model, folder, parse_kinds(kinds), max(0, count - len(names)))
-    return folder, sorted([*names, *made])[:count]

@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from gralora_server.cli.options import parse_bytes
+from gralora_server.cli.output import CommandError, ExitCode
+
 if TYPE_CHECKING:  # numpy takes a while to import, and `--help` does without it
     from gralora_server.loadtest.trace import Trace
 
@@ -42,9 +45,41 @@ SloTtftS = Annotated[
 SloItlS = Annotated[
     float, typer.Option(min=0, help="... and the mean time between tokens is at most this.", rich_help_panel=MEASURE)
 ]
+Counts = Annotated[
+    str, typer.Option(help="Numbers of adapters (customers), with commas between.", rich_help_panel=WORKLOAD)
+]
+Memory = Annotated[
+    int | None,
+    typer.Option(
+        parser=parse_bytes,
+        metavar="BYTES",
+        help="Budget of a server. Default: four fifths of the machine's.",
+        rich_help_panel=MEASURE,
+    ),
+]
 Out = Annotated[
     Path, typer.Option(help="Directory for result.json, report.html and the plots.", rich_help_panel=MEASURE)
 ]
+
+
+def parse_counts(text: str) -> list[int]:
+    parts = text.split(",")
+    if not all(part.strip().isdigit() and int(part) for part in parts):
+        raise CommandError(ExitCode.USAGE, f"--counts must be numbers with commas between, got {text!r}")
+    return [int(part) for part in parts]
+
+
+def memory_budget(wanted: int | None) -> int:
+    """Bytes."""
+    import psutil
+
+    return wanted if wanted is not None else int(psutil.virtual_memory().total) * 4 // 5
+
+
+def at_rate(arrivals: str, per_s: float) -> str:
+    """The arrivals of `--arrivals`, whose kind is given without a rate: `gamma:2.5` at 4 a second is gamma:4,2.5."""
+    kind, _, rest = arrivals.partition(":")
+    return f"{kind}:{per_s:g}" + (f",{rest}" if rest else "")
 
 
 def workload(

@@ -47,6 +47,13 @@ class ChurnStats(Frozen):
     failures: Mapping[str, int]  # by reason
 
 
+class Prediction(Frozen):
+    """What the planner said of a run before it took place."""
+
+    summary: Summary
+    memory_bytes: int
+
+
 class RunResult(Frozen):
     """One run: one workload, one server."""
 
@@ -57,6 +64,7 @@ class RunResult(Frozen):
     server: ServerStory | None = None  # None: it serves no metrics page
     memory_bytes: int | None = None  # resident, of the server's processes; None: not known
     churn: ChurnStats | None = None
+    predicted: Prediction | None = None
 
 
 class Refusal(Frozen):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from gralora_server.loadtest.result import LoadTestResult, Refusal, RunResult, ServerStory
 from gralora_server.loadtest.summary import Summary
@@ -137,6 +138,46 @@ def warnings(result: LoadTestResult) -> list[str]:
         if summary.errors or not summary.requests:
             found.append(f"{summary.label}: {_failures(summary)}.")
     return found
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """A figure of one run, as it was predicted and as it was measured."""
+
+    figure: str
+    predicted: str
+    measured: str
+    error: str  # of the prediction, as a share of what was measured
+
+
+def comparisons(run: RunResult) -> list[Comparison]:
+    """None if nothing was predicted."""
+    if run.predicted is None:
+        return []
+    ours, theirs = run.predicted.summary, run.summary
+    times = [
+        ("first token, mean", ours.ttft_s.mean, theirs.ttft_s.mean),
+        ("first token, p50", ours.ttft_s.p50, theirs.ttft_s.p50),
+        ("first token, p99", ours.ttft_s.p99, theirs.ttft_s.p99),
+        ("between tokens, mean", ours.itl_s.mean, theirs.itl_s.mean),
+        ("between tokens, p50", ours.itl_s.p50, theirs.itl_s.p50),
+        ("between tokens, p99", ours.itl_s.p99, theirs.itl_s.p99),
+    ]
+    found = [_comparison_of("tokens a second", ours.tokens_per_s, theirs.tokens_per_s, "{:.1f}".format)]
+    found += [_comparison_of(figure, predicted, measured, seconds) for figure, predicted, measured in times]
+    met = f"{ours.goodput_share:.0%}", f"{theirs.goodput_share:.0%}"
+    found.append(
+        Comparison("met the objective", *met, f"{100 * (ours.goodput_share - theirs.goodput_share):+.0f} points")
+    )
+    if run.memory_bytes is not None:
+        gigabytes = run.predicted.memory_bytes / 1e9, run.memory_bytes / 1e9
+        found.append(_comparison_of("memory", *gigabytes, "{:.1f} GB".format))
+    return found
+
+
+def _comparison_of(figure: str, predicted: float, measured: float, shown: Callable[[float], str]) -> Comparison:
+    error = f"{predicted / measured - 1:+.0%}" if measured else "none was measured"
+    return Comparison(figure, shown(predicted), shown(measured), error)
 
 
 def explanation(story: ServerStory) -> str:

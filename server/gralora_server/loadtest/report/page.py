@@ -35,6 +35,7 @@ def write_report(result: LoadTestResult, directory: Path) -> Path:
             limits=findings.limits(result),
             warnings=findings.warnings(result),
             plots=drawn,
+            predictions=[(run, found) for run in result.runs if (found := findings.comparisons(run))],
             stories=[(run.summary.label, findings.explanation(run.server)) for run in result.runs if run.server],
             top_adapters=TOP_ADAPTERS,
             json_base64=base64.b64encode(result.model_dump_json(indent=1).encode()).decode(),

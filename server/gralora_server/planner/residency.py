@@ -1,0 +1,86 @@
+"""Which adapters are in the pool, in simulated time: least recently used ones leave, leased ones stay."""
+
+from __future__ import annotations
+
+import heapq
+from collections import OrderedDict
+from collections.abc import Sequence
+
+from gralora_runtime.adapters.lease import BASE_LEASE, AdapterLease
+
+
+class Residency:
+    """Adapters by number; each is its own slot. Loads are done one after another, as they share the same cores.
+
+    What leaves the pool is read from disk again: the server's host cache, which makes that shorter, is not counted on.
+    """
+
+    def __init__(self, sizes: Sequence[int], *, pool_bytes: int, load_byte_s: float) -> None:
+        self.sizes = sizes
+        self.loads = 0
+        self.used_bytes = 0
+        self.most_bytes = 0
+        self._pool_bytes = pool_bytes
+        self._load_byte_s = load_byte_s
+        self._resident: OrderedDict[int, int] = OrderedDict()  # adapter -> leases; the least recently used one first
+        self._ready_s: dict[int, float] = {}  # of those that are being loaded
+        self._loading: list[float] = []  # heap of when loads end
+        self._loader_free_s = 0.0
+
+    def acquire(self, adapter: int, now_s: float) -> float | None:
+        """Lease it; returns when it can be used. None: everything in the pool is leased, ask again after a release."""
+        if adapter < 0:
+            return now_s
+        if adapter not in self._resident:
+            if not self._make_room(self.sizes[adapter]):
+                return None
+            self._load(adapter, now_s)
+        self._resident[adapter] += 1
+        self._resident.move_to_end(adapter)
+        return max(now_s, self._ready_s.get(adapter, 0.0))
+
+    def fill(self) -> None:
+        """The first ones, as many as fit, without a load. They leave last one first."""
+        for adapter, size in enumerate(self.sizes):
+            if self.used_bytes + size > self._pool_bytes:
+                break
+            self._place(adapter)
+            self._resident.move_to_end(adapter, last=False)
+
+    def release(self, adapter: int) -> None:
+        if adapter >= 0:
+            self._resident[adapter] -= 1
+
+    def busy_until_s(self, now_s: float) -> float | None:
+        """When the load that is under way ends; None if there is none."""
+        while self._loading and self._loading[0] <= now_s:
+            heapq.heappop(self._loading)
+        return self._loading[0] if self._loading else None
+
+    def _load(self, adapter: int, now_s: float) -> None:
+        self._loader_free_s = max(now_s, self._loader_free_s) + self.sizes[adapter] * self._load_byte_s
+        self._ready_s[adapter] = self._loader_free_s
+        heapq.heappush(self._loading, self._loader_free_s)
+        self.loads += 1
+        self._place(adapter)
+
+    def _place(self, adapter: int) -> None:
+        self._resident[adapter] = 0
+        self.used_bytes += self.sizes[adapter]
+        self.most_bytes = max(self.most_bytes, self.used_bytes)
+
+    def _make_room(self, num_bytes: int) -> bool:
+        idle = [adapter for adapter, leases in self._resident.items() if not leases]
+        for adapter in idle:
+            if self.used_bytes + num_bytes <= self._pool_bytes:
+                break
+            del self._resident[adapter]
+            self.used_bytes -= self.sizes[adapter]
+        return self.used_bytes + num_bytes <= self._pool_bytes
+
+
+def lease_of(adapter: int) -> AdapterLease:
+    """What the scheduler is given: its slot is the adapter's number."""
+    if adapter < 0:
+        return BASE_LEASE
+    return AdapterLease(name=str(adapter), digest=str(adapter), slot=adapter, generation=0, width=0, serial=adapter + 1)
