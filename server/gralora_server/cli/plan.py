@@ -129,6 +129,7 @@ def plan(
         slo_share=slo_share,
         memory_bytes=memory_budget(memory),
         host_cache_bytes=default_of(EngineConfig, "host_cache_bytes"),
+        max_adapter_slots=default_of(EngineConfig, "max_adapter_slots"),
         request_tokens=parse_lengths(prompt_tokens).high + parse_lengths(output_tokens).high,
     )
     plans = [planner.highest_rate(count) for count in wanted]

@@ -35,10 +35,9 @@ class Check:
         """Simulated first, then sent. Both begin with an empty pool."""
         planner, server = self.planner, self.planner.server(sizes)
         done = simulate(trace, planner.profile, server, sizes)
-        fits = sum(sizes.values()) <= server.adapter_pool_bytes
         predicted = Prediction(
             summary=summary_of(done, trace, planner.slo),
-            memory_bytes=planner.memory_of(server, done.resident_bytes, all_fit=fits),
+            memory_bytes=planner.memory_of(server, done.resident_bytes, done.evicted_bytes),
         )
         with running(self._arguments(server), self.environment) as local:
             connection = Connection(target=local.address)

@@ -68,7 +68,7 @@ async def _profile(subject: Subject, server: LocalServer, on_progress: OnProgres
     async with AsyncClient(server.address) as client:
         await client.wait_ready()
         info = await client.info()
-        waves = Waves(Target.at(Connection(target=server.address)).connection, info.vocab_size)
+        waves = Waves(Target.at(Connection(target=server.address)).connection, info.vocab_size, info.max_model_len)
         await waves.step_s([""], DECODED)
         server_bytes = server.memory_bytes
         assert server_bytes is not None  # it has just answered
@@ -77,7 +77,8 @@ async def _profile(subject: Subject, server: LocalServer, on_progress: OnProgres
         )
         await waves.send(names, SHORT, DECODED)  # loads them
         times_s = await _times_s(points.all(), waves, names, info.max_num_batched_tokens, on_progress)
-        load_byte_s, slowdown = await _loading(client, waves, subject.adapter_bytes, on_progress)
+        on_progress("measuring loads", 0, 1)
+        load_byte_s, slowdown = await _loading(client, waves, subject.adapter_bytes, info.max_num_seqs)
     costs = points.costs(times_s, sizes)
     return Profile(
         model=subject.model.name,
@@ -117,12 +118,12 @@ async def _times_s(
 
 
 async def _loading(
-    client: AsyncClient, waves: Waves, adapter_bytes: Mapping[str, int], on_progress: OnProgress
+    client: AsyncClient, waves: Waves, adapter_bytes: Mapping[str, int], max_num_seqs: int
 ) -> tuple[float, float]:
     """Seconds to bring a byte into the pool while requests run, and how much longer their steps take meanwhile."""
-    on_progress("measuring loads", 0, 1)
-    quiet_s = await waves.mean_step_s([""] * CROWD, LOADED_OUTPUT)
-    crowd = asyncio.create_task(waves.mean_step_s([""] * CROWD, LOADED_OUTPUT))
+    rows = [""] * min(CROWD, max_num_seqs)
+    quiet_s = await waves.step_s(rows, LOADED_OUTPUT)
+    crowd = asyncio.create_task(waves.step_s(rows, LOADED_OUTPUT))
     byte_s: list[float] = []
     for name in cycle(adapter_bytes):
         started_s = time.perf_counter()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from gralora_server.planner.profile import StepPoint
 
@@ -52,6 +53,8 @@ class Points:
         # A prompt of one token is a step like one that decodes; what the first token takes longer is the way.
         request_s = max(0.0, times_s[self._lone] - base[1])
         base |= {tokens: times_s[Point(1, tokens, first=True)] - request_s for tokens in self._prompts()}
+        for fewer, more in pairwise(sorted(base)):
+            base[more] = max(base[fewer], base[more])  # whatever a disturbed wave says
         sums = {rows: sum(adapter_bytes[:rows]) for rows in self._rows()}
         byte_s = _slope((sums[rows], times_s[Point(rows, adapted=True)] - base[rows]) for rows in self._rows())
         one = adapter_bytes[0]

@@ -15,12 +15,14 @@ class Residency:
     What leaves the pool is read from disk again: the server's host cache, which makes that shorter, is not counted on.
     """
 
-    def __init__(self, sizes: Sequence[int], *, pool_bytes: int, load_byte_s: float) -> None:
+    def __init__(self, sizes: Sequence[int], *, pool_bytes: int, max_slots: int, load_byte_s: float) -> None:
         self.sizes = sizes
         self.loads = 0
         self.used_bytes = 0
         self.most_bytes = 0
+        self.evicted_bytes = 0  # in all
         self._pool_bytes = pool_bytes
+        self._max_slots = max_slots
         self._load_byte_s = load_byte_s
         self._resident: OrderedDict[int, int] = OrderedDict()  # adapter -> leases; the least recently used one first
         self._ready_s: dict[int, float] = {}  # of those that are being loaded
@@ -42,7 +44,7 @@ class Residency:
     def fill(self) -> None:
         """The first ones, as many as fit, without a load. They leave last one first."""
         for adapter, size in enumerate(self.sizes):
-            if self.used_bytes + size > self._pool_bytes:
+            if not self._fits(size):
                 break
             self._place(adapter)
             self._resident.move_to_end(adapter, last=False)
@@ -72,11 +74,15 @@ class Residency:
     def _make_room(self, num_bytes: int) -> bool:
         idle = [adapter for adapter, leases in self._resident.items() if not leases]
         for adapter in idle:
-            if self.used_bytes + num_bytes <= self._pool_bytes:
+            if self._fits(num_bytes):
                 break
             del self._resident[adapter]
             self.used_bytes -= self.sizes[adapter]
-        return self.used_bytes + num_bytes <= self._pool_bytes
+            self.evicted_bytes += self.sizes[adapter]
+        return self._fits(num_bytes)
+
+    def _fits(self, num_bytes: int) -> bool:
+        return self.used_bytes + num_bytes <= self._pool_bytes and len(self._resident) < self._max_slots
 
 
 def lease_of(adapter: int) -> AdapterLease:

@@ -12,8 +12,8 @@ from gralora_server.planner.mix import customers
 from gralora_server.planner.profile import Profile
 from gralora_server.planner.simulate import ServerPlan, Simulated, simulate
 
-# Long enough for a queue that grows to be seen, and for enough requests to be counted.
-MIN_DURATION_S, MIN_REQUESTS, WARMUP_SHARE = 60.0, 300, 0.2
+# Long enough for a queue that grows to be seen, with enough requests to be counted, and not more than it takes.
+DURATION_S, MIN_REQUESTS, MAX_REQUESTS, WARMUP_SHARE = 60.0, 300, 2000, 0.2
 SLOWEST = 10_000  # times slower than what is possible at most is the slowest traffic that is tried
 RATE_STEP = 1.02  # rates nearer to each other than this are not told apart
 MAX_ADAPTERS = 1 << 20
@@ -43,6 +43,7 @@ class Planner:
     slo_share: float  # of the requests that must meet it
     memory_bytes: int
     host_cache_bytes: int
+    max_adapter_slots: int
     request_tokens: int  # the longest, prompt and output
 
     def highest_rate(self, num_adapters: int) -> Planned:
@@ -85,19 +86,22 @@ class Planner:
                 f"the memory is {self.memory_bytes} bytes, but the model, {pages} KV pages, the host cache and one "
                 f"adapter need {needed}"
             )
-        return ServerPlan(**settings, num_pages=pages, adapter_pool_bytes=pool_bytes)
+        return ServerPlan(
+            **settings, num_pages=pages, adapter_pool_bytes=pool_bytes, max_adapter_slots=self.max_adapter_slots
+        )
 
-    def memory_of(self, server: ServerPlan, adapter_bytes: int, *, all_fit: bool) -> int:
-        """With so many bytes of adapters in the pool."""
+    def memory_of(self, server: ServerPlan, resident_bytes: int, evicted_bytes: int) -> int:
+        """With so many bytes of adapters in the pool, and after so many have left it."""
         kv_bytes = server.num_pages * server.page_size * self.profile.kv_token_bytes
-        return self.profile.server_bytes + kv_bytes + adapter_bytes + (0 if all_fit else self.host_cache_bytes)
+        cached_bytes = min(evicted_bytes, self.host_cache_bytes)
+        return self.profile.server_bytes + kv_bytes + resident_bytes + cached_bytes
 
     def _for_each(self, num_adapters: int, rate_per_adapter: float) -> Planned:
         sizes = customers(self.mix, num_adapters)
         return self._try(sizes, self.server(sizes), num_adapters * rate_per_adapter)
 
     def _try(self, sizes: Mapping[str, int], server: ServerPlan, rate_per_s: float) -> Planned:
-        duration_s = max(MIN_DURATION_S, MIN_REQUESTS / rate_per_s)
+        duration_s = min(max(DURATION_S, MIN_REQUESTS / rate_per_s), MAX_REQUESTS / rate_per_s)
         trace = self.trace(list(sizes), rate_per_s, WARMUP_SHARE * duration_s, duration_s)
         done = simulate(trace, self.profile, server, sizes, warm=True)
         wanted = sum(sizes.values())
@@ -108,7 +112,7 @@ class Planner:
             server=server,
             loads_per_request=done.loads / len(done.records),
             memory_bytes=self.memory_of(
-                server, min(wanted, server.adapter_pool_bytes), all_fit=wanted <= server.adapter_pool_bytes
+                server, min(wanted, server.adapter_pool_bytes), max(0, wanted - server.adapter_pool_bytes)
             ),
         )
 

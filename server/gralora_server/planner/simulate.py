@@ -35,6 +35,7 @@ class ServerPlan:
     page_size: int
     num_pages: int
     adapter_pool_bytes: int
+    max_adapter_slots: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +46,7 @@ class Simulated:
     steps: int
     loads: int
     resident_bytes: int  # of adapters, at most
+    evicted_bytes: int  # of all evictions together
 
 
 def simulate(
@@ -79,7 +81,10 @@ class _Simulation:
         self._number = {name: i for i, name in enumerate(adapter_bytes)} | {"": -1}
         self._sizes = dict(enumerate(adapter_bytes.values()))
         self.residency = Residency(
-            list(adapter_bytes.values()), pool_bytes=server.adapter_pool_bytes, load_byte_s=profile.load_byte_s
+            list(adapter_bytes.values()),
+            pool_bytes=server.adapter_pool_bytes,
+            max_slots=server.max_adapter_slots,
+            load_byte_s=profile.load_byte_s,
         )
         self._scheduler = Scheduler(
             PagePool(server.num_pages, server.page_size, enable_prefix_cache=False),
@@ -109,7 +114,8 @@ class _Simulation:
             self._let_in()
             if not self._step():
                 self._now_s = max(self._now_s, min(heap[0][0] for heap in (self._arriving, self._entering) if heap))
-        return Simulated(self._records, self._steps, self.residency.loads, self.residency.most_bytes)
+        pool = self.residency
+        return Simulated(self._records, self._steps, pool.loads, pool.most_bytes, pool.evicted_bytes)
 
     def _ask(self, request: TraceRequest, due_s: float) -> None:
         number = next(self._ids)
