@@ -41,7 +41,7 @@ bench: $(STAMP)
 bench-gpu: $(STAMP)
 	PYTHONPATH=scripts $(BIN)/python -m benchmarks.gpu $(BENCH)
 
-# One multi-adapter server beside merged models, at 1 to 64 customers: about eight minutes with nothing else running.
+# One multi-adapter server beside merged models, at 1 to 64 customers: nine minutes with nothing else running.
 loadtest: $(STAMP)
 	$(BIN)/gralora loadtest compare --adapters examples/adapters --counts 1,4,16,64 --out benchmarks/results/loadtest $(LOADTEST)
 

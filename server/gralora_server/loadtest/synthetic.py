@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from gralora_runtime.errors import ConfigError
@@ -57,7 +58,7 @@ def parse_kinds(text: str) -> list[AdapterKind]:
 def make_adapters(model: Path, directory: Path, kinds: Sequence[AdapterKind], count: int, seed: int = 0) -> list[str]:
     """Write `count` adapters below `directory`, of the kinds in turn, and return their names. What is there stays.
 
-    Raises ConfigError if a kind targets nothing in the model, or its k divides no width of a target.
+    Raises ConfigError if a kind targets nothing in the model, its k divides no width of a target, or the disk is full.
     """
     shapes = weight_shapes(model)
     targets = {kind: _targets(kind, shapes) for kind in kinds}
@@ -105,9 +106,12 @@ def _write(
         else:
             tensors[f"{PREFIX}{module}.gralora_A"] = a.reshape(kind.k, inputs // kind.k, kind.r)
             tensors[f"{PREFIX}{module}.gralora_B"] = b.reshape(kind.k, kind.r, outputs // kind.k)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    config.write_text(json.dumps(kind.config(), indent=1))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        config.write_text(json.dumps(kind.config(), indent=1))
+    except (OSError, SafetensorError) as cause:  # thousands of them fill a disk
+        raise ConfigError(f"the adapter {folder} cannot be written: {cause}") from cause
 
 
 def _window(pool: Half, random: np.random.Generator, numel: int) -> Half:
