@@ -112,5 +112,5 @@ def test_a_tied_head_is_counted_once_more(model_dir: Path) -> None:
 def test_a_disk_that_takes_nothing_is_one_error(model_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a directory")
 
-    with pytest.raises(ConfigError, match="synthetic-0-.* cannot be written"):
+    with pytest.raises(ConfigError, match=r"synthetic-0-.* cannot be written"):
         make_adapters(model_dir, tmp_path / "file", KINDS, 1)
