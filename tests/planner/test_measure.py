@@ -136,15 +136,17 @@ def test_the_command_prints_a_table_and_how_to_serve(command: list[str], capsys:
 
 
 def test_a_check_leaves_a_report_with_its_errors(
-    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from gralora_server.cli import plan
 
     monkeypatch.setattr(plan, "CHECK_S", 2.0)
     monkeypatch.setattr(plan, "CHECK_WARMUP_S", 0.5)
 
-    assert run([*command, "--counts", "2,3", "--check", "--out", str(tmp_path / "out")]) == ExitCode.OK
+    assert run([*command, "--counts", "2,3", "--check", "--json", "--out", str(tmp_path / "out")]) == ExitCode.OK
 
+    said = json.loads(capsys.readouterr().out)  # and nothing else
+    assert [check["num_adapters"] for check in said["checks"]] == [2, 3, 3]
     result = LoadTestResult.read(tmp_path / "out" / "result.json")
     assert [run.num_adapters for run in result.runs] == [2, 3, 3]
     assert all(run.predicted is not None and not run.summary.errors for run in result.runs)

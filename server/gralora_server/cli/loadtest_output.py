@@ -21,13 +21,18 @@ def result(title: str, described: dict[str, str], runs: Sequence[RunResult]) -> 
     return LoadTestResult(title=title, made_at=made_at, machine=facts(), workload=described, runs=tuple(runs))
 
 
-def report(found: LoadTestResult, out: Path, *, as_json: bool) -> None:
-    """Write everything, and print the table."""
+def write(found: LoadTestResult, out: Path) -> Path:
+    """The result, the plots and the page, whose path it returns."""
     from gralora_server.loadtest.report import write_report
 
     out.mkdir(parents=True, exist_ok=True)
     found.write(out / "result.json")
-    page = write_report(found, out)
+    return write_report(found, out)
+
+
+def report(found: LoadTestResult, out: Path, *, as_json: bool) -> None:
+    """Write everything, and print the table."""
+    page = write(found, out)
     if as_json:
         print_json(found.model_dump(mode="json"))
         return

@@ -30,7 +30,7 @@ from gralora_server.cli.loadtest_options import (
     parse_counts,
     workload,
 )
-from gralora_server.cli.loadtest_output import report, result
+from gralora_server.cli.loadtest_output import report, result, write
 from gralora_server.cli.model import default_model
 from gralora_server.cli.options import Json, default_of
 from gralora_server.cli.output import human_bytes, print_json, stdout
@@ -152,25 +152,36 @@ def plan(
             checked.append(
                 checks.run(f"{count} adapters, {load}", asked, drawn(load, list(asked), CHECK_WARMUP_S, CHECK_S))
             )
+    described = {
+        "model": served.name,
+        "adapters": measured.adapters,
+        "arrivals": f"{arrivals}, {CHECKED_SHARE:.0%} of the highest rate planned; then a closed loop",
+        "popularity": popularity,
+        "prompt tokens": prompt_tokens,
+        "output tokens": output_tokens,
+        "each run": f"{CHECK_S:g} s, of them {CHECK_WARMUP_S:g} s of warm-up",
+        "seed": str(seed),
+        "profile measured": measured.made_at,
+    }
+    found = result("Plan and measurement", described, checked)
     if json:
         documents = [_document(planned, planner) for planned in plans]
         fitting = None if most is None else _document(most, planner)
-        print_json({"profile": measured.model_dump(mode="json"), "plans": documents, "most_adapters": fitting})
-    else:
-        _print(plans, most, rate_per_adapter, planner)
+        checks_said = [run.model_dump(mode="json") for run in checked]
+        print_json(
+            {
+                "profile": measured.model_dump(mode="json"),
+                "plans": documents,
+                "most_adapters": fitting,
+                "checks": checks_said,
+            }
+        )
+        if checked:
+            write(found, out)
+        return
+    _print(plans, most, rate_per_adapter, planner)
     if checked:
-        described = {
-            "model": served.name,
-            "adapters": measured.adapters,
-            "arrivals": f"{arrivals}, {CHECKED_SHARE:.0%} of the highest rate planned; then a closed loop",
-            "popularity": popularity,
-            "prompt tokens": prompt_tokens,
-            "output tokens": output_tokens,
-            "each run": f"{CHECK_S:g} s, of them {CHECK_WARMUP_S:g} s of warm-up",
-            "seed": str(seed),
-            "profile measured": measured.made_at,
-        }
-        report(result("Plan and measurement", described, checked), out, as_json=False)
+        report(found, out, as_json=False)
 
 
 def _document(planned: Planned, planner: Planner) -> dict[str, object]:
