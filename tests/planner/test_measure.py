@@ -160,6 +160,7 @@ def test_a_check_leaves_a_report_with_its_errors(
         (["--counts", "0"], "--counts must be numbers"),
         (["--arrivals", "gamma"], "arrivals 'gamma:"),
         (["--memory", "1KiB"], "the memory is 1024 bytes"),
+        (["--adapters", "nowhere"], "there are no adapters in 'nowhere'"),
         (["--kinds", "r7k2"], "adapter kind 'r7k2' is not understood"),
     ],
 )

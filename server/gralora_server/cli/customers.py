@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from shutil import copytree
 
+from gralora_runtime.errors import ConfigError
 from gralora_server.cli.environment import cache_dir
 
 
@@ -26,5 +27,10 @@ def customers(model: Path, own: Path | None, kinds: str, count: int) -> tuple[Pa
 
 
 def own_names(own: Path | None) -> list[str]:
-    """Of the adapters in a directory, in alphabetical order."""
-    return [] if own is None else sorted(path.parent.name for path in own.glob("*/adapter_config.json"))
+    """Of the adapters in a directory, in alphabetical order. Raises ConfigError if it has none."""
+    if own is None:
+        return []
+    names = sorted(path.parent.name for path in own.glob("*/adapter_config.json"))
+    if not names:
+        raise ConfigError(f"--adapters: there are no adapters in {str(own)!r}")
+    return names
