@@ -26,7 +26,6 @@ def profile(**changes: object) -> Profile:
         "load_slowdown": 0.0,
         "server_bytes": 1000,
         "kv_token_bytes": 1,
-        "element_bytes": 4,
     }
     return Profile.model_validate(fields | changes)
 

@@ -48,7 +48,6 @@ def profile(workspace: Path) -> Profile:
             described="three",
             settings={"max_num_seqs": 4, "max_num_batched_tokens": 64, "page_size": 16},
             kv_token_bytes=kv_token_bytes(workspace / "model"),
-            element_bytes=4,
             environment=offline_environment(),
         )
     )

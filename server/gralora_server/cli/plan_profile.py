@@ -44,7 +44,7 @@ def profile_of(path: Path | None, model: Path, folder: Path, names: Sequence[str
 
 def _measure(model: Path, folder: Path, names: Sequence[str], max_num_seqs: int) -> Profile:
     from gralora_server.planner.measure import Subject, measure
-    from gralora_server.planner.mix import ELEMENT_BYTES, adapter_bytes, kv_token_bytes
+    from gralora_server.planner.mix import adapter_bytes, kv_token_bytes
 
     with stages() as on_progress:
         return measure(
@@ -55,7 +55,6 @@ def _measure(model: Path, folder: Path, names: Sequence[str], max_num_seqs: int)
                 described=folder.name,
                 settings={"max_num_seqs": max_num_seqs, **{name: default_of(EngineConfig, name) for name in SETTINGS}},
                 kv_token_bytes=kv_token_bytes(model),
-                element_bytes=ELEMENT_BYTES,
                 environment=offline_environment(),
             ),
             on_progress,

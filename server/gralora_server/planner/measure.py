@@ -38,7 +38,6 @@ class Subject:
     described: str  # the adapters
     settings: Mapping[str, int]  # max_num_seqs, max_num_batched_tokens, page_size
     kv_token_bytes: int
-    element_bytes: int
     environment: Mapping[str, str]
 
     def arguments(self) -> list[str]:
@@ -91,7 +90,6 @@ async def _profile(subject: Subject, server: LocalServer, on_progress: OnProgres
         load_slowdown=slowdown,
         server_bytes=server_bytes,
         kv_token_bytes=subject.kv_token_bytes,
-        element_bytes=subject.element_bytes,
     )
 
 

@@ -49,7 +49,6 @@ class Profile(Frozen):
     load_slowdown: float  # steps take so much longer meanwhile: 0.5 is half as long again
     server_bytes: int  # resident without pools, caches and adapters
     kv_token_bytes: int  # keys and values of a token
-    element_bytes: int  # of an adapter's element in the pool
 
     def base_s(self, tokens: int) -> float:
         """Between the points along a line, above the last one along the last line."""

@@ -43,7 +43,6 @@ class Simulated:
     """Records as a client's, and what they did to the pool."""
 
     records: list[RequestRecord]
-    steps: int
     loads: int
     resident_bytes: int  # of adapters, at most
     evicted_bytes: int  # of all evictions together
@@ -94,7 +93,6 @@ class _Simulation:
             now_s=lambda: self._now_s,
         )
         self._now_s = 0.0
-        self._steps = 0
         self._ids = itertools.count()
         self._asked: dict[str, _Asked] = {}
         self._records: list[RequestRecord] = []
@@ -115,7 +113,7 @@ class _Simulation:
             if not self._step():
                 self._now_s = max(self._now_s, min(heap[0][0] for heap in (self._arriving, self._entering) if heap))
         pool = self.residency
-        return Simulated(self._records, self._steps, pool.loads, pool.most_bytes, pool.evicted_bytes)
+        return Simulated(self._records, pool.loads, pool.most_bytes, pool.evicted_bytes)
 
     def _ask(self, request: TraceRequest, due_s: float) -> None:
         number = next(self._ids)
@@ -143,7 +141,6 @@ class _Simulation:
         if plan is None:
             return False
         self._now_s = self._slowed(self._profile.plan_s(plan, self._sizes))
-        self._steps += 1
         ended = []
         for output in self._scheduler.commit(plan, {row.request_id: TOKEN for row in plan.rows if row.samples}):
             assert output.delta is not None
