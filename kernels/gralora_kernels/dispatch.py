@@ -57,7 +57,7 @@ def _build(name: str, device: torch.device) -> AdapterBackend:
 
 def _build_cpu() -> AdapterBackend:
     try:
-        from gralora_kernels.cpu.adapters import CpuBackend
+        from gralora_kernels.cpu.backend import CpuBackend
     except ImportError as cause:
         raise RuntimeError(f"backend 'cpu' needs numba: {cause}") from cause
     return CpuBackend()

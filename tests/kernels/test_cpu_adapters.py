@@ -7,8 +7,8 @@ import torch
 from support.kernel_cases import MIXED, make_case, token_slots
 from support.numeric import BOUNDS
 
-from gralora_kernels.cpu import adapters
-from gralora_kernels.cpu.adapters import CpuBackend
+from gralora_kernels.cpu import backend as cpu_backend
+from gralora_kernels.cpu.backend import CpuBackend
 
 BOUND = BOUNDS[torch.float32]
 RANKS_AND_KS = [(r, k) for r in (1, 2, 3, 8, 12, 64) for k in (1, 2, 4, 8) if r % k == 0]
@@ -17,7 +17,7 @@ WIDTHS = [(576, 1536), (1536, 576), (192, 72 * 8), (72 * 8, 192), (40, 24)]  # 4
 
 @pytest.fixture(params=[0, 10**9], ids=["parallel", "serial"])
 def backend(request, monkeypatch):
-    monkeypatch.setattr(adapters, "SERIAL_WORK", request.param)
+    monkeypatch.setattr(cpu_backend, "SERIAL_WORK", request.param)
     return CpuBackend()
 
 

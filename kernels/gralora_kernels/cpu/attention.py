@@ -31,6 +31,7 @@ from gralora_kernels.cpu.simd import (
     load_int32,
     load_scalar,
     maximum,
+    prefetch,
     splat,
     store,
     store_int32,
@@ -40,6 +41,7 @@ from gralora_kernels.cpu.simd import (
 from gralora_kernels.cpu.threads import region_lock
 
 BLOCK = 64  # positions between two rescalings
+LINE_FLOATS = 16  # of a cache line
 MAX_QUERIES = 24  # rows of a piece: queries of one key head, of as many tokens as fit
 
 Int32s = npt.NDArray[np.int32]
@@ -67,13 +69,11 @@ def _positions(page_size: int) -> int:
 @njit(nogil=True)
 def _mask(scores: int, low: int, high: int, positions: int, scale: float) -> None:
     """scores = scale * scores, and minus infinity outside of low .. high."""
-    if low <= 0 and high >= positions:
-        scale_into(scores, scores, positions, scale)
-        return
-    factor = np.float32(scale)
-    for i in range(positions):
-        value = load_scalar(scores, i) * factor if low <= i < high else np.float32(-np.inf)
-        store_scalar(scores, i, value)
+    scale_into(scores, scores, positions, scale)
+    for i in range(low):
+        store_scalar(scores, i, np.float32(-np.inf))
+    for i in range(max(high, 0), positions):
+        store_scalar(scores, i, np.float32(-np.inf))
 
 
 @njit(nogil=True)
@@ -102,6 +102,14 @@ def _weigh(scores: int, low: int, high: int, positions: int, scale: float, state
     store_scalar(state, 0, peak)
     store_scalar(state, 1, load_scalar(state, 1) * shrink + total(sums))
     return shrink
+
+
+@njit(nogil=True)
+def _fetch(address: int, count: int) -> None:
+    """Ask for `count` numbers, so that they are there when they are read: a page is too short for the processor to see
+    that it will be read to its end."""
+    for i in range(0, count, LINE_FLOATS):
+        prefetch(address, i)
 
 
 @njit(nogil=True)
@@ -139,6 +147,7 @@ def attend_piece(
         block_end = min(block + step, end)
         for at in range(block, block_end, page_size):
             page = (load_int32(pages, at // page_size) * kv_heads + kv_head) * page_numel
+            _fetch(values + page * FLOAT_BYTES, min(page_size, block_end - at) * head_dim)
             for c in range(0, page_size, PANEL):
                 columns = min(PANEL, page_size - c)
                 multiply(
@@ -156,6 +165,9 @@ def attend_piece(
                 scale_into(own, own, head_dim, shrink)
         for at in range(block, block_end, page_size):
             page = (load_int32(pages, at // page_size) * kv_heads + kv_head) * page_numel
+            if at + step < end:  # the keys of the next block
+                following = (load_int32(pages, (at + step) // page_size) * kv_heads + kv_head) * page_numel
+                _fetch(keys + following * FLOAT_BYTES, page_numel)
             for c in range(0, head_dim, PANEL):
                 columns = min(PANEL, head_dim - c)
                 multiply(

@@ -55,8 +55,14 @@ def rms_norm(x: int, weight: int, out: int, features: int, eps: float) -> None:
 def rotate(head: int, cos: int, sin: int, rotary_dim: int) -> None:
     """Rotary embedding in place, as Llama pairs its dimensions: (i, i + rotary_dim / 2). cos, sin [rotary_dim]."""
     half = rotary_dim // 2
-    for i in range(0, half, LANES):
-        count = min(LANES, half - i)
+    whole = half - half % LANES
+    for i in range(0, whole, LANES):
+        a, b = load(head, i), load(head, half + i)
+        minus_b = times(b, splat(np.float32(-1.0)))
+        store(head, i, add(times(a, load(cos, i)), times(minus_b, load(sin, i))))
+        store(head, half + i, add(times(b, load(cos, half + i)), times(a, load(sin, half + i))))
+    for i in range(whole, half, LANES):
+        count = half - i
         a, b = load_part(head, i, count), load_part(head, half + i, count)
         minus_b = times(b, splat(np.float32(-1.0)))
         low = add(times(a, load_part(cos, i, count)), times(minus_b, load_part(sin, i, count)))
@@ -68,20 +74,28 @@ def rotate(head: int, cos: int, sin: int, rotary_dim: int) -> None:
 @njit(nogil=True)
 def gate(gates: int, ups: int, out: int, features: int, activation: int) -> None:
     """out = activation(gates) * ups."""
-    for i in range(0, features, LANES):
-        count = min(LANES, features - i)
-        value = load_part(gates, i, count)
+    whole = features - features % LANES
+    for i in range(0, whole, LANES):
+        value = load(gates, i)
         value = gelu_tanh(value) if activation == GELU_TANH else silu(value)
-        store_part(out, i, times(value, load_part(ups, i, count)), count)
+        store(out, i, times(value, load(ups, i)))
+    if whole < features:
+        rest = features - whole
+        value = load_part(gates, whole, rest)
+        value = gelu_tanh(value) if activation == GELU_TANH else silu(value)
+        store_part(out, whole, times(value, load_part(ups, whole, rest)), rest)
 
 
 @njit(nogil=True)
 def scale_into(x: int, out: int, features: int, factor: float) -> None:
     """out = factor * x."""
     factors = splat(np.float32(factor))
-    for i in range(0, features, LANES):
-        count = min(LANES, features - i)
-        store_part(out, i, times(load_part(x, i, count), factors), count)
+    whole = features - features % LANES
+    for i in range(0, whole, LANES):
+        store(out, i, times(load(x, i), factors))
+    if whole < features:
+        rest = features - whole
+        store_part(out, whole, times(load_part(x, whole, rest), factors), rest)
 
 
 @njit(nogil=True)
