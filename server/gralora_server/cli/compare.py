@@ -46,6 +46,10 @@ def compare(
             rich_help_panel=MEASURE,
         ),
     ] = "multi,turns,fleet,ideal",
+    rounds: Annotated[
+        int,
+        typer.Option(min=1, help="So often, in turn; the report shows medians and ranges.", rich_help_panel=MEASURE),
+    ] = 1,
     arrivals: Arrivals = "closed:16",
     popularity: PopularityText = "uniform",
     prompt_tokens: PromptTokens = "64",
@@ -123,10 +127,11 @@ def compare(
         "memory budget": human_bytes(comparison.memory_bytes),
         "KV cache of each system": human_bytes(kv_cache),
         "requests in one step, at most": str(max_num_seqs),
+        "rounds": str(rounds),
     }
     found = result("Many customers: one multi-adapter server beside merged models", described, [])
     out.mkdir(parents=True, exist_ok=True)
-    for outcome in comparison.run(chosen, wanted):
+    for outcome in comparison.run(chosen, wanted, rounds):
         found = found.adding(outcome)
         found.write(out / "result.json")  # what was measured stays, whatever becomes of the rest
     report(found, out, as_json=json)

@@ -50,18 +50,26 @@ class Comparison:
     environment: Mapping[str, str]
     progress: Callable[[str, float], object]  # a context manager of Callable[[Progress], None]
 
-    def run(self, systems: Sequence[str], counts: Sequence[int]) -> Iterator[RunResult | Refusal]:
-        """For each N, all systems in turn, so that a slow minute of the machine does not hit one system only."""
-        for count in counts:
-            for system in self._apart(systems, count):
-                yield self._one(system, count)
+    def run(self, systems: Sequence[str], counts: Sequence[int], rounds: int = 1) -> Iterator[RunResult | Refusal]:
+        """Everything once in each round, and for each N all systems in turn: so a slow minute of the machine hits
+        neither one system nor one N alone. What was refused is not tried again."""
+        refused = set()
+        for number in range(1, rounds + 1):
+            for count in counts:
+                for system in self._apart(systems, count):
+                    if (system, count) in refused:
+                        continue
+                    outcome = self._one(system, count, f", round {number}" if rounds > 1 else "")
+                    if isinstance(outcome, Refusal):
+                        refused.add((system, count))
+                    yield outcome
 
     def _apart(self, systems: Sequence[str], count: int) -> list[str]:
         """Without the fleet that swaps where nothing has to be swapped: it is then the one that keeps all."""
         swaps = count > self.models_that_fit() or "turns" not in systems
         return [system for system in systems if system != "fleet" or swaps]
 
-    def _one(self, system: str, count: int) -> RunResult | Refusal:
+    def _one(self, system: str, count: int, which: str) -> RunResult | Refusal:
         if reason := self._why_not(system, count):
             return Refusal(system=SYSTEMS[system], num_adapters=count, why=reason)
         trace = self.trace(self.names[:count])
@@ -69,12 +77,12 @@ class Comparison:
             trace = replace(trace, requests=tuple(replace(one, adapter=self.names[0]) for one in trace.requests))
         try:
             with self._server(system, count) as target:
-                return self._drive(target, trace, system, count)
+                return self._drive(target, trace, system, count, which)
         except (ConfigError, GraloraClientError) as failure:
             return Refusal(system=SYSTEMS[system], num_adapters=count, why=str(failure))
 
-    def _drive(self, target: Target, trace: Trace, system: str, count: int) -> RunResult:
-        label = f"{SYSTEMS[system]}, {count} adapter{'s' if count > 1 else ''}"
+    def _drive(self, target: Target, trace: Trace, system: str, count: int, which: str) -> RunResult:
+        label = f"{SYSTEMS[system]}, {count} adapter{'s' if count > 1 else ''}{which}"
         on_progress: Callable[[Progress], None]
         with self.progress(label, trace.duration_s) as on_progress:  # type: ignore[attr-defined]
             done = asyncio.run(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -25,9 +26,37 @@ def tried(result: LoadTestResult) -> list[str]:
     return list(dict.fromkeys([*systems(result), *(refusal.system for refusal in result.refusals)]))
 
 
-def curve(result: LoadTestResult, system: str) -> list[RunResult]:
+@dataclass(frozen=True, slots=True)
+class Point:
+    """All runs of one system with one number of adapters: one, or several rounds."""
+
+    num_adapters: int
+    runs: tuple[RunResult, ...]
+
+    def median(self, value: Callable[[RunResult], float]) -> float:
+        return statistics.median(map(value, self.runs))
+
+    def range(self, value: Callable[[RunResult], float]) -> tuple[float, float]:
+        """Of the smallest and the largest."""
+        return min(map(value, self.runs)), max(map(value, self.runs))
+
+    @property
+    def survived(self) -> bool:
+        return all(map(survived, self.runs))
+
+
+def curve(result: LoadTestResult, system: str) -> list[Point]:
     """The runs of one system, by number of adapters."""
-    return sorted((run for run in result.runs if run.system == system), key=lambda run: run.num_adapters)
+    found: dict[int, list[RunResult]] = {}
+    for run in result.runs:
+        if run.system == system:
+            found.setdefault(run.num_adapters, []).append(run)
+    return [Point(count, tuple(found[count])) for count in sorted(found)]
+
+
+def throughput(run: RunResult) -> float:
+    """Tokens a second."""
+    return run.summary.tokens_per_s
 
 
 def row_name(result: LoadTestResult, run: RunResult) -> str:
@@ -37,7 +66,7 @@ def row_name(result: LoadTestResult, run: RunResult) -> str:
 
 
 def survived(run: RunResult) -> bool:
-    """No errors, and nearly everybody was served as promised."""
+    """No errors, and nearly everybody was served as promised. A point is survived if each of its runs is."""
     return not run.summary.errors and run.summary.ok > 0 and run.summary.goodput_share >= SURVIVAL_SHARE
 
 
@@ -71,41 +100,51 @@ def _comparison(result: LoadTestResult) -> list[str]:
         pairs = _pairs(curve(result, first), curve(result, other))
         if pairs:
             beside.setdefault(pairs[-1][0].num_adapters, []).append(_times(*pairs[-1]))
-    tokens = {run.num_adapters: run.summary.tokens_per_s for run in curve(result, first)}
+    ours = curve(result, first)
     said = [
-        f"With {_adapters(count)}, {first} gives {tokens[count]:.0f} tokens a second: {', '.join(beside[count])}."
-        for count in sorted(beside, reverse=True)
+        f"With {_adapters(one.num_adapters)}, {first} gives {_rate(one)}: {', '.join(beside[one.num_adapters])}."
+        for one in reversed(ours)
+        if one.num_adapters in beside
     ]
+    if not said:  # one system alone
+        said = [f"{first} gives {'; '.join(f'{_rate(one)} with {_adapters(one.num_adapters)}' for one in ours)}."]
     limits = [f"{system}: {_largest(result, system) or 'none'}" for system in tried(result)]
     return [*said, f"Largest number of adapters that was survived: {'; '.join(limits)}."]
 
 
-def _times(ours: RunResult, theirs: RunResult) -> str:
-    rate = theirs.summary.tokens_per_s
-    times = f"{ours.summary.tokens_per_s / rate:.2g} times" if rate else "beside nothing at all from"
-    return f"{times} {theirs.system} ({rate:.0f})"
+def _rate(point: Point) -> str:
+    rate, (low, high) = point.median(throughput), point.range(throughput)
+    rounds = len(point.runs)
+    return f"{rate:.0f} tokens a second" + (f" (median of {rounds}, {low:.0f} to {high:.0f})" if rounds > 1 else "")
+
+
+def _times(ours: Point, theirs: Point) -> str:
+    rate = theirs.median(throughput)
+    times = f"{ours.median(throughput) / rate:.2g} times" if rate else "beside nothing at all from"
+    return f"{times} {theirs.runs[0].system} ({rate:.0f})"
 
 
 def _adapters(count: int) -> str:
     return f"{count} adapter{'' if count == 1 else 's'}"
 
 
-def _pairs(ours: Sequence[RunResult], theirs: Sequence[RunResult]) -> list[tuple[RunResult, RunResult]]:
-    by_count = {run.num_adapters: run for run in theirs}
-    return [(run, by_count[run.num_adapters]) for run in ours if run.num_adapters in by_count]
+def _pairs(ours: Sequence[Point], theirs: Sequence[Point]) -> list[tuple[Point, Point]]:
+    by_count = {point.num_adapters: point for point in theirs}
+    return [(point, by_count[point.num_adapters]) for point in ours if point.num_adapters in by_count]
 
 
 def _largest(result: LoadTestResult, system: str) -> int:
     """0 if it survived none."""
-    return max((run.num_adapters for run in curve(result, system) if survived(run)), default=0)
+    return max((point.num_adapters for point in curve(result, system) if point.survived), default=0)
 
 
 def limits(result: LoadTestResult) -> list[str]:
     """Why each system survived no more adapters, and why what was not run was not."""
     found: list[RunResult | Refusal] = []
     for system in tried(result):
-        beyond = [run for run in curve(result, system) if run.num_adapters > _largest(result, system)]
-        found += [*beyond[:1], *(refusal for refusal in result.refusals if refusal.system == system)]
+        beyond = [point for point in curve(result, system) if point.num_adapters > _largest(result, system)]
+        found += [next(run for run in point.runs if not survived(run)) for point in beyond[:1]]
+        found += [refusal for refusal in result.refusals if refusal.system == system]
     return [f"{one.system} with {_adapters(one.num_adapters)}: {_reason(one)}." for one in found]
 
 

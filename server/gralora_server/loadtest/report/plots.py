@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import io
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from gralora_runtime.errors import ConfigError
-from gralora_server.loadtest.report.findings import curve, is_comparison, seconds, systems
+from gralora_server.loadtest.report.findings import curve, is_comparison, seconds, systems, throughput
 from gralora_server.loadtest.result import LoadTestResult, RunResult, ServerStory
 
 try:
@@ -51,7 +51,7 @@ def _comparison(result: LoadTestResult) -> list[Plot]:
     if len({run.num_adapters for run in result.runs}) == 1:
         return [_bars(result)]
     drawn = [
-        _over_adapters(result, "throughput", "Throughput", "tokens a second", lambda run: run.summary.tokens_per_s),
+        _over_adapters(result, "throughput", "Throughput", "tokens a second", throughput),
         _over_adapters(result, "ttft", "First token, 99th percentile", "", lambda run: run.summary.ttft_s.p99),
         _over_adapters(result, "ttft-p50", "First token, median", "", lambda run: run.summary.ttft_s.p50),
     ]
@@ -59,8 +59,13 @@ def _comparison(result: LoadTestResult) -> list[Plot]:
     if known.runs:
         title = "Memory of the server"
         drawn.append(_over_adapters(known, "memory", title, "GB", lambda run: (run.memory_bytes or 0) / 1e9))
-    stories = {run.summary.label: run.server for run in result.runs if run.server and run.server.steps}
-    return [*drawn, _steps(stories)] if stories else drawn
+    phases = {
+        f"{system}, {point.num_adapters}": told
+        for system in systems(result)
+        for point in curve(result, system)
+        if (told := [run.server for run in point.runs if run.server and run.server.steps])
+    }
+    return [*drawn, _steps(phases)] if phases else drawn
 
 
 def _over_adapters(
@@ -70,16 +75,20 @@ def _over_adapters(
     unit: str,
     value: Callable[[RunResult], float],
 ) -> Plot:
-    """`unit` is empty for seconds, which are drawn on a logarithmic scale: they span milliseconds to minutes."""
+    """Medians of the rounds, and from the smallest to the largest. `unit` is empty for seconds, which are drawn on a
+    logarithmic scale: they span milliseconds to minutes."""
     places = {system: i for i, system in enumerate(systems(result))}
     counts = sorted({run.num_adapters for run in result.runs})
 
     def draw(axes: Axes) -> None:
         for system, i in places.items():
-            runs = curve(result, system)
+            points = curve(result, system)
+            at = [point.num_adapters for point in points]
+            low, high = zip(*(point.range(value) for point in points), strict=True)
+            axes.fill_between(at, low, high, color=SERIES[i % len(SERIES)], alpha=0.2, linewidth=0)
             axes.plot(
-                [run.num_adapters for run in runs],
-                [value(run) for run in runs],
+                at,
+                [point.median(value) for point in points],
                 color=SERIES[i % len(SERIES)],
                 marker=MARKERS[i % len(MARKERS)],
                 linestyle=LINES[i % len(LINES)],
@@ -98,7 +107,8 @@ def _over_adapters(
 
     shown: Callable[[float], str] = (lambda amount: f"{amount:.3g}") if unit else seconds
     said = [
-        f"{system}: " + ", ".join(f"{shown(value(run))} at {run.num_adapters}" for run in curve(result, system))
+        f"{system}: "
+        + ", ".join(f"{shown(point.median(value))} at {point.num_adapters}" for point in curve(result, system))
         for system in places
     ]
     what = f"{title} in {unit}" if unit else title
@@ -117,12 +127,15 @@ def _delay_scale(axes: Axes) -> None:
     axes.yaxis.set_minor_locator(NullLocator())
 
 
-def _steps(stories: Mapping[str, ServerStory]) -> Plot:
-    """Phases of a mean step, one bar a run."""
-    phases = list(dict.fromkeys(phase for story in stories.values() for phase in story.phase_s))
+def _steps(stories: Mapping[str, Sequence[ServerStory]]) -> Plot:
+    """Phases of a mean step, one bar for all rounds of a system and a number of adapters."""
+    phases = list(dict.fromkeys(phase for rounds in stories.values() for story in rounds for phase in story.phase_s))
     means = {
-        label: [1000 * story.phase_s.get(phase, 0.0) / story.steps for phase in phases]
-        for label, story in stories.items()
+        label: [
+            1000 * sum(story.phase_s.get(phase, 0.0) for story in rounds) / sum(story.steps for story in rounds)
+            for phase in phases
+        ]
+        for label, rounds in stories.items()
     }
 
     def draw(axes: Axes) -> None:
