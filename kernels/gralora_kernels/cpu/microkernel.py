@@ -7,7 +7,6 @@
 Each element is one chain of fused multiply-adds over d, in order. So it does not depend on how rows, columns or depth
 are cut into calls: that is what makes a token's result independent of its batch, bit for bit. Base products, adapters
 and attention all go through here. Addresses are plain integers, strides are fp32 elements, nothing checks bounds.
-Numba's on-disk cache watches only the file of the kernel itself: after editing this one, delete `__pycache__`.
 """
 
 # ruff: noqa: ARG001, PLR0911, PLR0917  # Numba names an intrinsic's arguments, and takes arguments by position

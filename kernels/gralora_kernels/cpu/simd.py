@@ -2,7 +2,6 @@
 
 LLVM may not reorder them, so a sum has one order whatever loop it stands in: that is what makes a token's result
 independent of its batch, at full speed. Addresses are plain integers (`Tensor.data_ptr()`) and nothing checks bounds.
-Numba's on-disk cache watches only the file of the kernel itself: after editing this one, delete `__pycache__`.
 """
 
 # ruff: noqa: ARG001  # Numba names the arguments of an intrinsic and of its code generator
