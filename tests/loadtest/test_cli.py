@@ -170,15 +170,15 @@ def test_deployments_are_compared(tmp_path: Path, monkeypatch) -> None:
     budget = OVERHEAD_BYTES + kv_cache + 2 * model_bytes(model)
     sizes = ["--memory", str(budget), "--kv-cache", str(kv_cache), "--kinds", "r4k2,r4k1", "--max-num-seqs", "4"]
     short = ["--duration-s", "1.5", "--warmup-s", "0.5", "--output-tokens", "4", "--arrivals", "closed:3"]
+    short += ["--counts", "3", "--rounds", "2"]
 
-    code = run(
-        ["loadtest", "compare", "--model", str(model), "--counts", "3", "--out", str(tmp_path / "out"), *sizes, *short]
-    )
+    code = run(["loadtest", "compare", "--model", str(model), "--out", str(tmp_path / "out"), *sizes, *short])
 
     assert code == ExitCode.OK
     result = LoadTestResult.read(tmp_path / "out" / "result.json")
-    assert [one.system for one in result.runs] == [MULTI, FLEET, IDEAL]
-    assert [(one.system, one.num_adapters) for one in result.refusals] == [(TURNS, 3)]
+    assert [one.system for one in result.runs] == [MULTI, FLEET, IDEAL] * 2
+    assert len({one.summary.label for one in result.runs}) == 6
+    assert [(one.system, one.num_adapters) for one in result.refusals] == [(TURNS, 3)]  # once, not in each round
     assert "3 merged models need" in result.refusals[0].why
     for one in result.runs:
         assert one.summary.errors == {}

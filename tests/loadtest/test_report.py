@@ -9,13 +9,14 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from gralora_server.loadtest.report import findings, merge, write_report
-from gralora_server.loadtest.result import LoadTestResult, Refusal
+from gralora_server.loadtest.result import LoadTestResult, Refusal, RunResult
 from gralora_server.loadtest.summary import Generator
 
 from .made_up import HEALTHY, comparison, four_systems, result_of, run_of, single
@@ -147,6 +148,48 @@ def test_a_system_that_could_never_run_is_named() -> None:
 
     assert "a: 2; b: none" in findings.answer(result)[-1]
     assert findings.limits(result) == ["b with 2 adapters: not run. no room."]
+
+
+def rounds(system: str, num_adapters: int, itl_s: Sequence[float]) -> list[RunResult]:
+    """One run for each mean time between tokens."""
+    return [
+        run_of(system, num_adapters, itl_s=one, label=f"{system}, {num_adapters}, round {i}")
+        for i, one in enumerate(itl_s, 1)
+    ]
+
+
+def test_of_several_rounds_the_median_is_said_and_the_range(tmp_path: Path) -> None:
+    ours, theirs = rounds("a", 4, [0.02, 0.09, 0.04]), rounds("b", 4, [0.3, 0.1, 0.2])
+    result = result_of(*rounds("a", 2, [0.02, 0.02, 0.03]), *ours, *theirs)
+
+    slow, middle, fast = sorted(run.summary.tokens_per_s for run in ours)
+    other = sorted(run.summary.tokens_per_s for run in theirs)[1]
+    said = findings.answer(result)[0]
+    assert said == (
+        f"With 4 adapters, a gives {middle:.0f} tokens a second (median of 3, {slow:.0f} to {fast:.0f}): "
+        f"{middle / other:.2g} times b ({other:.0f})."
+    )
+    page = words(page_of(result, tmp_path))
+    assert all(run.summary.label in page for run in result.runs)  # every round has its row
+    assert f"b: {other:.3g} at 4" in re.findall(r'aria-label="(Throughput[^"]+)"', page_of(result, tmp_path))[0]
+
+
+def test_a_system_alone_is_said_at_each_number_of_adapters() -> None:
+    result = result_of(*rounds("a", 2, [0.02, 0.02]), *rounds("a", 4, [0.04]))
+
+    two, four = (point.median(findings.throughput) for point in findings.curve(result, "a"))
+    said = findings.answer(result)[0]
+    assert said.startswith(f"a gives {two:.0f} tokens a second (median of 2, ")
+    assert said.endswith(f"with 2 adapters; {four:.0f} tokens a second with 4 adapters.")
+
+
+def test_a_number_of_adapters_is_survived_if_every_round_of_it_is() -> None:
+    fine, failing = rounds("a", 4, [0.02, 0.02])[0], run_of("a", 4, failed=3, label="a, 4, round 2")
+
+    assert findings.answer(result_of(run_of("a", 2), fine, failing))[-1].endswith("a: 2.")
+    assert findings.limits(result_of(run_of("a", 2), fine, failing)) == [
+        "a with 4 adapters: 3 of 60 requests failed (3 x RESOURCE_EXHAUSTED)."
+    ]
 
 
 def test_memory_is_plotted_for_those_of_which_it_is_known(tmp_path: Path) -> None:

@@ -166,12 +166,12 @@ def _bars(result: LoadTestResult) -> Plot:
     def draw(axes: Axes) -> None:
         places = range(len(runs))
         axes.barh(places, [run.summary.tokens_per_s for run in runs], color=SERIES[0], height=0.6)
-        axes.set_yticks(places, [run.summary.label for run in runs])
+        axes.set_yticks(places, [textwrap.fill(run.summary.label, 24) for run in runs])
         axes.invert_yaxis()
         axes.set_xlabel("tokens a second")
 
     said = ", ".join(f"{run.summary.label} {run.summary.tokens_per_s:.0f}" for run in runs)
-    return _plot("throughput", "Throughput", f"Tokens a second: {said}.", draw)
+    return _plot("throughput", "Throughput", f"Tokens a second: {said}.", draw, 1.5 + 0.6 * len(runs))
 
 
 def _single(run: RunResult) -> list[Plot]:
