@@ -29,7 +29,7 @@ PANEL = VECTORS * LANES  # columns
 MAX_ROWS = 12 if LANES == 16 else 6
 UNROLL = 4
 # The first tile of a panel waits for memory, the tiles of further rows only compute: they ask for what lies behind the
-# panel, which is the next one. On Zen 3 1.25 times as fast at 16 and 32 rows. Not with AVX-512, where a tile is twice
+# panel, which is the next one. On Zen 3 1.2 times as fast at 16 and 32 rows. Not with AVX-512, where a tile is twice
 # as large and memory was faster: there it was level for base products, and 1 to 4 % slower with adapters.
 FETCHES = LANES == 8
 FETCHING_ROWS = 4  # fewer rows compute for too short a time
