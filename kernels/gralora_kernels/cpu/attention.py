@@ -38,10 +38,10 @@ from gralora_kernels.cpu.simd import (
     store_scalar,
     total,
 )
+from gralora_kernels.cpu.team import LINE
 from gralora_kernels.cpu.threads import region_lock
 
 BLOCK = 64  # positions between two rescalings
-LINE_FLOATS = 16  # of a cache line
 MAX_QUERIES = 24  # rows of a piece: queries of one key head, of as many tokens as fit
 
 Int32s = npt.NDArray[np.int32]
@@ -108,7 +108,7 @@ def _weigh(scores: int, low: int, high: int, positions: int, scale: float, state
 def _fetch(address: int, count: int) -> None:
     """Ask for `count` numbers, so that they are there when they are read: a page is too short for the processor to see
     that it will be read to its end."""
-    for i in range(0, count, LINE_FLOATS):
+    for i in range(0, count, LINE // FLOAT_BYTES):
         prefetch(address, i)
 
 

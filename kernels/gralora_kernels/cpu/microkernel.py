@@ -21,7 +21,7 @@ from llvmlite import ir  # type: ignore[import-untyped]
 from numba import njit, types
 from numba.extending import intrinsic
 
-from gralora_kernels.cpu.simd import LANES, call, constant, pointer_to, splat_value
+from gralora_kernels.cpu.simd import LANES, ask_for, call, constant, pointer_to, splat_value
 
 VECTORS = 2  # per row of a panel
 PANEL = VECTORS * LANES  # columns
@@ -152,8 +152,7 @@ class _Tile:
         b = self.builder
         w = b.add(self.w, b.shl(b.mul(d, self.w_stride), _I64(2)))
         if FETCHES and not self.masked:
-            line = b.inttoptr(b.add(self.fetch, b.mul(d, self.fetch_step)), ir.PointerType(_F32))
-            call(b, "llvm.prefetch.p0", ir.VoidType(), [line, _I32(0), _I32(2), _I32(1)])
+            ask_for(b, b.inttoptr(b.add(self.fetch, b.mul(d, self.fetch_step)), ir.PointerType(_F32)))
         weights = [self._load(w, v, self.masked) for v in range(self.vectors)]
         new: list[Any] = []
         for m, x in enumerate(x_rows):  # row by row: all values first would not fit into the registers (-25 %)

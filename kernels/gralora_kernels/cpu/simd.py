@@ -62,6 +62,11 @@ def pointer_to(builder: Any, address: Any, offset: Any) -> Any:
     return builder.inttoptr(byte, ir.PointerType(_VECTOR))
 
 
+def ask_for(builder: Any, pointer: Any) -> None:
+    """To be read soon: bring it into the second-level cache. Any address is allowed."""
+    call(builder, "llvm.prefetch.p0", ir.VoidType(), [pointer, _I32(0), _I32(2), _I32(1)])
+
+
 def _mask(builder: Any, count: Any) -> Any:
     """Lanes below `count`."""
     lanes = ir.Constant(ir.VectorType(_I32, LANES), list(range(LANES)))
@@ -131,8 +136,7 @@ def prefetch(typing: Any, address: Any, offset: Any) -> Any:
     """Ask for the cache line of `offset`; any address is allowed."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        pointer = pointer_to(builder, *args)
-        call(builder, "llvm.prefetch.p0", ir.VoidType(), [pointer, _I32(0), _I32(2), _I32(1)])
+        ask_for(builder, pointer_to(builder, *args))
         return context.get_dummy_value()
 
     return types.none(types.intp, types.intp), codegen

@@ -42,6 +42,7 @@ class Point:
 
     @property
     def survived(self) -> bool:
+        """In every round."""
         return all(map(survived, self.runs))
 
 
@@ -66,7 +67,7 @@ def row_name(result: LoadTestResult, run: RunResult) -> str:
 
 
 def survived(run: RunResult) -> bool:
-    """No errors, and nearly everybody was served as promised. A point is survived if each of its runs is."""
+    """No errors, and nearly everybody was served as promised."""
     return not run.summary.errors and run.summary.ok > 0 and run.summary.goodput_share >= SURVIVAL_SHARE
 
 
