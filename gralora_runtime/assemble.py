@@ -14,6 +14,7 @@ import torch
 
 from gralora_kernels.cpu import threads as cpu_threads
 from gralora_kernels.dispatch import AdapterBackend, resolve_backend
+from gralora_kernels.packing import Packing
 from gralora_kernels.warmup import warm_up_backend
 from gralora_runtime.adapters.manager import AdapterManager
 from gralora_runtime.batch import BatchBuilder
@@ -65,7 +66,7 @@ def assemble(config: EngineConfig, base: BaseModel | None = None) -> EngineParts
     if base is None:
         base = load_base_model(config.model, device=device, dtype=config.dtype)
         expected = expected_logits(base)
-    adapters = _adapter_manager(config, base, device, backend.panel)
+    adapters = _adapter_manager(config, base, device, backend.packing)
     try:
         kv_pool, max_model_len = _kv_pool(config, base, device)
         num_pages = len(kv_pool.keys[0])
@@ -155,7 +156,7 @@ def _free_bytes(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def _adapter_manager(config: EngineConfig, base: BaseModel, device: torch.device, panel: int) -> AdapterManager:
+def _adapter_manager(config: EngineConfig, base: BaseModel, device: torch.device, packing: Packing) -> AdapterManager:
     pool_bytes = config.adapter_pool_bytes or int(_free_bytes(device) * ADAPTER_POOL_SHARE[device.type])
     return AdapterManager(
         modules=[shape for shape, _ in adaptable_modules(base.model)],
@@ -167,7 +168,7 @@ def _adapter_manager(config: EngineConfig, base: BaseModel, device: torch.device
         adapters_dir=config.adapters_dir,
         base_model=base.name,
         max_width=config.max_adapter_rank,
-        panel=panel,
+        packing=packing,
     )
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from gralora_runtime.adapters.names import escapes
@@ -32,10 +33,20 @@ _TENSOR = re.compile(
 )
 
 
+class _MalformedError(ValueError):
+    """A file that cannot be read, whoever's it is."""
+
+
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
     dtype: str  # safetensors' name of it
     shape: tuple[int, ...]
+    begin: int  # bytes of the file
+    end: int
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,13 +71,6 @@ class ModulePlan:
     def width(self) -> int:
         """Columns of the kernels' intermediate result; also the rank of an exact plain LoRA for this module."""
         return sum(tensors.part.r * tensors.part.k for tensors in self.parts)
-
-    @property
-    def packed_numel(self) -> int:
-        return sum(
-            aligned(tensors.part.r * self.module.in_features) + aligned(tensors.part.r * self.module.out_features)
-            for tensors in self.parts
-        )
 
 
 Plan = tuple[ModulePlan, ...]
@@ -121,7 +125,11 @@ class AdapterHeader:
 
     @property
     def tensor_bytes(self) -> int:
-        return sum(math.prod(tensor.shape) * DTYPES.get(tensor.dtype, 0) for tensor in self.tensors.values())
+        return sum(tensor.numel * DTYPES.get(tensor.dtype, 0) for tensor in self.tensors.values())
+
+    @property
+    def file_bytes(self) -> int:
+        return max((tensor.end for tensor in self.tensors.values()), default=0)
 
     @property
     def equivalent_rank(self) -> int:
@@ -148,8 +156,23 @@ class AdapterHeader:
             raise rejected(self.name, problems)
         return plan
 
-    def summary(self, modules: Sequence[ModuleShape]) -> AdapterSummary:
-        """Only for an adapter that fits these modules."""
+    def dtype_of_16_bits(self, pair: PartTensors) -> str | None:
+        """The dtype that both tensors have, if it is one of 16 bits."""
+        a, b = self.tensors[pair.a_name].dtype, self.tensors[pair.b_name].dtype
+        return a if a == b and DTYPES[a] == 2 else None
+
+    def pair_numel(self, pair: PartTensors, *, keeps_16_bit: bool) -> tuple[int, int]:
+        """Elements of a pool that each of two matrices takes; two of 16 bits take one element, if they are kept."""
+        share = 2 if keeps_16_bit and self.dtype_of_16_bits(pair) else 1
+        a, b = (aligned(-(-math.prod(shape) // share)) for shape in (pair.a_shape, pair.b_shape))
+        return a, b
+
+    def packed_numel(self, plan: Plan, *, keeps_16_bit: bool) -> int:
+        """Elements of a pool that an adapter takes which follows this plan."""
+        return sum(sum(self.pair_numel(pair, keeps_16_bit=keeps_16_bit)) for module in plan for pair in module.parts)
+
+    def summary(self, modules: Sequence[ModuleShape], *, keeps_16_bit: bool = False) -> AdapterSummary:
+        """Only for an adapter that fits these modules. `keeps_16_bit`: see `gralora_kernels.packing`."""
         plan = self.plan(modules)
         parts = [module.parts[0].part for module in plan]
         return AdapterSummary(
@@ -161,7 +184,7 @@ class AdapterHeader:
             scale=max((part.scale for part in parts), key=abs, default=self.spec.scale),
             num_modules=len(plan),
             tensor_bytes=self.tensor_bytes,
-            packed_numel=sum(module.packed_numel for module in plan),
+            packed_numel=self.packed_numel(plan, keeps_16_bit=keeps_16_bit),
             base_model=self.spec.base_model,
         )
 
@@ -267,36 +290,56 @@ def _read_config(name: str, path: Path) -> dict[str, Any]:
         raise rejected(name, [f"{CONFIG_FILE} cannot be read ({cause.strerror})"]) from cause
     if len(text) > MAX_CONFIG_BYTES:
         raise rejected(name, [f"{CONFIG_FILE} has more than {MAX_CONFIG_BYTES} bytes"])
-    return _parse_object(name, CONFIG_FILE, text)
+    try:
+        return _parse_object(CONFIG_FILE, text)
+    except _MalformedError as cause:
+        raise rejected(name, [str(cause)]) from cause
 
 
-def _parse_object(name: str, file: str, text: bytes) -> dict[str, Any]:
+def _parse_object(file: str, text: bytes) -> dict[str, Any]:
     try:
         parsed = json.loads(text)
     except (ValueError, RecursionError) as cause:
-        raise rejected(name, [f"{file} is not JSON ({cause})"]) from cause
+        raise _MalformedError(f"{file} is not JSON ({cause})") from cause
     if not isinstance(parsed, dict):
-        raise rejected(name, [f"{file} is not a JSON object but {type(parsed).__name__}"])
+        raise _MalformedError(f"{file} is not a JSON object but {type(parsed).__name__}")
     return parsed
 
 
-def _parse_header(name: str, header: bytes, file_bytes: int) -> dict[str, TensorInfo]:
+def _parse_header(name: str, header: bytes, file_bytes: int) -> Mapping[str, TensorInfo]:
     if len(header) != 8 + int.from_bytes(header[:8], "little"):
         raise rejected(name, [f"{WEIGHTS_FILE} is truncated: it ends inside its header"])
+    try:
+        tensors, end = _parse_tensors(header)
+    except _MalformedError as cause:
+        raise rejected(name, [str(cause)]) from cause
+    if file_bytes != end:
+        wrong = "truncated" if file_bytes < end else "too long"
+        raise rejected(name, [f"{WEIGHTS_FILE} is {wrong}: {file_bytes} bytes instead of {end}"])
+    return tensors
+
+
+@lru_cache(maxsize=64)  # of one recipe's adapters most headers are the same, byte for byte
+def _parse_tensors(header: bytes) -> tuple[Mapping[str, TensorInfo], int]:
+    """The tensors, which lie one behind the other, and the length that the file must have."""
     tensors: dict[str, TensorInfo] = {}
-    end = 0
-    for key, entry in _parse_object(name, f"the header of {WEIGHTS_FILE}", header[8:]).items():
+    for key, entry in _parse_object(f"the header of {WEIGHTS_FILE}", header[8:]).items():
         if key == "__metadata__":
             continue
         try:
-            tensors[key] = TensorInfo(str(entry["dtype"]), tuple(int(size) for size in entry["shape"]))
-            end = max(end, int(entry["data_offsets"][1]))
+            begin, end = (len(header) + int(offset) for offset in entry["data_offsets"])
+            tensors[key] = TensorInfo(str(entry["dtype"]), tuple(int(size) for size in entry["shape"]), begin, end)
         except (KeyError, IndexError, TypeError, ValueError, OverflowError) as cause:
-            raise rejected(name, [f"{WEIGHTS_FILE}: the header's entry for {key!r} is malformed"]) from cause
-    if file_bytes != len(header) + end:
-        wrong = "truncated" if file_bytes < len(header) + end else "too long"
-        raise rejected(name, [f"{WEIGHTS_FILE} is {wrong}: {file_bytes} bytes instead of {len(header) + end}"])
-    return tensors
+            raise _MalformedError(f"{WEIGHTS_FILE}: the header's entry for {key!r} is malformed") from cause
+    position = len(header)
+    for key, tensor in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)):
+        if tensor.begin != position:
+            raise _MalformedError(f"{WEIGHTS_FILE} is broken: there is a gap or an overlap before {key!r}")
+        num_bytes = tensor.numel * DTYPES.get(tensor.dtype, 0)
+        if tensor.dtype in DTYPES and (min(tensor.shape, default=0) < 0 or tensor.end - tensor.begin != num_bytes):
+            raise _MalformedError(f"{WEIGHTS_FILE} is broken: {key!r} does not have the bytes that its shape needs")
+        position = tensor.end
+    return MappingProxyType(tensors), position
 
 
 @lru_cache(maxsize=64)  # thousands of adapters come from a few training recipes

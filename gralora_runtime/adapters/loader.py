@@ -1,6 +1,6 @@
 """Reads an adapter's weights and packs them the way the pool and the kernels hold them. Knows not what becomes of them.
 
-The only user of safetensors. Packing is numpy's: torch would start a second team of OpenMP threads in whichever worker
+Packing is numpy's: torch would start a second team of OpenMP threads in whichever worker
 calls it, and those threads would spin against the ones that decode.
 """
 
@@ -8,34 +8,33 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
-from safetensors import SafetensorError, deserialize
 from torch import Tensor
 
-from gralora_kernels.packing import arrange_a, arrange_b
-from gralora_kernels.tables import Entry
+from gralora_kernels.packing import ROW_MAJOR, Array, Packing, place_a, place_b
+from gralora_kernels.tables import Entry, Storage
 from gralora_runtime.adapters.checkpoint import (
     WEIGHTS_FILE,
     AdapterHeader,
     AdapterSummary,
-    ModulePlan,
     PartTensors,
-    aligned,
+    Plan,
     inspect,
 )
 from gralora_runtime.adapters.spec import ModuleShape, rejected
 
 __all__ = ["AdapterLayout", "LoadedAdapter", "inspect", "load"]
 
-Array = npt.NDArray[np.float32]
 Layout = tuple[tuple[str, tuple[Entry, ...]], ...]  # per module: its name and its entries
+
+# How numpy holds what safetensors calls so. It has no bfloat16: those stay bits.
+ARRAYS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}
+STORAGES = {"F16": Storage.FLOAT16, "BF16": Storage.BFLOAT16}
 
 # Torch works on fewer elements than this in the calling thread alone.
 SERIAL_NUMEL = 32_000
@@ -45,8 +44,8 @@ SERIAL_NUMEL = 32_000
 class AdapterLayout:
     """Where the matrices of each module lie in an adapter's blob."""
 
-    digest: str  # SHA-256, hexadecimal, of the mathematics: shapes, scales and weights
-    numel: int
+    digest: str  # SHA-256, hexadecimal, of the mathematics: shapes, scales and weights as they are stored
+    numel: int  # of the blob
     width: int  # the most columns of intermediate result that any module needs
     modules: Layout  # offsets count from the blob's start
     summary: AdapterSummary
@@ -76,29 +75,28 @@ def load(
     *,
     max_width: int,
     root: Path | None = None,
-    panel: int = 0,
+    packing: Packing = ROW_MAJOR,
 ) -> LoadedAdapter:
-    """Read, check and pack an adapter, or raise AdapterRejectedError with every reason.
+    """Read, check and pack an adapter for a pool of `dtype`, or raise AdapterRejectedError with every reason.
 
-    `panel` is how the kernels want matrices to lie (`gralora_kernels.packing`); the digest does not depend on it.
+    `packing` is how the kernels want matrices to lie. The digest depends neither on it nor on `dtype`.
     """
+    assert dtype == torch.float32 or not packing.keeps_16_bit, "only an fp32 pool holds matrices of 16 bits as they are"
     header = inspect(path, name=name, root=root)
     plan = header.fitting_plan(modules)
     width = max(module.width for module in plan)
     check_width(name, width, max_width)
-    tensors = _read_tensors(name, path / WEIGHTS_FILE, header)
-    packed, modules_layout = _pack(plan, tensors)
-    if problems := _not_finite(plan, modules_layout, packed, dtype):
+    weights = _Weights(plan, header, _read(name, path / WEIGHTS_FILE, header))
+    if problems := list(weights.not_finite(dtype)):
         raise rejected(name, problems)
+    packed, modules_layout = weights.pack(packing)
     layout = AdapterLayout(
-        digest=_digest(plan, modules_layout, packed),
+        digest=weights.digest(),
         numel=packed.size,
         width=width,
         modules=modules_layout,
-        summary=header.summary(modules),
+        summary=header.summary(modules, keeps_16_bit=packing.keeps_16_bit),
     )
-    if panel:
-        _arrange(modules_layout, plan, packed, panel)
     return LoadedAdapter(layout, _cast(packed, dtype))
 
 
@@ -108,7 +106,7 @@ def check_width(name: str, width: int, max_width: int) -> None:
         raise rejected(name, [f"its rank r * k + hybrid_r is {width}, this server takes at most {max_width}"])
 
 
-def _read_tensors(name: str, weights: Path, header: AdapterHeader) -> dict[str, Array]:
+def _read(name: str, weights: Path, header: AdapterHeader) -> bytes:
     """Read in one go, not mapped: a mapped file that somebody truncates would kill the process."""
     try:
         data = weights.read_bytes()
@@ -117,60 +115,105 @@ def _read_tensors(name: str, weights: Path, header: AdapterHeader) -> dict[str, 
     header_bytes = 8 + int.from_bytes(data[:8], "little")
     if hash(data[:header_bytes]) != header.fingerprint:
         raise rejected(name, [f"{WEIGHTS_FILE} changed while it was being read"])
-    try:
-        return {tensor: _to_float32(raw) for tensor, raw in deserialize(data)}  # type: ignore[no-untyped-call]
-    except SafetensorError as cause:
-        raise rejected(name, [f"{WEIGHTS_FILE} is broken ({cause})"]) from cause
+    if len(data) != header.file_bytes:
+        raise rejected(name, [f"{WEIGHTS_FILE} changed while it was being read"])
+    return data
 
 
-def _to_float32(raw: Mapping[str, Any]) -> Array:
-    dtype, shape = raw["dtype"], raw["shape"]
+class _Weights:
+    """The tensors of a checkpoint that follows its plan."""
+
+    def __init__(self, plan: Plan, header: AdapterHeader, data: bytes) -> None:
+        self._plan = plan
+        self._header = header
+        self._tensors: dict[str, Array] = {
+            name: np.frombuffer(data, ARRAYS[tensor.dtype], tensor.numel, tensor.begin).reshape(tensor.shape)
+            for name, tensor in header.tensors.items()
+        }
+
+    def not_finite(self, dtype: torch.dtype) -> Iterator[str]:
+        """Tensors with values that are NaN or infinite, or become so in the pool's dtype."""
+        largest = torch.finfo(dtype).max
+        for module in self._plan:
+            for pair in module.parts:
+                for name in (pair.a_name, pair.b_name):
+                    if not _is_within(self._tensors[name], largest, self._header.tensors[name].dtype):
+                        kind = str(dtype).removeprefix("torch.")
+                        yield f"tensor {name} has values that are not finite in {kind}"
+
+    def digest(self) -> str:
+        """Hash of what the adapter computes. Names, dialects and training settings leave no trace in it."""
+        layers = [
+            (module.module.name, module.module.in_features, module.module.out_features, pair.part.r, pair.part.k,
+             float(pair.part.scale).hex(), pair.a_shape, pair.b_shape, self._dtypes(pair))
+            for module in self._plan
+            for pair in module.parts
+        ]  # fmt: skip
+        digest = hashlib.sha256(json.dumps(layers).encode())
+        for module in self._plan:
+            for pair in module.parts:
+                digest.update(self._tensors[pair.a_name].data)
+                digest.update(self._tensors[pair.b_name].data)
+        return digest.hexdigest()
+
+    def pack(self, packing: Packing) -> tuple[Array, Layout]:
+        """First all A, then all B, in the order of modules, in float32 but where 16 bits are kept.
+
+        So what one kernel reads of a projection group lies side by side.
+        """
+        keeps = packing.keeps_16_bit
+        sizes = [self._header.pair_numel(pair, keeps_16_bit=keeps) for module in self._plan for pair in module.parts]
+        packed = np.zeros(sum(map(sum, sizes)), np.float32)
+        a_offset, b_offset = 0, sum(a_numel for a_numel, _ in sizes)
+        numels = iter(sizes)
+        layout: list[tuple[str, tuple[Entry, ...]]] = []
+        for module in self._plan:
+            entries: list[Entry] = []
+            for pair in module.parts:
+                a_numel, b_numel = next(numels)
+                dtype = self._header.dtype_of_16_bits(pair) if keeps else None
+                a, b = self._blocks(pair, widen=dtype is None)
+                place_a(packed[a_offset:].view(a.dtype)[: a.size], a, packing.panel)
+                place_b(packed[b_offset:].view(b.dtype)[: b.size], b, packing.panel)
+                entries.append(
+                    Entry(
+                        a_offset=a_offset,
+                        b_offset=b_offset,
+                        r=pair.part.r,
+                        k=pair.part.k,
+                        scale=pair.part.scale,
+                        storage=STORAGES[dtype] if dtype else Storage.NATIVE,
+                    )
+                )
+                a_offset += a_numel
+                b_offset += b_numel
+            layout.append((module.module.name, tuple(entries)))
+        return packed, tuple(layout)
+
+    def _dtypes(self, pair: PartTensors) -> tuple[str, str]:
+        return self._header.tensors[pair.a_name].dtype, self._header.tensors[pair.b_name].dtype
+
+    def _blocks(self, pair: PartTensors, *, widen: bool) -> tuple[Array, Array]:
+        """Views of the two tensors as A [k, in/k, r] and B [k, r, out/k]."""
+        a, b = self._tensors[pair.a_name], self._tensors[pair.b_name]
+        if widen:
+            a, b = (_widened(tensor, dtype) for tensor, dtype in zip((a, b), self._dtypes(pair), strict=True))
+        return (a, b) if a.ndim == 3 else (a.T[np.newaxis], b.T[np.newaxis])  # a plain pair: A [r, in], B [out, r]
+
+
+def _is_within(tensor: Array, largest: float, dtype: str) -> bool:
+    """Whether all values are finite and none is beyond `largest`. No temporary of more than the tensor's size."""
+    if dtype not in STORAGES:
+        return bool(tensor.min() >= -largest and tensor.max() <= largest)  # NaN compares false with everything
+    # Without their sign, bits are ordered as the values that they stand for, and NaN is above all.
+    limit = 0x7BFF if dtype == "F16" else int(np.float32(largest).view(np.uint32) >> 16)
+    return int((tensor.view(np.uint16) & 0x7FFF).max()) <= limit
+
+
+def _widened(tensor: Array, dtype: str) -> Array:
     if dtype == "BF16":  # the upper half of a float32
-        return (np.frombuffer(raw["data"], np.uint16).astype(np.uint32) << 16).view(np.float32).reshape(shape)
-    values = np.frombuffer(raw["data"], {"F64": np.float64, "F32": np.float32, "F16": np.float16}[dtype])
-    with np.errstate(over="ignore"):  # an F64 that becomes infinite is found by the check for finite values
-        return values.astype(np.float32, copy=False).reshape(shape)
-
-
-def _pack(plan: Sequence[ModulePlan], tensors: Mapping[str, Array]) -> tuple[Array, Layout]:
-    """Copy every matrix to its place, one after the other."""
-    packed: Array = np.zeros(sum(module.packed_numel for module in plan), np.float32)
-    offset = 0
-    layout: list[tuple[str, tuple[Entry, ...]]] = []
-    for module in plan:
-        entries: list[Entry] = []
-        for pair in module.parts:
-            a, b = _packed_pair(pair, tensors)
-            b_offset = offset + aligned(a.size)
-            _place(packed, offset, a)
-            _place(packed, b_offset, b)
-            part = pair.part
-            entries.append(Entry(a_offset=offset, b_offset=b_offset, r=part.r, k=part.k, scale=part.scale))
-            offset = b_offset + aligned(b.size)
-        layout.append((module.module.name, tuple(entries)))
-    return packed, tuple(layout)
-
-
-def _packed_pair(pair: PartTensors, tensors: Mapping[str, Array]) -> tuple[Array, Array]:
-    """Views of the two tensors as `Ap [r, in]` and `Bp [r, out]`."""
-    a, b, r = tensors[pair.a_name], tensors[pair.b_name], pair.part.r
-    if a.ndim == 2:  # a plain pair: A [r, in], B [out, r]
-        return a, b.T
-    # GraLoRA: A [k, in/k, r], B [k, r, out/k]
-    return a.transpose(2, 0, 1).reshape(r, -1), b.transpose(1, 0, 2).reshape(r, -1)
-
-
-def _place(packed: Array, offset: int, matrix: Array) -> None:
-    packed[offset : offset + matrix.size].reshape(matrix.shape)[:] = matrix
-
-
-def _arrange(layout: Layout, plan: Sequence[ModulePlan], packed: Array, panel: int) -> None:
-    """In place, from row-major matrices to panels."""
-    for module, (_, entries) in zip(plan, layout, strict=True):
-        for entry in entries:
-            a, b = _matrices(module, entry, packed)
-            a[:] = arrange_a(a.reshape(entry.r, -1), entry.k, panel)
-            b[:] = arrange_b(b.reshape(entry.r, -1), entry.k, panel)
+        return (tensor.astype(np.uint32) << 16).view(np.float32)
+    return tensor.astype(np.float32, copy=False)
 
 
 def _cast(packed: Array, dtype: torch.dtype) -> Tensor:
@@ -190,36 +233,3 @@ def copy_serially(target: Tensor, source: Tensor) -> None:
     for start in range(0, target.numel(), SERIAL_NUMEL):
         chunk = slice(start, start + SERIAL_NUMEL)
         target[chunk].copy_(source[chunk])
-
-
-def _not_finite(plan: Sequence[ModulePlan], layout: Layout, packed: Array, dtype: torch.dtype) -> list[str]:
-    """Weights that are NaN or infinite, or become so in the pool's dtype."""
-    largest = torch.finfo(dtype).max
-    problems: list[str] = []
-    for module, (_, entries) in zip(plan, layout, strict=True):
-        for pair, entry in zip(module.parts, entries, strict=True):
-            for name, matrix in zip((pair.a_name, pair.b_name), _matrices(module, entry, packed), strict=True):
-                # NaN compares false with everything. Two reductions, no temporary of the matrix's size.
-                if not (matrix.min() >= -largest and matrix.max() <= largest):
-                    problems.append(
-                        f"tensor {name} has values that are not finite in {str(dtype).removeprefix('torch.')}"
-                    )
-    return problems
-
-
-def _digest(plan: Sequence[ModulePlan], layout: Layout, packed: Array) -> str:
-    """Hash of what the adapter computes. Names, dialects, storage dtypes and training settings leave no trace in it."""
-    digest = hashlib.sha256()
-    for module, (name, entries) in zip(plan, layout, strict=True):
-        shape = module.module
-        parts = [(entry.r, entry.k, float(entry.scale).hex()) for entry in entries]
-        digest.update(json.dumps([name, shape.in_features, shape.out_features, parts]).encode())
-        for entry in entries:
-            for matrix in _matrices(module, entry, packed):
-                digest.update(matrix.data)
-    return digest.hexdigest()
-
-
-def _matrices(module: ModulePlan, entry: Entry, packed: Array) -> tuple[Array, Array]:
-    a_numel, b_numel = entry.r * module.module.in_features, entry.r * module.module.out_features
-    return packed[entry.a_offset : entry.a_offset + a_numel], packed[entry.b_offset : entry.b_offset + b_numel]

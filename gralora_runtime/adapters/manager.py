@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from gralora_kernels.packing import ROW_MAJOR, Packing
 from gralora_runtime.adapters.cache import HostCache
 from gralora_runtime.adapters.checkpoint import AdapterSummary, inspect
 from gralora_runtime.adapters.info import AdapterInfo, AdapterResidency, AdapterStats, Residence, UnloadResult
@@ -53,12 +54,12 @@ class AdapterManager:
         adapters_dir: Path | None,
         base_model: str,
         max_width: int,
-        panel: int = 0,
+        packing: Packing = ROW_MAJOR,
     ) -> None:
         if adapters_dir is not None and not adapters_dir.is_dir():
             raise ConfigError(f"adapters_dir: there is no directory {str(adapters_dir)!r}")
         self.pool = AdapterPool(
-            modules=modules, device=device, dtype=dtype, pool_bytes=pool_bytes, max_slots=max_slots, panel=panel
+            modules=modules, device=device, dtype=dtype, pool_bytes=pool_bytes, max_slots=max_slots, packing=packing
         )
         self.base_model = base_model
         self._modules = tuple(modules)
@@ -335,7 +336,7 @@ class AdapterManager:
     def _summarize(self, name: str, source: Path) -> AdapterSummary:
         header = inspect(source, name=name, root=self._adapters_dir)
         header.fitting_plan(self._modules)
-        summary = header.summary(self._modules)
+        summary = header.summary(self._modules, keeps_16_bit=self.pool.packing.keeps_16_bit)
         check_width(name, summary.equivalent_rank, self._max_width)
         return summary
 

@@ -172,7 +172,7 @@ class Mover:
                 self._pool.arena.dtype,
                 max_width=self._max_width,
                 root=self._root,
-                panel=self._pool.panel,
+                packing=self._pool.packing,
             )
             failures = 0
         finally:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from gralora_kernels.tables import Entry, GroupTable, ModuleTable
+from gralora_kernels.packing import ROW_MAJOR, Packing
+from gralora_kernels.tables import ARENA_SLACK, Entry, GroupTable, ModuleTable
 from gralora_runtime.adapters.arena import ArenaAllocator
 from gralora_runtime.adapters.loader import SERIAL_NUMEL, AdapterLayout, LoadedAdapter, copy_serially
 from gralora_runtime.adapters.siblings import group_siblings
@@ -55,12 +56,12 @@ class AdapterPool:
         dtype: torch.dtype,
         pool_bytes: int,
         max_slots: int,
-        panel: int = 0,
+        packing: Packing = ROW_MAJOR,
     ) -> None:
         self.max_slots = max_slots
-        self.panel = panel  # how matrices lie in the arena (`gralora_kernels.packing`)
+        self.packing = packing if dtype == torch.float32 else replace(packing, keeps_16_bit=False)
         self.ranges = ArenaAllocator(pool_bytes // dtype.itemsize)
-        self.arena = lazy_zeros([self.ranges.numel], dtype, device)  # [numel]
+        self.arena = lazy_zeros([self.ranges.numel + ARENA_SLACK], dtype, device)
         self.groups: dict[tuple[str, ...], GroupTable] = {}  # by the names of a group's modules
         self.tables: dict[str, ModuleTable] = {}
         for siblings in group_siblings(modules):
@@ -204,6 +205,4 @@ class AdapterPool:
 
 
 def _moved(entry: Entry, offset: int) -> Entry:
-    return Entry(
-        a_offset=entry.a_offset + offset, b_offset=entry.b_offset + offset, r=entry.r, k=entry.k, scale=entry.scale
-    )
+    return replace(entry, a_offset=entry.a_offset + offset, b_offset=entry.b_offset + offset)

@@ -13,7 +13,7 @@ from gralora_runtime.model.adaptable import adaptable_modules, weight_and_bias
 
 @torch.no_grad()
 def merge_adapter(model: PreTrainedModel, adapter: LoadedAdapter) -> None:
-    """Add every update to its weight, in place. `adapter` is packed row-major (`panel` 0)."""
+    """Add every update to its weight, in place. `adapter` is packed row-major, in one dtype (`ROW_MAJOR`)."""
     modules = {shape.name: (shape, module) for shape, module in adaptable_modules(model)}
     for name, entries in adapter.layout.modules:
         shape, module = modules[name]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gralora_kernels.grouping import Grouping
+from gralora_kernels.packing import Packing
 from gralora_kernels.tables import GroupTable
 
 logger = logging.getLogger(__name__)
@@ -21,7 +22,7 @@ class AdapterBackend(Protocol):
     """One way to compute y += adapter(x) for a whole step."""
 
     name: str
-    panel: int  # how it wants matrices to lie in the arena (`packing.py`)
+    packing: Packing  # how it wants matrices to lie in the arena
 
     def prepare(self, groups: Sequence[GroupTable], grouping: Grouping) -> None:
         """Before the first `apply` of a step, with every group of the model: what all layers share is made here."""

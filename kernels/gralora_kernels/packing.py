@@ -7,37 +7,52 @@ contiguous: then it reads an adapter from front to back. Both take exactly r * i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 
-Array = npt.NDArray[np.float32]
+Array = npt.NDArray[Any]  # elements are moved, never read
 
 
-def arrange_a(a: Array, k: int, panel: int) -> Array:
-    """`Ap [r, in]` -> flat [r * in]."""
-    blocks = a.reshape(a.shape[0], k, -1).transpose(1, 2, 0)  # [k, in/k, r]
-    return _arranged(blocks, panel) if panel else a.reshape(-1)
+@dataclass(frozen=True, slots=True)
+class Packing:
+    """`panel`: columns of a panel, 0 for row-major. `keeps_16_bit`: in an arena of fp32 too, such matrices stay so."""
+
+    panel: int = 0
+    keeps_16_bit: bool = False
 
 
-def arrange_b(b: Array, k: int, panel: int) -> Array:
-    """`Bp [r, out]` -> flat [r * out]."""
-    blocks = b.reshape(b.shape[0], k, -1).transpose(1, 0, 2)  # [k, r, out/k]
-    return _arranged(blocks, panel) if panel else b.reshape(-1)
+ROW_MAJOR = Packing()
 
 
-def _arranged(blocks: Array, panel: int) -> Array:
-    """blocks [k, depth, columns]."""
-    if blocks.shape[2] <= panel:
-        return blocks.reshape(-1)
-    return np.concatenate([part.reshape(-1) for block in blocks for part in _panels(block, panel)])
+def place_a(out: Array, blocks: Array, panel: int) -> None:
+    """A [k, in/k, r] into `out`, flat [r * in]."""
+    if panel:
+        _place_panels(out, blocks, panel)
+    else:
+        _assign(out, blocks.transpose(2, 0, 1))
 
 
-def _panels(block: Array, panel: int) -> Iterator[Array]:
-    """All whole panels at once, [panels, depth, panel], then the rest."""
-    depth, columns = block.shape
+def place_b(out: Array, blocks: Array, panel: int) -> None:
+    """B [k, r, out/k] into `out`, flat [r * out]."""
+    if panel:
+        _place_panels(out, blocks, panel)
+    else:
+        _assign(out, blocks.transpose(1, 0, 2))
+
+
+def _place_panels(out: Array, blocks: Array, panel: int) -> None:
+    """blocks [k, depth, columns]: of each block all whole panels at once, [panels, depth, panel], then the rest."""
+    k, depth, columns = blocks.shape
     whole = columns - columns % panel
-    yield block[:, :whole].reshape(depth, -1, panel).transpose(1, 0, 2)
+    by_block = out.reshape(k, depth * columns)
+    if whole:
+        panels = by_block[:, : depth * whole].reshape(k, -1, depth, panel)
+        panels[:] = blocks[:, :, :whole].reshape(k, depth, -1, panel).transpose(0, 2, 1, 3)
     if whole < columns:
-        yield block[:, whole:]
+        by_block[:, depth * whole :].reshape(k, depth, -1)[:] = blocks[:, :, whole:]
+
+
+def _assign(out: Array, matrix: Array) -> None:
+    out.reshape(matrix.shape)[:] = matrix

@@ -8,7 +8,10 @@ import torch
 from torch import Tensor
 
 from gralora_kernels.grouping import Grouping
-from gralora_kernels.tables import GroupTable, ModuleTable
+from gralora_kernels.packing import Packing
+from gralora_kernels.tables import GroupTable, ModuleTable, Storage
+
+DTYPES = {Storage.FLOAT16: torch.float16, Storage.BFLOAT16: torch.bfloat16}
 
 
 def pack_a(a: Tensor) -> Tensor:
@@ -43,7 +46,7 @@ class ReferenceBackend:
     """`gralora` per module, segment and entry, in fp32."""
 
     name = "reference"
-    panel = 0
+    packing = Packing(keeps_16_bit=True)
 
     def prepare(self, groups: Sequence[GroupTable], grouping: Grouping) -> None:
         """Nothing is shared between layers."""
@@ -57,15 +60,25 @@ class ReferenceBackend:
         for segment, slot in enumerate(grouping.slots.tolist()):
             rows = grouping.order[grouping.starts[segment] : grouping.starts[segment + 1]]
             tokens = torch.from_numpy(rows).to(y.device, torch.int64)
-            for (a_offset, b_offset, r, k), scale in zip(
-                table.host_index[slot].tolist(), table.host_scale[slot].tolist(), strict=True
+            for (a_offset, b_offset, r, k), scale, storage in zip(
+                table.host_index[slot].tolist(),
+                table.host_scale[slot].tolist(),
+                table.host_storage[slot].tolist(),
+                strict=True,
             ):
                 if r == 0:
                     continue
-                packed_a = arena[a_offset : a_offset + r * table.in_features].float().view(r, -1)
-                packed_b = arena[b_offset : b_offset + r * table.out_features].float().view(r, -1)
+                packed_a = _matrix(arena, a_offset, r * table.in_features, storage).view(r, -1)
+                packed_b = _matrix(arena, b_offset, r * table.out_features, storage).view(r, -1)
                 update = gralora(x[tokens].float(), unpack_a(packed_a, k), unpack_b(packed_b, k), scale)
                 y[tokens] = (y[tokens].float() + update).to(y.dtype)
+
+
+def _matrix(arena: Tensor, offset: int, numel: int, storage: int) -> Tensor:
+    """`numel` elements from `offset` on, as fp32."""
+    if storage != Storage.NATIVE:
+        return arena[offset:].view(DTYPES[Storage(storage)])[:numel].float()
+    return arena[offset : offset + numel].float()
 
 
 def paged_attention(  # noqa: PLR0917  # as the kernel that it specifies

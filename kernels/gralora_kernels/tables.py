@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 from itertools import accumulate
 
 import numpy as np
@@ -15,17 +16,27 @@ import torch
 
 ENTRIES = 2  # a hybrid adapter is two entries: GraLoRA (r, k) and a plain pair (hybrid_r, k=1)
 ALIGNMENT = 16  # elements: every matrix starts at a multiple of it
+ARENA_SLACK = 16  # elements behind the last matrix of an arena that kernels may read, never use
+
+
+class Storage(IntEnum):
+    """What a matrix's elements are. In an arena of 4-byte elements two of 16 bits share one of the arena's."""
+
+    NATIVE = 0  # the arena's own
+    FLOAT16 = 1
+    BFLOAT16 = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
-    """One packed pair: `Ap [r, in]` at `a_offset` and `Bp [r, out]` at `b_offset` of the arena (in elements)."""
+    """One packed pair: `Ap [r, in]` at `a_offset` and `Bp [r, out]` at `b_offset` of the arena (in its elements)."""
 
     a_offset: int
     b_offset: int
     r: int
     k: int
     scale: float
+    storage: Storage = Storage.NATIVE
 
     @property
     def width(self) -> int:
@@ -49,6 +60,7 @@ class GroupTable:
         shape = (len(out_features), max_slots, ENTRIES)
         self.host_index: npt.NDArray[np.int64] = np.zeros((*shape, 4), np.int64)
         self.host_scale: npt.NDArray[np.float32] = np.zeros(shape, np.float32)
+        self.host_storage: npt.NDArray[np.int64] = np.zeros(shape, np.int64)  # `Storage`, of A and of B
         self.index = torch.from_numpy(self.host_index).to(device)  # [modules, max_slots, ENTRIES, 4]
         self.scale = torch.from_numpy(self.host_scale).to(device)  # [modules, max_slots, ENTRIES]
         # By slot: r and k of every module and entry, as bytes. Equal for slots, and layers, that need the same work.
@@ -67,7 +79,7 @@ class GroupTable:
 
 
 class ModuleTable:
-    """One per adaptable linear. Rows are pool slots; a row holds (a_offset, b_offset, r, k) and the scale per entry.
+    """One per adaptable linear. Rows are pool slots; they have (a_offset, b_offset, r, k), scale and storage per entry.
 
     The host copy is what the CPU kernels read. On the CPU `index` and `scale` share its memory. A table that is given
     no group is a group of its own.
@@ -89,6 +101,7 @@ class ModuleTable:
         self.group = group or GroupTable(in_features, [out_features], max_slots, device)
         self.host_index = self.group.host_index[position]  # int64 [max_slots, ENTRIES, 4]
         self.host_scale = self.group.host_scale[position]  # float32 [max_slots, ENTRIES]
+        self.host_storage = self.group.host_storage[position]  # int64 [max_slots, ENTRIES]
         self.index = self.group.index[position]
         self.scale = self.group.scale[position]
         self._shared = device.type == "cpu"
@@ -103,9 +116,11 @@ class ModuleTable:
             self._check(entry)
         self.host_index[slot] = 0
         self.host_scale[slot] = 0
+        self.host_storage[slot] = Storage.NATIVE
         for i, entry in enumerate(entries):
             self.host_index[slot, i] = (entry.a_offset, entry.b_offset, entry.r, entry.k)
             self.host_scale[slot, i] = entry.scale
+            self.host_storage[slot, i] = entry.storage
         self.group.note_layout(slot)
         self._upload(slot)
 

@@ -185,6 +185,31 @@ def test_a_broken_header_is_refused(tmp_path: Path, kind: str) -> None:
     assert told in rejection(tmp_path / "a")
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        (b'"data_offsets":[0,512]', b'"data_offsets":[9,521]', "a gap or an overlap before"),
+        (b'"data_offsets":[0,512]', b'"data_offsets":[0,500]', "does not have the bytes that its shape needs"),
+        (b'"data_offsets":[512,1024]', b'"data_offsets":[511,1024]', "a gap or an overlap before"),
+        (b'"dtype":"F32"', b'"dtype":"F16"', "does not have the bytes that its shape needs"),
+    ],
+    ids=["gap at the start", "too short", "overlap", "another dtype"],
+)
+def test_tensors_that_do_not_lie_one_behind_the_other_are_refused(
+    tmp_path: Path, old: bytes, new: bytes, told: str
+) -> None:
+    """The file's length fits, and so do all shapes."""
+    path = write_lora(tmp_path / "a", MODULES[:1], target_modules=["q_proj"]) / WEIGHTS_FILE
+    data = path.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header = data[8 : 8 + size].replace(old, new)
+
+    assert header != data[8 : 8 + size]
+    path.write_bytes(len(header).to_bytes(8, "little") + header + data[8 + size :])
+    assert f"{WEIGHTS_FILE} is broken: " in rejection(tmp_path / "a")
+    assert told in rejection(tmp_path / "a")
+
+
 def test_a_header_of_absurd_length_is_not_read(tmp_path: Path) -> None:
     path = write_gralora(tmp_path / "a") / WEIGHTS_FILE
     path.write_bytes((1 << 60).to_bytes(8, "little") + b"{}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,10 @@ from support.checkpoints import (
     lora_tensors,
     write_checkpoint,
     write_gralora,
-    write_lora,
 )
 
-from gralora_kernels.reference import pack_a, pack_b
+from gralora_kernels.packing import Packing
+from gralora_kernels.reference import DTYPES, pack_a, pack_b
 from gralora_runtime.adapters import loader
 from gralora_runtime.adapters.checkpoint import WEIGHTS_FILE
 from gralora_runtime.adapters.loader import LoadedAdapter
@@ -32,6 +33,7 @@ from gralora_runtime.errors import AdapterRejectedError
 MODULE = MODULES[2]  # 48 -> 32
 PREFIX = f"base_model.model.{MODULE.name}"
 ODD = ModuleShape("odd.q_proj", 9, 15)  # not a multiple of the alignment
+KEEPING = Packing(keeps_16_bit=True)
 
 
 def load(path: Path, modules: tuple[ModuleShape, ...] = MODULES, **options: Any) -> LoadedAdapter:
@@ -102,6 +104,43 @@ def test_the_blob_has_the_pool_s_dtype_and_the_digest_does_not_depend_on_it(tmp_
     assert wide.num_bytes == 2 * narrow.num_bytes
 
 
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("modules", "r"), [(MODULES, 2), ((ODD,), 3)], ids=["even", "odd"])
+def test_a_pool_that_keeps_16_bits_holds_them_as_they_are(
+    tmp_path: Path, stored: torch.dtype, modules: tuple[ModuleShape, ...], r: int
+) -> None:
+    targets = [module.name for module in modules]
+    tensors = {name: tensor.to(stored) for name, tensor in gralora_tensors(modules, r=r, k=r).items()}
+    path = write_checkpoint(tmp_path / "a", gralora_config(r=r, k=r, target_modules=targets), tensors)
+
+    wide, kept = load(path, modules), load(path, modules, packing=KEEPING)
+
+    for module in modules:
+        ((found,),) = (entries for name, entries in kept.layout.modules if name == module.name)
+        assert DTYPES[found.storage] == stored
+        for offset, numel, expected in zip(
+            (found.a_offset, found.b_offset),
+            (found.r * module.in_features, found.r * module.out_features),
+            matrices(wide, module),
+            strict=True,
+        ):
+            assert offset % 16 == 0
+            assert torch.equal(kept.blob[offset:].view(stored)[:numel].float(), expected.reshape(-1))
+    assert kept.layout.summary.packed_numel == kept.layout.numel < 0.7 * wide.layout.numel
+    assert kept.digest == wide.digest
+
+
+def test_a_pair_of_two_dtypes_is_held_in_float32(tmp_path: Path) -> None:
+    tensors = gralora_tensors()
+    tensors = {name: tensor.half() if name.endswith("A") else tensor.bfloat16() for name, tensor in tensors.items()}
+    path = write_checkpoint(tmp_path / "a", gralora_config(), tensors)
+
+    wide, kept = load(path), load(path, packing=KEEPING)
+
+    assert torch.equal(wide.blob, kept.blob)
+    assert wide.layout.modules == kept.layout.modules
+
+
 # The digest names what is computed.
 
 
@@ -126,12 +165,17 @@ def test_both_dialects_of_the_same_adapter_have_one_digest(tmp_path: Path) -> No
     assert peft.digest == authors.digest
 
 
-def test_bfloat16_on_disk_and_the_same_values_in_float32_have_one_digest(tmp_path: Path) -> None:
+def test_the_same_values_stored_in_another_dtype_have_another_digest(tmp_path: Path) -> None:
+    """They are other bytes in a pool that keeps 16 bits, and bytes are what is hashed."""
     values = {name: tensor.bfloat16() for name, tensor in gralora_tensors().items()}
     write_checkpoint(tmp_path / "narrow", gralora_config(), values)
     write_checkpoint(tmp_path / "wide", gralora_config(), {name: tensor.float() for name, tensor in values.items()})
 
-    assert load(tmp_path / "narrow").digest == load(tmp_path / "wide").digest
+    narrow, wide = load(tmp_path / "narrow"), load(tmp_path / "wide")
+
+    assert torch.equal(narrow.blob, wide.blob)
+    assert narrow.digest != wide.digest
+    assert narrow.digest == load(tmp_path / "narrow", packing=KEEPING).digest
 
 
 def test_whatever_changes_the_answer_changes_the_digest(tmp_path: Path) -> None:
@@ -168,8 +212,11 @@ def test_the_same_bytes_with_another_k_have_another_digest(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_every_tensor_that_is_not_finite_is_named(tmp_path: Path, value: float) -> None:
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_every_tensor_that_is_not_finite_is_named(tmp_path: Path, value: float, stored: torch.dtype) -> None:
     def damage(tensors: dict[str, torch.Tensor]) -> None:
+        for name, tensor in tensors.items():
+            tensors[name] = tensor.to(stored)
         tensors[f"{PREFIX}.gralora_A"][1, 2, 3] = value
         tensors[f"{PREFIX}.gralora_B_general.weight"][31, 1] = value
 
@@ -188,6 +235,19 @@ def test_values_that_the_pool_s_dtype_cannot_hold_are_not_finite(tmp_path: Path)
     assert load(path).digest
     assert "not finite in float16" in rejection(path, dtype=torch.float16)[0]
 
+    narrow = edit_tensors(path, lambda tensors: tensors.update({n: t.bfloat16() for n, t in tensors.items()}))
+    assert load(narrow).digest
+    assert "not finite in float16" in rejection(narrow, dtype=torch.float16)[0]
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16], ids=str)
+def test_the_largest_values_of_16_bits_are_finite(tmp_path: Path, stored: torch.dtype) -> None:
+    def fill(tensors: dict[str, torch.Tensor]) -> None:
+        for name, tensor in tensors.items():
+            tensors[name] = torch.full_like(tensor, -torch.finfo(stored).max, dtype=stored)
+
+    assert load(edit_tensors(write_gralora(tmp_path / "a"), fill)).digest
+
 
 def test_a_float64_that_float32_cannot_hold_is_not_finite(tmp_path: Path) -> None:
     tensors = {name: tensor.double() for name, tensor in gralora_tensors().items()}
@@ -204,16 +264,18 @@ def test_a_rank_beyond_the_kernels_is_refused(tmp_path: Path) -> None:
     assert rejection(path, max_width=33) == ("its rank r * k + hybrid_r is 34, this server takes at most 33",)
 
 
-def test_overlapping_tensors_are_refused(tmp_path: Path) -> None:
-    """The header alone looks fine: two tensors share bytes, and the file's length fits."""
-    path = write_lora(tmp_path / "a", MODULES[:1], target_modules=["q_proj"]) / WEIGHTS_FILE
-    data = path.read_bytes()
-    size = int.from_bytes(data[:8], "little")
-    header = data[8 : 8 + size].replace(b'"data_offsets":[0,512]', b'"data_offsets":[9,521]')
+def test_a_file_that_is_cut_while_it_is_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_gralora(tmp_path / "a")
+    inspect = loader.inspect
 
-    assert header != data[8 : 8 + size]
-    path.write_bytes(data[:8] + header + data[8 + size :])
-    assert f"{WEIGHTS_FILE} is broken" in rejection(tmp_path / "a", modules=MODULES[:1])[0]
+    def inspect_then_cut(*args: Any, **options: Any) -> Any:
+        header = inspect(*args, **options)
+        os.truncate(path / WEIGHTS_FILE, header.file_bytes - 4)
+        return header
+
+    monkeypatch.setattr(loader, "inspect", inspect_then_cut)
+
+    assert (f"{WEIGHTS_FILE} changed while it was being read",) == rejection(path)
 
 
 def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftConfig, PeftModel
+from safetensors.torch import load_file, save_file
 from support.peft_adapters import gralora_config, in_authors_dialect, lora_config, save_adapter
 from support.tiny_models import tiny_model
 from transformers import PreTrainedModel
@@ -17,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from gralora_kernels.grouping import Grouping
 from gralora_kernels.reference import ReferenceBackend
+from gralora_runtime.adapters.checkpoint import WEIGHTS_FILE
 from gralora_runtime.adapters.loader import load
 from gralora_runtime.adapters.pool import AdapterPool
 from gralora_runtime.adapters.spec import ModuleShape
@@ -63,6 +65,13 @@ def peft_updates(model: PreTrainedModel, folder: Path, tokens: int = 5) -> Itera
     adapted.unload()
 
 
+def stored_as(folder: Path, dtype: torch.dtype) -> Path:
+    """The checkpoint with its weights rounded to `dtype`."""
+    tensors = {name: tensor.to(dtype) for name, tensor in load_file(folder / WEIGHTS_FILE).items()}
+    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    return folder
+
+
 def our_update(pool: AdapterPool, slot: int, width: int, module: str, x: torch.Tensor) -> torch.Tensor:
     table = pool.tables[module]
     grouping = Grouping(len(x))
@@ -76,7 +85,7 @@ def our_update(pool: AdapterPool, slot: int, width: int, module: str, x: torch.T
 
 def check_against_peft(model: PreTrainedModel, folder: Path) -> None:
     modules = shapes(model)
-    adapter = load("a", folder, modules, torch.float32, max_width=512)
+    adapter = load("a", folder, modules, torch.float32, max_width=512, packing=ReferenceBackend.packing)
     pool = AdapterPool(modules=modules, device=CPU, dtype=torch.float32, pool_bytes=8 << 20, max_slots=4)
     filler = pool.place(adapter)  # so that the one under test is neither in slot 0 nor at offset 0
     assert filler is not None
@@ -99,6 +108,17 @@ def test_gralora(tmp_path: Path, model: PreTrainedModel, architecture: str, r: i
     config = gralora_config(architecture, r, k, hybrid_r=hybrid_r, alpha=3 * r)
 
     check_against_peft(model, save_adapter(model, config, tmp_path))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["gralora", "lora"])
+def test_weights_of_16_bits(
+    tmp_path: Path, model: PreTrainedModel, architecture: str, kind: str, dtype: torch.dtype
+) -> None:
+    """PEFT widens them when it loads; here they are held as they are."""
+    config = gralora_config(architecture, 8, 2, hybrid_r=3) if kind == "gralora" else lora_config(architecture, 5)
+
+    check_against_peft(model, stored_as(save_adapter(model, config, tmp_path), dtype))
 
 
 def test_the_authors_dialect(tmp_path: Path, model: PreTrainedModel, architecture: str) -> None:

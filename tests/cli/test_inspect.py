@@ -85,7 +85,7 @@ def test_inspect_says_that_an_adapter_fits(tmp_path: Path, capsys) -> None:
 
     assert facts["fits"] is True
     assert facts["problems"] == []
-    assert facts["pool_elements"] == 2 * 4 * (64 + 64)
+    assert facts["cpu_pool_bytes"] == 4 * 2 * 4 * (64 + 64)
 
 
 def test_an_adapter_that_does_not_fit_is_exit_code_4_with_every_reason(tmp_path: Path, capsys) -> None:

@@ -9,6 +9,7 @@ from support.numeric import BOUNDS
 
 from gralora_kernels.cpu import backend as cpu_backend
 from gralora_kernels.cpu.backend import CpuBackend
+from gralora_kernels.tables import Storage
 
 BOUND = BOUNDS[torch.float32]
 RANKS_AND_KS = [(r, k) for r in (1, 2, 3, 8, 12, 64) for k in (1, 2, 4, 8) if r % k == 0]
@@ -51,6 +52,23 @@ def test_thirty_three_adapters_in_one_batch(backend):
     case = make_case(576, 192, [MIXED[i % 7] for i in range(33)])
 
     assert case.error(backend, [*range(33), *range(0, 33, 2)]) <= BOUND
+
+
+@pytest.mark.parametrize("num_tokens", [1, 7, 33, 97])
+@pytest.mark.parametrize(("in_features", "outs"), [(576, (576, 192)), (192, (1536,)), (40, (24, 8, 40))])
+def test_weights_of_16_bits_give_what_they_give_in_32(backend, in_features, outs, num_tokens):
+    """Bit for bit, adapters of all three storages side by side: widening is exact, and sums have one order."""
+    layouts = [*MIXED, [(24, 4)], [(7, 1)], [(20, 4), (9, 1)]]
+    storages = (Storage.FLOAT16, Storage.BFLOAT16, Storage.NATIVE)
+    narrow = make_case(in_features, outs, layouts, storages=storages)
+    wide = make_case(in_features, outs, layouts, storages=storages, widened=True)
+    x, y, grouping = narrow.step([3, *token_slots(num_tokens, len(layouts))])
+
+    result = narrow.apply(backend, x, y, grouping)
+
+    assert narrow.arena.numel() < 0.8 * wide.arena.numel()
+    assert torch.equal(result, wide.apply(backend, x, y, grouping))
+    assert narrow.error(backend, [3, *token_slots(num_tokens, len(layouts))]) <= BOUND
 
 
 def test_base_model_rows_are_untouched_bit_for_bit(backend):

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from gralora_kernels.dispatch import AdapterBackend
 from gralora_kernels.grouping import Grouping
-from gralora_kernels.packing import arrange_a, arrange_b
-from gralora_kernels.reference import ReferenceBackend
-from gralora_kernels.tables import ALIGNMENT, Entry, GroupTable, ModuleTable
+from gralora_kernels.packing import place_a, place_b
+from gralora_kernels.reference import DTYPES, ReferenceBackend, unpack_a, unpack_b
+from gralora_kernels.tables import ALIGNMENT, ARENA_SLACK, Entry, GroupTable, ModuleTable, Storage
 
 CPU = torch.device("cpu")
 Layout = Sequence[tuple[int, int]]  # (r, k) of each entry; empty: the module has no adapter in this slot
@@ -61,21 +61,22 @@ class Case:
         """What y becomes; y itself is kept."""
         result = y.clone()
         backend.prepare([self.group], grouping)
-        backend.apply(result, x, self.arranged(backend.panel), self.group, grouping)
+        backend.apply(result, x, self.arranged(backend.packing.panel), self.group, grouping)
         return result
 
     def arranged(self, panel: int) -> Tensor:
         """The arena as a backend wants its matrices to lie."""
         arena = self.arena.clone()
         for table in self.group.modules:
-            for a, b, r, k in table.host_index.reshape(-1, 4).tolist():
-                for offset, features, arrange in (
-                    (a, table.in_features, arrange_a),
-                    (b, table.out_features, arrange_b),
+            rows = zip(table.host_index.reshape(-1, 4).tolist(), table.host_storage.reshape(-1).tolist(), strict=True)
+            for (a, b, r, k), storage in rows:
+                for offset, features, unpack, place in (
+                    (a, table.in_features, unpack_a, place_a),
+                    (b, table.out_features, unpack_b, place_b),
                 ):
                     if r and panel:
-                        matrix = self.arena[offset : offset + r * features].view(r, -1).numpy()
-                        arena[offset : offset + r * features] = torch.from_numpy(arrange(matrix, k, panel).copy())
+                        blocks = unpack(_matrix(self.arena, offset, r * features, storage).view(r, -1), k)
+                        place(_matrix(arena, offset, r * features, storage).numpy(), blocks.numpy(), panel)
         return arena
 
     def error(self, backend: AdapterBackend, token_slots: Sequence[int]) -> float:
@@ -85,10 +86,19 @@ class Case:
         return rms_ratio(expected, self.apply(backend, x, y, grouping) - y)
 
 
-def make_case(in_features: int, out_features: int | Sequence[int], layouts: Sequence[Layout], seed: int = 1) -> Case:
+def make_case(
+    in_features: int,
+    out_features: int | Sequence[int],
+    layouts: Sequence[Layout],
+    *,
+    storages: Sequence[Storage] = (Storage.NATIVE,),
+    widened: bool = False,
+    seed: int = 1,
+) -> Case:
     """Several widths make several modules; module m has the layouts from the m-th on, so that modules differ.
 
-    Arena gaps hold NaN: a kernel that reads outside its matrices shows it.
+    Slots have the storages in turn; `widened`: the same weights, held in fp32. Arena gaps hold NaN: a kernel that uses
+    what lies outside its matrices shows it.
     """
     outs = [out_features] if isinstance(out_features, int) else out_features
     group = GroupTable(in_features, outs, len(layouts), CPU)
@@ -98,16 +108,38 @@ def make_case(in_features: int, out_features: int | Sequence[int], layouts: Sequ
     for m, table in enumerate(group.modules):
         for slot in range(len(layouts)):
             entries = []
+            storage = storages[slot % len(storages)]
             for r, k in layouts[(slot + m) % len(layouts)]:
                 offsets = []
                 for features in (in_features, table.out_features):
                     offsets.append(size)
-                    padding = ALIGNMENT + -(r * features) % ALIGNMENT
-                    pieces += [torch.randn(r * features, generator=generator) / 8, torch.full((padding,), float("nan"))]
-                    size += r * features + padding
-                entries.append(Entry(a_offset=offsets[0], b_offset=offsets[1], r=r, k=k, scale=0.5 + slot / 4))
+                    matrix = torch.randn(r * features, generator=generator) / 8
+                    pieces.append(_cells(matrix.to(DTYPES.get(storage, torch.float32)), widened=widened))
+                    size += len(pieces[-1])
+                kept = Storage.NATIVE if widened else storage
+                a, b = offsets
+                entries.append(Entry(a_offset=a, b_offset=b, r=r, k=k, scale=0.5 + slot / 4, storage=kept))
             table.set(slot, entries)
-    return Case(group, torch.cat(pieces) if pieces else torch.zeros(ALIGNMENT))
+    # What may be read behind the last matrix is there, and no more.
+    arena = torch.cat(pieces) if pieces else torch.zeros(ALIGNMENT)
+    return Case(group, arena[: len(arena) - ALIGNMENT + ARENA_SLACK])
+
+
+def _cells(matrix: Tensor, *, widened: bool) -> Tensor:
+    """As elements of an fp32 arena, and a gap behind."""
+    if widened or matrix.dtype == torch.float32:
+        cells = matrix.float()
+    else:
+        pair = torch.full((len(matrix) % 2,), float("nan"), dtype=matrix.dtype)
+        cells = torch.cat([matrix, pair]).view(torch.float32)
+    return torch.cat([cells, torch.full((ALIGNMENT + -len(cells) % ALIGNMENT,), float("nan"))])
+
+
+def _matrix(arena: Tensor, offset: int, numel: int, storage: int) -> Tensor:
+    """A view of one matrix's elements; those of 16 bits as integers, for numpy knows no bfloat16."""
+    if storage == Storage.NATIVE:
+        return arena[offset : offset + numel]
+    return arena[offset:].view(torch.int16)[:numel]
 
 
 def token_slots(num_tokens: int, num_slots: int, seed: int = 0) -> list[int]:

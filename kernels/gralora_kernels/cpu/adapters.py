@@ -7,22 +7,126 @@ Adapters lie in panels (`packing.py`). A token's result does not depend on its b
 
 from __future__ import annotations
 
+from typing import Any
+
 from numba import njit
 
 from gralora_kernels.cpu.linear import FLOAT_BYTES
-from gralora_kernels.cpu.microkernel import FROM_OUTPUT, FROM_ZERO, PANEL, multiply
-from gralora_kernels.cpu.simd import load_int32, load_int64, load_scalar, store_scalar
+from gralora_kernels.cpu.microkernel import (
+    AHEAD,
+    FETCHES,
+    FROM_OUTPUT,
+    FROM_ZERO,
+    PANEL,
+    multiply,
+    multiply_bfloat16,
+    multiply_float16,
+)
+from gralora_kernels.cpu.simd import (
+    LANES,
+    fma,
+    load,
+    load_bfloat16,
+    load_float16,
+    load_int32,
+    load_int64,
+    load_scalar,
+    prefetch,
+    splat,
+    store,
+    store_scalar,
+)
+from gralora_kernels.cpu.team import LINE
 from gralora_kernels.grouping import TILE_TOKENS
-from gralora_kernels.tables import ENTRIES
+from gralora_kernels.tables import ENTRIES, Storage
 
-COLUMNS = 8 * PANEL  # of the output per piece of an expand
+COLUMNS = 384  # of the output per piece of an expand: whole panels, and few pieces
 SCRATCH_BYTES = TILE_TOKENS * PANEL * FLOAT_BYTES  # that a shrink needs
+
+FEW_TOKENS = 2  # of one adapter: so few are expanded one by one
+
+# Numba knows no enumerations.
+NATIVE, FLOAT16, BFLOAT16 = map(int, Storage)
+
+
+@njit(nogil=True)
+def _element_bytes(storage: int) -> int:
+    return FLOAT_BYTES if storage == NATIVE else 2
+
+
+@njit(nogil=True)
+def _multiply(
+    storage: int, rows: int, x: int, x_stride: int, x_index: int, y: int, y_stride: int, y_index: int, w: int,
+    w_stride: int, depth: int, start: int, columns: int,
+) -> None:  # fmt: skip
+    """A panel of any storage."""
+    if storage == NATIVE:
+        multiply(
+            rows, x, x_stride, x_index, y, y_stride, y_index, w, w_stride, depth, start, columns, columns == PANEL
+        )  # fmt: skip
+    elif storage == FLOAT16:
+        multiply_float16(rows, x, x_stride, x_index, y, y_stride, y_index, w, w_stride, depth, start, columns)
+    else:
+        multiply_bfloat16(rows, x, x_stride, x_index, y, y_stride, y_index, w, w_stride, depth, start, columns)
+
+
+def _expander(load_weights: Any, element_bytes: int) -> Any:
+    lines = max(1, 2 * PANEL * element_bytes // LINE)  # of two panels, per row
+
+    @njit(nogil=True)
+    def expand_token(panels: int, u: int, r: int, w: int, y: int) -> None:
+        """y += u [r] @ w for whole panels that lie side by side: two at a time, for one waits for its own sums."""
+        for p in range(0, panels - panels % 2, 2):
+            first, second = p * r * PANEL, (p + 1) * r * PANEL
+            ahead = w + first * element_bytes + AHEAD
+            at = p * PANEL
+            a, b, c, d = load(y, at), load(y, at + LANES), load(y, at + 2 * LANES), load(y, at + 3 * LANES)
+            for row in range(r):
+                value, shift = splat(load_scalar(u, row)), row * PANEL
+                a = fma(value, load_weights(w, first + shift), a)
+                b = fma(value, load_weights(w, first + shift + LANES), b)
+                c = fma(value, load_weights(w, second + shift), c)
+                d = fma(value, load_weights(w, second + shift + LANES), d)
+                if FETCHES:
+                    for line in range(lines):
+                        prefetch(ahead + (row * lines + line) * LINE, 0)
+            store(y, at, a)
+            store(y, at + LANES, b)
+            store(y, at + 2 * LANES, c)
+            store(y, at + 3 * LANES, d)
+        if panels % 2:
+            first, at = (panels - 1) * r * PANEL, (panels - 1) * PANEL
+            a, b = load(y, at), load(y, at + LANES)
+            for row in range(r):
+                value, shift = splat(load_scalar(u, row)), row * PANEL
+                a = fma(value, load_weights(w, first + shift), a)
+                b = fma(value, load_weights(w, first + shift + LANES), b)
+            store(y, at, a)
+            store(y, at + LANES, b)
+
+    return expand_token
+
+
+_expand_native, _expand_float16, _expand_bfloat16 = (
+    _expander(load_weights, element_bytes)
+    for load_weights, element_bytes in ((load, FLOAT_BYTES), (load_float16, 2), (load_bfloat16, 2))
+)
+
+
+@njit(nogil=True)
+def _expand_token(storage: int, panels: int, u: int, r: int, w: int, y: int) -> None:
+    if storage == NATIVE:
+        _expand_native(panels, u, r, w, y)
+    elif storage == FLOAT16:
+        _expand_float16(panels, u, r, w, y)
+    else:
+        _expand_bfloat16(panels, u, r, w, y)
 
 
 @njit(nogil=True)
 def shrink_piece(
-    item: int, index: int, scales: int, x: int, in_features: int, order: int, u: int, u_stride: int, arena: int,
-    scratch: int, iota: int,
+    item: int, index: int, scales: int, storages: int, x: int, in_features: int, order: int, u: int, u_stride: int,
+    arena: int, scratch: int, iota: int,
 ) -> None:  # fmt: skip
     """u = scale * x @ A of one item (slot, first, count), all its entries and blocks, already exchanged.
 
@@ -36,14 +140,15 @@ def shrink_piece(
         if r == 0:
             continue
         width, strip = in_features // k, r // k
+        storage = load_int64(storages, slot * ENTRIES + entry)
         scale = load_scalar(scales, slot * ENTRIES + entry)
         for n in range(k):
             for p in range(0, r, PANEL):
                 columns = min(PANEL, r - p)
-                multiply(
-                    count, x + n * width * FLOAT_BYTES, in_features, order + first * 4, scratch, PANEL, iota,
-                    arena + (a + n * width * r + p * width) * FLOAT_BYTES, columns, width, FROM_ZERO, columns,
-                    columns == PANEL,
+                weights = arena + a * FLOAT_BYTES + (n * r + p) * width * _element_bytes(storage)
+                _multiply(
+                    storage, count, x + n * width * FLOAT_BYTES, in_features, order + first * 4, scratch, PANEL, iota,
+                    weights, columns, width, FROM_ZERO, columns,
                 )  # fmt: skip
                 for q in range(columns):
                     target = column + (p + q) // strip * r + n * strip + (p + q) % strip
@@ -54,8 +159,8 @@ def shrink_piece(
 
 @njit(nogil=True)
 def expand_piece(
-    item: int, index: int, begin: int, y: int, y_stride: int, out_features: int, order: int, u: int, u_stride: int,
-    arena: int, iota: int,
+    item: int, index: int, storages: int, begin: int, y: int, y_stride: int, out_features: int, order: int, u: int,
+    u_stride: int, arena: int, iota: int,
 ) -> None:  # fmt: skip
     """y += u @ B of one item (slot, first, count), all its entries, for COLUMNS columns from `begin` on."""
     slot, first, count = load_int32(item, 0), load_int32(item, 1), load_int32(item, 2)
@@ -67,18 +172,30 @@ def expand_piece(
         if r == 0:
             continue
         width = out_features // k
+        storage = load_int64(storages, slot * ENTRIES + entry)
         at = begin
-        while at < end:  # one panel, or the part of it that lies between begin and end
+        while at < end:
             j = at // width
             inside = at - j * width
-            panel = inside // PANEL * PANEL
-            panel_columns = min(PANEL, width - panel)
-            columns = min(panel + panel_columns - inside, end - at)
-            weights = arena + (b + j * width * r + panel * r + inside - panel) * FLOAT_BYTES
+            block = arena + b * FLOAT_BYTES + j * width * r * _element_bytes(storage)
             source, target = u + (column + j * r) * FLOAT_BYTES, y + at * FLOAT_BYTES
-            multiply(
-                count, source, u_stride, iota + first * 4, target, y_stride, order + first * 4, weights, panel_columns,
-                r, FROM_OUTPUT, columns, columns == PANEL,
-            )  # fmt: skip
+            columns = min(width - inside, end - at)
+            if count <= FEW_TOKENS and inside % PANEL == 0 and columns >= PANEL:  # all whole panels of the block
+                columns -= columns % PANEL
+                weights = block + inside * r * _element_bytes(storage)
+                for t in range(first, first + count):
+                    _expand_token(
+                        storage, columns // PANEL, source + t * u_stride * FLOAT_BYTES, r, weights,
+                        target + load_int32(order, t) * y_stride * FLOAT_BYTES,
+                    )  # fmt: skip
+            else:  # one panel, or the part of it that lies between begin and end
+                panel = inside // PANEL * PANEL
+                panel_columns = min(PANEL, width - panel)
+                columns = min(columns, panel + panel_columns - inside)
+                weights = block + (panel * r + inside - panel) * _element_bytes(storage)
+                _multiply(
+                    storage, count, source, u_stride, iota + first * 4, target, y_stride, order + first * 4, weights,
+                    panel_columns, r, FROM_OUTPUT, columns,
+                )  # fmt: skip
             at += columns
         column += r * k

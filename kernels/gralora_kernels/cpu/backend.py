@@ -21,6 +21,7 @@ from gralora_kernels.cpu.linear import row_numbers
 from gralora_kernels.cpu.microkernel import PANEL
 from gralora_kernels.cpu.threads import region_lock
 from gralora_kernels.grouping import Grouping
+from gralora_kernels.packing import Packing
 from gralora_kernels.tables import GroupTable
 
 # Below so many multiply-adds (an upper bound) one thread is done sooner than two have met: about 15 us on Zen 4.
@@ -45,10 +46,10 @@ class _Operations:
 
 
 class CpuBackend:
-    """fp32 only. Holds the intermediate u, so calls take turns."""
+    """fp32, but for adapters of 16 bits. Holds the intermediate u, so calls take turns."""
 
     name = "cpu"
-    panel = PANEL
+    packing = Packing(panel=PANEL, keeps_16_bit=True)
 
     def __init__(self) -> None:
         self._u = torch.empty(0)

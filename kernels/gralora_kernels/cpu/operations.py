@@ -35,7 +35,7 @@ EMBED, NORM, NORM_LAST, LINEAR, HEAD, EXPAND, ROTATE, ATTEND, GATE = range(9)
 # What a row of `ops` holds, after its kind. Addresses are of float32 memory.
 KIND, X, Y, WEIGHT, DEPTH, COLUMNS_OUT, START, GROUP, KEYS, VALUES, EXTRA, NUM_FIELDS = range(12)
 # What a row of `groups` holds, per module of the group.
-INDEX, SCALES, COLUMN, OUT_FEATURES, NUM_MODULE_FIELDS = range(5)
+INDEX, SCALES, STORAGES, COLUMN, OUT_FEATURES, NUM_MODULE_FIELDS = range(6)
 # What `step` holds: the sizes and addresses of one step.
 (NUM_TOKENS, NUM_LAST, NUM_ITEMS, NUM_ATTENTION, TOKEN_IDS, POSITIONS, KV_SLOTS, LAST, ORDER, ITEMS, U, U_WIDTH, ARENA,
  MAX_PAGES, PIECES, PAGE_TABLE, NUM_STEP_FIELDS) = range(17)  # fmt: skip
@@ -94,8 +94,8 @@ def _linear(piece: int, op: Int64s, groups: Int64s, step: Int64s, scratch: int, 
     item, module = piece // modules, piece % modules
     column = module * step[U_WIDTH] * FLOAT_BYTES
     shrink_piece(
-        step[ITEMS] + 12 * item, group[module, INDEX], group[module, SCALES], op[X], op[DEPTH], step[ORDER],
-        step[U] + column, group.shape[0] * step[U_WIDTH], step[ARENA], scratch, iota,
+        step[ITEMS] + 12 * item, group[module, INDEX], group[module, SCALES], group[module, STORAGES], op[X],
+        op[DEPTH], step[ORDER], step[U] + column, group.shape[0] * step[U_WIDTH], step[ARENA], scratch, iota,
     )  # fmt: skip
 
 
@@ -113,9 +113,9 @@ def _expand(piece: int, op: Int64s, groups: Int64s, step: Int64s, iota: int) -> 
         module += 1
     column = module * step[U_WIDTH] * FLOAT_BYTES
     expand_piece(
-        step[ITEMS] + 12 * item, group[module, INDEX], piece * COLUMNS, op[Y] + group[module, COLUMN] * FLOAT_BYTES,
-        op[COLUMNS_OUT], group[module, OUT_FEATURES], step[ORDER], step[U] + column,
-        group.shape[0] * step[U_WIDTH], step[ARENA], iota,
+        step[ITEMS] + 12 * item, group[module, INDEX], group[module, STORAGES], piece * COLUMNS,
+        op[Y] + group[module, COLUMN] * FLOAT_BYTES, op[COLUMNS_OUT], group[module, OUT_FEATURES], step[ORDER],
+        step[U] + column, group.shape[0] * step[U_WIDTH], step[ARENA], iota,
     )  # fmt: skip
 
 
@@ -233,6 +233,7 @@ def group_rows(groups: Sequence[GroupTable]) -> Int64s:
     for own, group in zip(rows, groups, strict=True):
         for row, table, column in zip(own, group.modules, group.column_starts, strict=False):
             row[[INDEX, SCALES]] = table.host_index.ctypes.data, table.host_scale.ctypes.data
+            row[STORAGES] = table.host_storage.ctypes.data
             row[[COLUMN, OUT_FEATURES]] = column, table.out_features
     return rows
 

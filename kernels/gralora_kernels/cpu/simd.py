@@ -67,6 +67,16 @@ def ask_for(builder: Any, pointer: Any) -> None:
     call(builder, "llvm.prefetch.p0", ir.VoidType(), [pointer, _I32(0), _I32(2), _I32(1)])
 
 
+def load_widened(builder: Any, address: Any, *, bfloat16: bool) -> Any:
+    """LANES elements of 16 bits as fp32, exactly. `address` in bytes."""
+    if not bfloat16:
+        halves = builder.load(builder.inttoptr(address, ir.PointerType(ir.VectorType(ir.HalfType(), LANES))), align=2)
+        return builder.fpext(halves, _VECTOR)
+    integers = ir.VectorType(_I32, LANES)  # bfloat16 is the upper half of an fp32
+    bits = builder.load(builder.inttoptr(address, ir.PointerType(ir.VectorType(ir.IntType(16), LANES))), align=2)
+    return builder.bitcast(builder.shl(builder.zext(bits, integers), ir.Constant(integers, [16] * LANES)), _VECTOR)
+
+
 def _mask(builder: Any, count: Any) -> Any:
     """Lanes below `count`."""
     lanes = ir.Constant(ir.VectorType(_I32, LANES), list(range(LANES)))
@@ -84,6 +94,10 @@ def _fold(builder: Any, value: Any, combine: Any) -> Any:
     return builder.extract_element(value, _I32(0))
 
 
+def _at_16_bit(builder: Any, address: Any, offset: Any) -> Any:
+    return builder.add(address, builder.shl(offset, ir.Constant(offset.type, 1)))
+
+
 _SUFFIX = f"v{LANES}f32"
 
 
@@ -93,6 +107,26 @@ def load(typing: Any, address: Any, offset: Any) -> Any:
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.load(pointer_to(builder, *args), align=4)
+
+    return vector(types.intp, types.intp), codegen
+
+
+@intrinsic
+def load_float16(typing: Any, address: Any, offset: Any) -> Any:
+    """LANES elements from `offset`, in elements of 16 bits."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return load_widened(builder, _at_16_bit(builder, *args), bfloat16=False)
+
+    return vector(types.intp, types.intp), codegen
+
+
+@intrinsic
+def load_bfloat16(typing: Any, address: Any, offset: Any) -> Any:
+    """LANES elements from `offset`, in elements of 16 bits."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return load_widened(builder, _at_16_bit(builder, *args), bfloat16=True)
 
     return vector(types.intp, types.intp), codegen
 

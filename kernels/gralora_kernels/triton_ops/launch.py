@@ -10,6 +10,7 @@ import triton
 from torch import Tensor
 
 from gralora_kernels.grouping import Grouping
+from gralora_kernels.packing import ROW_MAJOR
 from gralora_kernels.replay import ReplayGuard
 from gralora_kernels.tables import ENTRIES, GroupTable
 from gralora_kernels.triton_ops.expand import expand_kernel
@@ -36,7 +37,7 @@ class TritonBackend:
     """
 
     name = "triton"
-    panel = 0
+    packing = ROW_MAJOR
 
     def __init__(self, device: torch.device) -> None:
         if device.type == "cpu" and not triton.knobs.runtime.interpret:
