@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
+from shutil import copytree
 
 import torch
 from peft import GraloraConfig, LoraConfig, PeftModel, get_peft_model
@@ -16,6 +17,7 @@ from transformers import PreTrainedModel
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 WEIGHTS = "adapter_model.safetensors"
+FLOAT_BYTES = 4
 # Standard deviation of an update's output for inputs of size 1: enough to change the answer, far from breaking it.
 UPDATE_SIZE = 0.3
 
@@ -26,6 +28,7 @@ class AdapterSet:
 
     folder: Path
     params: dict[str, int] = field(default_factory=dict)  # by name
+    bytes: dict[str, int] = field(default_factory=dict)  # of the weights, as they are stored
     same_as: dict[str, str] = field(default_factory=dict)  # a converted LoRA -> the GraLoRA it was made from
 
     def path(self, name: str) -> Path:
@@ -38,6 +41,7 @@ class AdapterSet:
         adapted = get_peft_model(base, config)
         for seed, name in enumerate(names):
             self.params[name] = _randomise(adapted, seed=1000 * k + seed)
+            self.bytes[name] = FLOAT_BYTES * self.params[name]
             adapted.save_pretrained(self.path(name))
         adapted.unload()
         return names
@@ -47,7 +51,19 @@ class AdapterSet:
         names = [source.replace("gralora", "lora-of", 1) for source in sources]
         for source, name in zip(sources, names, strict=True):
             self.params[name] = write_exact_lora(self.path(source), self.path(name))
+            self.bytes[name] = FLOAT_BYTES * self.params[name]
             self.same_as[name] = source
+        return names
+
+    def add_bfloat16(self, sources: list[str]) -> list[str]:
+        """The same adapters, rounded: as they are saved where training is in bfloat16."""
+        names = [f"{source}-bfloat16" for source in sources]
+        for source, name in zip(sources, names, strict=True):
+            copytree(self.path(source), self.path(name))
+            tensors = {key: tensor.bfloat16() for key, tensor in load_file(self.path(source) / WEIGHTS).items()}
+            save_file(tensors, self.path(name) / WEIGHTS, metadata={"format": "pt"})
+            self.params[name] = self.params[source]
+            self.bytes[name] = self.bytes[source] // 2
         return names
 
 

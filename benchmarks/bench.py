@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from benchmarks.adapters import AdapterSet, Merger
-from benchmarks.cost import BYTES, ModelCost
+from benchmarks.cost import ModelCost
 from benchmarks.gate import Gate, GateRedError
 from benchmarks.machine import resident_bytes
 from benchmarks.measurement import Contender, interleave
@@ -39,12 +39,13 @@ class Bench:
         for k in workload.other_k:
             self.by_k[k] = self.adapters.add_gralora(self.base, workload.crowd, rank=workload.rank, k=k)
         self.exact = {k: self.adapters.add_exact_lora(self.by_k[k]) for k in (workload.k, 4)}
+        self.bfloat16 = self.adapters.add_bfloat16(self.by_k[workload.k])
         self.merger = Merger(self.base)
         self.kept: dict[str, PreTrainedModel] = {}  # merged models that take part themselves
         self.gate = Gate(self._reference, self.adapters.same_as)
-        self.cost = ModelCost.of(self.base, self.adapters.params)
+        self.cost = ModelCost.of(self.base, self.adapters.params, self.adapters.bytes)
         self.prompts = make_prompts(workload.large_crowd, workload.prompt_tokens, self.base.config.vocab_size)
-        self.pool_bytes = int(1.05 * BYTES * sum(self.adapters.params.values()))
+        self.pool_bytes = int(1.05 * sum(self.adapters.bytes.values()))
         before = resident_bytes()
         self.engine = self.load_engine(model_dir, adapters_dir=self.adapters.folder, max_num_seqs=workload.large_crowd)
         self.note_memory("our engine with one base model, no adapter yet", resident_bytes() - before)

@@ -28,14 +28,17 @@ class Cost:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelCost:
-    """Parameters of one model and of its adapters by name."""
+    """Parameters of one model, and of its adapters by name, with the bytes in which those are stored."""
 
     layer_params: int
     head_params: int
     adapter_params: Mapping[str, int]
+    adapter_sizes: Mapping[str, int]
 
     @classmethod
-    def of(cls, model: PreTrainedModel, adapter_params: Mapping[str, int]) -> ModelCost:
+    def of(
+        cls, model: PreTrainedModel, adapter_params: Mapping[str, int], adapter_sizes: Mapping[str, int]
+    ) -> ModelCost:
         """A head that shares the embedding's weight is read by every step all the same."""
         head = model.get_output_embeddings()
         linears = [module for module in model.modules() if isinstance(module, nn.Linear) and module is not head]
@@ -43,11 +46,12 @@ class ModelCost:
             layer_params=sum(linear.weight.numel() for linear in linears),
             head_params=head.weight.numel(),
             adapter_params=adapter_params,
+            adapter_sizes=adapter_sizes,
         )
 
     def adapter_bytes(self, requests: Sequence[Request]) -> int:
         """Each adapter that is asked for, once."""
-        return BYTES * sum(self.adapter_params[name] for name in {request.adapter for request in requests} if name)
+        return sum(self.adapter_sizes[name] for name in {request.adapter for request in requests} if name)
 
     def decode(self, requests: Sequence[Request], *, merged: bool = False) -> Cost:
         """One step: one token of every request."""

@@ -63,6 +63,7 @@ def crowd(bench: Bench, vllm_python: str) -> list[Section]:
     own = [
         bench.ours(BASE, bench.requests([""], workload.crowd)),
         bench.ours(distinct, bench.requests(bench.by_k[workload.k], workload.crowd)),
+        bench.ours(_bfloat16_name(bench), bench.requests(bench.bfloat16, workload.crowd)),
     ]
     own += [bench.ours(name, bench.requests(names, workload.crowd)) for name, names in kinds.items()]
     with ExitStack() as resources:
@@ -86,14 +87,17 @@ def _rivals_section(bench: Bench, distinct: str, rows: list[Row]) -> Section:
         fleet.VLLM_ONE,
         fleet.VLLM_EXACT,
     ]
-    pairs = [(distinct, BASE), (BASE, fleet.TRANSFORMERS_ONE), *((distinct, rival) for rival in rivals)]
+    narrow = _bfloat16_name(bench)
+    pairs = [(distinct, BASE), (narrow, BASE), (narrow, distinct), (BASE, fleet.TRANSFORMERS_ONE)]
+    pairs += [(distinct, rival) for rival in rivals]
     return Section(
         key="crowd",
         title=f"{bench.workload.crowd} requests for {bench.workload.crowd} customers",
         text="All requests come together. One merged model serves one customer only: it is the best that a deployment "
         "for a single customer does with as many requests. Where models take turns each has one request, so it serves "
         "one at a time; such requests do not influence each other, and a round times as many as its note says: "
-        "its time is the mean of theirs, its tokens/s are one request's.",
+        "its time is the mean of theirs, its tokens/s are one request's. Adapters are stored in float32, as PEFT saves "
+        "them, but where it says otherwise.",
         rows=rows,
         ratios=[Ratio(title=f"{a} / {b}", ours=a, theirs=b) for a, b in pairs if b in present],
     )
@@ -120,6 +124,10 @@ def _kinds_section(bench: Bench, distinct: str, kinds: Sequence[str], rows: list
         ],
         base=BASE,
     )
+
+
+def _bfloat16_name(bench: Bench) -> str:
+    return f"{adapters_name(bench.workload.crowd)} stored in bfloat16"
 
 
 def _kind_name(k: int) -> str:

@@ -113,9 +113,7 @@ def _read(name: str, weights: Path, header: AdapterHeader) -> bytes:
     except OSError as cause:
         raise rejected(name, [f"{WEIGHTS_FILE} cannot be read ({cause.strerror})"]) from cause
     header_bytes = 8 + int.from_bytes(data[:8], "little")
-    if hash(data[:header_bytes]) != header.fingerprint:
-        raise rejected(name, [f"{WEIGHTS_FILE} changed while it was being read"])
-    if len(data) != header.file_bytes:
+    if hash(data[:header_bytes]) != header.fingerprint or len(data) != header.file_bytes:
         raise rejected(name, [f"{WEIGHTS_FILE} changed while it was being read"])
     return data
 
@@ -142,7 +140,8 @@ class _Weights:
                         yield f"tensor {name} has values that are not finite in {kind}"
 
     def digest(self) -> str:
-        """Hash of what the adapter computes. Names, dialects and training settings leave no trace in it."""
+        """Hash of what the adapter computes, of its weights as they are stored. Names, dialects and training settings
+        leave no trace in it."""
         layers = [
             (module.module.name, module.module.in_features, module.module.out_features, pair.part.r, pair.part.k,
              float(pair.part.scale).hex(), pair.a_shape, pair.b_shape, self._dtypes(pair))

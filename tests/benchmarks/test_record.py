@@ -7,7 +7,7 @@ from benchmarks.measurement import Answer, Contender, Run
 from benchmarks.record import FIRST_LAST, FIRST_MEAN, STEP, WHOLE, rows_of
 from benchmarks.workload import Request
 
-COST = ModelCost(layer_params=100, head_params=10, adapter_params={"a": 7, "b": 3})
+COST = ModelCost(layer_params=100, head_params=10, adapter_params={"a": 7, "b": 3}, adapter_sizes={"a": 28, "b": 12})
 REQUESTS = [Request("a", (1, 2, 3), 4), Request("b", (4, 5, 6), 4), Request("a", (7, 8, 9), 4)]
 
 

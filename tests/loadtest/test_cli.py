@@ -192,3 +192,21 @@ def test_deployments_are_compared(tmp_path: Path, monkeypatch) -> None:
     (folder,) = (tmp_path / "cache" / "loadtest-adapters").glob("*/*")
     assert folder == tmp_path / "cache" / "loadtest-adapters" / shapes_digest(model) / "r4k2-r4k1"
     assert len(list(folder.iterdir())) == 3
+
+
+def test_warm_servers_have_loaded_before_the_run(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("GRALORA_CACHE", str(tmp_path / "cache"))
+    model = save_tiny_model("llama", tmp_path / "model")
+    options = ["--counts", "3", "--systems", "multi", "--kinds", "r4k2", "--kv-cache", "8MiB", "--warm"]
+    short = ["--duration-s", "1.5", "--warmup-s", "0.5", "--output-tokens", "4", "--arrivals", "closed:3"]
+
+    code = run(["loadtest", "compare", "--model", str(model), "--out", str(tmp_path / "out"), *options, *short])
+
+    assert code == ExitCode.OK
+    result = LoadTestResult.read(tmp_path / "out" / "result.json")
+    assert result.workload["adapters at the start"] == "in memory, as many as fit"
+    (multi,) = result.runs
+    assert multi.summary.ok > 0
+    assert multi.server is not None
+    assert multi.server.decode_tokens > 0
+    assert multi.server.adapter_loads == 0

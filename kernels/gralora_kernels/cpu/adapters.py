@@ -17,6 +17,7 @@ from gralora_kernels.cpu.microkernel import (
     FETCHES,
     FROM_OUTPUT,
     FROM_ZERO,
+    MAX_ROWS,
     PANEL,
     multiply,
     multiply_bfloat16,
@@ -174,28 +175,45 @@ def expand_piece(
         width = out_features // k
         storage = load_int64(storages, slot * ENTRIES + entry)
         at = begin
-        while at < end:
+        while at < end:  # the part of one block that lies between begin and end
             j = at // width
-            inside = at - j * width
+            columns = min((j + 1) * width, end) - at
             block = arena + b * FLOAT_BYTES + j * width * r * _element_bytes(storage)
             source, target = u + (column + j * r) * FLOAT_BYTES, y + at * FLOAT_BYTES
-            columns = min(width - inside, end - at)
-            if count <= FEW_TOKENS and inside % PANEL == 0 and columns >= PANEL:  # all whole panels of the block
-                columns -= columns % PANEL
-                weights = block + inside * r * _element_bytes(storage)
-                for t in range(first, first + count):
-                    _expand_token(
-                        storage, columns // PANEL, source + t * u_stride * FLOAT_BYTES, r, weights,
-                        target + load_int32(order, t) * y_stride * FLOAT_BYTES,
-                    )  # fmt: skip
-            else:  # one panel, or the part of it that lies between begin and end
-                panel = inside // PANEL * PANEL
-                panel_columns = min(PANEL, width - panel)
-                columns = min(columns, panel + panel_columns - inside)
-                weights = block + (panel * r + inside - panel) * _element_bytes(storage)
-                _multiply(
-                    storage, count, source, u_stride, iota + first * 4, target, y_stride, order + first * 4, weights,
-                    panel_columns, r, FROM_OUTPUT, columns,
+            # Of many rows a few at a time for all columns: B then comes from the nearest cache, and y in order. Panel by
+            # panel for all rows, rows that are a multiple of a page apart drive each other out of it. (256 tokens are
+            # 1.2 times as fast; 8 tokens would be a tenth slower.)
+            rows = count if count <= 2 * MAX_ROWS else MAX_ROWS
+            for t in range(first, first + count, rows):
+                _expand_block(
+                    storage, min(rows, first + count - t), source, u_stride, iota + t * 4, target, y_stride,
+                    order + t * 4, block, r, width, at - j * width, columns,
                 )  # fmt: skip
             at += columns
         column += r * k
+
+
+@njit(nogil=True)
+def _expand_block(
+    storage: int, rows: int, u: int, u_stride: int, u_rows: int, y: int, y_stride: int, y_rows: int, block: int, r: int,
+    width: int, inside: int, columns: int,
+) -> None:  # fmt: skip
+    """y += u @ B_j for `columns` columns of one block, from its column `inside` on; y begins there."""
+    done = 0
+    if rows <= FEW_TOKENS and inside % PANEL == 0 and columns >= PANEL:  # all whole panels
+        done = columns - columns % PANEL
+        for t in range(rows):
+            _expand_token(
+                storage, done // PANEL, u + load_int32(u_rows, t) * u_stride * FLOAT_BYTES, r,
+                block + inside * r * _element_bytes(storage), y + load_int32(y_rows, t) * y_stride * FLOAT_BYTES,
+            )  # fmt: skip
+    while done < columns:  # one panel, or a part of it
+        panel = (inside + done) // PANEL * PANEL
+        panel_columns = min(PANEL, width - panel)
+        shift = inside + done - panel
+        some = min(columns - done, panel_columns - shift)
+        _multiply(
+            storage, rows, u, u_stride, u_rows, y + done * FLOAT_BYTES, y_stride, y_rows,
+            block + (panel * r + shift) * _element_bytes(storage), panel_columns, r, FROM_OUTPUT, some,
+        )  # fmt: skip
+        done += some

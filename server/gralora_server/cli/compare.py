@@ -60,6 +60,14 @@ def compare(
     slo_ttft_s: SloTtftS = 4.0,
     slo_itl_s: SloItlS = 0.2,
     memory: Memory = None,
+    warm: Annotated[
+        bool,
+        typer.Option(
+            "--warm",
+            help="The multi-adapter server first loads what it has room for, the likeliest last: as after long use.",
+            rich_help_panel=MEASURE,
+        ),
+    ] = False,
     model: Annotated[Path | None, typer.Option(help="Default: SmolLM2-135M-Instruct.", rich_help_panel=OWN)] = None,
     adapters: Annotated[
         Path | None,
@@ -108,6 +116,7 @@ def compare(
         ),
         slo=Slo(ttft_s=slo_ttft_s, itl_s=slo_itl_s),
         memory_bytes=memory_budget(memory),
+        warm=warm,
         max_num_seqs=max_num_seqs,
         kv_cache_bytes=kv_cache,
         environment=offline_environment(),
@@ -125,6 +134,7 @@ def compare(
         if adapters is None
         else f"those of {adapters.name}, then {kinds} (synthetic)",
         "memory budget": human_bytes(comparison.memory_bytes),
+        "adapters at the start": "in memory, as many as fit" if warm else "on disk",
         "KV cache of each system": human_bytes(kv_cache),
         "requests in one step, at most": str(max_num_seqs),
         "rounds": str(rounds),

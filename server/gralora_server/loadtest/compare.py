@@ -19,7 +19,7 @@ from gralora_server.loadtest.driver import Progress
 from gralora_server.loadtest.headers import num_parameters, num_tied_parameters, weight_shapes
 from gralora_server.loadtest.local_server import running
 from gralora_server.loadtest.result import Refusal, RunResult
-from gralora_server.loadtest.run import Target, run
+from gralora_server.loadtest.run import Target, load_adapters, run
 from gralora_server.loadtest.summary import Slo
 from gralora_server.loadtest.trace import Trace
 
@@ -31,6 +31,7 @@ SYSTEMS = {"multi": MULTI, "turns": TURNS, "fleet": FLEET, "ideal": IDEAL}
 # Beside its merged models a fleet's process has the base model, once to serve and once to merge into, its libraries,
 # and a model that is being made. Measured: 3.0 GB with SmolLM2-135M, and 0.61 to 0.65 GB more for each merged model.
 OVERHEAD_BYTES = 3 << 30
+LEAST_POOL_BYTES = 256 << 20
 # Weights that were freed go back to the system, and do not stay as holes in a fleet's memory.
 FLEET_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
 
@@ -45,6 +46,7 @@ class Comparison:
     trace: Callable[[Sequence[str]], Trace]
     slo: Slo
     memory_bytes: int  # budget of a system
+    warm: bool  # the multi-adapter server holds as many adapters as it has room for, the likeliest, when a run begins
     max_num_seqs: int
     kv_cache_bytes: int
     environment: Mapping[str, str]
@@ -77,6 +79,8 @@ class Comparison:
             trace = replace(trace, requests=tuple(replace(one, adapter=self.names[0]) for one in trace.requests))
         try:
             with self._server(system, count) as target:
+                if self.warm and system == "multi":
+                    asyncio.run(load_adapters(target, reversed(self.names[:count])))
                 return self._drive(target, trace, system, count, which)
         except (ConfigError, GraloraClientError) as failure:
             return Refusal(system=SYSTEMS[system], num_adapters=count, why=str(failure))
@@ -101,6 +105,10 @@ class Comparison:
         """Merged models whose weights fit the budget beside what every process needs."""
         return max(1, (self.memory_bytes - OVERHEAD_BYTES - self.kv_cache_bytes) // model_bytes(self.model))
 
+    def pool_bytes(self) -> int:
+        """Of the multi-adapter server: what the budget leaves beside what every process needs."""
+        return max(LEAST_POOL_BYTES, self.memory_bytes - OVERHEAD_BYTES - self.kv_cache_bytes)
+
     @contextmanager
     def _server(self, system: str, count: int) -> Iterator[Target]:
         common = ["--address", "127.0.0.1:0", "--log-level", "error", "--model", str(self.model)]
@@ -108,7 +116,8 @@ class Comparison:
         common += ["--kv-cache-bytes", str(self.kv_cache_bytes)]
         if system == "multi":
             # Prompts are random, so that a prefix cache would find nothing; a fleet's models have one each.
-            command, environment = ["serve", *common, "--metrics-address", "127.0.0.1:0"], self.environment
+            pool = ["--adapter-pool-bytes", str(self.pool_bytes())]
+            command, environment = ["serve", *common, *pool, "--metrics-address", "127.0.0.1:0"], self.environment
         else:
             models = 1 if system == "ideal" else min(self.models_that_fit(), count)
             command = ["serve-fleet", *common, "--max-models", str(models)]

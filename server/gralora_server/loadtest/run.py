@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 
@@ -15,6 +15,8 @@ from gralora_server.loadtest.result import RunResult, Sample
 from gralora_server.loadtest.story import Page, story
 from gralora_server.loadtest.summary import Slo, Window, generator_health, summarise
 from gralora_server.loadtest.trace import Trace
+
+LOADS_AT_ONCE = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +36,19 @@ async def adapter_names(connection: Connection) -> list[str]:
     """Of all that the server has, in alphabetical order."""
     async with _client(connection) as client:
         return sorted(adapter.name for adapter in await client.adapters.list())
+
+
+async def load_adapters(target: Target, names: Iterable[str]) -> None:
+    """Bring these into the server's memory, in this order: what comes last is evicted last."""
+    waiting = iter(names)
+
+    async def load_some(client: AsyncClient) -> None:
+        for name in waiting:
+            await client.adapters.load(name)
+
+    async with _client(target.connection) as client:
+        await client.wait_ready()
+        await asyncio.gather(*(load_some(client) for _ in range(LOADS_AT_ONCE)))
 
 
 async def run(
