@@ -180,9 +180,9 @@ def expand_piece(
             columns = min((j + 1) * width, end) - at
             block = arena + b * FLOAT_BYTES + j * width * r * _element_bytes(storage)
             source, target = u + (column + j * r) * FLOAT_BYTES, y + at * FLOAT_BYTES
-            # Of many rows a few at a time, for all columns: B is then in the nearest cache and y read in order. Rows that
-            # are a multiple of a page apart drive each other out of it, panel by panel. (256 tokens are 1.2 times as
-            # fast; 8 would be a tenth slower.)
+            # Of many rows a few at a time, for all columns: then B comes from the nearest cache, and y in order. Rows a
+            # multiple of a page apart, all of them panel by panel, drive each other out of it. (256 tokens are 1.2
+            # times as fast; 8 would be a tenth slower.)
             rows = count if count <= 2 * MAX_ROWS else MAX_ROWS
             for t in range(first, first + count, rows):
                 _expand_block(
