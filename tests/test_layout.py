@@ -29,7 +29,6 @@ CONFINED = {
     "prometheus_client": ["gralora_server/metrics/*", "gralora_server/loadtest/story.py"],
     "transformers": ["gralora_runtime/model/*"],
     "safetensors": [
-        "gralora_runtime/adapters/loader.py",
         "gralora_server/loadtest/headers.py",
         "gralora_server/loadtest/synthetic.py",
     ],
