@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from benchmarks.cost import BYTES
+
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 WEIGHTS = "adapter_model.safetensors"
-FLOAT_BYTES = 4
 # Standard deviation of an update's output for inputs of size 1: enough to change the answer, far from breaking it.
 UPDATE_SIZE = 0.3
 
@@ -41,7 +42,7 @@ class AdapterSet:
         adapted = get_peft_model(base, config)
         for seed, name in enumerate(names):
             self.params[name] = _randomise(adapted, seed=1000 * k + seed)
-            self.bytes[name] = FLOAT_BYTES * self.params[name]
+            self.bytes[name] = BYTES * self.params[name]
             adapted.save_pretrained(self.path(name))
         adapted.unload()
         return names
@@ -51,7 +52,7 @@ class AdapterSet:
         names = [source.replace("gralora", "lora-of", 1) for source in sources]
         for source, name in zip(sources, names, strict=True):
             self.params[name] = write_exact_lora(self.path(source), self.path(name))
-            self.bytes[name] = FLOAT_BYTES * self.params[name]
+            self.bytes[name] = BYTES * self.params[name]
             self.same_as[name] = source
         return names
 

@@ -70,7 +70,7 @@ def crowd(bench: Bench, vllm_python: str) -> list[Section]:
         contenders = [*own, *fleet.rivals(bench, resources, vllm_python)]
         rows = bench.measure(contenders)
     bench.forget_merged()
-    pool_bytes = sum(bench.adapters.params[name] for name in bench.by_k[workload.k]) * 4
+    pool_bytes = sum(bench.adapters.bytes[name] for name in bench.by_k[workload.k])
     bench.note_memory(f"{workload.crowd} adapters in our engine's pool", pool_bytes, "their parameters, in float32")
     of_rivals = [row for row in rows if row.contender not in kinds]
     of_kinds = [row for row in rows if row.contender in kinds or row.contender in (BASE, distinct)]

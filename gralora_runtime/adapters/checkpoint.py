@@ -24,6 +24,7 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
 MAX_CONFIG_BYTES = 1 << 20
 MAX_HEADER_BYTES = 16 << 20
+MAX_KEPT_HEADER_BYTES = 256 << 10  # about 2,000 tensors; if larger ones were kept, a few strangers' could fill memory
 DTYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 ALIGNMENT = 16  # elements between the starts of two packed matrices
 
@@ -171,6 +172,10 @@ class AdapterHeader:
         """Elements of a pool that an adapter takes which follows this plan."""
         return sum(sum(self.pair_numel(pair, keeps_16_bit=keeps_16_bit)) for module in plan for pair in module.parts)
 
+    def cpu_pool_bytes(self, modules: Sequence[ModuleShape]) -> int:
+        """What an adapter that fits these modules takes in a pool on the CPU: fp32, but for what comes in 16 bits."""
+        return DTYPES["F32"] * self.packed_numel(self.plan(modules), keeps_16_bit=True)
+
     def summary(self, modules: Sequence[ModuleShape], *, keeps_16_bit: bool = False) -> AdapterSummary:
         """Only for an adapter that fits these modules. `keeps_16_bit`: see `gralora_kernels.packing`."""
         plan = self.plan(modules)
@@ -309,8 +314,9 @@ def _parse_object(file: str, text: bytes) -> dict[str, Any]:
 def _parse_header(name: str, header: bytes, file_bytes: int) -> Mapping[str, TensorInfo]:
     if len(header) != 8 + int.from_bytes(header[:8], "little"):
         raise rejected(name, [f"{WEIGHTS_FILE} is truncated: it ends inside its header"])
+    parse = _parse_tensors_once if len(header) <= MAX_KEPT_HEADER_BYTES else _parse_tensors
     try:
-        tensors, end = _parse_tensors(header)
+        tensors, end = parse(header)
     except _MalformedError as cause:
         raise rejected(name, [str(cause)]) from cause
     if file_bytes != end:
@@ -319,7 +325,6 @@ def _parse_header(name: str, header: bytes, file_bytes: int) -> Mapping[str, Ten
     return tensors
 
 
-@lru_cache(maxsize=64)  # of one recipe's adapters most headers are the same, byte for byte
 def _parse_tensors(header: bytes) -> tuple[Mapping[str, TensorInfo], int]:
     """The tensors, which lie one behind the other, and the length that the file must have."""
     tensors: dict[str, TensorInfo] = {}
@@ -340,6 +345,9 @@ def _parse_tensors(header: bytes) -> tuple[Mapping[str, TensorInfo], int]:
             raise _MalformedError(f"{WEIGHTS_FILE} is broken: {key!r} does not have the bytes that its shape needs")
         position = tensor.end
     return MappingProxyType(tensors), position
+
+
+_parse_tensors_once = lru_cache(maxsize=64)(_parse_tensors)  # one recipe's headers are mostly the same, byte for byte
 
 
 @lru_cache(maxsize=64)  # thousands of adapters come from a few training recipes

@@ -1,7 +1,7 @@
 """Reads an adapter's weights and packs them the way the pool and the kernels hold them. Knows not what becomes of them.
 
-Packing is numpy's: torch would start a second team of OpenMP threads in whichever worker
-calls it, and those threads would spin against the ones that decode.
+Packing is numpy's: torch would start a second team of OpenMP threads in whichever worker calls it, and those threads
+would spin against the ones that decode.
 """
 
 from __future__ import annotations

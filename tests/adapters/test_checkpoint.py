@@ -21,6 +21,7 @@ from support.checkpoints import (
     write_lora,
 )
 
+from gralora_runtime.adapters import checkpoint
 from gralora_runtime.adapters.checkpoint import (
     CONFIG_FILE,
     MAX_CONFIG_BYTES,
@@ -208,6 +209,20 @@ def test_tensors_that_do_not_lie_one_behind_the_other_are_refused(
     path.write_bytes(len(header).to_bytes(8, "little") + header + data[8 + size :])
     assert f"{WEIGHTS_FILE} is broken: " in rejection(tmp_path / "a")
     assert told in rejection(tmp_path / "a")
+
+
+def test_a_large_header_is_not_kept_in_memory(tmp_path: Path) -> None:
+    """One adapter directory must not cost the server its memory; equal headers of common size are read once."""
+    small = write_gralora(tmp_path / "small")
+    inspect(small)
+    kept = checkpoint._parse_tensors_once.cache_info()
+    inspect(small)
+    assert checkpoint._parse_tensors_once.cache_info().hits == kept.hits + 1
+
+    large = write_gralora(tmp_path / "large")
+    edit_tensors(large, lambda tensors: tensors.update({f"x{i:08}": torch.zeros(0) for i in range(5000)}))
+    assert len(inspect(large).tensors) > 5000
+    assert checkpoint._parse_tensors_once.cache_info().currsize == kept.currsize
 
 
 def test_a_header_of_absurd_length_is_not_read(tmp_path: Path) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import pytest
 import torch
-from support.checkpoints import MODULES, write_gralora, write_lora
+from support.checkpoints import MODULES, edit_tensors, write_gralora, write_lora
 
+from gralora_kernels.packing import Packing
+from gralora_kernels.tables import Storage
 from gralora_runtime.adapters.loader import LoadedAdapter, load
 from gralora_runtime.adapters.pool import AdapterPool, Resident
 
@@ -32,7 +35,10 @@ def pool_of(num_bytes: int, max_slots: int = 4) -> AdapterPool:
 
 
 def is_blank(pool: AdapterPool, slot: int) -> bool:
-    return not any(table.index[slot].any() or table.scale[slot].any() for table in pool.tables.values())
+    return not any(
+        table.index[slot].any() or table.scale[slot].any() or table.host_storage[slot].any()
+        for table in pool.tables.values()
+    )
 
 
 def place(pool: AdapterPool, adapter: LoadedAdapter) -> Resident:
@@ -91,6 +97,22 @@ def test_an_evicted_adapter_leaves_only_zeros(adapters: list[LoadedAdapter]) -> 
     assert not is_blank(pool, residents[0].slot)
     assert pool.find(adapters[1].digest) is None
     pool.check_integrity()
+
+
+def test_a_slot_that_held_16_bits_holds_float32_afterwards(adapters: list[LoadedAdapter], tmp_path: Path) -> None:
+    """The next adapter's weights must not be read as the last one's were stored, nor a copy lose bits."""
+    path = write_gralora(tmp_path / "narrow", r=4, k=2)
+    edit_tensors(path, lambda tensors: tensors.update({name: t.bfloat16() for name, t in tensors.items()}))
+    narrow = load("narrow", path, MODULES, torch.float32, max_width=64, packing=Packing(keeps_16_bit=True))
+    pool = pool_of(1 << 20)
+
+    resident = place(pool, narrow)
+    assert all(table.host_storage[resident.slot, 0] == Storage.BFLOAT16 for table in pool.tables.values())
+    assert torch.equal(pool.read(resident).blob.view(torch.int32), narrow.blob.view(torch.int32))
+    pool.evict(resident)
+    assert is_blank(pool, resident.slot)
+    assert place(pool, adapters[0]).slot == resident.slot
+    assert all((table.host_storage[resident.slot] == Storage.NATIVE).all() for table in pool.tables.values())
 
 
 def test_every_reuse_of_a_slot_is_another_generation(adapters: list[LoadedAdapter]) -> None:

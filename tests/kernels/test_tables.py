@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gralora_kernels.tables import Entry, GroupTable, ModuleTable
+from gralora_kernels.tables import ARENA_SLACK, Entry, GroupTable, ModuleTable
 
 CPU = torch.device("cpu")
 
@@ -90,3 +90,10 @@ def test_a_module_alone_is_a_group_of_its_own():
 
     assert table.group.modules[0].host_index.ctypes.data == table.host_index.ctypes.data
     assert table.group.kind == (48, (64,), 2)
+
+
+def test_the_slack_behind_an_arena_is_what_a_panel_may_overrun() -> None:
+    """Panels of 16 bits are loaded whole: up to PANEL - 1 elements behind the last row, with the widest vectors too."""
+    widest_panel = 2 * 16
+
+    assert 2 * (widest_panel - 1) <= 4 * ARENA_SLACK

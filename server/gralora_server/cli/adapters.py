@@ -124,7 +124,7 @@ def _facts(header: AdapterHeader, modules: Sequence[ModuleShape] | None, problem
     if modules is not None:
         facts["fits"] = not problems
         if not problems:
-            facts["cpu_pool_bytes"] = 4 * header.summary(modules, keeps_16_bit=True).packed_numel
+            facts["cpu_pool_bytes"] = header.cpu_pool_bytes(modules)
     return facts
 
 

@@ -103,11 +103,14 @@ class Comparison:
 
     def models_that_fit(self) -> int:
         """Merged models whose weights fit the budget beside what every process needs."""
-        return max(1, (self.memory_bytes - OVERHEAD_BYTES - self.kv_cache_bytes) // model_bytes(self.model))
+        return max(1, self._room_bytes() // model_bytes(self.model))
 
     def pool_bytes(self) -> int:
         """Of the multi-adapter server: what the budget leaves beside what every process needs."""
-        return max(LEAST_POOL_BYTES, self.memory_bytes - OVERHEAD_BYTES - self.kv_cache_bytes)
+        return max(LEAST_POOL_BYTES, self._room_bytes())
+
+    def _room_bytes(self) -> int:
+        return self.memory_bytes - OVERHEAD_BYTES - self.kv_cache_bytes
 
     @contextmanager
     def _server(self, system: str, count: int) -> Iterator[Target]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from gralora_runtime.adapters.checkpoint import inspect
 from gralora_runtime.model.module_shapes import kv_token_numel, module_shapes
 
-ELEMENT_BYTES = 4  # planned for the CPU, where everything is fp32, but for what comes in 16 bits
+ELEMENT_BYTES = 4  # of keys and values: planned for the CPU, where they are fp32
 
 
 def adapter_bytes(model: Path, adapters: Path, names: Sequence[str]) -> dict[str, int]:
@@ -18,8 +18,7 @@ def adapter_bytes(model: Path, adapters: Path, names: Sequence[str]) -> dict[str
     headers = {name: inspect(adapters / name, name=name) for name in names}
     for header in headers.values():
         header.fitting_plan(modules)
-    summaries = {name: header.summary(modules, keeps_16_bit=True) for name, header in headers.items()}
-    return {name: ELEMENT_BYTES * summary.packed_numel for name, summary in summaries.items()}
+    return {name: header.cpu_pool_bytes(modules) for name, header in headers.items()}
 
 
 def kv_token_bytes(model: Path) -> int:
