@@ -80,6 +80,7 @@ def _sections(bench: Bench, vllm_python: str) -> list[Section]:
         "one request": lambda: [sections.one_request(bench)],
         "crowd": lambda: sections.crowd(bench, vllm_python),
         "many adapters": lambda: [sections.many_adapters(bench)],
+        "steps": lambda: sections.steps(bench),
         "long prompt": lambda: [sections.long_prompt(bench)],
         "kernel": lambda: [sections.kernel(bench)],
         "gRPC": lambda: [sections.over_grpc(bench)],

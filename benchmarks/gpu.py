@@ -24,12 +24,12 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks.gate import GateRedError
-from benchmarks.kernels import aligned
+from benchmarks.kernels import lay_out
 from benchmarks.machine import facts
 from gralora_kernels.dispatch import AdapterBackend, resolve_backend
 from gralora_kernels.grouping import Grouping
 from gralora_kernels.reference import ReferenceBackend
-from gralora_kernels.tables import Entry, GroupTable
+from gralora_kernels.tables import GroupTable
 
 BOUNDS = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}  # RMS error over RMS
 STEP_BYTES = 512 << 20  # several times any second-level cache
@@ -97,15 +97,7 @@ def build_case(
 ) -> Case:
     """Random weights and inputs; segment i has `counts[i]` tokens and an adapter of its own."""
     groups = [GroupTable(in_features, outs, len(counts), device) for in_features, outs in shapes]
-    size = 0
-    for group in groups:
-        for table in group.modules:
-            for slot in range(len(counts)):
-                offsets = []
-                for features in (table.in_features, table.out_features):
-                    offsets.append(size)
-                    size = aligned(size + r * features)
-                table.set(slot, [Entry(a_offset=offsets[0], b_offset=offsets[1], r=r, k=k, scale=0.5)])
+    size = lay_out(groups, len(counts), r=r, k=k)
     slots = [slot for slot, count in enumerate(counts) for _ in range(count)]
     grouping = Grouping(len(slots))
     grouping.fill(slots, dict.fromkeys(range(len(counts)), r * k))

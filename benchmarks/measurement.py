@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from benchmarks.workload import Request
@@ -78,6 +79,17 @@ def interleave(contenders: Sequence[Contender], rounds: int, *, check: Callable[
                 check(run)
             measured[contender.name].append(runs)
     return measured
+
+
+def by_turns_s(works: Mapping[str, Callable[[], None]], samples: int) -> dict[str, list[float]]:
+    """Seconds of each, one after the other and again, so that sample i of all is of one moment; a pass warms up."""
+    times: dict[str, list[float]] = {name: [] for name in works}
+    for _ in range(samples + 1):
+        for name, work in works.items():
+            started_s = time.perf_counter()
+            work()
+            times[name].append(time.perf_counter() - started_s)
+    return {name: own[1:] for name, own in times.items()}
 
 
 def mean_total_s(runs: Sequence[Run]) -> float:

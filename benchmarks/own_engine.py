@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.measurement import Answer, Run
@@ -16,6 +18,8 @@ from gralora_runtime.detokenizer import Detokenizer
 from gralora_runtime.request import Delta, ResponseParams, SamplingParams, StoppingParams
 from gralora_runtime.sampler import SamplerState
 from gralora_runtime.sequence import Sequence as EngineSequence
+
+Deltas = dict[str, list[tuple[float, Delta]]]  # by request, with when each came
 
 
 class OwnEngine:
@@ -44,7 +48,43 @@ class OwnEngine:
 
     def run(self, requests: Sequence[Request], response: ResponseParams | None = None) -> Run:
         """All requests arrive together, their adapters in the pool."""
-        response = response if response is not None else ResponseParams()
+        sequences, deltas = self._arrive(requests, response or ResponseParams())
+        started_s = time.perf_counter()
+        while self.parts.engine.scheduler.has_work:
+            self._step(deltas, started_s)
+        return Run(tuple(answer(request, deltas[i]) for request, i in zip(requests, sequences, strict=True)))
+
+    def decode_step(self, requests: Sequence[Request]) -> tuple[Run, Callable[[], None]]:
+        """The forward pass of a step in which all requests decode, to be repeated; and every token up to that step's.
+
+        The requests are gone by then and their pages with others, so a repeated pass reads keys and values of others:
+        as many, which is what its time depends on. Their adapters must stay in the pool.
+        """
+        engine = self.parts.engine
+        sequences, deltas = self._arrive(requests, ResponseParams())
+        while not all(sequence.num_output for sequence in sequences.values()):
+            self._step(deltas, time.perf_counter())
+        plan = engine.scheduler.plan()
+        assert plan is not None, "requests ended before all of them decoded"
+        built = engine.batch.build(plan)
+        tensors = replace(built, grouping=deepcopy(built.grouping))  # the builder fills its own anew
+        best = engine.runner.execute(tensors).argmax(dim=-1).tolist()
+        last = dict(zip((row.request_id for row in plan.rows), best, strict=True))
+        answers = []
+        for request, (request_id, sequence) in zip(requests, sequences.items(), strict=True):
+            tokens = (*sequence.tokens[sequence.num_prompt :], last[request_id])
+            answers.append(Answer(replace(request, max_tokens=len(tokens)), tokens, times_s=()))
+        engine.scheduler.abandon_all()
+
+        def forward() -> None:
+            engine.runner.execute(tensors)
+
+        return Run(tuple(answers)), forward
+
+    def _arrive(
+        self, requests: Sequence[Request], response: ResponseParams
+    ) -> tuple[dict[str, EngineSequence], Deltas]:
+        """All requests at once, their adapters in the pool."""
         leases = [self.parts.adapters.acquire(request.adapter).result() for request in requests]
         sequences = {
             sequence.request_id: sequence
@@ -52,19 +92,17 @@ class OwnEngine:
                 self._sequence(request, lease, response) for request, lease in zip(requests, leases, strict=True)
             )
         }
-        deltas: dict[str, list[tuple[float, Delta]]] = {request_id: [] for request_id in sequences}
-        scheduler = self.parts.engine.scheduler
-        started_s = time.perf_counter()
         for sequence in sequences.values():
-            scheduler.add(sequence)
-        while scheduler.has_work:
-            outputs = self.parts.engine.step()
-            now_s = time.perf_counter() - started_s
-            for output in outputs:
-                if output.delta is None:
-                    raise RuntimeError(f"a request failed: {output.error}") from output.error
-                deltas[output.request_id].append((now_s, output.delta))
-        return Run(tuple(answer(request, deltas[i]) for request, i in zip(requests, sequences, strict=True)))
+            self.parts.engine.scheduler.add(sequence)
+        return sequences, {request_id: [] for request_id in sequences}
+
+    def _step(self, deltas: Deltas, started_s: float) -> None:
+        outputs = self.parts.engine.step()
+        now_s = time.perf_counter() - started_s
+        for output in outputs:
+            if output.delta is None:
+                raise RuntimeError(f"a request failed: {output.error}") from output.error
+            deltas[output.request_id].append((now_s, output.delta))
 
     def close(self) -> None:
         """End the threads that load adapters."""

@@ -226,16 +226,26 @@ def _over_base(section: Json, rates: Json) -> str:
         over_s, num_bytes = statistics.median(over), row["adapter_bytes"]
         base = find(section, rates, section["base"], STEP)
         assert base is not None
+        flops = row["costs"][0]["flops"] - base.row["costs"][0]["flops"]
+        read_s, compute_s = num_bytes / bandwidth(rates), flops / gemm_rate(rates)
         rows.append(
             (
                 row["contender"],
                 f"{num_bytes / 1e6:.1f} MB",
                 f"{_time(over_s)} ({over_s / base.median_s:.0%} of base)",
                 f"{1e9 * over_s / num_bytes * 1e3:.1f} ns",
-                f"{num_bytes / over_s / bandwidth(rates):.0%}" if over_s > 0 else "",
+                f"{_time(read_s)} + {_time(compute_s)}",
+                f"{over_s / (read_s + compute_s):.2f}",
             )
         )
-    header = ("contender", "adapters", "step's time over base", "per kB of adapter", "share of read bandwidth")
+    header = (
+        "contender",
+        "adapters",
+        "step's time over base",
+        "per kB of adapter",
+        "adapters' bytes + FLOPs alone",
+        "times both",
+    )
     return table(header, rows) if rows else ""
 
 
@@ -325,6 +335,8 @@ DRAWN: dict[str, Callable[[Axes, Json, Json], None]] = {
     "crowd": _draw_throughput,
     "adapters": _draw_over_base,
     "kinds": _draw_over_base,
+    "kind-steps": _draw_over_base,
+    "adapter-steps": _draw_over_base,
 }
 
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from itertools import starmap
 
 import numpy as np
 
 from benchmarks import fleet
 from benchmarks.bench import KV_CACHE_BYTES, Bench
 from benchmarks.kernels import KernelStep
-from benchmarks.measurement import Contender
+from benchmarks.measurement import Contender, by_turns_s
 from benchmarks.record import FIRST_LAST, STEP, Ratio, Row, Section
 from benchmarks.rivals import generate
 from benchmarks.serve import serving
@@ -159,6 +158,51 @@ def many_adapters(bench: Bench) -> Section:
     )
 
 
+def steps(bench: Bench) -> list[Section]:
+    """What adapters add to a step, free of the minutes between two runs."""
+    workload = bench.workload
+    distinct = adapters_name(workload.crowd)
+    kinds = {BASE: [""], distinct: bench.by_k[workload.k], _bfloat16_name(bench): bench.bfloat16}
+    kinds |= {_kind_name(k): names for k, names in bench.by_k.items() if k != workload.k}
+    kinds |= {_exact_name(bench, k): names for k, names in bench.exact.items()}
+    counts = {BASE: [""], **{adapters_name(n): bench.main[:n] for n in workload.distinct}}
+    pairs = [(name, distinct) for k in bench.by_k if (name := _kind_name(k)) in kinds]
+    pairs += [(distinct if k == workload.k else _kind_name(k), _exact_name(bench, k)) for k in bench.exact]
+    of_kinds = _steps(bench, kinds, workload.crowd, pairs)
+    of_counts = _steps(bench, counts, workload.large_crowd, [])
+    return [replace(of_kinds, key="kind-steps"), replace(of_counts, key="adapter-steps")]
+
+
+def _steps(bench: Bench, adapters: Mapping[str, list[str]], count: int, pairs: Sequence[tuple[str, str]]) -> Section:
+    requests = {name: bench.requests(names, count) for name, names in adapters.items()}
+    works = {}
+    for name, own in requests.items():
+        run, works[name] = bench.engine.decode_step(own)
+        bench.gate.check(run)
+    rows = [
+        Row(
+            contender=name,
+            measure=STEP,
+            samples_s=samples_s,
+            requests=count,
+            tokens=count,
+            costs=[bench.cost.decode(requests[name])],
+            adapter_bytes=bench.cost.adapter_bytes(requests[name]),
+        )
+        for name, samples_s in by_turns_s(works, bench.workload.step_samples).items()
+    ]
+    pairs = [*((name, BASE) for name in adapters if name != BASE), *pairs]
+    return Section(
+        key="steps",
+        title=f"One step of {count} requests, by turns",
+        text=f"The forward pass of a step in which all {count} requests decode, repeated: one pass of each contender, "
+        "then the next of each. So differences are of one moment, where those of whole runs are of different minutes.",
+        rows=rows,
+        ratios=[Ratio(title=f"{ours} / {theirs}", ours=ours, theirs=theirs, measure=STEP) for ours, theirs in pairs],
+        base=BASE,
+    )
+
+
 def long_prompt(bench: Bench) -> Section:
     """Prefill alone: the time to the first token of one long prompt."""
     prompt = make_prompts(1, bench.workload.long_prompt_tokens, bench.base.config.vocab_size, seed=1)[0]
@@ -180,23 +224,30 @@ def kernel(bench: Bench) -> Section:
     shapes = [(group[0].in_features, tuple(module.out_features for module in group)) for group in groups]
     step = KernelStep(shapes, num_adapters=workload.crowd, rank=workload.rank, k=workload.k)
 
-    def row(name: str, token_slots: list[int]) -> Row:
-        samples_s, cost = step.times_s(token_slots, workload.kernel_samples), step.cost(token_slots)
-        count = len(token_slots)
-        return Row(contender=name, measure="one pass", samples_s=samples_s, requests=count, tokens=count, costs=[cost])
-
     segment = workload.kernel_segment
     cases = {
         f"{workload.crowd} segments of 1 token": list(range(workload.crowd)),
         f"1 segment of {segment} tokens": [0] * segment,
     }
+    rows = [
+        Row(
+            contender=f"{case}, {way}",
+            measure="one pass",
+            samples_s=samples_s,
+            requests=len(slots),
+            tokens=len(slots),
+            costs=[step.cost(slots)],
+        )
+        for case, slots in cases.items()
+        for way, samples_s in step.times_s(slots, workload.kernel_samples).items()
+    ]
     return Section(
         key="kernel",
         title="The grouped adapter kernel alone",
-        text=f"One pass over all {sum(map(len, groups))} modules, r={workload.rank}, k={workload.k}, in {len(groups)} "
-        "calls, one for each group of modules that read the same input. The share is that of the read bandwidth, or of "
-        "the GEMM rate.",
-        rows=list(starmap(row, cases.items())),
+        text=f"One pass over all {sum(map(len, groups))} modules, r={workload.rank}, k={workload.k}: as one list of "
+        "operations, which is how models of Llama's build get it, and in one call for each group of modules that read "
+        "the same input, as all others do. The share is that of the read bandwidth, or of the GEMM rate.",
+        rows=rows,
     )
 
 

@@ -40,6 +40,7 @@ class Workload:
     bandwidth_bytes: int = 1 << 30
     kernel_segment: int = 256  # tokens of one adapter
     kernel_samples: int = 20
+    step_samples: int = 40  # of each step that is repeated
 
     @property
     def num_adapters(self) -> int:
@@ -64,6 +65,7 @@ QUICK = Workload(
     bandwidth_bytes=1 << 26,
     kernel_segment=32,
     kernel_samples=2,
+    step_samples=2,
 )
 
 

@@ -17,10 +17,10 @@ class Engine:
 
     def __init__(self, scheduler: Scheduler, batch: BatchBuilder, runner: Runner) -> None:
         self.scheduler = scheduler
+        self.batch = batch
+        self.runner = runner
         self.num_steps = 0
         self.observation = StepObservation()
-        self._batch = batch
-        self._runner = runner
 
     def step(self) -> list[StepOutput]:
         """Compute one step and return what it has to tell the clients."""
@@ -28,8 +28,8 @@ class Engine:
         plan = timed(Phase.SCHEDULE, self.scheduler.plan)
         if plan is None:
             return self.scheduler.take_outputs()
-        tensors = timed(Phase.BUILD, self._batch.build, plan)
-        logits = timed(Phase.FORWARD, self._runner.execute, tensors)
+        tensors = timed(Phase.BUILD, self.batch.build, plan)
+        logits = timed(Phase.FORWARD, self.runner.execute, tensors)
         sampled = timed(Phase.SAMPLE, self._sample, logits, plan)
         outputs = timed(Phase.COMMIT, self.scheduler.commit, plan, sampled)
         self.num_steps += 1

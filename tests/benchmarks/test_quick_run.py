@@ -28,7 +28,8 @@ def test_a_quick_run_measures_everything_and_is_marked_as_quick(tmp_path):
 
     result = json.loads(out.read_text())
     assert result["quick"] is True
-    assert [s["key"] for s in result["sections"]] == ["one", "crowd", "kinds", "adapters", "prefill", "kernel", "grpc"]
+    keys = [s["key"] for s in result["sections"]]
+    assert keys == ["one", "crowd", "kinds", "adapters", "kind-steps", "adapter-steps", "prefill", "kernel", "grpc"]
     assert all(row["samples_s"] and row["costs"] for section in result["sections"] for row in section["rows"])
     assert result["isolation"]["requests"] == result["isolation"]["same_tokens"]
     assert str(tmp_path) not in out.read_text()

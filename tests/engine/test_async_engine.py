@@ -115,7 +115,7 @@ async def until(condition: Callable[[], bool]) -> None:
 
 def slow_down(engine: AsyncEngine, step_s: float) -> None:
     """Let every step take at least so long."""
-    runner = engine._parts.engine._runner
+    runner = engine._parts.engine.runner
     execute = runner.execute
 
     def slow_execute(tensors: StepTensors) -> Tensor:
@@ -434,7 +434,7 @@ def test_a_failing_engine_ends_every_stream_and_says_that_it_is_dead(
     async def work(engine: AsyncEngine) -> None:
         stream = await engine.submit(request("r", "g0", max_tokens=400))
         await anext(stream)
-        monkeypatch.setattr(engine._parts.engine._runner, "execute", explode)
+        monkeypatch.setattr(engine._parts.engine.runner, "execute", explode)
         with pytest.raises(EngineDeadError):
             async for _ in stream:
                 pass

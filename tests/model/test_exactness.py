@@ -67,7 +67,7 @@ class Served:
             plans.sort(key=lambda row: len(row.token_ids) > 1)
             plan = StepPlan(tuple(plans), sum(len(row.token_ids) == 1 for row in plans))
             engine = self.parts.engine
-            logits = engine._runner.execute(engine._batch.build(plan))
+            logits = engine.runner.execute(engine.batch.build(plan))
             found |= {row.request_id: logits[i] for i, row in enumerate(plans)}
         return [found[str(index)] for index in range(len(rows))]
 

@@ -37,12 +37,7 @@ class _Operations:
 
     @classmethod
     def of(cls, group: GroupTable) -> _Operations:
-        table = np.zeros((2, operations.NUM_FIELDS), np.int64)
-        table[:, operations.DEPTH] = group.in_features
-        # A linear without base columns: its pieces are the shrinks alone.
-        table[0, [operations.KIND, operations.COLUMNS_OUT]] = operations.LINEAR, 0
-        table[1, [operations.KIND, operations.COLUMNS_OUT]] = operations.EXPAND, group.out_features
-        return cls(table, operations.group_rows([group]))
+        return cls(operations.adapters_alone([group]), operations.group_rows([group]))
 
 
 class CpuBackend:

@@ -238,6 +238,18 @@ def group_rows(groups: Sequence[GroupTable]) -> Int64s:
     return rows
 
 
+def adapters_alone(groups: Sequence[GroupTable]) -> Int64s:
+    """`ops` of shrink and expand of each group and nothing else: X and Y are left to be filled in."""
+    ops = np.zeros((2 * len(groups), NUM_FIELDS), np.int64)
+    for i, group in enumerate(groups):
+        pair = ops[2 * i : 2 * i + 2]
+        pair[:, [DEPTH, GROUP]] = group.in_features, i
+        # A linear without base columns: its pieces are the shrinks alone.
+        pair[0, [KIND, COLUMNS_OUT]] = LINEAR, 0
+        pair[1, [KIND, COLUMNS_OUT]] = EXPAND, group.out_features
+    return ops
+
+
 def set_adapters(fields: Int64s, grouping: Grouping, u: Tensor, arena: Tensor) -> None:
     """The part of a step's fields that says which tokens have which adapter, and where the adapters lie."""
     fields[[NUM_ITEMS, U_WIDTH]] = grouping.num_items, grouping.max_width
