@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from gralora_runtime.batch import BatchBuilder
@@ -22,13 +24,18 @@ class Engine:
         self.num_steps = 0
         self.observation = StepObservation()
 
-    def step(self) -> list[StepOutput]:
-        """Compute one step and return what it has to tell the clients."""
+    def step(self, before_forward: Callable[[], None] | None = None) -> list[StepOutput]:
+        """Compute one step and return what it has to tell the clients.
+
+        `before_forward` is called, in every step, right before the forward pass, which leaves Python to other threads.
+        """
         timed = self.observation.timed
         plan = timed(Phase.SCHEDULE, self.scheduler.plan)
-        if plan is None:
+        tensors = None if plan is None else timed(Phase.BUILD, self.batch.build, plan)
+        if before_forward is not None:
+            before_forward()
+        if plan is None or tensors is None:
             return self.scheduler.take_outputs()
-        tensors = timed(Phase.BUILD, self.batch.build, plan)
         logits = timed(Phase.FORWARD, self.runner.execute, tensors)
         sampled = timed(Phase.SAMPLE, self._sample, logits, plan)
         outputs = timed(Phase.COMMIT, self.scheduler.commit, plan, sampled)

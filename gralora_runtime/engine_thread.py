@@ -36,6 +36,8 @@ class EngineThread:
         self._deliver = deliver
         self._on_death = on_death
         self._turn = turn if turn is not None else nullcontext()
+        self._shares_turns = turn is not None  # then the next step may be long in coming
+        self._outputs: list[StepOutput] = []
         self._inbox: list[Command] = []
         self._stopping = False
         self._condition = threading.Condition()
@@ -63,14 +65,24 @@ class EngineThread:
             self._prepare()
             while self._take_commands():
                 with self._turn:
-                    outputs = self._engine.step()
-                if outputs:
-                    self._engine.observation.timed(Phase.DELIVER, self._deliver, outputs)
+                    self._outputs = self._engine.step(self._hand_over)
+                if self._shares_turns or not self._engine.scheduler.has_work:
+                    self._hand_over()
         except Exception:
             logger.exception("the engine thread failed")
+            self._hand_over()
             self._on_death()
         finally:
+            self._hand_over()
             self._engine.scheduler.abandon_all()
+
+    def _hand_over(self) -> None:
+        """A step's outputs go out when the next one's forward pass begins: whoever writes them to clients runs Python,
+        and would keep this thread from its own, with all cores idle meanwhile; a forward pass needs none.
+        """
+        outputs, self._outputs = self._outputs, []
+        if outputs:
+            self._engine.observation.timed(Phase.DELIVER, self._deliver, outputs)
 
     def _take_commands(self) -> bool:
         """Wait until there is something to do, do what was posted, and say whether to go on."""
