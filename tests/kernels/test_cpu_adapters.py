@@ -105,6 +105,22 @@ def test_a_tokens_result_does_not_depend_on_its_batch():
     assert torch.equal(together[order], shuffled)
 
 
+@pytest.mark.parametrize("width", [576, 72 * 8, 40])  # whole panels, a part at the end of each block, less than one
+def test_a_tokens_result_does_not_depend_on_how_many_its_adapter_has(width):
+    """Bit-identical for each number of tokens, up to more than a tile: each cuts them into other pieces."""
+    storages = (Storage.FLOAT16, Storage.BFLOAT16, Storage.NATIVE)
+    case = make_case(576, width, [[(16, 2)], [(24, 8), (5, 1)], [(7, 1)]], storages=storages)
+    backend = CpuBackend()
+    for slot in range(3):
+        x, y, grouping = case.step([slot] * 34)
+        alone = torch.cat([case.apply(backend, x[[t]], y[[t]], case.grouping([slot])) for t in range(34)])
+
+        assert torch.equal(case.apply(backend, x, y, grouping), alone)
+        for count in range(1, 34):
+            few = case.apply(backend, x[:count], y[:count], case.grouping([slot] * count))
+            assert torch.equal(few, alone[:count]), f"{count} tokens of slot {slot}"
+
+
 def test_a_larger_step_after_a_smaller_one_is_right():
     """The intermediate u grows with the step."""
     case = make_case(192, 192, MIXED)

@@ -32,6 +32,17 @@ def test_a_rows_result_does_not_depend_on_its_batch():
         assert torch.equal(together[row], alone[0])
 
 
+def test_a_rows_result_does_not_depend_on_how_many_there_are():
+    x, weight = torch.randn(34, 96), PackedWeight(torch.randn(40, 96))
+    together = torch.empty(34, 40)
+    linear(together, x, weight, None)
+
+    for count in range(1, 34):
+        few = torch.empty(count, 40)
+        linear(few, x[:count], weight, None)
+        assert torch.equal(few, together[:count]), f"{count} rows"
+
+
 def test_shapes_that_do_not_fit_are_refused():
     weight = PackedWeight(torch.zeros(4, 4))
     with pytest.raises(ValueError, match="do not fit a weight"):

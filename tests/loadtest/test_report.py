@@ -206,7 +206,9 @@ def test_results_that_were_kept_stay_readable(kept: Path, tmp_path: Path) -> Non
     """A result must open in later releases, or `VERSION` must rise."""
     result = LoadTestResult.read(kept)
 
-    assert all(run.summary.label in page_of(result, tmp_path) for run in result.runs if run.server)
+    page = page_of(result, tmp_path)
+
+    assert all(run.summary.label in page for run in result.runs if run.server)
 
 
 def test_without_matplotlib_the_error_says_what_to_install() -> None:

@@ -17,8 +17,10 @@ from gralora_kernels.cpu.microkernel import (
     FETCHES,
     FROM_OUTPUT,
     FROM_ZERO,
-    MAX_ROWS,
     PANEL,
+    add_panels_bfloat16,
+    add_panels_float16,
+    add_panels_native,
     multiply,
     multiply_bfloat16,
     multiply_float16,
@@ -125,6 +127,19 @@ def _expand_token(storage: int, panels: int, u: int, r: int, w: int, y: int) -> 
 
 
 @njit(nogil=True)
+def _add_panels(
+    storage: int, rows: int, u: int, u_stride: int, u_rows: int, y: int, y_stride: int, y_rows: int, w: int, r: int,
+    panels: int,
+) -> None:  # fmt: skip
+    if storage == NATIVE:
+        add_panels_native(rows, u, u_stride, u_rows, y, y_stride, y_rows, w, r, panels)
+    elif storage == FLOAT16:
+        add_panels_float16(rows, u, u_stride, u_rows, y, y_stride, y_rows, w, r, panels)
+    else:
+        add_panels_bfloat16(rows, u, u_stride, u_rows, y, y_stride, y_rows, w, r, panels)
+
+
+@njit(nogil=True)
 def shrink_piece(
     item: int, index: int, scales: int, storages: int, x: int, in_features: int, order: int, u: int, u_stride: int,
     arena: int, scratch: int, iota: int,
@@ -180,15 +195,10 @@ def expand_piece(
             columns = min((j + 1) * width, end) - at
             block = arena + b * FLOAT_BYTES + j * width * r * _element_bytes(storage)
             source, target = u + (column + j * r) * FLOAT_BYTES, y + at * FLOAT_BYTES
-            # Of many rows a few at a time, for all columns: then B comes from the nearest cache, and y in order. Rows a
-            # multiple of a page apart, all of them panel by panel, drive each other out of it. (256 tokens are 1.2
-            # times as fast; 8 would be a tenth slower.)
-            rows = count if count <= 2 * MAX_ROWS else MAX_ROWS
-            for t in range(first, first + count, rows):
-                _expand_block(
-                    storage, min(rows, first + count - t), source, u_stride, iota + t * 4, target, y_stride,
-                    order + t * 4, block, r, width, at - j * width, columns,
-                )  # fmt: skip
+            _expand_block(
+                storage, count, source, u_stride, iota + first * 4, target, y_stride, order + first * 4, block, r,
+                width, at - j * width, columns,
+            )  # fmt: skip
             at += columns
         column += r * k
 
@@ -200,13 +210,17 @@ def _expand_block(
 ) -> None:  # fmt: skip
     """y += u @ B_j for `columns` columns of one block, from its column `inside` on; y begins there."""
     done = 0
-    if rows <= FEW_TOKENS and inside % PANEL == 0 and columns >= PANEL:  # all whole panels
+    if inside % PANEL == 0 and columns >= PANEL:  # all whole panels
         done = columns - columns % PANEL
-        for t in range(rows):
-            _expand_token(
-                storage, done // PANEL, u + load_int32(u_rows, t) * u_stride * FLOAT_BYTES, r,
-                block + inside * r * _element_bytes(storage), y + load_int32(y_rows, t) * y_stride * FLOAT_BYTES,
-            )  # fmt: skip
+        weights = block + inside * r * _element_bytes(storage)
+        if rows > FEW_TOKENS:
+            _add_panels(storage, rows, u, u_stride, u_rows, y, y_stride, y_rows, weights, r, done // PANEL)
+        else:
+            for t in range(rows):
+                _expand_token(
+                    storage, done // PANEL, u + load_int32(u_rows, t) * u_stride * FLOAT_BYTES, r, weights,
+                    y + load_int32(y_rows, t) * y_stride * FLOAT_BYTES,
+                )  # fmt: skip
     while done < columns:  # one panel, or a part of it
         panel = (inside + done) // PANEL * PANEL
         panel_columns = min(PANEL, width - panel)

@@ -11,9 +11,9 @@ and attention all go through here. Addresses are plain integers, strides are ele
 x and y are fp32. w may be of 16 bits (`Storage`): each of its elements becomes fp32, exactly, on its way to a register.
 """
 
-# ruff: noqa: ARG001, PLR0911, PLR0917  # Numba names an intrinsic's arguments, and takes arguments by position
+# ruff: noqa: ARG001, PLR0917  # Numba names an intrinsic's arguments, and takes arguments by position
 
-# mypy: disable-error-code="no-untyped-call"
+# mypy: disable-error-code="no-any-return, no-untyped-call"
 
 from __future__ import annotations
 
@@ -31,11 +31,12 @@ PANEL = VECTORS * LANES  # columns
 # Rows whose sums fit into registers: 24 of 32 with AVX-512, 12 of 16 with AVX2.
 MAX_ROWS = 12 if LANES == 16 else 6
 UNROLL = 4
-# The first tile of a panel waits for memory, the tiles of further rows only compute: they ask for what lies behind the
-# panel, which is the next one. On Zen 3 1.2 times as fast at 16 and 32 rows. Not with AVX-512, where a tile is twice
-# as large and memory was faster: there it was level for base products, and 1 to 4 % slower with adapters.
+# While a tile computes, it asks for a part of what lies behind the panel, which is the next one; so memory is read all
+# the time and not only by the tile that comes first. On Zen 3 steps of 3 to 16 rows are 1.05 to 1.25 times as fast.
+# Not with AVX-512, where a tile is twice as large and memory was faster: there it was level for base products, and 1 to
+# 4 % slower with adapters (as long as only the later tiles did it).
 FETCHES = LANES == 8
-FETCHING_ROWS = 4  # fewer rows compute for too short a time
+FETCHING_ROWS = 3  # with fewer the processor's own prefetching is level (2 rows) or better (1)
 # One row of a panel of 16 bits computes for twice as long as it reads: it asks for what lies so many bytes further on
 # itself (1.13 times as fast; 1, 2, 8 and 16 KB are level). A row of an fp32 panel is 0.92 times as fast with it.
 AHEAD = 4096
@@ -60,15 +61,16 @@ class _Tile:
         self.rows, self.vectors, self.masked, self.storage = rows, vectors, masked, storage
 
     def emit(self) -> None:
-        b = self.builder
         self.masks = [self._mask(v) for v in range(self.vectors)]
         x_rows = [self._row(self.x, self.x_stride, self.x_index, m) for m in range(self.rows)]
         y_rows = [self._row(self.y, self.y_stride, self.y_index, m) for m in range(self.rows)]
-        sums = self._initial(y_rows)
-        whole = b.and_(self.depth, _I64(-UNROLL))
+        self._store(y_rows, self._products(self._initial(y_rows), x_rows))
+
+    def _products(self, sums: list[Any], x_rows: list[Any]) -> list[Any]:
+        """The sums, over all of depth."""
+        whole = self.builder.and_(self.depth, _I64(-UNROLL))
         sums = self._loop(sums, x_rows, _I64(0), whole, UNROLL)
-        sums = self._loop(sums, x_rows, whole, self.depth, 1)
-        self._store(y_rows, sums)
+        return self._loop(sums, x_rows, whole, self.depth, 1)
 
     def _row(self, base: Any, stride: Any, index: Any, m: int) -> Any:
         b = self.builder
@@ -196,6 +198,71 @@ def _tile(rows: int, vectors: int, masked: bool, storage: Storage) -> Any:
     return tile
 
 
+class _PanelsTile(_Tile):
+    """Emits `rows` times so many whole panels as `columns` says, one behind the other, added to what y holds."""
+
+    def emit(self) -> None:
+        b = self.builder
+        x_rows = [self._row(self.x, self.x_stride, self.x_index, m) for m in range(self.rows)]
+        y_rows = [self._row(self.y, self.y_stride, self.y_index, m) for m in range(self.rows)]
+        panels, first = self.columns, self.w
+        row_bytes = _I64(PANEL * (4 if self.storage is Storage.NATIVE else 2))
+        panel_bytes = b.mul(self.depth, row_bytes)
+        self.w_stride, self.fetch_step = _I64(PANEL), row_bytes
+        before = b.block
+        head, body, after = (b.append_basic_block(n) for n in ("panel", "columns", "end"))
+        b.branch(head)
+        b.position_at_end(head)
+        panel = b.phi(_I64)
+        panel.add_incoming(_I64(0), before)
+        b.cbranch(b.icmp_signed("<", panel, panels), body, after)
+        b.position_at_end(body)
+        self.w = b.add(first, b.mul(panel, panel_bytes))
+        self.fetch = b.add(self.w, panel_bytes)
+        targets = [b.add(y, b.mul(panel, _I64(4 * PANEL))) for y in y_rows]
+        sums = [self._load(y, v, False) for y in targets for v in range(self.vectors)]
+        for i, value in enumerate(self._products(sums, x_rows)):
+            self._store_vector(targets[i // self.vectors], i % self.vectors, value, False)
+        panel.add_incoming(b.add(panel, _I64(1)), b.block)
+        b.branch(head)
+        b.position_at_end(after)
+
+
+def _panels_tile(rows: int, storage: Storage) -> Any:
+    @intrinsic
+    def tile(
+        typing: Any, x: Any, x_stride: Any, x_index: Any, y: Any, y_stride: Any, y_index: Any, w: Any, depth: Any,
+        panels: Any,
+    ) -> Any:  # fmt: skip
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            zero = _I64(0)
+            operands = [*args[:7], zero, args[7], zero, args[8], zero, zero]
+            _PanelsTile(builder, operands, rows, VECTORS, masked=False, storage=storage).emit()
+            return context.get_dummy_value()
+
+        return types.none(*(types.intp,) * 9), codegen
+
+    return tile
+
+
+@njit(nogil=True)
+def _tile_rows(rows: int) -> int:
+    """Of the tile to begin with: the largest, but two of four for eight rows where six would leave two."""
+    for size in (12, 8):
+        if size <= MAX_ROWS and rows >= size:
+            return size
+    if rows >= 6 and (rows != 8 or MAX_ROWS > 6):
+        return 6
+    return min(rows, 4)
+
+
+@njit(nogil=True)
+def _fetching_tiles(rows: int) -> int:
+    """How many of the tiles that `rows` are cut into have at least FETCHING_ROWS (with MAX_ROWS of 6)."""
+    full, rest = rows // MAX_ROWS, rows % MAX_ROWS
+    return full + int(rest >= FETCHING_ROWS or (rest == 2 and full > 0))
+
+
 def _by_rows(vectors: int, *, masked: bool, storage: Storage) -> Any:
     """A function that runs one tile of as many of `rows` as fit, and returns how many those were.
 
@@ -209,26 +276,22 @@ def _by_rows(vectors: int, *, masked: bool, storage: Storage) -> Any:
         rows: int, x: int, x_stride: int, x_rows: int, y: int, y_stride: int, y_rows: int, w: int, w_stride: int,
         depth: int, start: int, columns: int, fetch: int, fetch_step: int,
     ) -> int:  # fmt: skip
-        if MAX_ROWS >= 12 and rows >= 12:
+        size = _tile_rows(rows)
+        if size == 12:
             t12(x, x_stride, x_rows, y, y_stride, y_rows, w, w_stride, depth, start, columns, fetch, fetch_step)
-            return 12
-        if MAX_ROWS >= 8 and rows >= 8:
+        elif size == 8:
             t8(x, x_stride, x_rows, y, y_stride, y_rows, w, w_stride, depth, start, columns, fetch, fetch_step)
-            return 8
-        if rows >= 6:
+        elif size == 6:
             t6(x, x_stride, x_rows, y, y_stride, y_rows, w, w_stride, depth, start, columns, fetch, fetch_step)
-            return 6
-        if rows >= 4:
+        elif size == 4:
             t4(x, x_stride, x_rows, y, y_stride, y_rows, w, w_stride, depth, start, columns, fetch, fetch_step)
-            return 4
-        if rows == 3:
+        elif size == 3:
             t3(x, x_stride, x_rows, y, y_stride, y_rows, w, w_stride, depth, start, columns, fetch, fetch_step)
-            return 3
-        if rows == 2:
+        elif size == 2:
             t2(x, x_stride, x_rows, y, y_stride, y_rows, w, w_stride, depth, start, columns, fetch, fetch_step)
-            return 2
-        t1(x, x_stride, x_rows, y, y_stride, y_rows, w, w_stride, depth, start, columns, fetch, fetch_step)
-        return 1
+        else:
+            t1(x, x_stride, x_rows, y, y_stride, y_rows, w, w_stride, depth, start, columns, fetch, fetch_step)
+        return size
 
     return run
 
@@ -245,13 +308,14 @@ def multiply(
     depth: int, start: int, columns: int, padded: bool,
 ) -> None:  # fmt: skip
     """Any number of rows times up to PANEL columns of fp32. `padded`: all PANEL columns of w may be read."""
-    done = 0
+    done = tiles = 0
     while done < rows:
-        some = rows - done  # the largest tile first: what it computes hides the panel's way from memory
+        some = rows - done
         fetch, fetch_step = w, 0  # what is there already
-        if FETCHES and done and some >= FETCHING_ROWS:  # a part of what lies behind the panel
-            fetch_step = 4 * w_stride // ((rows - 1) // MAX_ROWS)
-            fetch = w + (4 * w_stride + (done // MAX_ROWS - 1) * fetch_step) * depth
+        if FETCHES and some >= FETCHING_ROWS:
+            fetch_step = 4 * w_stride // _fetching_tiles(rows)
+            fetch = w + (4 * w_stride + tiles * fetch_step) * depth
+            tiles += 1
         x_rows, y_rows = x_index + 4 * done, y_index + 4 * done
         if padded:
             done += _wide(
@@ -298,3 +362,42 @@ def _multiply_16_bit(storage: Storage) -> Any:
 
 
 multiply_float16, multiply_bfloat16 = map(_multiply_16_bit, (Storage.FLOAT16, Storage.BFLOAT16))
+
+
+def _add_panels(storage: Storage) -> Any:
+    t1, t2, t3, t4, t6 = (_panels_tile(m, storage) for m in (1, 2, 3, 4, 6))
+    t8, t12 = (_panels_tile(m, storage) if m <= MAX_ROWS else t6 for m in (8, 12))
+
+    @njit(nogil=True)
+    def add_panels(
+        rows: int, x: int, x_stride: int, x_index: int, y: int, y_stride: int, y_index: int, w: int, depth: int,
+        panels: int,
+    ) -> None:  # fmt: skip
+        """y += x @ w for whole panels, one behind the other: a few rows at a time, for all of them.
+
+        So the panels come from the nearest cache but for the first rows, and y is passed in order: rows a multiple of
+        a page apart, all of them panel by panel, drive each other out of it.
+        """
+        done = 0
+        while done < rows:
+            x_rows, y_rows, size = x_index + 4 * done, y_index + 4 * done, _tile_rows(rows - done)
+            if size == 12:
+                t12(x, x_stride, x_rows, y, y_stride, y_rows, w, depth, panels)
+            elif size == 8:
+                t8(x, x_stride, x_rows, y, y_stride, y_rows, w, depth, panels)
+            elif size == 6:
+                t6(x, x_stride, x_rows, y, y_stride, y_rows, w, depth, panels)
+            elif size == 4:
+                t4(x, x_stride, x_rows, y, y_stride, y_rows, w, depth, panels)
+            elif size == 3:
+                t3(x, x_stride, x_rows, y, y_stride, y_rows, w, depth, panels)
+            elif size == 2:
+                t2(x, x_stride, x_rows, y, y_stride, y_rows, w, depth, panels)
+            else:
+                t1(x, x_stride, x_rows, y, y_stride, y_rows, w, depth, panels)
+            done += size
+
+    return add_panels
+
+
+add_panels_native, add_panels_float16, add_panels_bfloat16 = map(_add_panels, Storage)
