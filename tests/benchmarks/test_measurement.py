@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.measurement import Answer, Contender, Run, interleave
+from benchmarks.measurement import Answer, Contender, Run, by_turns_s, interleave
 from benchmarks.workload import Request
 
 REQUEST = Request("", (1, 2), 3)
@@ -60,3 +60,12 @@ def test_nothing_is_returned_once_the_check_fails(red_at):
         interleave([contender("a", calls), contender("b", calls)], 3, check=check)
 
     assert 1 + 2 * red_at == len(calls)
+
+
+def test_works_that_take_turns_are_timed_together_after_one_pass_that_is_not():
+    calls: list[str] = []
+
+    times = by_turns_s({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, samples=2)
+
+    assert calls == ["a", "b"] * 3
+    assert {name: len(samples_s) for name, samples_s in times.items()} == {"a": 2, "b": 2}
