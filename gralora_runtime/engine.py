@@ -14,6 +14,10 @@ from gralora_runtime.sampler import SampledToken, SamplingFailure, sample
 from gralora_runtime.scheduler import Scheduler, StepOutput
 
 
+def _nothing() -> None:
+    pass
+
+
 class Engine:
     """Plan, build, execute, sample, commit."""
 
@@ -24,18 +28,18 @@ class Engine:
         self.num_steps = 0
         self.observation = StepObservation()
 
-    def step(self, before_forward: Callable[[], None] | None = None) -> list[StepOutput]:
+    def step(self, before_forward: Callable[[], None] = _nothing) -> list[StepOutput]:
         """Compute one step and return what it has to tell the clients.
 
-        `before_forward` is called, in every step, right before the forward pass, which leaves Python to other threads.
+        `before_forward` is called right before the forward pass, or where that would be if there is nothing to compute.
         """
         timed = self.observation.timed
         plan = timed(Phase.SCHEDULE, self.scheduler.plan)
-        tensors = None if plan is None else timed(Phase.BUILD, self.batch.build, plan)
-        if before_forward is not None:
+        if plan is None:
             before_forward()
-        if plan is None or tensors is None:
             return self.scheduler.take_outputs()
+        tensors = timed(Phase.BUILD, self.batch.build, plan)
+        before_forward()
         logits = timed(Phase.FORWARD, self.runner.execute, tensors)
         sampled = timed(Phase.SAMPLE, self._sample, logits, plan)
         outputs = timed(Phase.COMMIT, self.scheduler.commit, plan, sampled)

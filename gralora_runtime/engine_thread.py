@@ -68,17 +68,17 @@ class EngineThread:
                     self._outputs = self._engine.step(self._hand_over)
                 if self._shares_turns or not self._engine.scheduler.has_work:
                     self._hand_over()
+            self._hand_over()
         except Exception:
             logger.exception("the engine thread failed")
             self._hand_over()
             self._on_death()
         finally:
-            self._hand_over()
             self._engine.scheduler.abandon_all()
 
     def _hand_over(self) -> None:
         """A step's outputs go out when the next one's forward pass begins: whoever writes them to clients runs Python,
-        and would keep this thread from its own, with all cores idle meanwhile; a forward pass needs none.
+        and would keep this thread from its own, with all cores idle meanwhile. A compiled forward pass needs none.
         """
         outputs, self._outputs = self._outputs, []
         if outputs:

@@ -6,6 +6,7 @@ import threading
 
 import pytest
 
+from gralora_runtime.engine import Engine
 from gralora_runtime.engine_thread import EngineThread
 from gralora_runtime.observation.steps import StepObservation
 
@@ -60,14 +61,30 @@ def thread_of(engine, events, **options):
     )
 
 
-def events_of(**failure):
-    events: list[str] = []
-    engine = Steps(events, **failure)
-    thread = thread_of(engine, events)
+def run(thread, engine):
+    """Until the engine's work is done, or the thread has ended."""
     thread.start()
     while engine.has_work and not engine.ended.wait(0.01):
         pass
     thread.stop()
+
+
+def stop_in_mid_step(thread, engine):
+    engine.go_on.clear()
+    thread.start()
+    assert engine.running.wait(WAIT_S)
+    stopping = threading.Thread(target=thread.stop)
+    stopping.start()
+    while not thread._stopping:
+        pass
+    engine.go_on.set()
+    stopping.join(WAIT_S)
+
+
+def events_of(**failure):
+    events: list[str] = []
+    engine = Steps(events, **failure)
+    run(thread_of(engine, events), engine)
     return events
 
 
@@ -91,16 +108,7 @@ def test_outputs_of_the_step_before_a_failure_go_out_before_the_news_of_it(where
 def test_outputs_of_the_step_that_runs_when_it_is_stopped_go_out():
     events: list[str] = []
     engine = Steps(events)
-    engine.go_on.clear()
-    thread = thread_of(engine, events)
-    thread.start()
-    assert engine.running.wait(WAIT_S)
-    stopping = threading.Thread(target=thread.stop)
-    stopping.start()
-    while not thread._stopping:
-        pass
-    engine.go_on.set()
-    stopping.join(WAIT_S)
+    stop_in_mid_step(thread_of(engine, events), engine)
 
     assert events == ["build 0", "forward 0", "output 0"]
 
@@ -116,10 +124,39 @@ def test_engines_that_take_turns_hand_over_before_they_wait_for_theirs():
             events.append("yours")
 
     engine = Steps(events)
-    thread = thread_of(engine, events, turn=Turn())
-    thread.start()
-    while engine.has_work:
-        pass
-    thread.stop()
+    run(thread_of(engine, events, turn=Turn()), engine)
 
     assert events[:6] == ["my turn", "build 0", "forward 0", "yours", "output 0", "my turn"]
+
+
+def test_a_step_without_a_plan_hands_over_what_came_before_it_first():
+    """So a request's end never overtakes its tokens, and its id is free only after both."""
+    events: list[str] = []
+
+    class NothingToCompute:
+        def plan(self):
+            return None
+
+        def take_outputs(self):
+            events.append("taken")
+            return ["the end"]
+
+    engine = Engine(NothingToCompute(), batch=None, runner=None)
+
+    assert engine.step(lambda: events.append("handed over")) == ["the end"]
+    assert events == ["handed over", "taken"]
+
+
+def test_a_delivery_that_fails_when_it_is_stopped_still_frees_everything():
+    """As when the event loop has gone."""
+    events: list[str] = []
+    engine = Steps(events)
+
+    def deliver(outputs):
+        raise RuntimeError("the loop is closed")
+
+    thread = EngineThread(engine, prepare=lambda: None, deliver=deliver, on_death=lambda: events.append("death"))
+    stop_in_mid_step(thread, engine)
+
+    assert engine.ended.is_set()
+    assert events[-1] == "death"

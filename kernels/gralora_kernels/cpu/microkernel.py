@@ -21,6 +21,7 @@ from typing import Any
 
 from llvmlite import ir  # type: ignore[import-untyped]
 from numba import njit, types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 from gralora_kernels.cpu.simd import LANES, ask_for, call, constant, load_widened, pointer_to, splat_value
@@ -209,23 +210,13 @@ class _PanelsTile(_Tile):
         row_bytes = _I64(PANEL * (4 if self.storage is Storage.NATIVE else 2))
         panel_bytes = b.mul(self.depth, row_bytes)
         self.w_stride, self.fetch_step = _I64(PANEL), row_bytes
-        before = b.block
-        head, body, after = (b.append_basic_block(n) for n in ("panel", "columns", "end"))
-        b.branch(head)
-        b.position_at_end(head)
-        panel = b.phi(_I64)
-        panel.add_incoming(_I64(0), before)
-        b.cbranch(b.icmp_signed("<", panel, panels), body, after)
-        b.position_at_end(body)
-        self.w = b.add(first, b.mul(panel, panel_bytes))
-        self.fetch = b.add(self.w, panel_bytes)
-        targets = [b.add(y, b.mul(panel, _I64(4 * PANEL))) for y in y_rows]
-        sums = [self._load(y, v, False) for y in targets for v in range(self.vectors)]
-        for i, value in enumerate(self._products(sums, x_rows)):
-            self._store_vector(targets[i // self.vectors], i % self.vectors, value, False)
-        panel.add_incoming(b.add(panel, _I64(1)), b.block)
-        b.branch(head)
-        b.position_at_end(after)
+        with cgutils.for_range(b, panels) as loop:
+            self.w = b.add(first, b.mul(loop.index, panel_bytes))
+            self.fetch = b.add(self.w, panel_bytes)
+            targets = [b.add(y, b.mul(loop.index, _I64(4 * PANEL))) for y in y_rows]
+            sums = [self._load(y, v, False) for y in targets for v in range(self.vectors)]
+            for i, value in enumerate(self._products(sums, x_rows)):
+                self._store_vector(targets[i // self.vectors], i % self.vectors, value, False)
 
 
 def _panels_tile(rows: int, storage: Storage) -> Any:
