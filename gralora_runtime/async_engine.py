@@ -28,6 +28,7 @@ from gralora_runtime.errors import (
     QueueFullError,
     RequestCancelledError,
 )
+from gralora_runtime.failure import request_failed
 from gralora_runtime.info import EngineInfo, EngineLoad, TokenizeResult
 from gralora_runtime.observation.accounts import OTHER
 from gralora_runtime.observation.requests import RequestMeter, RequestObservation, outcome_of
@@ -102,7 +103,7 @@ class AsyncEngine:
             raise
         entry.meter.admit(request.adapter, sequence.num_prompt)
         entry.queued = True
-        self._thread.post(lambda scheduler: scheduler.add(sequence))
+        self._thread.post(request.request_id, lambda scheduler: scheduler.add(sequence))
         return entry.stream
 
     def abort(self, request_id: str) -> bool:
@@ -111,7 +112,7 @@ class AsyncEngine:
         if entry is None:
             return False
         if entry.queued:
-            self._thread.post(lambda scheduler: scheduler.cancel(request_id))
+            self._thread.post(request_id, lambda scheduler: scheduler.cancel(request_id))
         else:
             entry.aborted.set()
         return True
@@ -147,6 +148,8 @@ class AsyncEngine:
             generated_tokens=scheduler.counters.generated_tokens,
             preemptions=scheduler.counters.preemptions,
             prefix_hit_tokens=scheduler.counters.prefix_hit_tokens,
+            request_failures=scheduler.counters.request_failures,
+            step_failures=scheduler.counters.step_failures,
         )
 
     def snapshot(self) -> EngineSnapshot:
@@ -313,18 +316,34 @@ class AsyncEngine:
             entry = self._entries.get(output.request_id)
             if entry is None:
                 continue  # closed
-            outcome = None
-            if output.error is not None:
-                entry.stream.fail(output.error)
-                outcome = outcome_of(output.error)
-            elif output.delta is not None:
-                entry.stream.put(output.delta)
-                entry.meter.deliver(output.delta, now_s)
-                outcome = output.delta.finished.reason.value if output.delta.finished else None
+            try:
+                outcome = self._deliver_one(entry, output, now_s)
+            except Exception as cause:
+                outcome = self._give_up(entry, output, cause)
             if outcome is not None:
                 self._mean_service_s += 0.1 * (now_s - entry.submitted_s - self._mean_service_s)
                 self.requests.end(outcome)
                 self._leave(output.request_id)
+
+    @staticmethod
+    def _deliver_one(entry: _Entry, output: StepOutput, now_s: float) -> str | None:
+        """The outcome, if this is the request's end."""
+        if output.error is not None:
+            entry.stream.fail(output.error)
+            return outcome_of(output.error)
+        assert output.delta is not None
+        entry.stream.put(output.delta)
+        entry.meter.deliver(output.delta, now_s)
+        return output.delta.finished.reason.value if output.delta.finished else None
+
+    def _give_up(self, entry: _Entry, output: StepOutput, cause: Exception) -> str | None:
+        """Our code failed on one request's output: its client hears of it, and the others have theirs."""
+        error = request_failed(output.request_id, cause)
+        entry.stream.fail(error)
+        if output.error is not None or (output.delta is not None and output.delta.finished is not None):
+            return outcome_of(error)
+        self.abort(output.request_id)  # its end, and the id's, is what the engine then says
+        return None
 
     def _die(self) -> None:
         self.dead.set()

@@ -13,8 +13,10 @@
     +-- DeadlineExceededError    the deadline passed, or cannot be met
     +-- RequestCancelledError    the client went away or somebody aborted it
     +-- NumericalError           the model or its adapter gave logits that are no numbers, for this request alone
+    +-- RequestFailedError       our bug, met while working on this request alone: its cause is in the log, under an id
+    +-- StepFailedError          our bug, met while working on all requests of a step: try again
     +-- DrainingError            the server is shutting down
-    +-- EngineDeadError          the engine thread failed: our bug
+    +-- EngineDeadError          step after step failed, or the engine thread did: our bug
     +-- ConfigError              the server was started with impossible settings
     +-- ModelUnsupportedError    the base model cannot be served exactly: all reasons at once
 
@@ -30,6 +32,7 @@ class GraloraError(Exception):
     """Base of all errors that a user may see. `str(error)` is a whole sentence fit for a log line or a status."""
 
     reason: str = "INTERNAL"  # stable, UPPER_SNAKE: goes out as google.rpc.ErrorInfo.reason
+    retry_after_s: float | None = None  # when the same request may well succeed; goes out as google.rpc.RetryInfo
 
     def metadata(self) -> dict[str, str]:
         """Machine-readable facts, sent as `ErrorInfo.metadata`."""
@@ -167,6 +170,31 @@ class NumericalError(GraloraError):
         return {"adapter": self.adapter}
 
 
+class RequestFailedError(GraloraError):
+    """Our own code failed on this request, and on no other. The cause is in the server's log, under `error_id`."""
+
+    def __init__(self, request_id: str, error_id: str) -> None:
+        self.error_id = error_id
+        super().__init__(f"request {request_id!r}: internal error {error_id}; the server's log has the cause")
+
+    def metadata(self) -> dict[str, str]:
+        return {"error_id": self.error_id}
+
+
+class StepFailedError(GraloraError):
+    """What a step computes for all its requests together failed, so all of them ended; the engine goes on."""
+
+    reason = "STEP_FAILED"
+    retry_after_s = 1.0
+
+    def __init__(self, error_id: str) -> None:
+        self.error_id = error_id
+        super().__init__(f"a step of the engine failed (internal error {error_id}); the same request may be sent again")
+
+    def metadata(self) -> dict[str, str]:
+        return {"error_id": self.error_id}
+
+
 class DrainingError(GraloraError):
     """The server is shutting down and takes no new work."""
 
@@ -177,7 +205,7 @@ class DrainingError(GraloraError):
 
 
 class EngineDeadError(GraloraError):
-    """The engine thread failed. The cause is in the server's log, not in the message."""
+    """Step after step failed, or the engine's thread did. The cause is in the server's log, not in the message."""
 
     reason = "INTERNAL"
 

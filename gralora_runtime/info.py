@@ -46,6 +46,8 @@ class EngineLoad:
     generated_tokens: int
     preemptions: int
     prefix_hit_tokens: int
+    request_failures: int  # requests that ended because our code failed on them alone
+    step_failures: int  # steps whose shared part failed, with all their requests
 
 
 @dataclass(frozen=True, slots=True)

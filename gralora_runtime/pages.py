@@ -103,6 +103,20 @@ class PagePool:
                 else:
                     self._cached[page] = None
 
+    def reclaim(self, held: Iterable[int]) -> None:
+        """Make the leases exactly `held` again, after bookkeeping was interrupted: what nobody holds is idle."""
+        self._leases = [0] * self.num_pages
+        for page in held:
+            self._leases[page] += 1
+        self._by_key = {key: page for key, page in self._by_key.items() if self._keys[page] == key}
+        self._keys = [None] * self.num_pages
+        for key, page in self._by_key.items():
+            self._keys[page] = key
+        idle = [page for page, leases in enumerate(self._leases) if leases == 0]
+        known = {page for page in idle if self._keys[page] is not None}
+        self._cached = OrderedDict.fromkeys([*(page for page in self._cached if page in known), *sorted(known)])
+        self._free = [page for page in reversed(idle) if self._keys[page] is None]
+
     def counts(self) -> PageCounts:
         """Pages by state."""
         leased = self.num_pages - len(self._free) - len(self._cached)

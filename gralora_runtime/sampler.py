@@ -16,12 +16,14 @@ import torch
 from torch import Tensor
 
 from gralora_runtime.errors import InvalidRequestError
+from gralora_runtime.failure import contained
 from gralora_runtime.request import ResponseParams, SamplingParams, StoppingParams, TokenLogprob
 
 FloatRow = npt.NDArray[np.float32]
 IdRow = npt.NDArray[np.int64]
 
 SMALLEST_TEMPERATURE = float(np.finfo(np.float32).tiny)  # below it the float32 quotient would be 0 / 0
+LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +39,16 @@ class SamplingFailure:
     """No token can be chosen for this row. It concerns this request alone: its neighbours have their tokens."""
 
     problem: str
+
+
+@dataclass(frozen=True, slots=True)
+class RowFailure:
+    """Our own code failed on this row: a bug, which concerns this request alone."""
+
+    cause: BaseException
+
+
+Sampled = SampledToken | SamplingFailure | RowFailure
 
 
 class SamplerState:
@@ -84,16 +96,16 @@ class SamplerState:
         (0: the largest score); top-k; top-p of what top-k left; min-p of what both left. Each filter keeps at least
         the likeliest token. Wherever scores are equal, the lowest token id goes first.
         """
-        if not math.isfinite(peak := logits.max()):
-            return SamplingFailure(f"the model's largest logit is {peak}")
-        with np.errstate(over="ignore", invalid="ignore"):  # an overflow shows up as a score that is not finite
+        with np.errstate(all="ignore"):  # what overflows shows up as a score that is not finite
+            if not math.isfinite(peak := logits.max()):
+                return SamplingFailure(f"the model's largest logit is {peak}")
             scores = self._adjusted(logits)
             token_id = int(scores.argmax())
             if not math.isfinite(scores[token_id]):
                 return SamplingFailure(f"no token is left to choose from: the largest score is {scores[token_id]}")
             if self._params.temperature > 0:
                 token_id = self._draw(scores - scores[token_id])
-        return SampledToken(token_id, self._report(logits, token_id))
+            return SampledToken(token_id, self._report(logits, token_id))
 
     def _bans_ending(self) -> bool:
         return self._position < self._min_tokens and self._ending_ids.size > 0
@@ -109,7 +121,7 @@ class SamplerState:
 
     def _draw(self, below_peak: FloatRow) -> int:
         """By inverse CDF over the surviving tokens in the order of their ids; `below_peak` is at most 0."""
-        weights = np.exp(below_peak / np.float32(max(self._params.temperature, SMALLEST_TEMPERATURE)))
+        weights = np.exp(below_peak / _float32(max(self._params.temperature, SMALLEST_TEMPERATURE)))
         token_ids, weights = _survivors(weights, self._params)
         cumulative = weights.cumsum(dtype=np.float64)  # [survivors]
         # The number is below 1, so the product is below the last entry, and a token of weight 0 is never hit.
@@ -123,10 +135,10 @@ class SamplerState:
     def _report(self, logits: FloatRow, token_id: int) -> TokenLogprob | None:
         if self._num_top is None:
             return None
-        shifted = logits - logits.max()
-        log_total = math.log(np.exp(shifted).sum(dtype=np.float64))
-        top = tuple((int(i), float(shifted[i]) - log_total) for i in _largest(logits, self._num_top))
-        return TokenLogprob(token_id, float(shifted[token_id]) - log_total, top)
+        peak = logits.max()
+        log_total = math.log(np.exp(logits - peak).sum(dtype=np.float64))
+        top = tuple((int(i), _below(logits[i], peak) - log_total) for i in _largest(logits, self._num_top))
+        return TokenLogprob(token_id, _below(logits[token_id], peak) - log_total, top)
 
 
 class TokenHistory:
@@ -146,27 +158,42 @@ class TokenHistory:
         if params.repetition_penalty != 1:
             seen = np.flatnonzero(self._seen)
             before = scores[seen]
-            factor = np.float32(params.repetition_penalty)
+            factor = _float32(params.repetition_penalty)
             scores[seen] = np.where(before < 0, before * factor, before / factor)
         if params.frequency_penalty or params.presence_penalty:
             written = np.flatnonzero(self._counts)
-            scores[written] -= self._counts[written] * np.float32(params.frequency_penalty)
-            scores[written] -= np.float32(params.presence_penalty)
+            scores[written] -= self._counts[written] * _float32(params.frequency_penalty)
+            scores[written] -= _float32(params.presence_penalty)
 
 
-def sample(logits: Tensor, states: Sequence[SamplerState]) -> list[SampledToken | SamplingFailure]:
-    """One token per row of `logits` [rows, vocab]; row i depends on `logits[i]` and `states[i]` only."""
-    assert logits.shape[0] == len(states), f"{logits.shape[0]} rows of logits for {len(states)} requests"
-    assert all(state.vocab_size == logits.shape[1] for state in states), f"a state is not for {logits.shape[1]} logits"
-    plain = [row for row, state in enumerate(states) if state.takes_argmax]
-    other = [row for row, state in enumerate(states) if not state.takes_argmax]
-    results: dict[int, SampledToken | SamplingFailure] = {}
+def sample(logits: Tensor, states: Sequence[SamplerState]) -> list[Sampled]:
+    """One token per row of `logits` [rows, vocab]; row i depends on `logits[i]` and `states[i]` only, bugs included."""
+    num_rows, vocab_size = logits.shape
+    assert num_rows == len(states), f"{num_rows} rows of logits for {len(states)} requests"
+    results: dict[int, Sampled] = {}
+    plain: list[int] = []
+    other: list[int] = []
+    for row, state in enumerate(states):
+        try:
+            assert state.vocab_size == vocab_size, f"{vocab_size} logits for a request with {state.vocab_size}"
+            (plain if state.takes_argmax else other).append(row)
+        except BaseException as error:
+            results[row] = _row_failure(error)
     if plain:
         argmax = _argmax(logits)
         results.update((row, argmax[row]) for row in plain)
     for row, values in zip(other, _host_rows(logits, other), strict=True):
-        results[row] = states[row].choose(values)
+        try:
+            results[row] = states[row].choose(values)
+        except BaseException as error:
+            results[row] = _row_failure(error)
     return [results[row] for row in range(len(states))]
+
+
+def _row_failure(error: BaseException) -> RowFailure:
+    if not contained(error):
+        raise error
+    return RowFailure(error)
 
 
 def _argmax(logits: Tensor) -> list[SampledToken | SamplingFailure]:
@@ -200,11 +227,23 @@ def _has_penalties(params: SamplingParams) -> bool:
     return params.repetition_penalty != 1 or bool(params.presence_penalty or params.frequency_penalty)
 
 
+def _float32(value: float) -> np.float32:
+    """The nearest finite number of float32: an infinite parameter would make NaN of a score that is infinite or 0."""
+    return np.float32(min(max(value, -LARGEST), LARGEST))
+
+
+def _below(logit: np.float32, peak: np.float32) -> float:
+    """Their difference in float32, and in float64 where that overflows: a token that was chosen has a probability."""
+    difference = float(logit - peak)
+    return difference if math.isfinite(difference) else float(logit) - float(peak)
+
+
 def _bias_rows(logit_bias: Mapping[int, float], vocab_size: int) -> tuple[IdRow, FloatRow]:
     for token_id in logit_bias:
         if not 0 <= token_id < vocab_size:
             raise InvalidRequestError("sampling.logit_bias", token_id, f"token ids must be in 0..{vocab_size - 1}")
-    return np.array(list(logit_bias), dtype=np.int64), np.array(list(logit_bias.values()), dtype=np.float32)
+    biases = np.array([_float32(bias) for bias in logit_bias.values()], dtype=np.float32)
+    return np.array(list(logit_bias), dtype=np.int64), biases
 
 
 def _survivors(weights: FloatRow, params: SamplingParams) -> tuple[IdRow, FloatRow]:
@@ -217,7 +256,7 @@ def _survivors(weights: FloatRow, params: SamplingParams) -> tuple[IdRow, FloatR
         kept = _heaviest(weights, weights, params.top_p * weights.sum(dtype=np.float64))
         token_ids, weights = token_ids[kept], weights[kept]
     if params.min_p > 0:
-        kept = np.flatnonzero(weights >= np.float32(params.min_p))
+        kept = np.flatnonzero(weights >= np.float32(min(params.min_p, 1)))
         token_ids, weights = token_ids[kept], weights[kept]
     return token_ids, weights
 
@@ -247,7 +286,7 @@ def _heaviest(weights: FloatRow, measure: npt.NDArray[np.floating], target: floa
 
 def _largest(values: FloatRow, count: int) -> IdRow:
     """Indices of the `count` largest values, best first, equals by index."""
-    if count == 0:
+    if count <= 0:
         return np.empty(0, dtype=np.int64)
     cut = max(values.size - count, 0)
     candidates = np.flatnonzero(values >= np.partition(values, cut)[cut])

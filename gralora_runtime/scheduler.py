@@ -13,10 +13,11 @@ from dataclasses import dataclass
 
 from gralora_runtime.adapters.lease import AdapterLease
 from gralora_runtime.errors import DeadlineExceededError, GraloraError, NumericalError, RequestCancelledError
+from gralora_runtime.failure import contained, request_failed, step_failed
 from gralora_runtime.pages import PagePool, page_key
 from gralora_runtime.plan import AdapterUse, RowPlan, StepPlan
 from gralora_runtime.request import Delta, FinishReason
-from gralora_runtime.sampler import SampledToken, SamplingFailure
+from gralora_runtime.sampler import RowFailure, Sampled, SamplingFailure
 from gralora_runtime.sequence import Sequence, SequenceStatus
 
 
@@ -38,6 +39,8 @@ class SchedulerCounters:
     generated_tokens: int = 0
     preemptions: int = 0
     prefix_hit_tokens: int = 0
+    request_failures: int = 0  # requests that ended because our code failed on them
+    step_failures: int = 0  # steps whose shared part failed, which ended all their requests
 
 
 class Scheduler:
@@ -101,23 +104,52 @@ class Scheduler:
         # Who was just preempted would only take the pages back: admit nobody in such a step.
         crowded = self.counters.preemptions > preemptions_before
         while budget and self._waiting and len(self._running) < self._max_num_seqs and not crowded:
-            count = self._admit(self._waiting[0], budget)
-            if count == 0:
+            admitted = self._try_to_admit(self._waiting[0], budget)
+            if admitted is None:
+                continue
+            if admitted == 0:
                 break
-            rows[self._running[-1].request_id] = count
-            budget -= count
+            rows[self._running[-1].request_id] = admitted
+            budget -= admitted
         return self._freeze(rows) if rows else None
 
-    def commit(self, plan: StepPlan, sampled: Mapping[str, SampledToken | SamplingFailure]) -> list[StepOutput]:
-        """Take in a step's results: one token, or the reason why there is none, per row that samples."""
+    def commit(self, plan: StepPlan, sampled: Mapping[str, Sampled]) -> list[StepOutput]:
+        """Take in a step's results: one token, or the reason why there is none, per row that samples.
+
+        A row whose own code fails ends with `RequestFailedError`; it is the only one that notices.
+        """
         for row in plan.rows:
-            sequence = self._by_id[row.request_id]
-            self._count_tokens(sequence, row)
-            sequence.num_computed = row.context_len
-            self._publish_full_pages(sequence)
-            if row.samples:
-                self._commit_token(sequence, sampled[row.request_id])
+            try:
+                self._commit_row(row, sampled)
+            except BaseException as error:
+                if not contained(error):
+                    raise
+                self.fail(row.request_id, error)
         return self.take_outputs()
+
+    def fail(self, request_id: str, cause: BaseException) -> None:
+        """End one request because our code failed on it, wherever it stands, and put the books right."""
+        self.counters.request_failures += 1
+        self._outputs.append(StepOutput(request_id, error=request_failed(request_id, cause)))
+        self._drop(request_id)
+        self._reclaim_pages()
+
+    def fail_step(self, plan: StepPlan | None, cause: BaseException) -> None:
+        """End the rows of a step whose shared part failed, and put the books right; all others go on.
+
+        Without a plan it was the planning that failed: then all end but those that it had not touched.
+        """
+        self.counters.step_failures += 1
+        if plan is not None:
+            ids = [row.request_id for row in plan.rows]
+        else:
+            untouched = {sequence.request_id for sequence in self._waiting if not sequence.pages}
+            ids = [request_id for request_id in self._by_id if request_id not in untouched]
+        error = step_failed(len(ids), cause)
+        for request_id in ids:
+            self._outputs.append(StepOutput(request_id, error=error))
+            self._drop(request_id)
+        self._reclaim_pages()
 
     def adapters(self) -> tuple[frozenset[str], frozenset[str]]:
         """Names of the adapters in the batch, and of those that wait for it; "" is the base model.
@@ -162,6 +194,16 @@ class Scheduler:
         else:
             self._outputs.append(StepOutput(sequence.request_id, error=error))
         self._retire(sequence)
+
+    def _try_to_admit(self, sequence: Sequence, budget: int) -> int | None:
+        """As `_admit`; None: it failed on this sequence, which has ended."""
+        try:
+            return self._admit(sequence, budget)
+        except BaseException as error:
+            if not contained(error):
+                raise
+            self.fail(sequence.request_id, error)
+            return None
 
     def _admit(self, sequence: Sequence, budget: int) -> int:
         """Start the oldest waiting sequence with up to `budget` tokens; 0 when there are no pages for it.
@@ -228,7 +270,18 @@ class Scheduler:
         else:
             self.counters.prefill_tokens += len(row.token_ids)
 
-    def _commit_token(self, sequence: Sequence, sampled: SampledToken | SamplingFailure) -> None:
+    def _commit_row(self, row: RowPlan, sampled: Mapping[str, Sampled]) -> None:
+        sequence = self._by_id[row.request_id]
+        self._count_tokens(sequence, row)
+        sequence.num_computed = row.context_len
+        self._publish_full_pages(sequence)
+        if row.samples:
+            self._commit_token(sequence, sampled[row.request_id])
+
+    def _commit_token(self, sequence: Sequence, sampled: Sampled) -> None:
+        if isinstance(sampled, RowFailure):
+            self.fail(sequence.request_id, sampled.cause)
+            return
         if isinstance(sampled, SamplingFailure):
             error = NumericalError(sequence.request_id, sequence.adapter_name, sampled.problem)
             self._outputs.append(StepOutput(sequence.request_id, error=error))
@@ -256,6 +309,19 @@ class Scheduler:
         sequence.status = SequenceStatus.FINISHED
         del self._by_id[sequence.request_id]
         self._release_lease(sequence.lease)
+
+    def _drop(self, request_id: str) -> None:
+        """Forget a sequence after a failure, which may have left it anywhere. It has its lease while it has an id."""
+        sequence = self._by_id.pop(request_id, None)
+        if sequence is None:
+            return
+        self._running = [running for running in self._running if running is not sequence]
+        self._waiting = deque(waiting for waiting in self._waiting if waiting is not sequence)
+        sequence.status = SequenceStatus.FINISHED
+        self._release_lease(sequence.lease)
+
+    def _reclaim_pages(self) -> None:
+        self.pages.reclaim(page for sequence in self._running for page in sequence.pages)
 
     def _free_pages(self, sequence: Sequence) -> None:
         self.pages.release(sequence.pages)

@@ -5,49 +5,30 @@ Reads the JSON config and the safetensors header only, in plain Python: no torch
 
 from __future__ import annotations
 
-import json
 import math
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any
 
-from gralora_runtime.adapters.names import escapes
+from gralora_runtime.adapters.file import MalformedError, open_regular, parse_object, read_at_most
 from gralora_runtime.adapters.spec import AdapterSpec, Dialect, ModuleShape, Part, parse_config, rejected
 from gralora_runtime.adapters.targets import MATCHING_BUDGET_S, MatchingBudget, SlowPatternError
+from gralora_runtime.adapters.tensors import DTYPES, WEIGHTS_FILE, TensorInfo, parse_header, read_header
 
 CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
 MAX_CONFIG_BYTES = 1 << 20
-MAX_HEADER_BYTES = 16 << 20
-MAX_KEPT_HEADER_BYTES = 256 << 10  # about 2,000 tensors; if larger ones were kept, a few strangers' could fill memory
-DTYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+MAX_CONFIG_VALUES = 1 << 17
+MAX_KEPT_CONFIG_BYTES = 64 << 10  # a plan is kept together with its config: as for headers, not with a huge one
 ALIGNMENT = 16  # elements between the starts of two packed matrices
 
 _TENSOR = re.compile(
     r"base_model\.model\.(?P<module>.+)\."
     r"(?:gralora_[AB](?:_general\.weight)?|lora_[AB]\.weight)"
 )
-
-
-class _MalformedError(ValueError):
-    """A file that cannot be read, whoever's it is."""
-
-
-@dataclass(frozen=True, slots=True)
-class TensorInfo:
-    dtype: str  # safetensors' name of it
-    shape: tuple[int, ...]
-    begin: int  # bytes of the file
-    end: int
-
-    @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,6 +82,7 @@ class AdapterHeader:
     spec: AdapterSpec
     tensors: Mapping[str, TensorInfo]
     fingerprint: int  # of the raw header: tells two versions of the file apart while it is being read
+    config_bytes: int
 
     @property
     def dialect(self) -> Dialect:
@@ -141,7 +123,8 @@ class AdapterHeader:
     def plan(self, modules: Sequence[ModuleShape]) -> Plan:
         """What the config puts on which of these modules, whether or not the tensors are there."""
         try:
-            return _plan(replace(self.spec, base_model=""), tuple(modules))
+            plan = _plan_once if self.config_bytes <= MAX_KEPT_CONFIG_BYTES else _plan
+            return plan(replace(self.spec, base_model=""), tuple(modules))
         except SlowPatternError as cause:
             problem = f"its patterns take more than {MATCHING_BUDGET_S:.0f} s to match"
             raise rejected(self.name, [problem]) from cause
@@ -245,112 +228,53 @@ class AdapterHeader:
 def inspect(path: Path, *, name: str = "", root: Path | None = None) -> AdapterHeader:
     """Read an adapter directory's config and header. Files that leave `root` through a link are refused."""
     name = name or path.name
-    config = _read_config(name, _regular_file(name, path, CONFIG_FILE, root))
-    spec = parse_config(name, config)
-    weights = _regular_file(name, path, WEIGHTS_FILE, root)
-    header = read_header_bytes(name, weights)
-    return AdapterHeader(
-        name=name,
-        spec=spec,
-        tensors=_parse_header(name, header, weights.stat().st_size),
-        fingerprint=hash(header),
-    )
-
-
-def read_header_bytes(name: str, weights: Path) -> bytes:
-    """The first part of a safetensors file: 8 bytes of length, then so many bytes of JSON."""
     try:
-        with weights.open("rb") as file:
-            length = file.read(8)
-            num_bytes = int.from_bytes(length, "little")
-            if len(length) < 8 or num_bytes > MAX_HEADER_BYTES:
-                raise rejected(name, [f"{WEIGHTS_FILE} is not a safetensors file"])
-            return length + file.read(num_bytes)
-    except OSError as cause:
-        raise rejected(name, [f"{WEIGHTS_FILE} cannot be read ({cause.strerror})"]) from cause
+        config = _read_config(path, root)
+        spec = parse_config(name, parse_object(CONFIG_FILE, config, max_values=MAX_CONFIG_VALUES))
+        header, file_bytes = _read_header(path, root)
+        tensors = parse_header(header, file_bytes)
+    except MalformedError as cause:
+        raise rejected(name, [str(cause)]) from cause
+    return AdapterHeader(name=name, spec=spec, tensors=tensors, fingerprint=hash(header), config_bytes=len(config))
+
+
+def files_stamp(path: Path) -> tuple[tuple[int, ...], ...]:
+    """Changes whenever one of an adapter directory's files does, is exchanged, comes or goes."""
+    stamps: list[tuple[int, ...]] = []
+    for file in (CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE):
+        try:
+            seen = (path / file).stat()
+            stamps.append((seen.st_dev, seen.st_ino, seen.st_size, seen.st_mtime_ns, seen.st_ctime_ns))
+        except OSError as cause:
+            stamps.append((cause.errno or 0,))
+    return tuple(stamps)
 
 
 def aligned(numel: int) -> int:
     return -(-numel // ALIGNMENT) * ALIGNMENT
 
 
-def _regular_file(name: str, directory: Path, file: str, root: Path | None) -> Path:
-    path = directory / file
-    if root is not None and escapes(root, path):
-        raise rejected(name, [f"{file} leaves the adapters directory"])
-    if path.is_file():  # neither a folder nor a pipe, whose opening would never return
-        return path
-    if not directory.is_dir():
-        raise rejected(name, [f"there is no directory {directory.name}"])
-    if file == WEIGHTS_FILE and (directory / PICKLE_FILE).exists():
-        raise rejected(name, [f"{PICKLE_FILE} is a pickle, which can run code: save the adapter as safetensors"])
-    raise rejected(name, [f"{file} is missing"])
-
-
-def _read_config(name: str, path: Path) -> dict[str, Any]:
-    try:
-        with path.open("rb") as file:
-            text = file.read(MAX_CONFIG_BYTES + 1)
-    except OSError as cause:
-        raise rejected(name, [f"{CONFIG_FILE} cannot be read ({cause.strerror})"]) from cause
+def _read_config(path: Path, root: Path | None) -> bytes:
+    with open_regular(path, CONFIG_FILE, root) as opened:
+        text = read_at_most(opened, CONFIG_FILE, MAX_CONFIG_BYTES + 1)
     if len(text) > MAX_CONFIG_BYTES:
-        raise rejected(name, [f"{CONFIG_FILE} has more than {MAX_CONFIG_BYTES} bytes"])
+        raise MalformedError(f"{CONFIG_FILE} has more than {MAX_CONFIG_BYTES} bytes")
+    return text
+
+
+def _read_header(path: Path, root: Path | None) -> tuple[bytes, int]:
+    """The raw header, and how many bytes the file has."""
     try:
-        return _parse_object(CONFIG_FILE, text)
-    except _MalformedError as cause:
-        raise rejected(name, [str(cause)]) from cause
+        opened = open_regular(path, WEIGHTS_FILE, root)
+    except MalformedError as cause:
+        if (path / PICKLE_FILE).exists():
+            problem = f"{PICKLE_FILE} is a pickle, which can run code: save the adapter as safetensors"
+            raise MalformedError(problem) from cause
+        raise
+    with opened:
+        return read_header(opened), os.fstat(opened.fileno()).st_size
 
 
-def _parse_object(file: str, text: bytes) -> dict[str, Any]:
-    try:
-        parsed = json.loads(text)
-    except (ValueError, RecursionError) as cause:
-        raise _MalformedError(f"{file} is not JSON ({cause})") from cause
-    if not isinstance(parsed, dict):
-        raise _MalformedError(f"{file} is not a JSON object but {type(parsed).__name__}")
-    return parsed
-
-
-def _parse_header(name: str, header: bytes, file_bytes: int) -> Mapping[str, TensorInfo]:
-    if len(header) != 8 + int.from_bytes(header[:8], "little"):
-        raise rejected(name, [f"{WEIGHTS_FILE} is truncated: it ends inside its header"])
-    parse = _parse_tensors_once if len(header) <= MAX_KEPT_HEADER_BYTES else _parse_tensors
-    try:
-        tensors, end = parse(header)
-    except _MalformedError as cause:
-        raise rejected(name, [str(cause)]) from cause
-    if file_bytes != end:
-        wrong = "truncated" if file_bytes < end else "too long"
-        raise rejected(name, [f"{WEIGHTS_FILE} is {wrong}: {file_bytes} bytes instead of {end}"])
-    return tensors
-
-
-def _parse_tensors(header: bytes) -> tuple[Mapping[str, TensorInfo], int]:
-    """The tensors, which lie one behind the other, and the length that the file must have."""
-    tensors: dict[str, TensorInfo] = {}
-    for key, entry in _parse_object(f"the header of {WEIGHTS_FILE}", header[8:]).items():
-        if key == "__metadata__":
-            continue
-        try:
-            begin, end = (len(header) + int(offset) for offset in entry["data_offsets"])
-            tensors[key] = TensorInfo(str(entry["dtype"]), tuple(int(size) for size in entry["shape"]), begin, end)
-        except (KeyError, IndexError, TypeError, ValueError, OverflowError) as cause:
-            raise _MalformedError(f"{WEIGHTS_FILE}: the header's entry for {key!r} is malformed") from cause
-    position = len(header)
-    for key, tensor in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)):
-        if tensor.begin != position:
-            raise _MalformedError(f"{WEIGHTS_FILE} is broken: there is a gap or an overlap before {key!r}")
-        num_bytes = tensor.numel * DTYPES.get(tensor.dtype, 0)
-        if tensor.dtype in DTYPES and (min(tensor.shape, default=0) < 0 or tensor.end - tensor.begin != num_bytes):
-            raise _MalformedError(f"{WEIGHTS_FILE} is broken: {key!r} does not have the bytes that its shape needs")
-        position = tensor.end
-    return MappingProxyType(tensors), position
-
-
-_parse_tensors_once = lru_cache(maxsize=64)(_parse_tensors)  # one recipe's headers are mostly the same, byte for byte
-
-
-@lru_cache(maxsize=64)  # thousands of adapters come from a few training recipes
 def _plan(spec: AdapterSpec, modules: tuple[ModuleShape, ...]) -> Plan:
     budget = MatchingBudget()
     return tuple(
@@ -358,6 +282,9 @@ def _plan(spec: AdapterSpec, modules: tuple[ModuleShape, ...]) -> Plan:
         for module in modules
         if spec.targets.matches(module.name, budget)
     )
+
+
+_plan_once = lru_cache(maxsize=64)(_plan)  # thousands of adapters come from a few training recipes
 
 
 def _part_tensors(spec: AdapterSpec, module: ModuleShape, budget: MatchingBudget) -> Iterator[PartTensors]:

@@ -18,15 +18,10 @@ from torch import Tensor
 
 from gralora_kernels.packing import ROW_MAJOR, Array, Packing, place_a, place_b
 from gralora_kernels.tables import Entry, Storage
-from gralora_runtime.adapters.checkpoint import (
-    WEIGHTS_FILE,
-    AdapterHeader,
-    AdapterSummary,
-    PartTensors,
-    Plan,
-    inspect,
-)
+from gralora_runtime.adapters.checkpoint import AdapterHeader, AdapterSummary, PartTensors, Plan, inspect
+from gralora_runtime.adapters.file import MalformedError, open_regular, read_at_most
 from gralora_runtime.adapters.spec import ModuleShape, rejected
+from gralora_runtime.adapters.tensors import WEIGHTS_FILE
 
 __all__ = ["AdapterLayout", "LoadedAdapter", "inspect", "load"]
 
@@ -86,7 +81,7 @@ def load(
     plan = header.fitting_plan(modules)
     width = max(module.width for module in plan)
     check_width(name, width, max_width)
-    weights = _Weights(plan, header, _read(name, path / WEIGHTS_FILE, header))
+    weights = _Weights(plan, header, _read(name, path, root, header))
     if problems := list(weights.not_finite(dtype)):
         raise rejected(name, problems)
     packed, modules_layout = weights.pack(packing)
@@ -106,14 +101,15 @@ def check_width(name: str, width: int, max_width: int) -> None:
         raise rejected(name, [f"its rank r * k + hybrid_r is {width}, this server takes at most {max_width}"])
 
 
-def _read(name: str, weights: Path, header: AdapterHeader) -> bytes:
+def _read(name: str, path: Path, root: Path | None, header: AdapterHeader) -> bytes:
     """Read in one go, not mapped: a mapped file that somebody truncates would kill the process."""
     try:
-        data = weights.read_bytes()
-    except OSError as cause:
-        raise rejected(name, [f"{WEIGHTS_FILE} cannot be read ({cause.strerror})"]) from cause
+        with open_regular(path, WEIGHTS_FILE, root) as opened:
+            data = read_at_most(opened, WEIGHTS_FILE, header.file_bytes + 1)
+    except MalformedError as cause:
+        raise rejected(name, [str(cause)]) from cause
     header_bytes = 8 + int.from_bytes(data[:8], "little")
-    if hash(data[:header_bytes]) != header.fingerprint or len(data) != header.file_bytes:
+    if len(data) != header.file_bytes or hash(data[:header_bytes]) != header.fingerprint:
         raise rejected(name, [f"{WEIGHTS_FILE} changed while it was being read"])
     return data
 

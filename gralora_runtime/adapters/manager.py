@@ -27,6 +27,7 @@ from gralora_runtime.adapters.loader import LoadedAdapter, check_width
 from gralora_runtime.adapters.mover import Mover, log_if_unexpected
 from gralora_runtime.adapters.names import check_name, resolve_source
 from gralora_runtime.adapters.pool import AdapterPool, Resident
+from gralora_runtime.adapters.scan import Found, Scan, adapter_directories
 from gralora_runtime.adapters.settlement import Settlement
 from gralora_runtime.adapters.spec import ModuleShape
 from gralora_runtime.adapters.store import AdapterRecord, AdapterState, AdapterStore, Waiter
@@ -82,8 +83,10 @@ class AdapterManager:
             settling=self._settling,
             serve=self._serve,
         )
-        if self._adapters_dir is not None:
-            self._store.scan(self._adapters_dir, self._summarize)
+        for source in adapter_directories(self._adapters_dir) if self._adapters_dir else ():
+            self._store.add(AdapterRecord(name=source.name, source=source))
+        self._scan = Scan(tuple(self._store), self._summarize, self._on_looked_into)
+        self._scan.run()
 
     # For requests.
 
@@ -253,6 +256,7 @@ class AdapterManager:
         """Answer everybody who waits, and stop the threads."""
         with self._settling() as settle:
             self._closed = True
+            self._scan.stop()
             self._mover.close(settle)
         self._mover.join()
 
@@ -339,6 +343,16 @@ class AdapterManager:
         summary = header.summary(self._modules, keeps_16_bit=self.pool.packing.keeps_16_bit)
         check_width(name, summary.equivalent_rank, self._max_width)
         return summary
+
+    def _on_looked_into(self, record: AdapterRecord, found: Found) -> None:
+        """In a thread of the scan. A request may have been faster, or an operator; what they found is newer."""
+        with self._lock:
+            if record.summary or record.error or record.loading or self._store.find(record.name) is not record:
+                return
+            if isinstance(found, AdapterSummary):
+                record.summary = found
+            else:
+                record.error = found
 
     def _on_answered(self, record: AdapterRecord, waiter: Waiter, future: Future[Any]) -> None:
         """When it was cancelled rather than answered: nobody waits there any more."""

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from gralora_runtime.adapters.cache import HostCache
+from gralora_runtime.adapters.checkpoint import files_stamp
 from gralora_runtime.adapters.loader import LoadedAdapter, load
 from gralora_runtime.adapters.placement import Placement, PlacementQueue
 from gralora_runtime.adapters.pool import AdapterPool, Resident
@@ -22,7 +23,7 @@ from gralora_runtime.adapters.settlement import Settlement
 from gralora_runtime.adapters.spec import ModuleShape, rejected
 from gralora_runtime.adapters.store import AdapterRecord, AdapterStore, Waiter
 from gralora_runtime.adapters.window import Window
-from gralora_runtime.errors import AdapterCapacityError, DrainingError, GraloraError
+from gralora_runtime.errors import AdapterCapacityError, AdapterRejectedError, DrainingError, GraloraError
 from gralora_runtime.observation.histogram import REQUEST_S, Histogram
 
 log = logging.getLogger(__name__)
@@ -86,7 +87,7 @@ class Mover:
     def read(
         self, record: AdapterRecord, source: Path, on_done: Callable[[Future[LoadedAdapter]], None], settle: Settlement
     ) -> None:
-        settle.later(partial(self._readers.submit(self._load, record.name, source).add_done_callback, on_done))
+        settle.later(partial(self._readers.submit(self._load, record, source).add_done_callback, on_done))
 
     def forget(self, record: AdapterRecord, settle: Settlement) -> None:
         """Nobody waits for this name any more: unless it is being moved in, it gives up its place."""
@@ -161,12 +162,17 @@ class Mover:
             self._pool.release(resident)
             self.wake(settle)
 
-    def _load(self, name: str, source: Path) -> LoadedAdapter:
-        """In a reader."""
+    def _load(self, record: AdapterRecord, source: Path) -> LoadedAdapter:
+        """In a reader. Files that were refused are not read again until they change: a customer who asks for a broken
+        adapter again and again must not keep the others' from being read.
+        """
+        stamp = (source, files_stamp(source))
+        if record.refused is not None and record.refused[0] == stamp:
+            raise record.refused[1].with_traceback(None)  # or it would grow by each raise
         started_s, failures = time.perf_counter(), 1
         try:
             adapter = load(
-                name,
+                record.name,
                 source,
                 self._modules,
                 self._pool.arena.dtype,
@@ -175,6 +181,9 @@ class Mover:
                 packing=self._pool.packing,
             )
             failures = 0
+        except AdapterRejectedError as error:
+            record.refused = (stamp, error)
+            raise
         finally:
             with self._settling():
                 self.load_s.observe(time.perf_counter() - started_s)

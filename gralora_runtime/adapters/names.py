@@ -21,12 +21,13 @@ def check_name(field: str, name: str) -> None:
         raise InvalidRequestError(field, name, _NAME_RULE)
 
 
-def escapes(root: Path, path: Path) -> bool:
-    """Whether `path`, with every link followed, lies outside of `root`."""
+def resolve_inside(root: Path | None, path: Path) -> Path | None:
+    """`path` with every link followed; None: that is outside of `root`, if there is one, or links go in a circle."""
     try:
-        return not path.resolve().is_relative_to(root.resolve())
-    except (OSError, RuntimeError):  # links in a circle
-        return True
+        resolved = path.resolve()
+        return resolved if root is None or resolved.is_relative_to(root.resolve()) else None
+    except (OSError, RuntimeError):
+        return None
 
 
 def resolve_source(root: Path | None, path: Path) -> Path:
@@ -35,7 +36,7 @@ def resolve_source(root: Path | None, path: Path) -> Path:
         raise InvalidRequestError("path", str(path), "the server was started without an adapters directory")
     if "\0" in str(path):
         raise InvalidRequestError("path", str(path), "contains a NUL character")
-    source = root / path
-    if escapes(root, source):
+    source = resolve_inside(root, root / path)
+    if source is None:
         raise InvalidRequestError("path", str(path), "leaves the adapters directory")
-    return source.resolve()
+    return source

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+import reprlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -26,6 +27,7 @@ from gralora_runtime.adapters.targets import (
 from gralora_runtime.errors import AdapterRejectedError
 
 MAX_PROBLEMS = 20  # in one message; the rest is counted
+MAX_PROBLEM_CHARS = 1500  # the name of a tensor may have 1,024
 _MAX_FLOAT32 = 3.4e38
 _MAX_RANK = 1 << 20
 
@@ -141,7 +143,7 @@ def parse_config(name: str, config: Mapping[str, Any]) -> AdapterSpec:
 
 def rejected(name: str, problems: list[str]) -> AdapterRejectedError:
     """The error for these problems; a long list is cut and the rest counted."""
-    shown = problems[:MAX_PROBLEMS]
+    shown = [clipped(problem, MAX_PROBLEM_CHARS) for problem in problems[:MAX_PROBLEMS]]
     if len(problems) > MAX_PROBLEMS:
         shown.append(f"and {len(problems) - MAX_PROBLEMS} more problems")
     return AdapterRejectedError(name, shown)
@@ -325,6 +327,22 @@ def _is_finite(value: Any) -> bool:
         return False
 
 
+def clipped(text: str, num_chars: int) -> str:
+    return text if len(text) <= num_chars else text[: num_chars - 3] + "..."
+
+
+class _Shown(reprlib.Repr):
+    """Values as Python writes them, without going through all of a large or a deep one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel = 4
+        self.maxlist = self.maxdict = 24
+        self.maxstring = self.maxlong = self.maxother = 120
+
+
 def _shown(value: object) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= 120 else shown[:117] + "..."
+    return clipped(_SHOWN.repr(value), 120)
+
+
+_SHOWN = _Shown()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from gralora_runtime.adapters.checkpoint import AdapterSummary
-from gralora_runtime.adapters.names import is_name
 from gralora_runtime.errors import AdapterNotFoundError, AdapterRejectedError
 
 
@@ -42,6 +41,7 @@ class AdapterRecord:
     summary: AdapterSummary | None = None
     digest: str = ""  # of what was last loaded; a name keeps its content until it is unloaded
     error: BaseException | None = None  # why the last attempt failed
+    refused: tuple[tuple[Path, object], AdapterRejectedError] | None = None  # directory and stamp of its files, and why
     provisional: bool = False  # registered by a load that has not succeeded yet: forgotten if it fails
     loading: bool = False
     pinned: bool = False
@@ -85,15 +85,3 @@ class AdapterStore:
     def sharing(self, digest: str) -> Iterator[AdapterRecord]:
         """The records whose content is this one."""
         return (record for record in self._records.values() if record.digest == digest)
-
-    def scan(self, root: Path, inspect: Callable[[str, Path], AdapterSummary]) -> None:
-        """Register every directory in `root` that has an adapter's name; a broken one together with its reason."""
-        for source in sorted(root.iterdir()):
-            if not (source.is_dir() and is_name(source.name)):
-                continue
-            record = AdapterRecord(name=source.name, source=source)
-            try:
-                record.summary = inspect(source.name, source)
-            except AdapterRejectedError as error:
-                record.error = error
-            self.add(record)

@@ -1,7 +1,8 @@
-"""What every call passes through: authorization first, then one log line and the turning of errors into statuses.
+"""What every call passes through: authorization, decoding, then one log line and the turning of errors into statuses.
 
 Our handlers are coroutines, the streaming ones too (they write to the context), so one wrapper fits both and sees the
-end of a stream where it really is.
+end of a stream where it really is. What a caller without a token and without a valid message can cause, in any number,
+is a status each, and a log line now and then.
 """
 
 from __future__ import annotations
@@ -9,32 +10,34 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 import time
 from collections.abc import Awaitable, Callable
-from typing import Any, NoReturn, TypeAlias
+from typing import Any, NoReturn
 
 import grpc
 
-from gralora_runtime.errors import GraloraError
+from gralora_runtime.errors import GraloraError, InvalidRequestError
 from gralora_server.auth import Tokens
+from gralora_server.decoding import Behavior, Context, Handler, behavior_of, decoding, with_behavior
 from gralora_server.status import Failure, clip, failure_of
 
 OUR_METHODS = "/gralora.v1."
 HEALTH_METHODS = "/grpc.health.v1.Health/"  # probes carry no token
+QUIET_S = 10.0  # between two lines of one `SparseLog`
 
-Context = grpc.aio.ServicerContext[Any, Any]
-Behavior = Callable[[Any, Context], Awaitable[Any]]
-Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"  # generic in the stubs alone
+Clock = Callable[[], float]
 Continuation = Callable[[grpc.HandlerCallDetails], Awaitable["grpc.RpcMethodHandler[Any, Any]"]]
 
 _calls = logging.getLogger("gralora_server.calls")
 
 
 class AuthInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in the stubs alone
-    """Refuses calls whose bearer token does not allow them."""
+    """Refuses calls whose bearer token does not allow them, with their requests unread."""
 
-    def __init__(self, tokens: Tokens) -> None:
+    def __init__(self, tokens: Tokens, clock: Clock = time.monotonic) -> None:
         self._tokens = tokens
+        self._log = SparseLog(clock)
 
     async def intercept_service(self, continuation: Continuation, call: grpc.HandlerCallDetails) -> Handler:
         handler = await continuation(call)
@@ -43,19 +46,59 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # 
         try:
             self._tokens.authorize(call.method, _authorization(call))
         except GraloraError as error:
-            return _with_behavior(handler, _refusal(call.method, error))
+            # Whatever the method is: of a stream of requests gRPC reads nothing by itself.
+            return grpc.stream_stream_rpc_method_handler(self._refusal(call.method, error))
         return handler
+
+    def _refusal(self, method: str, error: GraloraError) -> Behavior:
+        async def refuse(_unread: object, context: Context) -> None:
+            failure = failure_of(error)
+            self._log.write(_fields(method, None, failure.code, 0.0))
+            await _end(context, failure)
+
+        return refuse
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in the stubs alone
-    """Gives each of our calls its log line, and its status when it fails."""
+    """Decodes the request of every call, and gives each of our calls its log line, and its status when it fails."""
+
+    def __init__(self, clock: Clock = time.monotonic) -> None:
+        self._log = SparseLog(clock)
 
     async def intercept_service(self, continuation: Continuation, call: grpc.HandlerCallDetails) -> Handler:
         handler = await continuation(call)
-        if handler is None or not call.method.startswith(OUR_METHODS):
-            return handler
-        behavior: Any = handler.unary_stream if handler.response_streaming else handler.unary_unary
-        return _with_behavior(handler, _observed(call.method, behavior))
+        if not handler:
+            return handler  # there is no such method
+        behavior = behavior_of(handler)
+        if call.method.startswith(OUR_METHODS):
+            behavior = _observed(call.method, behavior)
+        return with_behavior(handler, decoding(handler, behavior, self._refusal(call.method)))
+
+    def _refusal(self, method: str) -> Callable[[Context, InvalidRequestError], Awaitable[NoReturn]]:
+        async def refuse(context: Context, error: InvalidRequestError) -> NoReturn:
+            failure = failure_of(error)
+            self._log.write(_fields(method, None, failure.code, 0.0) | {"problem": str(error)})
+            await _end(context, failure)
+
+        return refuse
+
+
+class SparseLog:
+    """For lines that anybody can cause: one is written every `QUIET_S` at most, and says how many were not."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._quiet_until_s = -math.inf
+        self._num_dropped = 0
+
+    def write(self, fields: dict[str, object]) -> None:
+        now_s = self._clock()
+        if now_s < self._quiet_until_s:
+            self._num_dropped += 1
+            return
+        dropped = {"lines_dropped": self._num_dropped} if self._num_dropped else {}
+        _calls.info("%s", json.dumps(fields | dropped))
+        self._quiet_until_s, self._num_dropped = now_s + QUIET_S, 0
 
 
 def _observed(method: str, behavior: Behavior) -> Behavior:
@@ -71,20 +114,11 @@ def _observed(method: str, behavior: Behavior) -> Behavior:
             failure = failure_of(error)
             code = failure.code
         finally:
-            _log_call(method, request, code, time.monotonic() - started_s)
+            _calls.info("%s", json.dumps(_fields(method, request, code, time.monotonic() - started_s)))
         # May wait for a client that does not read, and so comes last: nothing is held any more.
         return await _end(context, failure)
 
     return observed
-
-
-def _refusal(method: str, error: GraloraError) -> Behavior:
-    async def refuse(request: Any, context: Context) -> None:
-        failure = failure_of(error)
-        _log_call(method, request, failure.code, 0.0)
-        await _end(context, failure)
-
-    return refuse
 
 
 async def _end(context: Context, failure: Failure) -> NoReturn:
@@ -99,17 +133,16 @@ def _cancellation(context: Context) -> grpc.StatusCode:
     return grpc.StatusCode.CANCELLED
 
 
-def _log_call(method: str, request: Any, code: grpc.StatusCode, duration_s: float) -> None:
-    """As JSON, because the request's strings are whatever a client sent."""
+def _fields(method: str, request: Any, code: grpc.StatusCode, duration_s: float) -> dict[str, object]:
+    """Of a log line, which is JSON because the request's strings are whatever a client sent."""
     adapter = getattr(request, "adapter", "") or getattr(request, "name", "")
-    fields = {
+    return {
         "method": method,
         "request_id": clip(getattr(request, "request_id", ""), 128),
         "adapter": clip(adapter, 128),
         "code": code.name,
         "duration_ms": round(duration_s * 1000, 1),
     }
-    _calls.info("%s", json.dumps(fields))
 
 
 def _authorization(call: grpc.HandlerCallDetails) -> str:
@@ -117,15 +150,3 @@ def _authorization(call: grpc.HandlerCallDetails) -> str:
         if key == "authorization" and isinstance(value, str):
             return value
     return ""
-
-
-def _with_behavior(handler: Handler, behavior: Behavior) -> Handler:
-    """The same method, served by `behavior`."""
-    make: Any = {
-        (False, False): grpc.unary_unary_rpc_method_handler,
-        (False, True): grpc.unary_stream_rpc_method_handler,
-        (True, False): grpc.stream_unary_rpc_method_handler,
-        (True, True): grpc.stream_stream_rpc_method_handler,
-    }[handler.request_streaming, handler.response_streaming]
-    made: Handler = make(behavior, handler.request_deserializer, handler.response_serializer)
-    return made

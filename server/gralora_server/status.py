@@ -30,7 +30,9 @@ from gralora_runtime.errors import (
     NumericalError,
     QueueFullError,
     RequestCancelledError,
+    RequestFailedError,
     SlowConsumerError,
+    StepFailedError,
 )
 from gralora_server.errors import PermissionDeniedError, StartingError, UnauthenticatedError
 
@@ -56,6 +58,8 @@ CODES: dict[type[GraloraError], grpc.StatusCode] = {
     SlowConsumerError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     DeadlineExceededError: grpc.StatusCode.DEADLINE_EXCEEDED,
     RequestCancelledError: grpc.StatusCode.CANCELLED,
+    # Clients and proxies try again on this one: whatever it was, it need not have been this request.
+    StepFailedError: grpc.StatusCode.UNAVAILABLE,
     StartingError: grpc.StatusCode.UNAVAILABLE,
     DrainingError: grpc.StatusCode.UNAVAILABLE,
     UnauthenticatedError: grpc.StatusCode.UNAUTHENTICATED,
@@ -78,15 +82,17 @@ class Failure:
 
 def failure_of(error: BaseException) -> Failure:
     """The status for an error. What is not in the table is our bug: logged with its traceback, and hidden."""
+    if isinstance(error, RequestFailedError):  # a bug as well, which the engine has logged
+        return _internal(error.error_id)
     code = next((CODES[kind] for kind in type(error).__mro__ if kind in CODES), None)
     if isinstance(error, GraloraError) and code is not None:
         return _build(code, str(error), _details(error), _pushback(error))
-    return _internal(error)
-
-
-def _internal(error: BaseException) -> Failure:
     error_id = uuid.uuid4().hex
     _log.error("internal error %s", error_id, exc_info=error)
+    return _internal(error_id)
+
+
+def _internal(error_id: str) -> Failure:
     info = error_details_pb2.ErrorInfo(reason="INTERNAL", domain=DOMAIN, metadata={"error_id": error_id})
     return _build(grpc.StatusCode.INTERNAL, f"internal error {error_id}; the server's log has the cause", [info], ())
 
@@ -104,7 +110,7 @@ def _details(error: GraloraError) -> list[message.Message]:
     if isinstance(error, AdapterError):
         name = clip(error.name, MAX_VALUE_BYTES)
         details.append(error_details_pb2.ResourceInfo(resource_type="gralora.v1.Adapter", resource_name=name))
-    if isinstance(error, QueueFullError | StartingError):
+    if error.retry_after_s is not None:
         delay = Duration()
         delay.FromMilliseconds(math.ceil(error.retry_after_s * 1000))
         details.append(error_details_pb2.RetryInfo(retry_delay=delay))
@@ -113,7 +119,7 @@ def _details(error: GraloraError) -> list[message.Message]:
 
 def _pushback(error: GraloraError) -> Trailers:
     """What gRPC's own retry policy obeys, where RetryInfo is for applications."""
-    if not isinstance(error, QueueFullError | StartingError):
+    if error.retry_after_s is None:
         return ()
     return ((PUSHBACK_TRAILER, str(math.ceil(error.retry_after_s * 1000))),)
 

@@ -6,7 +6,6 @@ on its vocabulary or context window is the engine's to check.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Collection, Iterable, Sequence
 
@@ -29,6 +28,9 @@ MAX_STOP_TOKEN_IDS = 1024
 MAX_LOGIT_BIAS = 1024
 MAX_TOP_LOGPROBS = 20
 MAX_TOKENS_PER_MESSAGE = 1024
+# Sampling computes in float32, where more is infinite and less can be 0; either makes NaN of scores that are, too.
+MAX_FLOAT32 = (2 - 2.0**-23) * 2.0**127
+MIN_FLOAT32 = 2.0**-126
 MAX_REPETITION_PENALTY = 10.0
 MAX_PENALTY = 2.0
 MAX_BIAS = 100.0
@@ -79,8 +81,7 @@ def validate_abort(request: server_pb2.AbortRequestRequest) -> None:
 
 
 def validate_sampling(sampling: generation_pb2.SamplingParams) -> None:
-    if not (sampling.temperature >= 0 and math.isfinite(sampling.temperature)):
-        raise InvalidRequestError("sampling.temperature", sampling.temperature, "must be a number, at least 0")
+    _validate_range("sampling.temperature", sampling.temperature, 0, MAX_FLOAT32)
     if sampling.HasField("top_p"):
         _validate_range("sampling.top_p", sampling.top_p, 0, 1, above=True)
     if sampling.top_k < 0:
@@ -88,7 +89,7 @@ def validate_sampling(sampling: generation_pb2.SamplingParams) -> None:
     _validate_range("sampling.min_p", sampling.min_p, 0, 1)
     if sampling.HasField("repetition_penalty"):
         penalty = sampling.repetition_penalty
-        _validate_range("sampling.repetition_penalty", penalty, 0, MAX_REPETITION_PENALTY, above=True)
+        _validate_range("sampling.repetition_penalty", penalty, MIN_FLOAT32, MAX_REPETITION_PENALTY)
     _validate_range("sampling.presence_penalty", sampling.presence_penalty, -MAX_PENALTY, MAX_PENALTY)
     _validate_range("sampling.frequency_penalty", sampling.frequency_penalty, -MAX_PENALTY, MAX_PENALTY)
     _validate_count("sampling.logit_bias", sampling.logit_bias, MAX_LOGIT_BIAS)

@@ -21,16 +21,16 @@ from support.checkpoints import (
     write_lora,
 )
 
-from gralora_runtime.adapters import checkpoint
+from gralora_runtime.adapters import tensors as tensors_module
 from gralora_runtime.adapters.checkpoint import (
     CONFIG_FILE,
     MAX_CONFIG_BYTES,
     PICKLE_FILE,
-    WEIGHTS_FILE,
     AdapterSummary,
     inspect,
 )
 from gralora_runtime.adapters.spec import MAX_PROBLEMS, Dialect, ModuleShape
+from gralora_runtime.adapters.tensors import WEIGHTS_FILE
 from gralora_runtime.errors import AdapterRejectedError
 
 Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -94,7 +94,10 @@ BROKEN_CONFIGS: dict[str, tuple[bytes, str]] = {
     "empty": (b"", "is not JSON"),
     "a list": (b"[1]", "is not a JSON object but list"),
     "null": (b"null", "is not a JSON object but NoneType"),
-    "too deep": (b"[" * 200_000, "is not JSON"),
+    "too deep": (b"[" * 50_000, "is not JSON"),
+    "too many values": (b'{"r": [' + b"0," * 140_000 + b"0]}", "has more than 131072 entries"),
+    "a key twice": (b'{"r": 1, "r": 2}', "a key stands twice"),
+    "a float of a million digits": (b'{"r": 1.' + b"9" * 1_000_000 + b"}", "a number of 1000002 characters"),
     "too large": (b'{"r": "' + b"x" * MAX_CONFIG_BYTES + b'"}', "has more than"),
     "a number of 5000 digits": (b'{"r": ' + b"9" * 5000 + b"}", "is not JSON"),
 }
@@ -173,6 +176,34 @@ HEADERS: dict[str, tuple[bytes, str]] = {
     "no dtype": (b'{"x": {"shape": [1], "data_offsets": [0, 4]}}', "entry for 'x' is malformed"),
     "no object": (b'{"x": 3}', "entry for 'x' is malformed"),
     "infinite shape": (b'{"x": {"dtype": "F32", "shape": [Infinity], "data_offsets": [0, 4]}}', "is malformed"),
+    "a million sizes": (
+        b'{"x": {"dtype": "F32", "shape": [' + b"0," * 1_000_000 + b'0], "data_offsets": [0, 4]}}',
+        "has more than 400000 entries",
+    ),
+    "3,400 sizes of 4,200 digits": (
+        b'{"x": {"dtype": "F32", "shape": [' + b",".join([b"9" * 4200] * 1300) + b'], "data_offsets": [0, 4]}}',
+        "a number of 4200 characters",
+    ),
+    "3,400 sizes of 60 digits": (
+        b'{"x": {"dtype": "F32", "shape": [' + b",".join([b"9" * 60] * 3400) + b'], "data_offsets": [0, 4]}}',
+        "entry for 'x' is malformed",
+    ),
+    "sizes in words": (b'{"x": {"dtype": "F32", "shape": ["1"], "data_offsets": [0, 4]}}', "is malformed"),
+    "sizes that are true": (b'{"x": {"dtype": "F32", "shape": [true], "data_offsets": [0, 4]}}', "is malformed"),
+    "a tensor twice": (
+        b'{"x": {"dtype": "F32", "shape": [], "data_offsets": [0, 4]}, "x": {"shape": [], "data_offsets": [0, 4]}}',
+        "a key stands twice",
+    ),
+    "a name of 2,000 letters": (
+        b'{"' + b"x" * 2000 + b'": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}',
+        "is malformed",
+    ),
+    "long and beyond ASCII": (
+        b'{"x": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, "__metadata__": {"a": "'
+        + "é".encode() * (1 << 19)
+        + b'"}}',
+        "too long for one with letters beyond ASCII",
+    ),
     "short offsets": (b'{"x": {"dtype": "F32", "shape": [1], "data_offsets": [0]}}', "is malformed"),
 }
 
@@ -215,14 +246,14 @@ def test_a_large_header_is_not_kept_in_memory(tmp_path: Path) -> None:
     """One adapter directory must not cost the server its memory; equal headers of common size are read once."""
     small = write_gralora(tmp_path / "small")
     inspect(small)
-    kept = checkpoint._parse_tensors_once.cache_info()
+    kept = tensors_module._parse_tensors_once.cache_info()
     inspect(small)
-    assert checkpoint._parse_tensors_once.cache_info().hits == kept.hits + 1
+    assert tensors_module._parse_tensors_once.cache_info().hits == kept.hits + 1
 
     large = write_gralora(tmp_path / "large")
     edit_tensors(large, lambda tensors: tensors.update({f"x{i:08}": torch.zeros(0) for i in range(5000)}))
     assert len(inspect(large).tensors) > 5000
-    assert checkpoint._parse_tensors_once.cache_info().currsize == kept.currsize
+    assert tensors_module._parse_tensors_once.cache_info().currsize == kept.currsize
 
 
 def test_a_header_of_absurd_length_is_not_read(tmp_path: Path) -> None:

@@ -25,9 +25,9 @@ from support.checkpoints import (
 from gralora_kernels.packing import Packing
 from gralora_kernels.reference import DTYPES, pack_a, pack_b
 from gralora_runtime.adapters import loader
-from gralora_runtime.adapters.checkpoint import WEIGHTS_FILE
 from gralora_runtime.adapters.loader import LoadedAdapter
 from gralora_runtime.adapters.spec import ModuleShape
+from gralora_runtime.adapters.tensors import WEIGHTS_FILE
 from gralora_runtime.errors import AdapterRejectedError
 
 MODULE = MODULES[2]  # 48 -> 32

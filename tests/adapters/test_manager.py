@@ -22,10 +22,11 @@ from adapters.harness import (
 )
 from support.checkpoints import MODULES, edit_config, edit_tensors, write_gralora, write_lora
 
-from gralora_runtime.adapters.checkpoint import CONFIG_FILE, WEIGHTS_FILE
+from gralora_runtime.adapters.checkpoint import CONFIG_FILE
 from gralora_runtime.adapters.lease import BASE_LEASE
 from gralora_runtime.adapters.loader import load
 from gralora_runtime.adapters.store import AdapterState
+from gralora_runtime.adapters.tensors import WEIGHTS_FILE
 from gralora_runtime.errors import (
     AdapterBusyError,
     AdapterCapacityError,

@@ -34,7 +34,7 @@ REQUESTS: dict[str, tuple[dict[str, Any], grpc.StatusCode, str]] = {
     "negative temperature": (
         {"prompt": "x", "temperature": -0.5},
         INVALID,
-        "sampling.temperature: must be a number, at least 0 (got -0.5)",
+        "sampling.temperature: must be 0 to 3.40282e+38 (got -0.5)",
     ),
     "empty prompt": ({"prompt": ""}, INVALID, "text: must not be empty (got '')"),
     "10 MB prompt": (

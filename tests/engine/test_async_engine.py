@@ -28,7 +28,9 @@ from gralora_runtime.errors import (
     InvalidRequestError,
     QueueFullError,
     RequestCancelledError,
+    RequestFailedError,
     SlowConsumerError,
+    StepFailedError,
 )
 from gralora_runtime.request import (
     ChatMessage,
@@ -425,22 +427,105 @@ def test_closing_ends_every_open_stream_with_a_reason(config: EngineConfig) -> N
     asyncio.run(run())
 
 
-def test_a_failing_engine_ends_every_stream_and_says_that_it_is_dead(
+class Exploding:
+    """Stands before a method and raises at the calls that it is told."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, owner: object, name: str) -> None:
+        self.left = 0
+        self._work = getattr(owner, name)
+        patch.setattr(owner, name, self)
+
+    def __call__(self, *args: object, **options: object) -> object:
+        if self.left:
+            self.left -= 1
+            raise RuntimeError("kernel fault")
+        return self._work(*args, **options)
+
+
+@pytest.mark.parametrize("where", ["forward", "build", "plan"])
+def test_a_step_that_fails_ends_its_requests_and_the_engine_goes_on(
+    config: EngineConfig, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    async def work(engine: AsyncEngine) -> None:
+        inner = engine._parts.engine
+        owner, name = {
+            "forward": (inner.runner, "execute"),
+            "build": (inner.batch, "build"),
+            "plan": (inner.scheduler, "plan"),
+        }[where]
+        expected = (await finish(engine, request("r#0", "g0"))).token_ids
+        streams = [await engine.submit(request(f"r#{i}", "g0", max_tokens=400)) for i in (1, 2)]
+        for stream in streams:
+            await anext(stream)
+        Exploding(monkeypatch, owner, name).left = 1
+        for stream in streams:
+            with pytest.raises(StepFailedError, match="may be sent again") as caught:
+                async for _ in stream:
+                    pass
+            assert caught.value.retry_after_s is not None
+        assert (await finish(engine, request("r#3", "g0"))).token_ids == expected
+        assert (engine.load().step_failures, engine.load().request_failures) == (1, 0)
+        assert engine.snapshot().requests.ended["step_failed"] == 2
+
+    with_engine(config, work)
+
+
+def test_an_engine_whose_steps_all_fail_says_that_it_is_dead(
     config: EngineConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def explode(*_: object) -> None:
-        raise RuntimeError("kernel fault")
-
-    async def work(engine: AsyncEngine) -> None:
-        stream = await engine.submit(request("r", "g0", max_tokens=400))
-        await anext(stream)
-        monkeypatch.setattr(engine._parts.engine.runner, "execute", explode)
-        with pytest.raises(EngineDeadError):
-            async for _ in stream:
-                pass
-        await engine.dead.wait()
+    async def work(engine: AsyncEngine) -> list[str]:
+        Exploding(monkeypatch, engine._parts.engine.runner, "execute").left = 1_000
+        ends: list[str] = []
+        while not engine.dead.is_set():
+            try:
+                await finish(engine, request(f"r#{len(ends)}", "g0"))
+            except GraloraError as error:
+                ends.append(type(error).__name__)
         with pytest.raises(EngineDeadError):
             await engine.submit(request("next"))
+        return ends
+
+    assert with_engine(config, work)[:3] == ["StepFailedError"] * 3
+
+
+def test_a_good_step_between_failures_lets_the_engine_live(
+    config: EngineConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def work(engine: AsyncEngine) -> None:
+        execute = Exploding(monkeypatch, engine._parts.engine.runner, "execute")
+        for number in range(6):
+            execute.left = 1
+            with pytest.raises(StepFailedError):
+                await finish(engine, request(f"bad#{number}"))
+            await finish(engine, request(f"good#{number}", max_tokens=1))
+        assert not engine.dead.is_set()
+
+    with_engine(config, work)
+
+
+@pytest.mark.parametrize("at_the_end", [False, True])
+def test_an_output_that_cannot_be_delivered_ends_its_request_and_no_other(
+    config: EngineConfig, monkeypatch: pytest.MonkeyPatch, *, at_the_end: bool
+) -> None:
+    """On the event loop, where one call delivers a whole step."""
+
+    async def work(engine: AsyncEngine) -> None:
+        expected = (await finish(engine, request("r#0", "g1"))).token_ids
+        unlucky, neighbour = await engine.submit(request("r#1", "g1")), await engine.submit(request("r#2", "g1"))
+        put = unlucky.put
+
+        def broken(delta: Delta) -> None:
+            if (delta.finished is not None) == at_the_end:
+                raise KeyError("a bug")
+            put(delta)
+
+        monkeypatch.setattr(unlucky, "put", broken)
+        with pytest.raises(RequestFailedError, match="the server's log has the cause"):
+            async for _ in unlucky:
+                pass
+        assert merge_deltas([delta async for delta in neighbour]).token_ids == expected
+        await until(lambda: "r#1" not in engine._entries)
+        assert (await finish(engine, request("r#1", "g1"))).token_ids == expected
 
     with_engine(config, work)
 

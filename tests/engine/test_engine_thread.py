@@ -19,6 +19,7 @@ class Steps:
     def __init__(self, events, *, fails="", broken=-1):
         self.observation = StepObservation()
         self.scheduler = self
+        self.is_failing = False
         self.ended = threading.Event()
         self.running = threading.Event()
         self.go_on = threading.Event()

@@ -117,3 +117,37 @@ def test_a_thousand_random_sequences_leave_every_page_accounted_for() -> None:
                 pool.publish((matched + fresh)[index], key)
             held.append(matched + fresh)
         pool.check_integrity(page for pages in held for page in pages)
+
+
+def test_reclaiming_leaves_leases_to_who_holds_them_and_everything_else_idle() -> None:
+    pool = PagePool(8, 2)
+    kept = published(pool, root_key("a"), [1, 2, 3, 4])
+    cached = published(pool, root_key("b"), [5, 6])
+    pool.release(cached)
+    pool.match(root_key("a"), [1, 2, 3, 4, 5])  # leased, and then forgotten by an interrupted admission
+    assert pool.allocate(3) is not None
+
+    pool.reclaim(kept)
+
+    pool.check_integrity(kept)
+    counts = pool.counts()
+    assert (counts.leased, counts.cached, counts.free) == (2, 1, 5)
+    assert pool.match(root_key("b"), [5, 6, 7])[0] == cached
+
+
+@pytest.mark.parametrize("interrupted", ["publish", "unpublish", "release"])
+def test_reclaiming_mends_what_was_interrupted_half_way(interrupted: str) -> None:
+    pool = PagePool(4, 2)
+    held = published(pool, root_key("a"), [1, 2, 3, 4])
+    if interrupted == "publish":
+        pool._keys[pool._free[-1]] = b"nobody finds it by this"
+    elif interrupted == "unpublish":
+        del pool._by_key[pool._keys[held[1]]]
+    else:
+        pool.release(held[1:])
+        pool._leases[held[0]] -= 1  # in neither list
+
+    pool.reclaim([])
+
+    pool.check_integrity([])
+    assert pool.counts().free + pool.counts().cached == 4

@@ -1,5 +1,6 @@
 """The sampler's rules against expectations worked out by hand, and its independence from everything but its own row."""
 
+import hashlib
 import math
 import random
 from collections import Counter
@@ -10,12 +11,12 @@ import torch
 
 from gralora_runtime.errors import InvalidRequestError
 from gralora_runtime.request import ResponseParams, SamplingParams, StoppingParams
-from gralora_runtime.sampler import SampledToken, SamplerState, SamplingFailure, _heaviest, sample
+from gralora_runtime.sampler import RowFailure, SampledToken, SamplerState, SamplingFailure, _heaviest, sample
 
 GREEDY = SamplingParams(temperature=0)
 PROBABILITIES = (0.4, 0.3, 0.2, 0.1)
 # Upper 0.1 % points of chi-square by degrees of freedom. Seeds are fixed, so a pass is a pass for ever.
-CHI_SQUARE_LIMITS = {1: 10.83, 2: 13.82, 3: 16.27, 4: 18.47, 15: 37.70}
+CHI_SQUARE_LIMITS = {1: 10.83, 2: 13.82, 3: 16.27, 4: 18.47, 15: 37.70, 39: 72.05, 63: 103.44}
 
 
 def make_state(params=GREEDY, *, stopping=None, response=None, seed=0, prompt=(), eos=(), vocab_size=4) -> SamplerState:
@@ -89,6 +90,36 @@ def test_first_tokens_of_many_seeds_follow_the_distribution():
     assert_distributed(PROBABILITIES, tokens)
 
 
+@pytest.mark.parametrize(("temperature", "top_k"), [(0.7, 0), (1.0, 40), (1.6, 0)])
+def test_many_tokens_are_drawn_as_often_as_the_softmax_of_their_penalised_scores_says(temperature, top_k):
+    params = SamplingParams(
+        temperature=temperature,
+        top_k=top_k,
+        repetition_penalty=1.2,
+        presence_penalty=0.8,
+        frequency_penalty=0.2,
+        logit_bias={7: 0.5},
+    )
+    logits = exact_logits(key=1, num_rows=1, vocab_size=64) / 8  # 0 to 2, so that every token is drawn often enough
+    logits[0, [3, 5, 7]] = 5
+    scores = logits[0].astype(np.float64)
+    scores[7] += 0.5
+    scores[[3, 5, 7]] /= 1.2
+    scores[[5, 7]] -= [3 * 0.2 + 0.8, 0.2 + 0.8]
+    weights = np.exp(scores / temperature)
+    if top_k:
+        weights[np.argsort(weights)[:-top_k]] = 0
+    tokens = []
+    for seed in range(4000):
+        state = make_state(params, seed=seed, prompt=[3], vocab_size=64)
+        for written in (5, 7, 5, 5):
+            state.observe(written)
+        tokens += generate(state, torch.from_numpy(logits), 1)
+
+    assert len(tokens) * weights[weights > 0].min() / weights.sum() >= 5  # what chi-square needs
+    assert_distributed(weights.tolist(), tokens)
+
+
 def test_consecutive_draws_are_independent():
     tokens = generate(make_state(SamplingParams(), seed=3), logits_of(PROBABILITIES), 6000)
     pairs = [4 * first + second for first, second in zip(tokens[::2], tokens[1::2], strict=True)]
@@ -116,6 +147,67 @@ def test_the_random_stream_never_changes():
     tokens = generate(make_state(SamplingParams(), seed=42, vocab_size=1000), torch.zeros(1, 1000), 6)
 
     assert tokens == [820, 368, 876, 66, 986, 967]
+
+
+# What was drawn before any parameter was bounded to float32: the first digits of a SHA-256 of 600 tokens each.
+ORDINARY: dict[str, tuple[SamplingParams, str]] = {
+    "greedy": (SamplingParams(temperature=0), "3ea90be87ea690e3"),
+    "plain": (SamplingParams(), "b985fa16d9cb794f"),
+    "temperature": (SamplingParams(temperature=0.7), "e64c408b5b82adc9"),
+    "hot": (SamplingParams(temperature=1.6), "cf50228485cd84a6"),
+    "top_k": (SamplingParams(top_k=40), "0c121060cf3675cc"),
+    "top_p": (SamplingParams(top_p=0.9), "c44fb4af7e7cf204"),
+    "min_p": (SamplingParams(min_p=0.05), "8f0ed3c838f0be53"),
+    "all_filters": (SamplingParams(temperature=0.7, top_k=40, top_p=0.9, min_p=0.05), "7ab99a6d5a3ed3c8"),
+    "repetition": (SamplingParams(temperature=0.8, repetition_penalty=1.2), "e0ce4a0a4ba80664"),
+    "presence_and_frequency": (
+        SamplingParams(temperature=0.8, presence_penalty=0.6, frequency_penalty=0.3),
+        "30c4103dc60a89ba",
+    ),
+    "encouraging": (
+        SamplingParams(presence_penalty=-0.5, frequency_penalty=-0.1, repetition_penalty=0.9),
+        "f011cbcb90fc7352",
+    ),
+    "greedy_with_penalties": (
+        SamplingParams(temperature=0, repetition_penalty=1.3, frequency_penalty=0.5),
+        "ee68e37dce189c48",
+    ),
+    "bias": (
+        SamplingParams(temperature=0.9, top_p=0.95, logit_bias={3: 4.0, 250: -100.0, 256: 1.5}),
+        "2e5f2da28baeade2",
+    ),
+}
+NUM_REQUESTS, NUM_STEPS, ORDINARY_VOCAB = 20, 30, 257
+
+
+@pytest.mark.parametrize("name", ORDINARY)
+def test_ordinary_settings_draw_the_tokens_that_they_always_drew(name):
+    params, expected = ORDINARY[name]
+    states = [
+        make_state(
+            params,
+            stopping=StoppingParams(min_tokens=row % 3),
+            seed=1000 + row,
+            prompt=[row, 2 * row],
+            eos=[row],
+            vocab_size=ORDINARY_VOCAB,
+        )
+        for row in range(NUM_REQUESTS)
+    ]
+    drawn = hashlib.sha256()
+    for step in range(NUM_STEPS):
+        sampled = sample(torch.from_numpy(exact_logits(step, NUM_REQUESTS, ORDINARY_VOCAB)), states)
+        for state, result in zip(states, sampled, strict=True):
+            state.observe(result.token_id)
+            drawn.update(result.token_id.to_bytes(2, "little"))
+
+    assert expected == drawn.hexdigest()[:16]
+
+
+def exact_logits(key: int, num_rows: int, vocab_size: int) -> np.ndarray:
+    """Numbers in 0..16 that are the same on every machine and exact in float32."""
+    raw = np.random.Philox(key=key).random_raw(num_rows * vocab_size)
+    return (raw >> np.uint64(44)).astype(np.float32).reshape(num_rows, vocab_size) * np.float32(2.0**-16)
 
 
 def test_seeds_outside_64_bits_and_negative_ones_are_taken_modulo_2_64():
@@ -321,6 +413,64 @@ def test_the_ends_of_the_random_interval_hit_tokens_that_are_possible(monkeypatc
     monkeypatch.setattr(SamplerState, "_uniform", lambda state: uniform)
 
     assert generate(make_state(SamplingParams()), torch.tensor([[-math.inf, 0.3, 0.1, -math.inf]]), 1) == [expected]
+
+
+# --- rows that our own code fails on
+
+
+class Panic(BaseException):
+    """Like those of Rust's libraries, which are no `Exception`."""
+
+
+class FailsWhenAsked(SamplerState):
+    error: BaseException = ZeroDivisionError("ours")
+
+    @property
+    def takes_argmax(self) -> bool:
+        raise self.error
+
+
+class FailsWhenChoosing(SamplerState):
+    error: BaseException = ZeroDivisionError("ours")
+    takes_argmax = False
+
+    def choose(self, logits):
+        raise self.error
+
+
+def failing(kind, error) -> SamplerState:
+    state = make_state()
+    state.__class__ = kind
+    state.error = error
+    return state
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError("ours"), MemoryError(), Panic("ours")], ids=repr)
+@pytest.mark.parametrize("kind", [FailsWhenAsked, FailsWhenChoosing])
+def test_a_row_that_our_own_code_fails_on_fails_alone(kind, error):
+    good = [make_state(), make_state(SamplingParams(), seed=3), make_state(response=ResponseParams(logprobs=True))]
+    logits = logits_of(PROBABILITIES)
+    expected = [sample(logits, [state])[0] for state in good]
+
+    *first, failure, last = sample(logits.repeat(4, 1), [good[0], good[1], failing(kind, error), good[2]])
+
+    assert failure == RowFailure(error)
+    assert expected == [*first, last]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(), GeneratorExit()], ids=repr)
+@pytest.mark.parametrize("kind", [FailsWhenAsked, FailsWhenChoosing])
+def test_what_is_to_end_the_process_is_not_kept_to_a_row(kind, error):
+    with pytest.raises(type(error)):
+        sample(torch.zeros(2, 4), [make_state(), failing(kind, error)])
+
+
+def test_a_row_for_another_vocabulary_fails_alone():
+    token, failure = sample(logits_of(PROBABILITIES).repeat(2, 1), [make_state(), make_state(vocab_size=5)])
+
+    assert token == SampledToken(0)
+    assert isinstance(failure, RowFailure)
+    assert "4 logits for a request with 5" in str(failure.cause)
 
 
 # --- independence

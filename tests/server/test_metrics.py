@@ -95,6 +95,7 @@ async def test_numbers_go_where_their_names_say() -> None:
         "gralora_generated_tokens_total": {(): 8.0},
         "gralora_preemptions_total": {(): 9.0},
         "gralora_prefix_hit_tokens_total": {(): 10.0},
+        "gralora_internal_failures_total": {("request",): 2.0, ("step",): 1.0},
         "gralora_prefill_tokens_total": {(): 15.0},
         "gralora_decode_tokens_total": {(): 16.0},
         "gralora_adapter_bytes": {("pool",): 6.0, ("host",): 7.0},

@@ -20,13 +20,15 @@ from gralora_runtime.errors import (
     GraloraError,
     InvalidRequestError,
     ModelUnsupportedError,
+    RequestFailedError,
+    StepFailedError,
 )
 from gralora_server import errors as server_errors
 from gralora_server.errors import StalledClientError, StartingError
 from gralora_server.status import CODES, clip, failure_of
 
 NEVER_IN_A_CALL = {GraloraError, AdapterError, ConfigError, ModelUnsupportedError}
-OUR_BUGS = {EngineDeadError}
+OUR_BUGS = {EngineDeadError, RequestFailedError}
 
 
 def all_errors() -> set[type[GraloraError]]:
@@ -87,6 +89,24 @@ def test_starting_says_when_to_come_back() -> None:
 
     assert failure.code is grpc.StatusCode.UNAVAILABLE
     assert unpack(dict(failure.trailers))["RetryInfo"].retry_delay.seconds == 1
+
+
+def test_a_bug_that_ended_one_request_is_internal_under_the_id_that_the_log_has(caplog) -> None:
+    failure = failure_of(RequestFailedError("r1", "0123abcd"))
+
+    assert failure.code is grpc.StatusCode.INTERNAL
+    assert unpack(dict(failure.trailers))["ErrorInfo"].metadata["error_id"] == "0123abcd"
+    assert caplog.text == "", "the engine has logged it, with its cause"
+
+
+def test_a_step_that_failed_is_worth_another_try_and_says_when() -> None:
+    failure = failure_of(StepFailedError("0123abcd"))
+    details = unpack(dict(failure.trailers))
+
+    assert failure.code is grpc.StatusCode.UNAVAILABLE
+    assert (details["ErrorInfo"].reason, details["ErrorInfo"].metadata["error_id"]) == ("STEP_FAILED", "0123abcd")
+    assert details["RetryInfo"].retry_delay.seconds == 1
+    assert dict(failure.trailers)["grpc-retry-pushback-ms"] == "1000"
 
 
 def test_a_stalled_client_is_a_slow_consumer() -> None:

@@ -14,6 +14,7 @@ SamplingParams = generation_pb2.SamplingParams
 StoppingParams = generation_pb2.StoppingParams
 ResponseParams = generation_pb2.ResponseParams
 NAN, INF = math.nan, math.inf
+FLOAT32_MAX, FLOAT32_TINY, SMALLEST = 3.4028234663852886e38, 1.1754943508222875e-38, 5e-324
 
 
 def request(**fields: object) -> generation_pb2.GenerateRequest:
@@ -61,11 +62,14 @@ WRONG = [
     ("request_id", request(request_id="a\n")),
     ("request_id", request(request_id="é")),
     ("adapter", request(adapter="a" * 257)),
-    *(("sampling.temperature", sampling(temperature=value)) for value in (-0.1, NAN, INF, -INF)),
+    *(("sampling.temperature", sampling(temperature=value)) for value in (-0.1, 3.5e38, 1e39, NAN, INF, -INF)),
     *(("sampling.top_p", sampling(top_p=value)) for value in (0, -0.5, 1.0001, NAN, INF)),
     ("sampling.top_k", sampling(top_k=-1)),
     *(("sampling.min_p", sampling(min_p=value)) for value in (-0.1, 1.1, NAN, INF)),
-    *(("sampling.repetition_penalty", sampling(repetition_penalty=value)) for value in (0, -1, 10.1, NAN, INF)),
+    *(
+        ("sampling.repetition_penalty", sampling(repetition_penalty=value))
+        for value in (0, SMALLEST, 1e-38, -1, 10.1, NAN, INF)
+    ),
     *(("sampling.presence_penalty", sampling(presence_penalty=value)) for value in (-2.1, 2.1, NAN, -INF)),
     *(("sampling.frequency_penalty", sampling(frequency_penalty=value)) for value in (-2.1, 2.1, NAN, INF)),
     *(("sampling.logit_bias[5]", sampling(logit_bias={5: value})) for value in (-100.1, 100.1, NAN, INF)),
@@ -91,6 +95,8 @@ RIGHT = [
     request(request_id="!~" * 64, adapter="a" * 256),
     sampling(temperature=0, top_p=1, top_k=0, min_p=0, repetition_penalty=1),
     sampling(temperature=1e-30, top_p=1e-9, top_k=1 << 30, min_p=1, repetition_penalty=10),
+    sampling(temperature=FLOAT32_MAX, top_p=SMALLEST, min_p=SMALLEST, repetition_penalty=FLOAT32_TINY),
+    sampling(temperature=SMALLEST, presence_penalty=SMALLEST, frequency_penalty=-SMALLEST, logit_bias={0: SMALLEST}),
     sampling(presence_penalty=-2, frequency_penalty=2, seed=2**64 - 1, logit_bias={0: -100, 1: 100}),
     stopping(max_tokens=1, min_tokens=1, stop=["x" * 1000] * 16, stop_token_ids=range(1024)),
     stopping(min_tokens=5),
@@ -105,6 +111,24 @@ def test_a_wrong_field_is_named_by_its_path(field: str, wrong: generation_pb2.Ge
 
     assert field == caught.value.field
     assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (sampling(temperature=1e39), "sampling.temperature: must be 0 to 3.40282e+38 (got 1e+39)"),
+        (sampling(temperature=NAN), "sampling.temperature: must be 0 to 3.40282e+38 (got nan)"),
+        (
+            sampling(repetition_penalty=1e-320),
+            "sampling.repetition_penalty: must be 1.17549e-38 to 10 (got 1e-320)",
+        ),
+    ],
+)
+def test_a_number_beyond_float32_is_told_the_bounds(wrong: generation_pb2.GenerateRequest, message: str) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        validation.validate_generate(wrong)
+
+    assert message == str(caught.value)
 
 
 @pytest.mark.parametrize("right", RIGHT, ids=range(len(RIGHT)))

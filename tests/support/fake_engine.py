@@ -61,6 +61,8 @@ LOAD = EngineLoad(
     generated_tokens=8,
     preemptions=9,
     prefix_hit_tokens=10,
+    request_failures=2,
+    step_failures=1,
 )
 
 

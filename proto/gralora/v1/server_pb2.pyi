@@ -157,6 +157,8 @@ class GetLoadResponse(_message.Message):
     GENERATED_TOKENS_FIELD_NUMBER: _builtins.int
     PREEMPTIONS_FIELD_NUMBER: _builtins.int
     PREFIX_HIT_TOKENS_FIELD_NUMBER: _builtins.int
+    REQUEST_FAILURES_FIELD_NUMBER: _builtins.int
+    STEP_FAILURES_FIELD_NUMBER: _builtins.int
     running: _builtins.int
     """Requests that are being computed."""
     waiting: _builtins.int
@@ -189,6 +191,10 @@ class GetLoadResponse(_message.Message):
     """Requests that gave up their memory to others and were computed again, since the start."""
     prefix_hit_tokens: _builtins.int
     """Prompt tokens found in the prefix cache since the start."""
+    request_failures: _builtins.int
+    """Requests that ended with INTERNAL since the start, because the server failed on them alone."""
+    step_failures: _builtins.int
+    """Steps that failed since the start, and ended all their requests with UNAVAILABLE."""
     def __init__(
         self,
         *,
@@ -208,10 +214,12 @@ class GetLoadResponse(_message.Message):
         generated_tokens: _builtins.int = ...,
         preemptions: _builtins.int = ...,
         prefix_hit_tokens: _builtins.int = ...,
+        request_failures: _builtins.int = ...,
+        step_failures: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_leases", b"adapter_leases", "adapter_pool_bytes_total", b"adapter_pool_bytes_total", "adapter_pool_bytes_used", b"adapter_pool_bytes_used", "adapter_slots_total", b"adapter_slots_total", "adapter_slots_used", b"adapter_slots_used", "generated_tokens", b"generated_tokens", "pages_cached", b"pages_cached", "pages_free", b"pages_free", "pages_leased", b"pages_leased", "pages_total", b"pages_total", "preemptions", b"preemptions", "prefix_hit_tokens", b"prefix_hit_tokens", "running", b"running", "steps", b"steps", "waiting", b"waiting", "waiting_for_adapter", b"waiting_for_adapter"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_leases", b"adapter_leases", "adapter_pool_bytes_total", b"adapter_pool_bytes_total", "adapter_pool_bytes_used", b"adapter_pool_bytes_used", "adapter_slots_total", b"adapter_slots_total", "adapter_slots_used", b"adapter_slots_used", "generated_tokens", b"generated_tokens", "pages_cached", b"pages_cached", "pages_free", b"pages_free", "pages_leased", b"pages_leased", "pages_total", b"pages_total", "preemptions", b"preemptions", "prefix_hit_tokens", b"prefix_hit_tokens", "request_failures", b"request_failures", "running", b"running", "step_failures", b"step_failures", "steps", b"steps", "waiting", b"waiting", "waiting_for_adapter", b"waiting_for_adapter"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -71,6 +71,7 @@ def _steps(seen: EngineSnapshot) -> Iterator[Metric]:
     yield series.STEP_TOKENS.histogram(steps.tokens)
     yield series.STEP_PHASE.histograms({str(phase): counts for phase, counts in steps.phases.items()})
     yield series.PREEMPTIONS.value(load.preemptions)
+    yield series.INTERNAL_FAILURES.by({"request": load.request_failures, "step": load.step_failures})
     yield series.KV_PAGES.by({"free": load.pages_free, "cached": load.pages_cached, "leased": load.pages_leased})
     yield series.KV_PAGE_TOKENS.value(seen.info.page_size)
 

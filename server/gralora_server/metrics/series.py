@@ -106,6 +106,12 @@ STEP_PHASE = Series("gralora_step_phase_seconds", "histogram", "Time that each p
 PREEMPTIONS = Series(
     "gralora_preemptions_total", "counter", "Requests that lost their KV pages and were computed again."
 )
+INTERNAL_FAILURES = Series(
+    "gralora_internal_failures_total",
+    "counter",
+    "Exceptions in the engine that ended one request (request) or all requests of a step (step).",
+    ("scope",),
+)
 KV_PAGES = Series(
     "gralora_kv_pages",
     "gauge",
