@@ -34,6 +34,7 @@ CONFINED = {
     ],
     "triton": ["gralora_kernels/triton_ops/*"],
     "numba": ["gralora_kernels/cpu/*"],
+    "regex": ["gralora_runtime/adapters/targets.py"],
     "argparse": [],
     "typer": ["gralora_server/cli*"],
     "peft": [],

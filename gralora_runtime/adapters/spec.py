@@ -6,7 +6,6 @@ Knows neither files nor tensors nor torch. The mathematics of the three dialects
 from __future__ import annotations
 
 import math
-import re
 import reprlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -17,8 +16,10 @@ from gralora_runtime.adapters.targets import (
     ALL_LINEAR,
     ANY_LAYER_NUMBER,
     LAYER_NUMBER,
+    MAX_PATTERNS,
     MODULE_ENDING,
     MatchingBudget,
+    Pattern,
     PatternError,
     PatternTable,
     TargetRule,
@@ -159,6 +160,7 @@ class _ConfigReader:
     def __init__(self, config: Mapping[str, Any]) -> None:
         self.config = config
         self.problems: list[str] = []
+        self._budget = MatchingBudget()
 
     def gralora(self) -> AdapterSpec:
         self._refuse_unknown(_COMMON | _TARGETS | _READ_GRALORA, _IRRELEVANT | _IRRELEVANT_GRALORA)
@@ -263,6 +265,9 @@ class _ConfigReader:
         if not isinstance(table, dict):
             self.problems.append(f"{key}: {_shown(table)} is not an object")
             return PatternTable()
+        if len(table) > MAX_PATTERNS:
+            self.problems.append(f"{key}: {len(table)} patterns are too many (at most {MAX_PATTERNS})")
+            return PatternTable()
         rows = [(self._pattern(key, pattern, inside=MODULE_ENDING), value) for pattern, value in table.items()]
         for pattern, value in table.items():
             if key == "rank_pattern" and not (type(value) is int and 1 <= value <= _MAX_RANK):
@@ -271,9 +276,9 @@ class _ConfigReader:
                 self.problems.append(f"{key}[{pattern!r}]: {_shown(value)} is not a finite number")
         return PatternTable(tuple(rows))
 
-    def _pattern(self, key: str, pattern: str, *, inside: str = "{}") -> re.Pattern[str]:
+    def _pattern(self, key: str, pattern: str, *, inside: str = "{}") -> Pattern:
         try:
-            return compile_pattern(pattern, inside=inside)
+            return compile_pattern(pattern, self._budget, inside=inside)
         except PatternError as problem:
             self.problems.append(f"{key}: {problem}")
             return ANY_LAYER_NUMBER
@@ -283,7 +288,7 @@ class _ConfigReader:
         layers = self.config.get("layers_to_transform")
         if not target_modules:
             self.problems.append(f"target_modules: {_shown(self.config.get('target_modules'))} names no module")
-        if isinstance(target_modules, re.Pattern) and layers not in (None, []):
+        if isinstance(target_modules, Pattern) and layers not in (None, []):
             self.problems.append(f"layers_to_transform: {_shown(layers)} needs target_modules to be a list")
         return TargetRule(
             target_modules=target_modules,
@@ -292,7 +297,7 @@ class _ConfigReader:
             layer_patterns=self._layer_patterns(),
         )
 
-    def _names(self, key: str) -> re.Pattern[str] | frozenset[str]:
+    def _names(self, key: str) -> Pattern | frozenset[str]:
         value = self.config.get(key)
         if isinstance(value, list) and all(isinstance(entry, str) for entry in value):
             return frozenset(value)
@@ -309,11 +314,14 @@ class _ConfigReader:
             elif layer is not None:
                 self.problems.append(f"layers_to_transform: {_shown(layer)} is not an integer")
 
-    def _layer_patterns(self) -> tuple[re.Pattern[str], ...]:
+    def _layer_patterns(self) -> tuple[Pattern, ...]:
         value = self.config.get("layers_pattern") or []
         patterns = [value] if isinstance(value, str) else value
         if not isinstance(patterns, list) or not all(isinstance(pattern, str) for pattern in patterns):
             self.problems.append(f"layers_pattern: {_shown(value)} is neither a string nor a list of strings")
+            patterns = []
+        if len(patterns) > MAX_PATTERNS:
+            self.problems.append(f"layers_pattern: {len(patterns)} patterns are too many (at most {MAX_PATTERNS})")
             patterns = []
         compiled = (self._pattern("layers_pattern", pattern, inside=LAYER_NUMBER) for pattern in patterns)
         return tuple(compiled) or (ANY_LAYER_NUMBER,)

@@ -1,26 +1,27 @@
 """Which modules an adapter's config names: PEFT's matching rules, on patterns that a stranger wrote. No torch.
 
-Python's `re` holds the interpreter lock while it backtracks, so one hostile pattern would stop every request. Patterns
-are therefore limited in shape (no repeated groups, few quantifiers) and in total matching time.
+PEFT matches with `re`, which holds the interpreter lock for as long as it backtracks: for ever, if a pattern was made
+so, and every request with it. Here the `regex` package matches, without the lock and with a time limit. A pattern has to
+be valid for `re` all the same, and what `regex` reads differently is rewritten to mean what it means to `re`.
 """
 
 from __future__ import annotations
 
 import re
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
+
+import regex
 
 MAX_PATTERN_LENGTH = 2048
-# Enough for the longest patterns that trainers write (five, around three lists of names); six nested scans of a module
-# name of 56 characters took 0.3 s, five 0.04 s.
-MAX_QUANTIFIERS = 6
-MATCHING_BUDGET_S = 5.0
+MAX_PATTERNS = 8192  # in one table; a model of 80 layers has 560 modules
+MATCHING_BUDGET_S = 1.0
 
-# PEFT's "all-linear" leaves the output layer out, which has one of these names in the causal LMs of transformers.
-ALL_LINEAR = re.compile(r"(?!(.*\.)?(lm_head|embed_out)$).*")
-
-_QUANTIFIER = re.compile(r"(?<!\()[*+?{]\??")
-_REPEATED_GROUP = re.compile(r"\)[*+{]|\(\?[a-zA-Z-]*x")  # verbose mode could hide a repetition behind a comment
+_VERBOSE = re.compile(r"\(\?[a-zA-Z-]*x")  # its comments would hide brackets from `_as_regex_reads_it`
+_REPEAT = re.compile(r"\{(?!\})(\d*)(?:(,)(\d*))?\}")
+_SET = re.compile(r"(\[\^?)(\]?)")  # a bracket that follows at once does not close it
+_PLAIN_KEY = re.compile(r"[A-Za-z0-9_.]*")
 
 
 class SlowPatternError(Exception):
@@ -28,61 +29,138 @@ class SlowPatternError(Exception):
 
 
 class MatchingBudget:
-    """Processor time of this thread that one adapter's patterns may spend; checked between two matches."""
+    """Processor time of this thread that one adapter's patterns may take, to be compiled or to be matched."""
 
     def __init__(self, budget_s: float = MATCHING_BUDGET_S) -> None:
         self._end_s = time.thread_time() + budget_s
 
-    def check(self) -> None:
-        if time.thread_time() > self._end_s:
+    def left_s(self) -> float:
+        """Above 0; raises `SlowPatternError` when nothing is left."""
+        left_s = self._end_s - time.thread_time()
+        if left_s <= 0:
             raise SlowPatternError
+        return left_s
 
 
 class PatternError(ValueError):
     """Why we refuse to run a pattern."""
 
 
-def compile_pattern(pattern: str, *, inside: str = "{}") -> re.Pattern[str]:
-    """The pattern put into `inside`, which is how PEFT matches it; refused if it is broken or could be slow."""
+@dataclass(frozen=True, slots=True)
+class Pattern:
+    """A regular expression in `re`'s language. Equal if the text is."""
+
+    text: str
+    ending: str = ""  # what it matches ends so: asked first, because it is cheap
+    _compiled: Any = field(compare=False, repr=False, default=None)
+
+    def match(self, module: str, budget: MatchingBudget) -> Any:
+        """`re`'s match object, or None. Raises `SlowPatternError`."""
+        return self._try(self._compiled.match, module, budget)
+
+    def fullmatch(self, module: str, budget: MatchingBudget) -> Any:
+        """`re`'s match object, or None. Raises `SlowPatternError`."""
+        return self._try(self._compiled.fullmatch, module, budget)
+
+    def _try(self, match: Any, module: str, budget: MatchingBudget) -> Any:
+        if not module.endswith(self.ending):
+            return None
+        try:
+            # The limit is of the whole process's processor time, so it comes early where other threads compute: by as
+            # much as there are cores. What anybody means to write takes microseconds.
+            return match(module, timeout=budget.left_s(), concurrent=True)
+        except (TimeoutError, MemoryError) as cause:
+            raise SlowPatternError from cause
+
+
+def compile_pattern(pattern: str, budget: MatchingBudget, *, inside: str = "{}") -> Pattern:
+    """The pattern put into `inside`, which is how PEFT matches it; refused if it is broken or takes too long."""
     if len(pattern) > MAX_PATTERN_LENGTH:
         raise PatternError(f"a pattern of {len(pattern)} characters (at most {MAX_PATTERN_LENGTH})")
-    if _REPEATED_GROUP.search(pattern) or len(_QUANTIFIER.findall(pattern)) > MAX_QUANTIFIERS:
-        raise PatternError(f"{pattern!r} repeats a group or has more than {MAX_QUANTIFIERS} quantifiers")
+    if _VERBOSE.search(pattern):
+        raise PatternError(f"{pattern!r} sets the verbose flag")
     try:
+        budget.left_s()
         re.compile(pattern)  # by itself, so that stray parentheses cannot close a group of ours
-        return re.compile(inside.replace("{}", pattern))
-    except (re.error, RecursionError, OverflowError) as cause:
+        re.compile(inside.replace("{}", pattern))
+        return _compiled(inside.replace("{}", pattern), ending=_ending(pattern) if inside == MODULE_ENDING else "")
+    except SlowPatternError as cause:
+        raise PatternError(f"its patterns take more than {MATCHING_BUDGET_S:g} s to compile") from cause
+    except (re.error, regex.error, RecursionError, OverflowError, MemoryError) as cause:
         raise PatternError(f"{pattern!r} is not a regular expression ({cause})") from cause
+
+
+def _compiled(text: str, *, ending: str = "") -> Pattern:
+    return Pattern(text, ending, regex.compile(_as_regex_reads_it(text), regex.VERSION0, cache_pattern=False))
+
+
+def _ending(key: str) -> str:
+    """The end of all that a key can match, which is mostly a path: a dot in it stands for any character."""
+    return key.rpartition(".")[2] if _PLAIN_KEY.fullmatch(key) else ""
+
+
+def _as_regex_reads_it(pattern: str) -> str:
+    """In `re` a brace that is no repetition is a brace, where `regex` sees fuzzy matching; and a bracket inside of
+    brackets is a bracket, where `regex` sees a class of POSIX.
+    """
+    written: list[str] = []
+    at, in_set = 0, False
+    while at < len(pattern):
+        size, piece = _piece(pattern, at, in_set=in_set)
+        in_set = piece.startswith("[") or (in_set and piece != "]")
+        written.append(piece)
+        at += size
+    return "".join(written)
+
+
+def _piece(pattern: str, at: int, *, in_set: bool) -> tuple[int, str]:
+    """How long the next piece of the pattern is, and how it is written for `regex`."""
+    first, same = pattern[at], pattern[at : at + 1]
+    if (named := pattern.startswith("\\N{", at)) or (pattern.startswith("(?#", at) and not in_set):
+        same = pattern[at : pattern.index("}" if named else ")", at) + 1]
+    elif first == "\\":
+        same = pattern[at : at + 2]
+    elif first == "[":
+        if in_set:
+            return 1, "\\["
+        head = _SET.match(pattern, at)
+        assert head is not None
+        return len(head[0]), head[1] + ("\\]" if head[2] else "")
+    elif first == "{" and not in_set:
+        if repeat := _REPEAT.match(pattern, at):
+            low, comma, high = repeat.groups("")
+            return len(repeat[0]), f"{{{low or 0}{comma}{high}}}"
+        return 1, "\\{"
+    return len(same), same
 
 
 # As PEFT writes them, to the letter: odd keys match the same.
 MODULE_ENDING = r"(.*\.)?({})$"
 LAYER_NUMBER = r"(?:^|.*?\.){}\.(?P<layer_number>\d+)\."
-ANY_LAYER_NUMBER = re.compile(r".*?\.[^.]*\.(?P<layer_number>\d+)\.")
+ANY_LAYER_NUMBER = _compiled(r".*?\.[^.]*\.(?P<layer_number>\d+)\.")
+
+# PEFT's "all-linear" leaves the output layer out, which has one of these names in the causal LMs of transformers.
+ALL_LINEAR = _compiled(r"(?!(.*\.)?(lm_head|embed_out)$).*")
 
 
 @dataclass(frozen=True, slots=True)
 class PatternTable:
     """PEFT's `rank_pattern` and `alpha_pattern`: the first pattern that matches the end of a module's path wins."""
 
-    rows: tuple[tuple[re.Pattern[str], float], ...] = ()
+    rows: tuple[tuple[Pattern, float], ...] = ()
 
     def find(self, module: str, budget: MatchingBudget) -> float | None:
-        for pattern, value in self.rows:
-            budget.check()
-            if pattern.match(module):
-                return value
-        return None
+        return next((value for pattern, value in self.rows if pattern.match(module, budget)), None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TargetRule:
     """`target_modules` and what narrows it. A string is a pattern over the whole path, a list holds path endings."""
 
-    target_modules: re.Pattern[str] | frozenset[str]
-    exclude_modules: re.Pattern[str] | frozenset[str] = frozenset()
+    target_modules: Pattern | frozenset[str]
+    exclude_modules: Pattern | frozenset[str] = frozenset()
     layers: frozenset[int] = frozenset()  # empty: all
-    layer_patterns: tuple[re.Pattern[str], ...] = (ANY_LAYER_NUMBER,)
+    layer_patterns: tuple[Pattern, ...] = (ANY_LAYER_NUMBER,)
 
     def matches(self, module: str, budget: MatchingBudget) -> bool:
         if self.exclude_modules and _names(self.exclude_modules, module, budget):
@@ -96,17 +174,15 @@ class TargetRule:
     def _layer(self, module: str, budget: MatchingBudget) -> int | None:
         """The first number in the path (after the first of the layer patterns that matches)."""
         for pattern in self.layer_patterns:
-            budget.check()
-            if match := pattern.match(module):
+            if match := pattern.match(module, budget):
                 return int(match["layer_number"]) if match["layer_number"] else None
         return None
 
 
-def _names(names: re.Pattern[str] | frozenset[str], module: str, budget: MatchingBudget) -> bool:
+def _names(names: Pattern | frozenset[str], module: str, budget: MatchingBudget) -> bool:
     """Whether a pattern matches the whole path, or one of its endings is in the set."""
-    if isinstance(names, re.Pattern):
-        budget.check()
-        return names.fullmatch(module) is not None
+    if isinstance(names, Pattern):
+        return names.fullmatch(module, budget) is not None
     start = 0
     while module[start:] not in names:
         start = module.find(".", start) + 1
