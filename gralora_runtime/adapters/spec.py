@@ -17,12 +17,13 @@ from gralora_runtime.adapters.targets import (
     ANY_LAYER_NUMBER,
     LAYER_NUMBER,
     MAX_PATTERNS,
-    MODULE_ENDING,
     MatchingBudget,
     Pattern,
     PatternError,
     PatternTable,
+    PlainKey,
     TargetRule,
+    compile_key,
     compile_pattern,
 )
 from gralora_runtime.errors import AdapterRejectedError
@@ -268,12 +269,16 @@ class _ConfigReader:
         if len(table) > MAX_PATTERNS:
             self.problems.append(f"{key}: {len(table)} patterns are too many (at most {MAX_PATTERNS})")
             return PatternTable()
-        rows = [(self._pattern(key, pattern, inside=MODULE_ENDING), value) for pattern, value in table.items()]
+        rows: list[tuple[Pattern | PlainKey, float]] = []
         for pattern, value in table.items():
             if key == "rank_pattern" and not (type(value) is int and 1 <= value <= _MAX_RANK):
                 self.problems.append(f"{key}[{pattern!r}]: {_shown(value)} is not an integer from 1 to {_MAX_RANK}")
             elif not (_is_finite(value) and abs(value) <= _MAX_FLOAT32):
                 self.problems.append(f"{key}[{pattern!r}]: {_shown(value)} is not a finite number")
+            try:
+                rows.append((compile_key(pattern, self._budget), value))
+            except PatternError as problem:
+                self.problems.append(f"{key}: {problem}")
         return PatternTable(tuple(rows))
 
     def _pattern(self, key: str, pattern: str, *, inside: str = "{}") -> Pattern:

@@ -1,8 +1,8 @@
 """Which modules an adapter's config names: PEFT's matching rules, on patterns that a stranger wrote. No torch.
 
 PEFT matches with `re`, which holds the interpreter lock for as long as it backtracks: for ever, if a pattern was made
-so, and every request with it. Here the `regex` package matches, without the lock and with a time limit. A pattern has to
-be valid for `re` all the same, and what `regex` reads differently is rewritten to mean what it means to `re`.
+so, and every request with it. Here the `regex` package matches, without the lock and with a time limit. A pattern has
+to be valid for `re` all the same, and what `regex` reads differently is rewritten to mean what it means to `re`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ MATCHING_BUDGET_S = 1.0
 _VERBOSE = re.compile(r"\(\?[a-zA-Z-]*x")  # its comments would hide brackets from `_as_regex_reads_it`
 _REPEAT = re.compile(r"\{(?!\})(\d*)(?:(,)(\d*))?\}")
 _SET = re.compile(r"(\[\^?)(\]?)")  # a bracket that follows at once does not close it
-_PLAIN_KEY = re.compile(r"[A-Za-z0-9_.]*")
+_PLAIN_KEY = re.compile(r"[A-Za-z0-9_.]+")
 
 
 class SlowPatternError(Exception):
@@ -51,7 +51,6 @@ class Pattern:
     """A regular expression in `re`'s language. Equal if the text is."""
 
     text: str
-    ending: str = ""  # what it matches ends so: asked first, because it is cheap
     _compiled: Any = field(compare=False, repr=False, default=None)
 
     def match(self, module: str, budget: MatchingBudget) -> Any:
@@ -63,8 +62,6 @@ class Pattern:
         return self._try(self._compiled.fullmatch, module, budget)
 
     def _try(self, match: Any, module: str, budget: MatchingBudget) -> Any:
-        if not module.endswith(self.ending):
-            return None
         try:
             # The limit is of the whole process's processor time, so it comes early where other threads compute: by as
             # much as there are cores. What anybody means to write takes microseconds.
@@ -83,20 +80,42 @@ def compile_pattern(pattern: str, budget: MatchingBudget, *, inside: str = "{}")
         budget.left_s()
         re.compile(pattern)  # by itself, so that stray parentheses cannot close a group of ours
         re.compile(inside.replace("{}", pattern))
-        return _compiled(inside.replace("{}", pattern), ending=_ending(pattern) if inside == MODULE_ENDING else "")
+        return _compiled(inside.replace("{}", pattern))
     except SlowPatternError as cause:
         raise PatternError(f"its patterns take more than {MATCHING_BUDGET_S:g} s to compile") from cause
     except (re.error, regex.error, RecursionError, OverflowError, MemoryError) as cause:
         raise PatternError(f"{pattern!r} is not a regular expression ({cause})") from cause
 
 
-def _compiled(text: str, *, ending: str = "") -> Pattern:
-    return Pattern(text, ending, regex.compile(_as_regex_reads_it(text), regex.VERSION0, cache_pattern=False))
+def _compiled(text: str) -> Pattern:
+    return Pattern(text, regex.compile(_as_regex_reads_it(text), regex.VERSION0, cache_pattern=False))
 
 
-def _ending(key: str) -> str:
-    """The end of all that a key can match, which is mostly a path: a dot in it stands for any character."""
-    return key.rpartition(".")[2] if _PLAIN_KEY.fullmatch(key) else ""
+@dataclass(frozen=True, slots=True)
+class PlainKey:
+    """A key of a table that is a path, or the end of one. To `re`, and so here, a dot in it stands for any character.
+
+    Some tools write one for each module: compiling hundreds would take half a second.
+    """
+
+    text: str
+    ending: str  # behind its last dot: most modules differ there
+
+    def match(self, module: str, _budget: MatchingBudget) -> bool:
+        """As `MODULE_ENDING` around it would."""
+        if not module.endswith(self.ending):
+            return False
+        start = len(module) - len(self.text)
+        if start < 0 or (start and module[start - 1] != "."):
+            return False
+        return all(mine in (".", other) for mine, other in zip(self.text, module[start:], strict=True))
+
+
+def compile_key(key: str, budget: MatchingBudget) -> Pattern | PlainKey:
+    """A key of `rank_pattern` or `alpha_pattern`. Raises `PatternError`."""
+    if _PLAIN_KEY.fullmatch(key):
+        return PlainKey(key, key.rpartition(".")[2])
+    return compile_pattern(key, budget, inside=MODULE_ENDING)
 
 
 def _as_regex_reads_it(pattern: str) -> str:
@@ -147,9 +166,10 @@ ALL_LINEAR = _compiled(r"(?!(.*\.)?(lm_head|embed_out)$).*")
 class PatternTable:
     """PEFT's `rank_pattern` and `alpha_pattern`: the first pattern that matches the end of a module's path wins."""
 
-    rows: tuple[tuple[Pattern, float], ...] = ()
+    rows: tuple[tuple[Pattern | PlainKey, float], ...] = ()
 
     def find(self, module: str, budget: MatchingBudget) -> float | None:
+        budget.left_s()  # plain keys do not ask, and there may be thousands
         return next((value for pattern, value in self.rows if pattern.match(module, budget)), None)
 
 

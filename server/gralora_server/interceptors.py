@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 import grpc
 
 from gralora_runtime.errors import GraloraError, InvalidRequestError
+from gralora_runtime.failure import contained
 from gralora_server.auth import Tokens
 from gralora_server.decoding import Behavior, Context, Handler, behavior_of, decoding, with_behavior
 from gralora_server.status import Failure, clip, failure_of
@@ -110,7 +111,9 @@ def _observed(method: str, behavior: Behavior) -> Behavior:
         except asyncio.CancelledError:
             code = _cancellation(context)
             raise
-        except Exception as error:
+        except BaseException as error:  # a panic of a Rust library is no `Exception`
+            if not contained(error):
+                raise
             failure = failure_of(error)
             code = failure.code
         finally:

@@ -30,7 +30,7 @@ MAX_TOP_LOGPROBS = 20
 MAX_TOKENS_PER_MESSAGE = 1024
 # Sampling computes in float32, where more is infinite and less can be 0; either makes NaN of scores that are, too.
 MAX_FLOAT32 = (2 - 2.0**-23) * 2.0**127
-MIN_FLOAT32 = 2.0**-126
+MIN_FLOAT32 = 1.2e-38  # what is written, and a little above the smallest normal number
 MAX_REPETITION_PENALTY = 10.0
 MAX_PENALTY = 2.0
 MAX_BIAS = 100.0

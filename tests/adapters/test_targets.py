@@ -12,10 +12,9 @@ from support.checkpoints import lora_config
 
 from gralora_runtime.adapters.spec import parse_config
 from gralora_runtime.adapters.targets import (
-    MODULE_ENDING,
     MatchingBudget,
     PatternTable,
-    compile_pattern,
+    compile_key,
 )
 
 NAMES = [
@@ -89,9 +88,7 @@ def test_all_linear_is_everything_but_the_output_layer() -> None:
 )
 def test_pattern_keys_match_as_in_peft(patterns: list[str]) -> None:
     values = {pattern: float(i) for i, pattern in enumerate(patterns)}
-    table = PatternTable(
-        tuple((compile_pattern(key, MatchingBudget(), inside=MODULE_ENDING), value) for key, value in values.items())
-    )
+    table = PatternTable(tuple((compile_key(key, MatchingBudget()), value) for key, value in values.items()))
 
     for name in NAMES:
         assert values.get(get_pattern_key(patterns, name)) == table.find(name, MatchingBudget())

@@ -275,6 +275,22 @@ async def test_a_bug_is_internal_with_an_id_and_nothing_else(streaming: bool, ca
     assert logged.exc_info[0] is ZeroDivisionError
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+async def test_a_panic_of_a_library_is_a_bug_like_any_other(streaming: bool) -> None:
+    """It is no `Exception`, so the client used to wait for a status until its deadline."""
+
+    class PanicException(BaseException):
+        pass
+
+    async with served() as s:
+        s.engine.refusals = [PanicException("index out of bounds")]
+        call = s.client.generation
+        asking = read_all(call.StreamGenerate(ask())) if streaming else call.Generate(ask_once())
+        failed = await asyncio.wait_for(failure(asking), 10)
+
+    assert failed.code is Code.INTERNAL
+
+
 async def test_every_call_leaves_one_log_line(caplog) -> None:
     caplog.set_level(logging.INFO, logger="gralora_server.calls")
     async with served() as s:

@@ -68,7 +68,7 @@ WRONG = [
     *(("sampling.min_p", sampling(min_p=value)) for value in (-0.1, 1.1, NAN, INF)),
     *(
         ("sampling.repetition_penalty", sampling(repetition_penalty=value))
-        for value in (0, SMALLEST, 1e-38, -1, 10.1, NAN, INF)
+        for value in (0, SMALLEST, FLOAT32_TINY, -1, 10.1, NAN, INF)
     ),
     *(("sampling.presence_penalty", sampling(presence_penalty=value)) for value in (-2.1, 2.1, NAN, -INF)),
     *(("sampling.frequency_penalty", sampling(frequency_penalty=value)) for value in (-2.1, 2.1, NAN, INF)),
@@ -95,7 +95,7 @@ RIGHT = [
     request(request_id="!~" * 64, adapter="a" * 256),
     sampling(temperature=0, top_p=1, top_k=0, min_p=0, repetition_penalty=1),
     sampling(temperature=1e-30, top_p=1e-9, top_k=1 << 30, min_p=1, repetition_penalty=10),
-    sampling(temperature=FLOAT32_MAX, top_p=SMALLEST, min_p=SMALLEST, repetition_penalty=FLOAT32_TINY),
+    sampling(temperature=FLOAT32_MAX, top_p=SMALLEST, min_p=SMALLEST, repetition_penalty=1.2e-38),
     sampling(temperature=SMALLEST, presence_penalty=SMALLEST, frequency_penalty=-SMALLEST, logit_bias={0: SMALLEST}),
     sampling(presence_penalty=-2, frequency_penalty=2, seed=2**64 - 1, logit_bias={0: -100, 1: 100}),
     stopping(max_tokens=1, min_tokens=1, stop=["x" * 1000] * 16, stop_token_ids=range(1024)),
@@ -120,7 +120,7 @@ def test_a_wrong_field_is_named_by_its_path(field: str, wrong: generation_pb2.Ge
         (sampling(temperature=NAN), "sampling.temperature: must be 0 to 3.40282e+38 (got nan)"),
         (
             sampling(repetition_penalty=1e-320),
-            "sampling.repetition_penalty: must be 1.17549e-38 to 10 (got 1e-320)",
+            "sampling.repetition_penalty: must be 1.2e-38 to 10 (got 1e-320)",
         ),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 from collections.abc import AsyncIterator
@@ -265,6 +266,42 @@ class Numbers:
 
 def encode(number: int) -> bytes:
     return str(number).encode()
+
+
+def literal(name: bytes, value: bytes) -> bytes:
+    """A header field of HTTP/2, spelled out."""
+    return bytes([0, len(name)]) + name + bytes([len(value)]) + value
+
+
+def frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
+    return len(payload).to_bytes(3, "big") + bytes([kind, flags]) + stream.to_bytes(4, "big") + payload
+
+
+async def send_raw_call(port: int, path: bytes, **headers: bytes) -> None:
+    """What no client library would send: a call whose path and headers are any bytes."""
+    fields = {b":method": b"POST", b":scheme": b"http", b":path": path, b":authority": b"x", b"te": b"trailers"}
+    fields |= {b"content-type": b"application/grpc"} | {name.encode(): value for name, value in headers.items()}
+    head = b"".join(literal(name, value) for name, value in fields.items())
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, 0, b"") + frame(1, 4, 1, head))
+    writer.write(frame(0, 1, 1, b"\0\0\0\0\0"))
+    await writer.drain()
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(reader.read(4096), 0.3)
+    writer.close()
+
+
+@pytest.mark.parametrize("headers", [{}, {"authorization": b"Bearer \xff\xfe"}, {"x-y": b"\xff"}], ids=str)
+@pytest.mark.parametrize(
+    "path", [b"/gralora\xff\xfe", b"/gralora.v1.GenerationService/Generate", b"\xff", b"/"], ids=str
+)
+async def test_paths_and_headers_of_any_bytes_leave_the_server_alive(path: bytes, headers: dict[str, bytes]) -> None:
+    """With grpcio from 1.84.0 to 1.85.3 a single call whose path is not UTF-8 ends the server, token or not."""
+    async with served() as s:
+        await send_raw_call(s.port, path, **headers)
+        answer = await s.client.health.Check(health_pb2.HealthCheckRequest(), timeout=10)
+
+    assert answer.status == health_pb2.HealthCheckResponse.SERVING
 
 
 @asynccontextmanager

@@ -17,6 +17,7 @@ of domain "gralora.dev"; its `reason` is stable and one of:
   SLOW_CONSUMER       RESOURCE_EXHAUSTED   the client did not read its stream
   DEADLINE_EXCEEDED   DEADLINE_EXCEEDED    the deadline passed, or had passed on arrival
   CANCELLED           CANCELLED            the client went away, or AbortRequest was called before the first token
+  STEP_FAILED         UNAVAILABLE          RetryInfo; our bug, met in a step of many requests; metadata "error_id"
   STARTING            UNAVAILABLE          RetryInfo; the model is still loading
   DRAINING            UNAVAILABLE          the server is shutting down; another one may serve the request
   UNAUTHENTICATED     UNAUTHENTICATED      no bearer token, or not one of the server's
@@ -184,7 +185,7 @@ class SamplingParams(_message.Message):
     SEED_FIELD_NUMBER: _builtins.int
     LOGIT_BIAS_FIELD_NUMBER: _builtins.int
     temperature: _builtins.float
-    """At least 0; 0 is greedy, always the likeliest token. Default 1."""
+    """0 to 3.4e38; 0 is greedy, always the likeliest token. Default 1."""
     top_p: _builtins.float
     """Keep the smallest set of tokens with at least this much probability. Above 0, at most 1. Default 1: off."""
     top_k: _builtins.int
@@ -192,7 +193,7 @@ class SamplingParams(_message.Message):
     min_p: _builtins.float
     """Drop tokens less likely than this fraction of the likeliest one. 0 to 1. Default 0: off."""
     repetition_penalty: _builtins.float
-    """Divide the logits of tokens seen in the prompt or output (multiply, when negative). Above 0, at most 10. Default 1."""
+    """Divide the logits of tokens seen in the prompt or output (multiply, when negative). 1.2e-38 to 10. Default 1."""
     presence_penalty: _builtins.float
     """Subtract this from the logits of tokens seen in the output. -2 to 2. Default 0."""
     frequency_penalty: _builtins.float

@@ -17,6 +17,7 @@ of domain "gralora.dev"; its `reason` is stable and one of:
   SLOW_CONSUMER       RESOURCE_EXHAUSTED   the client did not read its stream
   DEADLINE_EXCEEDED   DEADLINE_EXCEEDED    the deadline passed, or had passed on arrival
   CANCELLED           CANCELLED            the client went away, or AbortRequest was called before the first token
+  STEP_FAILED         UNAVAILABLE          RetryInfo; our bug, met in a step of many requests; metadata "error_id"
   STARTING            UNAVAILABLE          RetryInfo; the model is still loading
   DRAINING            UNAVAILABLE          the server is shutting down; another one may serve the request
   UNAUTHENTICATED     UNAUTHENTICATED      no bearer token, or not one of the server's
