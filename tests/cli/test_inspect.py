@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
 from support.checkpoints import write_gralora, write_lora
+from support.hostile import write_hostile
 from support.tiny_models import tiny_config, tiny_model
 
 from gralora_runtime.adapters.spec import ModuleShape
@@ -129,6 +131,30 @@ def test_what_a_stranger_wrote_is_not_taken_for_markup(tmp_path: Path, capsys) -
 
     assert "[x]" in out
     assert "[/bold] [red]model" in out
+
+
+HOSTILE = ("target-empty-alternatives", "rank-pattern-back-references", "layers-pattern", "sizes-of-4200-digits",
+           "forty-thousand-tensors", "weights-are-a-pipe", "weights-are-nowhere", "deep-json")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("hostile")
+    write_hostile(write_gralora(root / "good"), root / "adapters")
+    return root
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_adapter_is_exit_code_4_in_two_seconds(hostile: Path, name: str, capsys) -> None:
+    """Each of the others is looked into by the server's own tests, through the same door."""
+    model = config_dir("llama", hostile / "model")
+    started_s = time.process_time()
+
+    code = run(["adapters", "inspect", str(hostile / "adapters" / name), "--model", str(model)])
+
+    assert code == ExitCode.UNFIT_ADAPTER
+    assert capsys.readouterr().err.startswith("error: ")
+    assert time.process_time() - started_s < 2.0
 
 
 def _header_bytes(adapter: Path) -> int:

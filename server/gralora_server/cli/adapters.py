@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from gralora_runtime.adapters.spec import ModuleShape
     from gralora_server.client import Adapter, Client
 
+MAX_LINES = 40  # of one row of a table
+
 app = typer.Typer(no_args_is_help=True, help="Manage the server's adapters, or inspect one on disk.")
 
 Name = Annotated[str, typer.Argument(help="The adapter's name.")]
@@ -135,7 +137,7 @@ def _patterns(targets: Sequence[str]) -> dict[str, int]:
 
 def _print_facts(name: str, facts: dict[str, Any]) -> None:
     table = Table(show_header=False, box=None, title=Text(name, style="bold"), title_justify="left")
-    targets = "\n".join(f"{pattern} ({count})" for pattern, count in facts["targets"].items())
+    targets = _first([f"{pattern} ({count})" for pattern, count in facts["targets"].items()])
     hybrid = f" + hybrid rank {facts['hybrid_r']}" if facts["hybrid_r"] else ""
     table.add_row("dialect", facts["dialect"])
     table.add_row("rank", f"r = {facts['r']}, k = {facts['k']}{hybrid}, scale {facts['scale']:g}")
@@ -144,8 +146,14 @@ def _print_facts(name: str, facts: dict[str, Any]) -> None:
     table.add_row("size", human_bytes(facts["tensor_bytes"]))
     table.add_row("trained for", Text(facts["base_model"] or "(not said)"))
     if facts["fits"] is not None:
-        table.add_row("fits", Text("yes" if facts["fits"] else "no: " + "\n".join(facts["problems"])))
+        table.add_row("fits", Text("yes" if facts["fits"] else f"no: {_first(facts['problems'])}"))
     stdout().print(table)
+
+
+def _first(lines: Sequence[str]) -> str:
+    """A stranger's checkpoint may have tens of thousands of them."""
+    left = len(lines) - MAX_LINES
+    return "\n".join([*lines[:MAX_LINES], *([f"and {left} more"] if left > 0 else [])])
 
 
 def _print_one(adapter: Adapter, *, as_json: bool) -> None:
