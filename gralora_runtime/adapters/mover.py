@@ -20,7 +20,7 @@ from gralora_runtime.adapters.loader import LoadedAdapter, load
 from gralora_runtime.adapters.placement import Placement, PlacementQueue
 from gralora_runtime.adapters.pool import AdapterPool, Resident
 from gralora_runtime.adapters.settlement import Settlement
-from gralora_runtime.adapters.spec import ModuleShape, rejected
+from gralora_runtime.adapters.spec import ModuleShape, rejected, to_keep
 from gralora_runtime.adapters.store import AdapterRecord, AdapterStore, Waiter
 from gralora_runtime.adapters.window import Window
 from gralora_runtime.errors import AdapterCapacityError, AdapterRejectedError, DrainingError, GraloraError
@@ -168,7 +168,7 @@ class Mover:
         """
         stamp = (source, files_stamp(source))
         if record.refused is not None and record.refused[0] == stamp:
-            raise record.refused[1].with_traceback(None)  # or it would grow by each raise
+            raise to_keep(record.refused[1])  # or its traceback would grow by each raise
         started_s, failures = time.perf_counter(), 1
         try:
             adapter = load(
@@ -182,7 +182,7 @@ class Mover:
             )
             failures = 0
         except AdapterRejectedError as error:
-            record.refused = (stamp, error)
+            record.refused = (stamp, to_keep(error))
             raise
         finally:
             with self._settling():

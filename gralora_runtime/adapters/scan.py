@@ -10,7 +10,7 @@ from pathlib import Path
 
 from gralora_runtime.adapters.checkpoint import AdapterSummary
 from gralora_runtime.adapters.names import is_name
-from gralora_runtime.adapters.spec import rejected
+from gralora_runtime.adapters.spec import rejected, to_keep
 from gralora_runtime.adapters.store import AdapterRecord
 from gralora_runtime.errors import AdapterRejectedError
 
@@ -75,7 +75,7 @@ class Scan:
         try:
             return self._summarize(record.name, record.source)
         except AdapterRejectedError as error:
-            return error
+            return to_keep(error)
         except Exception as error:
             log.exception("looking into adapter %r failed", record.name)
             return rejected(record.name, [f"looking into it failed ({type(error).__name__}: see the server's log)"])

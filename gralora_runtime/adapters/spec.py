@@ -151,6 +151,12 @@ def rejected(name: str, problems: list[str]) -> AdapterRejectedError:
     return AdapterRejectedError(name, shown)
 
 
+def to_keep(error: AdapterRejectedError) -> AdapterRejectedError:
+    """Without where it came from: a traceback holds what its frames did, which is a stranger's whole header."""
+    error.__traceback__ = error.__cause__ = error.__context__ = None
+    return error
+
+
 def _lora_scale(alpha: float, rank: int, *, use_rslora: bool) -> float:
     return alpha / math.sqrt(rank) if use_rslora else alpha / rank
 

@@ -86,6 +86,32 @@ def test_a_bug_met_in_one_directory_is_told_there_and_keeps_no_other_from_being_
         assert use(adapters, "a").name == "a"  # a request tries anew
 
 
+def files_of(error: BaseException | None) -> set[str]:
+    """The sources whose frames an error keeps alive, and with them all that those held."""
+    found: set[str] = set()
+    while error is not None:
+        traceback = error.__traceback__
+        while traceback is not None:
+            found.add(Path(traceback.tb_frame.f_code.co_filename).name)
+            traceback = traceback.tb_next
+        error = error.__cause__ or error.__context__
+    return found
+
+
+def test_what_is_known_of_a_broken_adapter_is_a_sentence_and_not_its_files(tmp_path: Path) -> None:
+    """Thousands of them, each with a header of megabytes in the frames of its error, would fill the memory."""
+    (write_gralora(tmp_path / "a", r=4) / CONFIG_FILE).write_bytes(b"{")
+    with managing(tmp_path) as adapters:
+        record = adapters._store.get("a")
+        assert files_of(record.error) == set()
+        for _ in range(3):
+            with pytest.raises(AdapterRejectedError, match="is not JSON"):
+                lease(adapters, "a")
+        kept = files_of(record.error)
+        assert "mover.py" in kept
+        assert not kept & {"checkpoint.py", "file.py", "loader.py", "spec.py", "tensors.py"}
+
+
 def test_refused_files_are_read_again_only_when_they_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever asks for a broken adapter in a loop would keep the readers from all others'."""
     path = write_gralora(tmp_path / "a", r=4)
