@@ -11,6 +11,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
 
@@ -32,20 +33,14 @@ HOSTILE = (*BOMBS, *TRAPS, *(folder.name for folder in FUZZED))
 GOOD = ("a0", "a1", "a2")
 
 
-class Bystander:
-    """Streams again and again until it is stopped. `longest_pause_s` is between two messages of one stream."""
-
-    OPTIONS: dict[str, Any] = {"adapter": "a1", "max_tokens": 300, "temperature": 0.0, "ignore_eos": True}  # noqa: RUF012
+class Beside:
+    """Works in a thread of its own for as long as a block lasts; what it finds wrong fails the test."""
 
     def __init__(self, address: str) -> None:
-        self.longest_pause_s = 0.0
-        self.streams = 0
-        self.error: BaseException | None = None
         self._address = address
         self._stopped = threading.Event()
+        self._errors: list[BaseException] = []
         self._thread = threading.Thread(target=self._run)
-        with Client(address) as client:
-            self._expected = client.generate("the bystander", **self.OPTIONS).token_ids
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -54,17 +49,35 @@ class Bystander:
     def __exit__(self, *_: object) -> None:
         self._stopped.set()
         self._thread.join(60)
-        assert self.error is None
-        assert self.streams > 0
+        assert self._errors == []
 
     def _run(self) -> None:
         try:
-            with Client(self._address) as client:
-                while not self._stopped.is_set():
-                    self._stream(client)
-                    self.streams += 1
+            self.work()
         except BaseException as error:
-            self.error = error
+            self._errors.append(error)
+
+    def work(self) -> None:
+        raise NotImplementedError
+
+
+class Bystander(Beside):
+    """Streams again and again. `longest_pause_s` is between two messages of one stream."""
+
+    OPTIONS: dict[str, Any] = {"adapter": "a1", "max_tokens": 300, "temperature": 0.0, "ignore_eos": True}  # noqa: RUF012
+
+    def __init__(self, address: str) -> None:
+        super().__init__(address)
+        self.longest_pause_s = 0.0
+        self.streams = 0
+        with Client(address) as client:
+            self._expected = client.generate("the bystander", **self.OPTIONS).token_ids
+
+    def work(self) -> None:
+        with Client(self._address) as client:
+            while not self._stopped.is_set():
+                self._stream(client)
+                self.streams += 1
 
     def _stream(self, client: Client) -> None:
         tokens: list[int] = []
@@ -79,38 +92,17 @@ class Bystander:
         assert tuple(tokens) == self._expected, "a bystander's tokens changed"
 
 
-class Probe:
-    """Asks for the health of the server every few milliseconds. `longest_s`: until it had its answer, SERVING."""
+class Probe(Beside):
+    """Asks for the server's health every few milliseconds, and has to have its answer in time."""
 
-    def __init__(self, address: str) -> None:
-        self.longest_s = 0.0
-        self.errors: list[BaseException] = []
-        self._address = address
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._run)
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stopped.set()
-        self._thread.join(60)
-        assert self.errors == []
-        assert 0 < self.longest_s < MAX_HEALTH_S
-
-    def _run(self) -> None:
+    def work(self) -> None:
         with grpc.insecure_channel(self._address) as channel:
             health = health_pb2_grpc.HealthStub(channel)
             while not self._stopped.wait(0.02):
                 started_s = time.monotonic()
-                try:
-                    answer = health.Check(health_pb2.HealthCheckRequest(), timeout=10, wait_for_ready=True)
-                    assert answer.status == health_pb2.HealthCheckResponse.SERVING
-                except BaseException as error:
-                    self.errors.append(error)
-                    return
-                self.longest_s = max(self.longest_s, time.monotonic() - started_s)
+                answer = health.Check(health_pb2.HealthCheckRequest(), timeout=10, wait_for_ready=True)
+                assert answer.status == health_pb2.HealthCheckResponse.SERVING
+                assert time.monotonic() - started_s < MAX_HEALTH_S
 
 
 @pytest.fixture(scope="module")
@@ -127,15 +119,26 @@ def adapters(tiny_workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture(scope="module")
 def address(tiny_workspace: Path, adapters: Path) -> Iterator[str]:
-    """A server over all of them. It has to begin serving, and at the end to drain when SIGTERM comes."""
-    with announced(tiny_workspace / "model", adapters, "--threads", "1") as announcement:
-        yield announcement["address"]
+    """A server over all of them. It has to begin serving, and to drain when SIGTERM comes in mid-attack at the end."""
+    with ThreadPoolExecutor(2) as beside:
+        with announced(tiny_workspace / "model", adapters, "--threads", "1") as announcement:
+            yield announcement["address"]
+            client = Client(announcement["address"], max_attempts=1)
+            stream = client.stream("the last one", adapter="a1", max_tokens=450, ignore_eos=True)
+            next(stream)
+            attack = beside.submit(client.adapters.load, "target-two-ways")
+            rest = beside.submit(stream.read)
+        assert isinstance(attack.exception(30), GraloraClientError)
+        assert rest.result(30).usage.output_tokens == 450
+        client.close()
 
 
 @contextlib.contextmanager
 def undisturbed(address: str) -> Iterator[Bystander]:
     with Bystander(address) as bystander, Probe(address):
-        while bystander.streams == 0:  # it is warm
+        deadline_s = time.monotonic() + 60
+        while bystander.streams == 0:  # it is not warm yet
+            assert time.monotonic() < deadline_s
             time.sleep(0.01)
         yield bystander
 
