@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import re
 import threading
 import time
 import warnings
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import given, settings
@@ -27,6 +29,16 @@ from gralora_runtime.adapters.targets import (
     compile_key,
     compile_pattern,
 )
+
+
+@pytest.fixture(autouse=True, scope="module")
+def other_tests_garbage() -> Iterator[None]:
+    """Not collected here: a full collection in this large process takes tenths of a second, which would count as a pattern's."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
 
 NAMES = [
     *(f"model.layers.{i}.self_attn.{p}_proj" for i in (0, 7, 10, 31) for p in "qkvo"),

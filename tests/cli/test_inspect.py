@@ -148,13 +148,13 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_hostile_adapter_is_exit_code_4_in_two_seconds(hostile: Path, name: str, capsys) -> None:
     """Each of the others is looked into by the server's own tests, through the same door."""
     model = config_dir("llama", hostile / "model")
-    started_s = time.process_time()
+    started_s = time.thread_time()
 
     code = run(["adapters", "inspect", str(hostile / "adapters" / name), "--model", str(model)])
 
     assert code == ExitCode.UNFIT_ADAPTER
     assert capsys.readouterr().err.startswith("error: ")
-    assert time.process_time() - started_s < 2.0
+    assert time.thread_time() - started_s < 2.0
 
 
 def _header_bytes(adapter: Path) -> int:
