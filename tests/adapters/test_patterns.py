@@ -33,7 +33,7 @@ from gralora_runtime.adapters.targets import (
 
 @pytest.fixture(autouse=True, scope="module")
 def other_tests_garbage() -> Iterator[None]:
-    """Not collected here: a full collection in this large process takes tenths of a second, which would count as a pattern's."""
+    """Not collected here: in this large process that takes tenths of a second, which would count as a pattern's."""
     gc.collect()
     gc.freeze()
     yield
