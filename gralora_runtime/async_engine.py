@@ -50,6 +50,7 @@ class _Entry:
     meter: RequestMeter
     aborted: asyncio.Event  # wakes a submission that still waits for its adapter
     queued: bool = False  # the scheduler has it
+    given_up: str | None = None  # the outcome, when an output could not be delivered: what comes after is not heard
 
 
 class AsyncEngine:
@@ -322,7 +323,7 @@ class AsyncEngine:
                 outcome = self._give_up(entry, output, cause)
             if outcome is not None:
                 self._mean_service_s += 0.1 * (now_s - entry.submitted_s - self._mean_service_s)
-                self.requests.end(outcome)
+                self.requests.end(entry.given_up or outcome)
                 self._leave(output.request_id)
 
     @staticmethod
@@ -340,8 +341,9 @@ class AsyncEngine:
         """Our code failed on one request's output: its client hears of it, and the others have theirs."""
         error = request_failed(output.request_id, cause)
         entry.stream.fail(error)
+        entry.given_up = outcome_of(error)
         if output.error is not None or (output.delta is not None and output.delta.finished is not None):
-            return outcome_of(error)
+            return entry.given_up
         self.abort(output.request_id)  # its end, and the id's, is what the engine then says
         return None
 

@@ -525,6 +525,7 @@ def test_an_output_that_cannot_be_delivered_ends_its_request_and_no_other(
                 pass
         assert merge_deltas([delta async for delta in neighbour]).token_ids == expected
         await until(lambda: "r#1" not in engine._entries)
+        assert engine.snapshot().requests.ended == {"length": 2, "internal": 1}
         assert (await finish(engine, request("r#1", "g1"))).token_ids == expected
 
     with_engine(config, work)
