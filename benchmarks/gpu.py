@@ -28,7 +28,7 @@ from benchmarks.kernels import lay_out
 from benchmarks.machine import facts
 from gralora_kernels.dispatch import AdapterBackend, resolve_backend
 from gralora_kernels.grouping import Grouping
-from gralora_kernels.reference import ReferenceBackend
+from gralora_kernels.reference.adapters import ReferenceBackend
 from gralora_kernels.tables import GroupTable
 
 BOUNDS = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}  # RMS error over RMS
@@ -153,7 +153,7 @@ def time_eager(case: Case, backend: AdapterBackend, rounds: int) -> float:
 
 def time_replay(case: Case, rounds: int) -> float:
     """Seconds of a step as a CUDA graph; includes its work lists."""
-    from gralora_kernels.triton_ops.launch import TritonBackend
+    from gralora_kernels.triton_ops.adapters.launch import TritonBackend
 
     backend = TritonBackend(case.arena.device)
     backend.prepare(case.groups, case.grouping)

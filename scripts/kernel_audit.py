@@ -15,8 +15,9 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
 import triton
-from kernel_binary import ITEM_BYTES, TARGETS, Binary, compile_variant, variants
+from kernel_binary import DTYPES, TARGETS, Binary, compile_variant, variants
 from kernel_bytes import ADAPTERS, MODELS, SEGMENTS, Traffic, traffic
 from rich.console import Console
 from rich.table import Table
@@ -56,14 +57,9 @@ def main() -> None:
     sys.exit(1 if problems else 0)
 
 
-def compile_all(dtypes: Sequence[str] = tuple(ITEM_BYTES), targets: Sequence[str] = tuple(TARGETS)) -> list[Binary]:
+def compile_all(dtypes: Sequence[torch.dtype] = DTYPES, targets: Sequence[str] = tuple(TARGETS)) -> list[Binary]:
     """Every variant of every kernel, for every target."""
-    return [
-        compile_variant(kernel, constants, dtype, target)
-        for dtype in dtypes
-        for target in targets
-        for kernel, constants in variants(dtype)
-    ]
+    return [compile_variant(variant, target) for dtype in dtypes for target in targets for variant in variants(dtype)]
 
 
 def count_all() -> list[Traffic]:
@@ -74,11 +70,13 @@ def count_all() -> list[Traffic]:
 def failures(binaries: Sequence[Binary], steps: Sequence[Traffic]) -> list[str]:
     """What does not hold, each with its values; empty if all is well."""
     found = [f"{_name(b)}: {problem}" for b in binaries for problem in _binary_failures(b)]
-    for target in {b.target for b in binaries}:
-        for dtype in {b.dtype for b in binaries}:
-            same = {b.matrix_instructions for b in binaries if (b.target, b.dtype) == (target, dtype)}
-            if len(same) > 1:  # then a token's sum would depend on how many tokens its adapter has in the step
-                found.append(f"{target} {dtype}: variants use different matrix instructions: {sorted(same)}")
+    used: dict[tuple[str, ...], set[tuple[str, ...]]] = {}
+    for b in binaries:
+        if b.family:
+            used.setdefault((b.target, b.dtype, b.family), set()).add(b.matrix_instructions)
+    for (target, dtype, family), same in used.items():
+        if len(same) > 1:  # then a token's sum would depend on how many tokens its adapter has in the step
+            found.append(f"{target} {dtype}: {family} use different matrix instructions: {sorted(same)}")
     return found + [f"{s.model}, {s.segments}, {s.adapter}: {problem}" for s in steps for problem in _step_failures(s)]
 
 
@@ -98,39 +96,28 @@ def _binary_failures(binary: Binary) -> list[str]:
     found = []
     if binary.spilled_bytes:
         found.append(f"spills {binary.spilled_bytes} bytes")
-    if binary.dtype != "fp32" and not binary.matrix_instructions:
+    if binary.is_product and binary.dtype != "fp32" and not binary.matrix_instructions:
         found.append("uses no matrix instruction")
-    narrow = {operand: size for operand, size in binary.load_bytes.items() if operand != "u" and size < 16}
-    if binary.align > 1 and narrow:
+    narrow = {name: binary.load_bytes.get(name, 0) for name in binary.wide_loads}
+    if narrow := {name: size for name, size in narrow.items() if size < 16}:
         found.append(f"loads of less than 16 bytes: {narrow}")
     return found
 
 
 def _name(binary: Binary) -> str:
-    return f"{binary.target} {binary.kernel} {binary.dtype}, {binary.tile_tokens} tokens, align {binary.align}"
+    return f"{binary.target} {binary.variant} {binary.dtype}"
 
 
 def binary_table(binaries: Sequence[Binary]) -> Table:
     """One line per variant."""
     table = Table(title="binaries")
-    for column in (
-        "target",
-        "kernel",
-        "dtype",
-        "tokens",
-        "align",
-        "registers",
-        "spilled B",
-        "shared B",
-        "matrix",
-        "loads B",
-    ):
+    for column in ("target", "variant", "dtype", "registers", "spilled B", "shared B", "matrix", "loads B"):
         table.add_column(column)
     for b in binaries:
-        loads = ", ".join(f"{operand} {size}" for operand, size in sorted(b.load_bytes.items()))
+        loads = ", ".join(f"{name[2:]} {size}" for name, size in sorted(b.load_bytes.items()))
         matrix = ", ".join(b.matrix_instructions) or "none"
-        sizes = (b.tile_tokens, b.align, b.registers, b.spilled_bytes, b.shared_bytes)
-        table.add_row(b.target, b.kernel, b.dtype, *map(str, sizes), matrix, loads)
+        sizes = (b.registers, b.spilled_bytes, b.shared_bytes)
+        table.add_row(b.target, b.variant, b.dtype, *map(str, sizes), matrix, loads)
     return table
 
 

@@ -10,19 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from gralora_kernels.triton_ops.expand import expand_kernel
-from gralora_kernels.triton_ops.launch import (
-    SMALL_AND_FULL_TILES,
-    VECTOR_BYTES,
-    expand_constants,
-    launch_options,
-    shrink_constants,
-)
-from gralora_kernels.triton_ops.shrink import shrink_kernel
+from gralora_kernels.triton_ops.adapters.launch import variants as adapter_variants
+from gralora_kernels.triton_ops.variant import ELEMENT_NAMES, Variant
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -30,9 +24,8 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-ITEM_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
-KERNELS = {"shrink": (shrink_kernel, shrink_constants), "expand": (expand_kernel, expand_constants)}
-OPERANDS = {"b_x": "x", "b_a": "weights", "b_b": "weights", "b_v": "u", "b_old": "y"}  # by the name that a load gets
+DTYPES = tuple(ELEMENT_NAMES)
+KERNELS = (adapter_variants,)  # each lists its variants of a dtype
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 GCN_LOAD = re.compile(r"\s(?:global|buffer)_load_(ubyte|ushort|short_d16\w*|dwordx\d|dword)")
@@ -43,57 +36,54 @@ GCN_BYTES = {"ubyte": 1, "ushort": 2, "dword": 4, "dwordx2": 8, "dwordx3": 12, "
 class Binary:
     """One variant for one target."""
 
-    kernel: str
+    variant: str
+    family: str
     target: str
     dtype: str
-    tile_tokens: int
-    align: int  # elements
+    is_product: bool
+    wide_loads: tuple[str, ...]
     registers: int
     spilled_bytes: int
     shared_bytes: int
     matrix_instructions: tuple[str, ...]
-    load_bytes: dict[str, int]  # by operand: the narrowest load
+    load_bytes: dict[str, int]  # by the name that a load is assigned to: the narrowest
 
 
-def variants(dtype: str) -> list[tuple[str, dict[str, int]]]:
-    """Every (kernel, constants) that the backend may launch for this dtype."""
-    aligns = (VECTOR_BYTES // ITEM_BYTES[dtype], 1)
-    tiles = SMALL_AND_FULL_TILES
-    return [(name, make(tile, align)) for name, (_, make) in KERNELS.items() for tile in tiles for align in aligns]
+def variants(dtype: torch.dtype) -> list[Variant]:
+    """Every form of every kernel that may be launched for this dtype."""
+    return [variant for listed in KERNELS for variant in listed(dtype)]
 
 
-def compile_variant(kernel: str, constants: dict[str, int], dtype: str, target: str) -> Binary:
+def compile_variant(variant: Variant, target: str) -> Binary:
     """As the JIT would: pointers are multiples of 16 bytes, and of sizes nothing is known."""
-    function = KERNELS[kernel][0]
-    compiled = _compile(kernel, constants, dtype, TARGETS[target])
+    compiled = _compile(variant, TARGETS[target])
     text = compiled.asm["amdgcn" if target.startswith("gfx") else "ptx"]
     read = _read_gcn if target.startswith("gfx") else _read_cubin
     return Binary(
-        kernel=kernel,
+        variant=variant.name,
+        family=variant.family,
         target=target,
-        dtype=dtype,
-        tile_tokens=constants["BLOCK_M"],
-        align=constants["ALIGN"],
+        dtype=ELEMENT_NAMES[variant.dtype],
+        is_product=variant.is_product,
+        wide_loads=variant.wide_loads,
         shared_bytes=compiled.metadata.shared,
-        load_bytes=_load_bytes(text, _operand_lines(function)),
+        load_bytes=_load_bytes(text, _named_loads(variant.function)),
         **read(compiled),
     )
 
 
-def _compile(kernel: str, constants: dict[str, int], dtype: str, target: GPUTarget) -> Any:
-    function = KERNELS[kernel][0]
-    elements = dict.fromkeys(("x", "y", "arena", "u"), f"*{dtype}")
-    pointers = {**elements, "index": "*i64", "scale": "*fp32", "order": "*i32", "items": "*i32", "head": "*i32"}
-    names = function.arg_names
+def _compile(variant: Variant, target: GPUTarget) -> Any:
+    names = variant.function.arg_names
+    kinds = dict.fromkeys(variant.constants, "constexpr") | dict.fromkeys(variant.floats, "fp32") | variant.pointers
     return triton.compile(
         ASTSource(
-            function,
-            {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in names},
-            constexprs={(names.index(name),): value for name, value in constants.items()},
-            attrs={(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in pointers},
+            variant.function,
+            {name: kinds.get(name, "i32") for name in names},
+            constexprs={(names.index(name),): value for name, value in variant.constants.items()},
+            attrs={(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in variant.pointers},
         ),
         target=target,
-        options=launch_options(kernel, target.backend),
+        options=dict(variant.options.get(target.backend, {})),
     )
 
 
@@ -124,25 +114,22 @@ def _read_gcn(compiled: Any) -> dict[str, Any]:
     }
 
 
-def _operand_lines(function: Any) -> dict[int, str]:
-    """Line of the source -> the operand that is loaded there."""
+def _named_loads(function: Any) -> dict[int, str]:
+    """Line of the source -> the name that is loaded there."""
     lines, first = inspect.getsourcelines(function.fn)
-    found = {}
-    for number, line in enumerate(lines, first):
-        if load := re.match(r"\s*(\w+) = tl\.load\(", line):
-            found[number] = OPERANDS.get(load[1], "")
-    return {number: operand for number, operand in found.items() if operand}
+    found = ((number, re.match(r"\s*(b_\w+) = tl\.load\(", line)) for number, line in enumerate(lines, first))
+    return {number: load[1] for number, load in found if load}
 
 
-def _load_bytes(text: str, operands: dict[int, str]) -> dict[str, int]:
+def _load_bytes(text: str, names: dict[int, str]) -> dict[str, int]:
     """The assembler names the source line of each instruction, which tells whose load it is."""
     found: dict[str, int] = {}
-    operand = None
+    name = None
     for line in text.splitlines():
         if location := re.match(r"\s*\.loc\s+\d+\s+(\d+)", line):
-            operand = operands.get(int(location[1]))
-        elif operand and (size := _load_size(line)):
-            found[operand] = min(size, found.get(operand, size))
+            name = names.get(int(location[1]))
+        elif name and (size := _load_size(line)):
+            found[name] = min(size, found.get(name, size))
     return found
 
 

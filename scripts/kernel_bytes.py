@@ -10,7 +10,7 @@ import torch
 
 from gralora_kernels.grouping import Grouping
 from gralora_kernels.tables import ENTRIES, Entry, GroupTable
-from gralora_kernels.triton_ops.launch import BLOCKING
+from gralora_kernels.triton_ops.adapters.launch import BLOCKING
 from gralora_kernels.work import ITEM, StepWork, plan_work
 
 ELEMENT = 2  # bytes: bf16 or fp16

@@ -51,7 +51,7 @@ def _build(name: str, device: torch.device) -> AdapterBackend:
         return _build_cpu()
     if name == "triton":
         return _build_triton(device)
-    from gralora_kernels.reference import ReferenceBackend
+    from gralora_kernels.reference.adapters import ReferenceBackend
 
     return ReferenceBackend()
 
@@ -66,7 +66,7 @@ def _build_cpu() -> AdapterBackend:
 
 def _build_triton(device: torch.device) -> AdapterBackend:
     try:
-        from gralora_kernels.triton_ops.launch import TritonBackend
+        from gralora_kernels.triton_ops.adapters.launch import TritonBackend
     except ImportError as cause:
         raise RuntimeError(f"backend 'triton' needs the package triton: {cause}") from cause
     return TritonBackend(device)

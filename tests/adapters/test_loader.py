@@ -23,7 +23,7 @@ from support.checkpoints import (
 )
 
 from gralora_kernels.packing import Packing
-from gralora_kernels.reference import DTYPES, pack_a, pack_b
+from gralora_kernels.reference.adapters import DTYPES, pack_a, pack_b
 from gralora_runtime.adapters import loader
 from gralora_runtime.adapters.loader import LoadedAdapter
 from gralora_runtime.adapters.spec import ModuleShape

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from gralora_kernels.grouping import Grouping
-from gralora_kernels.reference import ReferenceBackend
+from gralora_kernels.reference.adapters import ReferenceBackend
 from gralora_runtime.adapters.loader import load
 from gralora_runtime.adapters.pool import AdapterPool
 from gralora_runtime.adapters.spec import ModuleShape

@@ -13,7 +13,7 @@ import pytest
 import torch
 from support.kernel_cases import CPU
 
-from gralora_kernels.reference import ReferenceBackend
+from gralora_kernels.reference.adapters import ReferenceBackend
 
 pytest.importorskip("triton")
 

@@ -12,7 +12,7 @@ from support.kernel_cases import CPU, Case
 from support.numeric import assert_close
 from torch import nn
 
-from gralora_kernels.reference import ReferenceBackend, gralora, pack_a, pack_b, unpack_a, unpack_b
+from gralora_kernels.reference.adapters import ReferenceBackend, gralora, pack_a, pack_b, unpack_a, unpack_b
 from gralora_kernels.tables import Entry, ModuleTable
 
 RANKS_AND_KS = [(r, k) for r in (1, 2, 3, 8, 12, 64) for k in (1, 2, 4, 8) if r % k == 0]

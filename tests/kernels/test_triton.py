@@ -64,8 +64,7 @@ def test_every_variant_meets_the_audits_requirements(target):
     binaries = compile_all(targets=[target])
 
     assert len(binaries) == 24  # 3 dtypes, 2 kernels, 2 tiles, 2 alignments
-    assert all({"weights", "x"} <= b.load_bytes.keys() for b in binaries if b.kernel == "shrink")
-    assert all({"weights", "u", "y"} <= b.load_bytes.keys() for b in binaries if b.kernel == "expand")
+    assert {name for b in binaries for name in b.wide_loads} == {"b_x", "b_a", "b_b", "b_old"}
     assert failures(binaries, []) == []
 
 
@@ -87,8 +86,8 @@ def test_the_audit_names_what_fails():
     from kernel_binary import Binary
 
     good = Binary(
-        kernel="shrink", target="sm_80", dtype="bf16", tile_tokens=16, align=8, registers=40, spilled_bytes=0,
-        shared_bytes=0, matrix_instructions=("HMMA",), load_bytes={"x": 16, "weights": 16},
+        variant="shrink", family="adapters", target="sm_80", dtype="bf16", is_product=True, wide_loads=("b_x", "b_a"),
+        registers=40, spilled_bytes=0, shared_bytes=0, matrix_instructions=("HMMA",), load_bytes={"b_x": 16, "b_a": 16},
     )  # fmt: skip
     step = count_all()[0]
 
@@ -96,7 +95,8 @@ def test_the_audit_names_what_fails():
     for broken, message in (
         (replace(good, spilled_bytes=8), "spills 8 bytes"),
         (replace(good, matrix_instructions=()), "uses no matrix instruction"),
-        (replace(good, load_bytes={"x": 16, "weights": 2}), "less than 16 bytes: {'weights': 2}"),
+        (replace(good, load_bytes={"b_x": 16, "b_a": 2}), "less than 16 bytes: {'b_a': 2}"),
+        (replace(good, load_bytes={"b_x": 16}), "less than 16 bytes: {'b_a': 0}"),
     ):
         assert message in failures([broken], [])[0]
     assert "different matrix instructions" in failures([good, replace(good, matrix_instructions=("HGMMA",))], [])[0]

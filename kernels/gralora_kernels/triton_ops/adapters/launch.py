@@ -13,19 +13,18 @@ from gralora_kernels.grouping import Grouping
 from gralora_kernels.packing import ROW_MAJOR
 from gralora_kernels.replay import ReplayGuard
 from gralora_kernels.tables import ENTRIES, GroupTable
-from gralora_kernels.triton_ops.expand import expand_kernel
-from gralora_kernels.triton_ops.shrink import shrink_kernel
+from gralora_kernels.triton_ops.adapters.expand import expand_kernel
+from gralora_kernels.triton_ops.adapters.shrink import shrink_kernel
+from gralora_kernels.triton_ops.variant import ELEMENT_NAMES, VECTOR_BYTES, Variant
 from gralora_kernels.work import ITEM, Blocking, GroupWork, StepWork, plan_work
 
 Constants = dict[str, int]
 
-VECTOR_BYTES = 16  # the widest load
 BLOCK_K = 128
 # Expand's loop is over ranks, mostly one round: a third stage would only cost registers (in fp32 it spilled).
 NUM_STAGES = {"shrink": 3, "expand": 2}
 # 16 rank rows are the least that tensor cores take, and most adapters have no more.
 BLOCKING = Blocking(small_tile=16, full_tile=32, rank_rows=16, columns=128)
-SMALL_AND_FULL_TILES = (BLOCKING.small_tile, BLOCKING.full_tile)
 U_BYTES = 4  # per element of the intermediate, at most
 
 
@@ -135,6 +134,33 @@ def launch_options(kernel: str, gpu_kind: str) -> dict[str, Any]:
     """Compiler options. On AMD the instruction's shape would follow the tile's, and with it the order of sums."""
     common = {"num_warps": 4, "num_stages": NUM_STAGES[kernel]}
     return common | {"matrix_instr_nonkdim": 16} if gpu_kind == "hip" else common
+
+
+def variants(dtype: torch.dtype) -> list[Variant]:
+    """Every form that the backend may launch."""
+    element = f"*{ELEMENT_NAMES[dtype]}"
+    pointers = dict.fromkeys(("x", "y", "arena", "u"), element)
+    pointers |= {"index": "*i64", "scale": "*fp32", "order": "*i32", "items": "*i32", "head": "*i32"}
+    kernels = (
+        ("shrink", shrink_kernel, shrink_constants, ("b_x", "b_a")),
+        ("expand", expand_kernel, expand_constants, ("b_b", "b_old")),
+    )
+    return [
+        Variant(
+            name=f"{name}, {tile} tokens, align {align}",
+            function=function,
+            dtype=dtype,
+            constants=make(tile, align),
+            pointers=pointers,
+            options={kind: launch_options(name, kind) for kind in ("cuda", "hip")},
+            wide_loads=wide if align > 1 else (),
+            is_product=True,
+            family="adapters",
+        )
+        for name, function, make, wide in kernels
+        for tile in (BLOCKING.small_tile, BLOCKING.full_tile)
+        for align in (VECTOR_BYTES // dtype.itemsize, 1)
+    ]
 
 
 def _gpu_kind() -> str:
