@@ -15,7 +15,6 @@ import torch
 from gralora_kernels.cpu import threads as cpu_threads
 from gralora_kernels.dispatch import AdapterBackend, resolve_backend
 from gralora_kernels.packing import Packing
-from gralora_kernels.warmup import warm_up_backend
 from gralora_runtime.adapters.manager import AdapterManager
 from gralora_runtime.batch import BatchBuilder
 from gralora_runtime.config import EngineConfig
@@ -23,11 +22,9 @@ from gralora_runtime.engine import Engine
 from gralora_runtime.errors import ConfigError
 from gralora_runtime.info import EngineInfo
 from gralora_runtime.model.adaptable import adaptable_modules
-from gralora_runtime.model.compiled_runner import CompiledRunner
-from gralora_runtime.model.decoder import decoder_of
 from gralora_runtime.model.kv_pool import KVPool, page_bytes
 from gralora_runtime.model.loading import BaseModel, load_base_model
-from gralora_runtime.model.runner import ModelRunner, Runner
+from gralora_runtime.model.programs.choice import Served, kv_in_panels, make_runner
 from gralora_runtime.model.selfcheck import check_runner, expected_logits
 from gralora_runtime.model.tokenization import PromptTokenizer
 from gralora_runtime.pages import PagePool
@@ -68,13 +65,22 @@ def assemble(config: EngineConfig, base: BaseModel | None = None) -> EngineParts
         expected = expected_logits(base)
     adapters = _adapter_manager(config, base, device, backend.packing)
     try:
-        kv_pool, max_model_len = _kv_pool(config, base, device)
+        kv_pool, max_model_len = _kv_pool(config, base, in_panels=kv_in_panels(backend, device))
         num_pages = len(kv_pool.keys[0])
-        runner = _runner(config, base, kv_pool, adapters, backend)
+        runner = make_runner(
+            Served(
+                base=base,
+                kv_pool=kv_pool,
+                arena=adapters.pool.arena,
+                groups=adapters.pool.groups,
+                backend=backend,
+                page_size=config.page_size,
+                max_num_tokens=config.max_num_batched_tokens,
+            )
+        )
         batch = BatchBuilder(
             max_num_tokens=config.max_num_batched_tokens,
             page_size=config.page_size,
-            device=device,
             slot_generation=adapters.pool.generation,
         )
         if expected is not None:
@@ -102,26 +108,6 @@ def assemble(config: EngineConfig, base: BaseModel | None = None) -> EngineParts
     prompts = PromptTokenizer(base.tokenizer, base.chat_tokenizer, vocab_size)
     engine = Engine(scheduler, batch, runner)
     return EngineParts(engine, adapters, base, prompts, info, lambda: _use_threads(num_threads, device))
-
-
-def _runner(
-    config: EngineConfig, base: BaseModel, kv_pool: KVPool, adapters: AdapterManager, backend: AdapterBackend
-) -> Runner:
-    """One compiled program for models of Llama's build on the CPU; transformers' own forward pass for all others."""
-    arena, groups = adapters.pool.arena, adapters.pool.groups
-    decoder = decoder_of(base.model) if backend.name == "cpu" else None
-    if decoder is None:
-        warm_up_backend(backend, device=base.model.device, dtype=base.model.dtype)
-        return ModelRunner(base, kv_pool, arena=arena, groups=groups, backend=backend)
-    return CompiledRunner(
-        base,
-        decoder,
-        kv_pool,
-        arena=arena,
-        groups=groups,
-        page_size=config.page_size,
-        max_num_tokens=config.max_num_batched_tokens,
-    )
 
 
 def resolve_device(name: str) -> torch.device:
@@ -172,8 +158,9 @@ def _adapter_manager(config: EngineConfig, base: BaseModel, device: torch.device
     )
 
 
-def _kv_pool(config: EngineConfig, base: BaseModel, device: torch.device) -> tuple[KVPool, int]:
+def _kv_pool(config: EngineConfig, base: BaseModel, *, in_panels: bool) -> tuple[KVPool, int]:
     """The pool, and the longest sequence that is served with it."""
+    device = base.model.device
     wanted_len = min(config.max_model_len or base.max_positions, base.max_positions)
     if config.max_model_len and config.max_model_len > base.max_positions:
         raise ConfigError(
@@ -206,6 +193,7 @@ def _kv_pool(config: EngineConfig, base: BaseModel, device: torch.device) -> tup
         head_dim=base.head_dim,
         dtype=base.model.dtype,
         device=device,
+        in_panels=in_panels,
     )
     return pool, max_model_len
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from gralora_runtime.plan import RowPlan, StepPlan
 
 @dataclass(frozen=True, slots=True)
 class StepTensors:
-    """Input of one forward pass. Tokens of all rows are flattened."""
+    """Input of one forward pass, in host memory. Tokens of all rows are flattened."""
 
     input_ids: Tensor  # int64 [1, tokens]
     position_ids: Tensor  # int64 [1, tokens]
@@ -27,6 +28,14 @@ class StepTensors:
     max_context_len: int
     logits_index: Tensor  # int64 [sampling rows]: the tokens whose logits are wanted
     grouping: Grouping
+
+    def to(self, device: torch.device) -> StepTensors:
+        """The same on `device`; itself if it is there."""
+        if self.input_ids.device == device:
+            return self
+        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved = {name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)}
+        return StepTensors(**(values | moved))
 
 
 class StaleAdapterError(AssertionError):
@@ -41,11 +50,9 @@ class BatchBuilder:
         *,
         max_num_tokens: int,
         page_size: int,
-        device: torch.device,
         slot_generation: Callable[[int], int],
     ) -> None:
         self._page_size = page_size
-        self._device = device
         self._slot_generation = slot_generation
         self._grouping = Grouping(max_num_tokens)
 
@@ -58,15 +65,15 @@ class BatchBuilder:
         starts = np.concatenate(([0], np.cumsum(counts)))
         positions = np.concatenate([np.arange(row.start, row.context_len) for row in rows])
         return StepTensors(
-            input_ids=self._tensor([t for row in rows for t in row.token_ids], torch.int64)[None],
-            position_ids=self._tensor(positions, torch.int64)[None],
-            kv_slots=self._tensor(np.concatenate([self._slots(r, r.start, r.context_len) for r in rows]), torch.int64),
-            page_table=self._tensor(_page_table(rows), torch.int32),
-            context_lens=self._tensor([row.context_len for row in rows], torch.int32),
-            query_starts=self._tensor(starts, torch.int32),
+            input_ids=_tensor([t for row in rows for t in row.token_ids], torch.int64)[None],
+            position_ids=_tensor(positions, torch.int64)[None],
+            kv_slots=_tensor(np.concatenate([self._slots(r, r.start, r.context_len) for r in rows]), torch.int64),
+            page_table=_tensor(_page_table(rows), torch.int32),
+            context_lens=_tensor([row.context_len for row in rows], torch.int32),
+            query_starts=_tensor(starts, torch.int32),
             max_query_len=max(counts),
             max_context_len=max(row.context_len for row in rows),
-            logits_index=self._tensor([starts[i + 1] - 1 for i, row in enumerate(rows) if row.samples], torch.int64),
+            logits_index=_tensor([starts[i + 1] - 1 for i, row in enumerate(rows) if row.samples], torch.int64),
             grouping=self._grouping,
         )
 
@@ -85,8 +92,9 @@ class BatchBuilder:
         positions = np.arange(begin, end)
         return np.asarray(row.pages)[positions // self._page_size] * self._page_size + positions % self._page_size
 
-    def _tensor(self, values: Sequence[int] | np.ndarray, dtype: torch.dtype) -> Tensor:
-        return torch.as_tensor(np.asarray(values), dtype=dtype).to(self._device, non_blocking=True)
+
+def _tensor(values: Sequence[int] | np.ndarray, dtype: torch.dtype) -> Tensor:
+    return torch.as_tensor(np.asarray(values), dtype=dtype)
 
 
 def _page_table(rows: Sequence[RowPlan]) -> np.ndarray:

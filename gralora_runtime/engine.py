@@ -8,7 +8,7 @@ from torch import Tensor
 
 from gralora_runtime.batch import BatchBuilder
 from gralora_runtime.failure import contained
-from gralora_runtime.model.runner import Runner
+from gralora_runtime.model.programs.runner import Runner
 from gralora_runtime.observation.steps import Phase, StepObservation
 from gralora_runtime.plan import StepPlan
 from gralora_runtime.sampler import Sampled, sample

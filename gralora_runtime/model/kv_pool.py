@@ -11,10 +11,10 @@ from gralora_runtime.memory import lazy_zeros
 
 
 class KVPool:
-    """One K and one V tensor per layer, laid out as the device's attention wants them.
+    """One K and one V tensor per layer, laid out as attention wants them.
 
-    GPU: both [pages, page_size, kv_heads, head_dim]. CPU: keys [pages, kv_heads, head_dim, page_size], values [pages,
-    kv_heads, page_size, head_dim].
+    Both [pages, page_size, kv_heads, head_dim]; or `in_panels`, for the CPU's kernels: keys [pages, kv_heads, head_dim,
+    page_size], values [pages, kv_heads, page_size, head_dim].
     """
 
     def __init__(
@@ -27,11 +27,12 @@ class KVPool:
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device,
+        in_panels: bool,
     ) -> None:
         self._page_size = page_size
-        self._on_cpu = device.type == "cpu"
+        self.in_panels = in_panels
         keys = values = (num_pages, page_size, num_kv_heads, head_dim)
-        if self._on_cpu:
+        if in_panels:
             keys = (num_pages, num_kv_heads, head_dim, page_size)
             values = (num_pages, num_kv_heads, page_size, head_dim)
         self.keys = [lazy_zeros(keys, dtype, device) for _ in range(num_layers)]
@@ -39,7 +40,7 @@ class KVPool:
 
     def write(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
         """Store keys and values [tokens, kv_heads, head_dim] at slots [tokens] (page * page_size + offset)."""
-        if self._on_cpu:
+        if self.in_panels:
             pages, offsets = slots // self._page_size, slots % self._page_size
             self.keys[layer][pages, :, :, offsets] = keys
             self.values[layer][pages, :, offsets] = values

@@ -8,7 +8,7 @@ from torch import Tensor
 from gralora_runtime.batch import BatchBuilder
 from gralora_runtime.errors import ModelUnsupportedError
 from gralora_runtime.model.loading import BaseModel
-from gralora_runtime.model.runner import Runner
+from gralora_runtime.model.programs.runner import Runner
 from gralora_runtime.plan import AdapterUse, RowPlan, StepPlan
 
 NUM_TOKENS = 40

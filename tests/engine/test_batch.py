@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 from gralora_runtime.batch import BatchBuilder, StaleAdapterError
 from gralora_runtime.plan import AdapterUse, RowPlan, StepPlan
@@ -14,9 +13,7 @@ GENERATIONS = {0: 3, 5: 1}
 
 @pytest.fixture
 def builder() -> BatchBuilder:
-    return BatchBuilder(
-        max_num_tokens=16, page_size=4, device=torch.device("cpu"), slot_generation=GENERATIONS.__getitem__
-    )
+    return BatchBuilder(max_num_tokens=16, page_size=4, slot_generation=GENERATIONS.__getitem__)
 
 
 def row(name: str, tokens: tuple[int, ...], start: int, pages: tuple[int, ...], adapter: AdapterUse) -> RowPlan:

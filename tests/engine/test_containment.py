@@ -206,9 +206,7 @@ class Run:
             pool, max_num_seqs=4, max_num_batched_tokens=MAX_TOKENS,
             release_lease=lambda lease: self.released.update([lease.name]), now_s=lambda: 0.0,
         )  # fmt: skip
-        batch = BatchBuilder(
-            max_num_tokens=MAX_TOKENS, page_size=PAGE_SIZE, device=torch.device("cpu"), slot_generation=lambda _: 1
-        )
+        batch = BatchBuilder(max_num_tokens=MAX_TOKENS, page_size=PAGE_SIZE, slot_generation=lambda _: 1)
         self.engine = Engine(scheduler, batch, Model(faults, self._arrivals))
         for owner, name, place in [
             (scheduler, "plan", "plan"),

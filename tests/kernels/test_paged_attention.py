@@ -7,8 +7,8 @@ import torch
 from support.numeric import assert_close
 from torch.nn.functional import scaled_dot_product_attention
 
-from gralora_kernels.reference import attention as reference
 from gralora_kernels.cpu import attention as cpu
+from gralora_kernels.reference import attention as reference
 
 KERNELS = [
     pytest.param(reference.paged_attention, id="reference"),

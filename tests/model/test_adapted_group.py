@@ -11,8 +11,8 @@ from gralora_kernels.tables import GroupTable
 from gralora_runtime.adapters.siblings import group_siblings
 from gralora_runtime.adapters.spec import ModuleShape
 from gralora_runtime.model.adaptable import joined_weight_and_bias
-from gralora_runtime.model.adapted_linear import AdaptedGroup, AdaptedLinear, DenseLinear
-from gralora_runtime.model.context import StepContext
+from gralora_runtime.model.programs.transformers.adapted_linear import AdaptedGroup, AdaptedLinear, DenseLinear
+from gralora_runtime.model.programs.transformers.context import StepContext
 
 
 class Counted(DenseLinear):

@@ -11,13 +11,13 @@ import torch
 from support.tiny_models import save_tiny_model
 from transformers import Gemma2Config, LlamaConfig, MambaConfig, PreTrainedModel, T5Config
 
-import gralora_runtime.assemble as assembling
 from gralora_runtime.assemble import assemble
 from gralora_runtime.config import EngineConfig
 from gralora_runtime.errors import ConfigError, ModelUnsupportedError
-from gralora_runtime.model import attention
-from gralora_runtime.model.decoder import Decoder, decoder_of
+from gralora_runtime.model.description import Description, OtherBuildError, describe
 from gralora_runtime.model.loading import unsupported_features
+from gralora_runtime.model.programs import choice
+from gralora_runtime.model.programs.transformers import attention
 
 
 @pytest.fixture(scope="module")
@@ -56,12 +56,11 @@ def test_the_check_at_start_refuses_a_model_that_the_program_computes_wrongly(
 ) -> None:
     """As a model of Llama's build with some scale of its own would be, that no configuration key tells of."""
 
-    def wrong_scale(model: PreTrainedModel) -> Decoder:
-        decoder = decoder_of(model)
-        assert decoder is not None
-        return replace(decoder, scale=decoder.scale * 1.1)
+    def wrong_scale(model: PreTrainedModel) -> Description:
+        description = describe(model)
+        return replace(description, scale=description.scale * 1.1)
 
-    monkeypatch.setattr(assembling, "decoder_of", wrong_scale)
+    monkeypatch.setattr(choice, "describe", wrong_scale)
 
     with pytest.raises(ModelUnsupportedError, match="paged logits differ from transformers' by"):
         assemble(config)
@@ -71,8 +70,12 @@ def test_the_check_at_start_refuses_a_model_whose_attention_is_computed_wrongly(
     config: EngineConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same for the architectures that transformers' own forward pass computes."""
+
+    def other_build(_: PreTrainedModel) -> Description:
+        raise OtherBuildError("as the test wants it")
+
     exact = attention.paged_attention
-    monkeypatch.setattr(assembling, "decoder_of", lambda _: None)
+    monkeypatch.setattr(choice, "describe", other_build)
     monkeypatch.setattr(attention, "paged_attention", lambda *args: exact(*args[:-1], 8))
 
     with pytest.raises(ModelUnsupportedError, match="paged logits differ from transformers' by"):

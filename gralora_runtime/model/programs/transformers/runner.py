@@ -1,10 +1,9 @@
-"""Runs one step of the model. Owns the weights and the KV pool; knows no request, no policy and no adapter by name."""
+"""Transformers' own forward pass with our layers in it, for models of any build. Owns the weights and the KV pool."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,29 +12,27 @@ from gralora_kernels.dispatch import AdapterBackend
 from gralora_kernels.tables import GroupTable
 from gralora_runtime.batch import StepTensors
 from gralora_runtime.model.adaptable import joined_weight_and_bias, weight_and_bias
-from gralora_runtime.model.adapted_linear import AdaptedGroup, AdaptedLinear, DenseLinear, PackedLinear
-from gralora_runtime.model.attention import (
+from gralora_runtime.model.kv_pool import KVPool
+from gralora_runtime.model.loading import BaseModel
+from gralora_runtime.model.programs.transformers.adapted_linear import (
+    AdaptedGroup,
+    AdaptedLinear,
+    DenseLinear,
+    PackedLinear,
+)
+from gralora_runtime.model.programs.transformers.attention import (
     ATTENTION_NAME,
     CpuPagedAttention,
     CudaPagedAttention,
     register_attention,
 )
-from gralora_runtime.model.context import StepContext
-from gralora_runtime.model.kv_pool import KVPool
-from gralora_runtime.model.loading import BaseModel
-from gralora_runtime.model.norms import fuse_rms_norms
+from gralora_runtime.model.programs.transformers.context import StepContext
+from gralora_runtime.model.programs.transformers.norms import fuse_rms_norms
 
 logger = logging.getLogger(__name__)
 
 
-class Runner(Protocol):
-    """Computes one step."""
-
-    def execute(self, tensors: StepTensors) -> Tensor:
-        """Logits of the tokens in `logits_index`, fp32 [sampling rows, vocab]."""
-
-
-class ModelRunner:
+class TransformersRunner:
     """A base model whose linear layers ask, for each token, what its adapter adds.
 
     The model of `base` is taken over and changed in place: its linears are wrapped (on the CPU also repacked, which
@@ -69,6 +66,7 @@ class ModelRunner:
 
     def execute(self, tensors: StepTensors) -> Tensor:
         """Logits of the tokens in `logits_index`, fp32 [sampling rows, vocab]."""
+        tensors = tensors.to(self._model.device)
         index = tensors.logits_index
         # A step of unfinished prompts wants no logits; one row of them costs less than a second way through the model.
         wanted = index if len(index) else index.new_zeros(1)

@@ -14,20 +14,23 @@ from gralora_kernels.cpu.rows import GELU_TANH, SILU
 from gralora_kernels.tables import GroupTable
 from gralora_runtime.batch import StepTensors
 from gralora_runtime.model.adaptable import joined_weight_and_bias
-from gralora_runtime.model.decoder import Decoder, DecoderLayer, Projection, rotary_tables
+from gralora_runtime.model.description import Description, LayerDescription, OtherBuildError, Projection, rotary_tables
 from gralora_runtime.model.kv_pool import KVPool
 from gralora_runtime.model.loading import BaseModel
 
 logger = logging.getLogger(__name__)
 
 
-class CompiledRunner:
-    """Takes the model of `base` over: its linears are packed, which frees the originals."""
+class CpuRunner:
+    """Takes the model of `base` over: its linears are packed, which frees the originals.
+
+    Raises `OtherBuildError`, before it changes anything, for a model that the program cannot compute.
+    """
 
     def __init__(
         self,
         base: BaseModel,
-        decoder: Decoder,
+        model: Description,
         kv_pool: KVPool,
         *,
         arena: Tensor,
@@ -35,28 +38,32 @@ class CompiledRunner:
         page_size: int,
         max_num_tokens: int,
     ) -> None:
-        self._group = decoder.heads // decoder.kv_heads
+        if any(projection.has_bias for layer in model.layers for projection in (layer.o, layer.down)):
+            raise OtherBuildError(
+                "its o or down projection has a bias, but here their sums begin at the residual stream"
+            )
+        self._group = model.heads // model.kv_heads
         self._groups = groups
         cos, sin = rotary_tables(base.model, base.max_positions)
         shape = DecoderShape(
-            hidden=decoder.embedding.shape[1],
-            intermediate=decoder.intermediate,
-            heads=decoder.heads,
-            kv_heads=decoder.kv_heads,
-            head_dim=decoder.head_dim,
+            hidden=model.embedding.shape[1],
+            intermediate=model.intermediate,
+            heads=model.heads,
+            kv_heads=model.kv_heads,
+            head_dim=model.head_dim,
             page_size=page_size,
-            activation={"silu": SILU, "gelu_tanh": GELU_TANH}[decoder.activation],
+            activation={"silu": SILU, "gelu_tanh": GELU_TANH}[model.activation],
             cos=cos,
             sin=sin,
         )
         self._program = Program(shape, max_tokens=max_num_tokens, arena=arena)
-        self._program.embed(decoder.embedding.detach(), decoder.embedding_factor)
-        for index, layer in enumerate(decoder.layers):
-            self._add_layer(decoder, layer, kv_pool.keys[index], kv_pool.values[index])
-        head = decoder.head
+        self._program.embed(model.embedding.detach(), model.embedding_factor)
+        for index, layer in enumerate(model.layers):
+            self._add_layer(model, layer, kv_pool.keys[index], kv_pool.values[index])
+        head = model.head
         bias = None if head.bias is None else head.bias.detach()
-        self._program.head(decoder.final_norm, decoder.eps, PackedWeight(head.weight.detach()), bias)
-        logger.info("model ready: %d layers compiled into one program", len(decoder.layers))
+        self._program.head(model.final_norm, model.eps, PackedWeight(head.weight.detach()), bias)
+        logger.info("model ready: %d layers compiled into one program", len(model.layers))
 
     def execute(self, tensors: StepTensors) -> Tensor:
         """Logits of the tokens in `logits_index`, fp32 [sampling rows, vocab]."""
@@ -73,12 +80,12 @@ class CompiledRunner:
             )
         )
 
-    def _add_layer(self, decoder: Decoder, layer: DecoderLayer, keys: Tensor, values: Tensor) -> None:
-        program, eps = self._program, decoder.eps
+    def _add_layer(self, model: Description, layer: LayerDescription, keys: Tensor, values: Tensor) -> None:
+        program, eps = self._program, model.eps
         program.norm(layer.input_norm, eps)
         self._linear(program.normed, program.qkv, layer.qkv)
         program.attend(
-            keys, values, scale=decoder.scale, window=layer.window, q_norm=layer.q_norm, k_norm=layer.k_norm, eps=eps
+            keys, values, scale=model.scale, window=layer.window, q_norm=layer.q_norm, k_norm=layer.k_norm, eps=eps
         )
         self._linear(program.attended, program.hidden, layer.o, accumulate=True)
         program.norm(layer.post_norm, eps)

@@ -1,4 +1,4 @@
-"""Recognises models of Llama's build and says where their weights are. Knows no kernel and no step."""
+"""What a model of Llama's build is, as data that every program reads: its sizes, and where its weights are."""
 
 from __future__ import annotations
 
@@ -25,10 +25,14 @@ class Projection:
     names: tuple[str, ...]
     modules: tuple[nn.Linear, ...]
 
+    @property
+    def has_bias(self) -> bool:
+        return any(module.bias is not None for module in self.modules)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DecoderLayer:
-    """One layer, in the order in which it is computed."""
+class LayerDescription:
+    """One layer, in the order in which it is computed. Norms' weights are fp32 where they are not the model's own."""
 
     input_norm: Tensor
     qkv: Projection
@@ -46,12 +50,12 @@ class DecoderLayer:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Decoder:
+class Description:
     """A whole model."""
 
     embedding: Tensor  # [vocab, hidden]
     embedding_factor: float
-    layers: tuple[DecoderLayer, ...]
+    layers: tuple[LayerDescription, ...]
     final_norm: Tensor
     head: nn.Linear
     heads: int
@@ -66,20 +70,24 @@ class Decoder:
         return self.layers[0].down.modules[0].in_features
 
 
-def decoder_of(model: PreTrainedModel) -> Decoder | None:
-    """The model's parts, or None for another build, which transformers' own forward pass then computes."""
+class OtherBuildError(Exception):
+    """This model is not of Llama's build; says why. Transformers' own forward pass can compute it."""
+
+
+def describe(model: PreTrainedModel) -> Description:
+    """The model's parts. Raises `OtherBuildError` for another build."""
     config = model.config
+    if type(model).__name__ not in LLAMA_LIKE:
+        raise OtherBuildError(f"{type(model).__name__} is not of Llama's build")
     activation = ACTIVATIONS.get(getattr(config, "hidden_act", ""))
-    if type(model).__name__ not in LLAMA_LIKE or activation is None:
-        return None
+    if activation is None:
+        raise OtherBuildError(f"its activation is {config.hidden_act}, not one of {', '.join(ACTIVATIONS)}")
     gemma = type(model).__name__ == "GemmaForCausalLM"  # its norms scale by 1 + weight, its embeddings by sqrt(hidden)
     names = {module: name for name, module in model.named_modules()}
     layers = tuple(_layer(layer, names, config, gemma) for layer in model.model.layers)
-    if any(module.bias is not None for layer in layers for p in (layer.o, layer.down) for module in p.modules):
-        return None  # their sums begin at the residual stream
     attention = model.model.layers[0].self_attn
     heads = config.num_attention_heads
-    return Decoder(
+    return Description(
         embedding=model.get_input_embeddings().weight,
         embedding_factor=config.hidden_size**0.5 if gemma else 1.0,
         layers=layers,
@@ -95,21 +103,21 @@ def decoder_of(model: PreTrainedModel) -> Decoder | None:
 
 
 def rotary_tables(model: PreTrainedModel, positions: int) -> tuple[Tensor, Tensor]:
-    """The model's own cosines and sines, [positions, rotary_dim] each."""
-    ids = torch.arange(positions)[None]
+    """The model's own cosines and sines, fp32 [positions, rotary_dim] each."""
+    ids = torch.arange(positions, device=model.device)[None]
     with torch.inference_mode():
-        cos, sin = model.model.rotary_emb(torch.zeros(1, dtype=torch.float32), ids)
+        cos, sin = model.model.rotary_emb(torch.zeros(1, dtype=torch.float32, device=model.device), ids)
     return cos[0].contiguous(), sin[0].contiguous()
 
 
-def _layer(layer: Any, names: dict[nn.Module, str], config: Any, gemma: bool) -> DecoderLayer:
+def _layer(layer: Any, names: dict[nn.Module, str], config: Any, gemma: bool) -> LayerDescription:
     attention, mlp = layer.self_attn, layer.mlp
 
     def projection(parent: Any, *candidates: str) -> Projection:
         modules = tuple(getattr(parent, name) for name in candidates if hasattr(parent, name))
         return Projection(tuple(names[module] for module in modules), modules)
 
-    return DecoderLayer(
+    return LayerDescription(
         input_norm=_norm(layer.input_layernorm, gemma),
         qkv=projection(attention, "qkv_proj", "q_proj", "k_proj", "v_proj"),
         q_norm=_norm(attention.q_norm, gemma) if hasattr(attention, "q_norm") else None,
@@ -124,4 +132,4 @@ def _layer(layer: Any, names: dict[nn.Module, str], config: Any, gemma: bool) ->
 
 def _norm(module: Any, gemma: bool) -> Tensor:
     weight: Tensor = module.weight.detach()
-    return weight + 1 if gemma else weight
+    return weight.float() + 1 if gemma else weight

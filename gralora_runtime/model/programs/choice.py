@@ -1,0 +1,66 @@
+"""Who computes a model: a program written for its build, or else transformers' own forward pass."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gralora_kernels.dispatch import AdapterBackend
+from gralora_kernels.tables import GroupTable
+from gralora_kernels.warmup import warm_up_backend
+from gralora_runtime.model.description import OtherBuildError, describe
+from gralora_runtime.model.kv_pool import KVPool
+from gralora_runtime.model.loading import BaseModel
+from gralora_runtime.model.programs.cpu import CpuRunner
+from gralora_runtime.model.programs.runner import Runner
+from gralora_runtime.model.programs.transformers.runner import TransformersRunner
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Served:
+    """What a program computes on: the model, which it takes over, and the memory that others own too."""
+
+    base: BaseModel
+    kv_pool: KVPool
+    arena: Tensor
+    groups: Mapping[tuple[str, ...], GroupTable]
+    backend: AdapterBackend
+    page_size: int
+    max_num_tokens: int
+
+
+def kv_in_panels(backend: AdapterBackend, device: torch.device) -> bool:
+    """Whether keys and values lie as the CPU's kernels want them (see `KVPool`)."""
+    return device.type == "cpu" and backend.name != "triton"
+
+
+def make_runner(served: Served) -> Runner:
+    """The fastest program that can compute this model, named in the log with the reason if it is the slow one."""
+    try:
+        return _written_program(served)
+    except OtherBuildError as reason:
+        logger.warning("computed by transformers' own forward pass, the slow way: %s", reason)
+    warm_up_backend(served.backend, device=served.base.model.device, dtype=served.base.model.dtype)
+    return TransformersRunner(
+        served.base, served.kv_pool, arena=served.arena, groups=served.groups, backend=served.backend
+    )
+
+
+def _written_program(served: Served) -> Runner:
+    if served.backend.name != "cpu":
+        raise OtherBuildError(f"kernel backend {served.backend.name} has no program of its own")
+    return CpuRunner(
+        served.base,
+        describe(served.base.model),
+        served.kv_pool,
+        arena=served.arena,
+        groups=served.groups,
+        page_size=served.page_size,
+        max_num_tokens=served.max_num_tokens,
+    )
