@@ -15,6 +15,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from gralora_kernels.triton_ops import activation, norm, product, rotary
 from gralora_kernels.triton_ops.adapters.launch import variants as adapter_variants
 from gralora_kernels.triton_ops.variant import ELEMENT_NAMES, Variant
 
@@ -25,7 +26,8 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 DTYPES = tuple(ELEMENT_NAMES)
-KERNELS = (adapter_variants,)  # each lists its variants of a dtype
+# Each lists its variants of a dtype.
+KERNELS = (adapter_variants, norm.variants, rotary.variants, activation.variants, product.variants)
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 GCN_LOAD = re.compile(r"\s(?:global|buffer)_load_(ubyte|ushort|short_d16\w*|dwordx\d|dword)")
@@ -115,9 +117,9 @@ def _read_gcn(compiled: Any) -> dict[str, Any]:
 
 
 def _named_loads(function: Any) -> dict[int, str]:
-    """Line of the source -> the name that is loaded there."""
-    lines, first = inspect.getsourcelines(function.fn)
-    found = ((number, re.match(r"\s*(b_\w+) = tl\.load\(", line)) for number, line in enumerate(lines, first))
+    """Line of the source file -> the name that is loaded there."""
+    lines, _ = inspect.findsource(function.fn)
+    found = ((number, re.match(r"\s*(b_\w+) = tl\.load\(", line)) for number, line in enumerate(lines, 1))
     return {number: load[1] for number, load in found if load}
 
 

@@ -14,6 +14,7 @@ from gralora_kernels.triton_ops.adapters.launch import BLOCKING
 from gralora_kernels.work import ITEM, StepWork, plan_work
 
 ELEMENT = 2  # bytes: bf16 or fp16
+U_ELEMENT = 4  # fp32
 LAUNCHES_PER_GROUP = 2
 
 # Groups of one layer: in_features, and out_features of the modules that read the same input.
@@ -86,18 +87,26 @@ def _group_bytes(group: GroupTable, work: StepWork, position: int, num_tokens: i
     entries = group.host_index.reshape(-1, 4)  # by the row that an item names
     lists = (ITEM * 4 + 4) * (len(shrink) + len(expand)) + 32 * len(shrink) + 32 * ENTRIES * len(expand)
 
-    count, rank, width, first_rank_row = shrink[:, 2], shrink[:, 3], group.in_features // shrink[:, 4], shrink[:, 6]
-    rank_rows = np.minimum(rank - first_rank_row, BLOCKING.rank_rows)
-    x_read, a_read = int((count * width).sum()), int((rank_rows * width).sum())
+    count, begin = shrink[:, 2], shrink[:, 6]
+    rank, k = entries[shrink[:, 0], 2], entries[shrink[:, 0], 3]
+    depth = group.in_features // k - begin
+    if work.is_split:
+        depth = np.minimum(depth, BLOCKING.depth)
+    rank_rows = np.minimum(rank - shrink[:, 4], BLOCKING.rank_rows)
+    x_read, a_read = int((count * depth).sum()), int((rank_rows * depth).sum())
     u_written = int((count * rank_rows).sum())
 
     count, columns = expand[:, 2], expand[:, 4] - expand[:, 3]
-    rank_sum = sum(entries[expand[:, 0] + i, 2] for i in range(ENTRIES))  # of all entries
-    u_read, b_read = int((count * rank_sum).sum()), int((rank_sum * columns).sum())
+    rank_sum = u_sum = np.zeros(len(expand), np.int64)
+    for rows in (expand[:, 0] + i for i in range(ENTRIES)):
+        rank, k = entries[rows, 2], np.maximum(entries[rows, 3], 1)
+        planes = -(-(group.in_features // k) // BLOCKING.depth) if work.is_split else 1
+        rank_sum, u_sum = rank_sum + rank, u_sum + rank * planes
+    u_read, b_read = int((count * u_sum).sum()), int((rank_sum * columns).sum())
     y_moved = 2 * int((count * columns).sum())
 
     ranks = group.host_index[..., 2].sum(axis=(1, 2)).tolist()
     weights = sum(r * (t.in_features + t.out_features) for r, t in zip(ranks, group.modules, strict=True))
     minimum = ELEMENT * (num_tokens * group.in_features + weights + y_moved)
-    requested = ELEMENT * (x_read + a_read + u_written + u_read + b_read + y_moved) + lists
-    return requested, minimum + ELEMENT * 2 * u_written + lists, minimum
+    requested = ELEMENT * (x_read + a_read + b_read + y_moved) + U_ELEMENT * (u_written + u_read) + lists
+    return requested, minimum + U_ELEMENT * 2 * u_written + lists, minimum

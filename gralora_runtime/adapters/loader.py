@@ -1,16 +1,21 @@
 """Reads an adapter's weights and packs them the way the pool and the kernels hold them. Knows not what becomes of them.
 
-Packing is numpy's: torch would start a second team of OpenMP threads in whichever worker calls it, and those threads
-would spin against the ones that decode.
+A tensor is read, checked, hashed, converted and put in its place at once, while it is in a core's cache. Who does that
+is for the caller to say (`Spread`): where all cores decode, it is the calling thread alone. Moving is numpy's, and
+torch converts in small pieces, because it would start a second team of OpenMP threads in whichever thread calls it, and
+those would spin against the ones that decode.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -18,21 +23,24 @@ from torch import Tensor
 
 from gralora_kernels.packing import ROW_MAJOR, Array, Packing, place_a, place_b
 from gralora_kernels.tables import Entry, Storage
-from gralora_runtime.adapters.checkpoint import AdapterHeader, AdapterSummary, PartTensors, Plan, inspect
+from gralora_runtime.adapters.checkpoint import AdapterHeader, AdapterSummary, Plan, inspect
 from gralora_runtime.adapters.file import MalformedError, open_regular, read_at_most
 from gralora_runtime.adapters.spec import ModuleShape, rejected
-from gralora_runtime.adapters.tensors import WEIGHTS_FILE
+from gralora_runtime.adapters.tensors import DTYPES, WEIGHTS_FILE, TensorInfo
+from gralora_runtime.adapters.transfer import Spread, serial_pieces, serially
 
 __all__ = ["AdapterLayout", "LoadedAdapter", "inspect", "load"]
 
 Layout = tuple[tuple[str, tuple[Entry, ...]], ...]  # per module: its name and its entries
 
-# How numpy holds what safetensors calls so. It has no bfloat16: those stay bits.
+# How numpy holds what safetensors calls so. It has no bfloat16: those stay bits, and so do all 16 bits in a blob.
 ARRAYS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}
+TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 STORAGES = {"F16": Storage.FLOAT16, "BF16": Storage.BFLOAT16}
 
-# Torch works on fewer elements than this in the calling thread alone.
-SERIAL_NUMEL = 32_000
+# Bytes of the file that are one piece of work: enough that handing it over costs nothing beside it, and few enough that
+# an adapter of 84 MB is dozens of them.
+PIECE_BYTES = 2 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +79,7 @@ def load(
     max_width: int,
     root: Path | None = None,
     packing: Packing = ROW_MAJOR,
+    spread: Spread = serially,
 ) -> LoadedAdapter:
     """Read, check and pack an adapter for a pool of `dtype`, or raise AdapterRejectedError with every reason.
 
@@ -81,18 +90,23 @@ def load(
     plan = header.fitting_plan(modules)
     width = max(module.width for module in plan)
     check_width(name, width, max_width)
-    weights = _Weights(plan, header, _read(name, path, root, header))
-    if problems := list(weights.not_finite(dtype)):
+    try:
+        with open_regular(path, WEIGHTS_FILE, root) as opened:
+            check_unchanged(opened, header)
+            packer = Packer(plan, header, dtype, packing)
+            facts = packer.pack(opened.fileno(), spread)
+    except MalformedError as cause:
+        raise rejected(name, [str(cause)]) from cause
+    if problems := [fact.problem for fact in facts if fact.problem]:
         raise rejected(name, problems)
-    packed, modules_layout = weights.pack(packing)
     layout = AdapterLayout(
-        digest=weights.digest(),
-        numel=packed.size,
+        digest=digest_of(plan, header, [fact.digest for fact in facts]),
+        numel=packer.blob.numel(),
         width=width,
-        modules=modules_layout,
+        modules=packer.layout,
         summary=header.summary(modules, keeps_16_bit=packing.keeps_16_bit),
     )
-    return LoadedAdapter(layout, _cast(packed, dtype))
+    return LoadedAdapter(layout, packer.blob)
 
 
 def check_width(name: str, width: int, max_width: int) -> None:
@@ -101,75 +115,106 @@ def check_width(name: str, width: int, max_width: int) -> None:
         raise rejected(name, [f"its rank r * k + hybrid_r is {width}, this server takes at most {max_width}"])
 
 
-def _read(name: str, path: Path, root: Path | None, header: AdapterHeader) -> bytes:
-    """Read in one go, not mapped: a mapped file that somebody truncates would kill the process."""
-    try:
-        with open_regular(path, WEIGHTS_FILE, root) as opened:
-            data = read_at_most(opened, WEIGHTS_FILE, header.file_bytes + 1)
-    except MalformedError as cause:
-        raise rejected(name, [str(cause)]) from cause
-    header_bytes = 8 + int.from_bytes(data[:8], "little")
-    if len(data) != header.file_bytes or hash(data[:header_bytes]) != header.fingerprint:
-        raise rejected(name, [f"{WEIGHTS_FILE} changed while it was being read"])
-    return data
+def digest_of(plan: Plan, header: AdapterHeader, digests: Iterable[bytes]) -> str:
+    """SHA-256 of what the adapter computes, with its weights as they are stored: of a description of all tensors, and
+    the SHA-256 of each one's bytes, A before B, in the order of modules. Those can be had in any order, and beside one
+    another. Names of tensors, dialects and training settings leave no trace in it.
+    """
+    layers = [
+        (module.module.name, module.module.in_features, module.module.out_features, pair.part.r, pair.part.k,
+         float(pair.part.scale).hex(), pair.a_shape, pair.b_shape,
+         (header.tensors[pair.a_name].dtype, header.tensors[pair.b_name].dtype))
+        for module in plan
+        for pair in module.parts
+    ]  # fmt: skip
+    digest = hashlib.sha256(json.dumps(layers).encode())
+    for of_tensor in digests:
+        digest.update(of_tensor)
+    return digest.hexdigest()
 
 
-class _Weights:
-    """The tensors of a checkpoint that follows its plan."""
+def check_unchanged(opened: BinaryIO, header: AdapterHeader) -> None:
+    """Raises MalformedError if this is not the file whose header was read before."""
+    header_bytes = min(tensor.begin for tensor in header.tensors.values())
+    same_size = os.fstat(opened.fileno()).st_size == header.file_bytes
+    if not same_size or hash(read_at_most(opened, WEIGHTS_FILE, header_bytes)) != header.fingerprint:
+        raise _changed()
 
-    def __init__(self, plan: Plan, header: AdapterHeader, data: bytes) -> None:
-        self._plan = plan
-        self._header = header
-        self._tensors: dict[str, Array] = {
-            name: np.frombuffer(data, ARRAYS[tensor.dtype], tensor.numel, tensor.begin).reshape(tensor.shape)
-            for name, tensor in header.tensors.items()
-        }
 
-    def not_finite(self, dtype: torch.dtype) -> Iterator[str]:
-        """Tensors with values that are NaN or infinite, or become so in the pool's dtype."""
-        largest = torch.finfo(dtype).max
-        for module in self._plan:
-            for pair in module.parts:
-                for name in (pair.a_name, pair.b_name):
-                    if not _is_within(self._tensors[name], largest, self._header.tensors[name].dtype):
-                        kind = str(dtype).removeprefix("torch.")
-                        yield f"tensor {name} has values that are not finite in {kind}"
+def _changed() -> MalformedError:
+    return MalformedError(f"{WEIGHTS_FILE} changed while it was being read")
 
-    def digest(self) -> str:
-        """Hash of what the adapter computes, of its weights as they are stored. Names, dialects and training settings
-        leave no trace in it."""
-        layers = [
-            (module.module.name, module.module.in_features, module.module.out_features, pair.part.r, pair.part.k,
-             float(pair.part.scale).hex(), pair.a_shape, pair.b_shape, self._dtypes(pair))
-            for module in self._plan
-            for pair in module.parts
-        ]  # fmt: skip
-        digest = hashlib.sha256(json.dumps(layers).encode())
-        for module in self._plan:
-            for pair in module.parts:
-                digest.update(self._tensors[pair.a_name].data)
-                digest.update(self._tensors[pair.b_name].data)
-        return digest.hexdigest()
 
-    def pack(self, packing: Packing) -> tuple[Array, Layout]:
-        """First all A, then all B, in the order of modules, in float32 but where 16 bits are kept.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Matrix:
+    """One tensor of the file, and where it goes."""
 
-        So what one kernel reads of a projection group lies side by side.
+    name: str
+    stored: TensorInfo
+    is_a: bool
+    offset: int  # of the blob, in its elements
+    dtype: torch.dtype  # as the blob holds it
+
+    @property
+    def num_bytes(self) -> int:
+        return self.stored.end - self.stored.begin
+
+
+@dataclass(frozen=True, slots=True)
+class Fact:
+    """What was found out about a tensor. One that has a problem is not in the blob."""
+
+    name: str
+    digest: bytes  # SHA-256 of its bytes
+    problem: str = ""
+
+
+class Packer:
+    """The blob of a checkpoint that follows its plan: first all A, then all B, in the order of modules.
+
+    So what one kernel reads of a projection group lies side by side.
+    """
+
+    def __init__(self, plan: Plan, header: AdapterHeader, dtype: torch.dtype, packing: Packing) -> None:
+        self._dtype = dtype
+        self._panel = packing.panel
+        self._largest = torch.finfo(dtype).max
+        self.matrices: list[Matrix] = []
+        self.layout, numel = self._lay_out(plan, header, keeps_16_bit=packing.keeps_16_bit)
+        # Untouched memory until it is written, in large pages where the system has them.
+        self._cells = np.zeros(numel, np.float32 if dtype == torch.float32 else np.uint16)
+        self.blob = torch.from_numpy(self._cells).view(dtype)  # [numel]
+
+    def pack(self, file: int, spread: Spread) -> list[Fact]:
+        """Fill the blob, from the front of the file to its end; what was found is in the order of matrices.
+
+        Raises MalformedError if the file is not what it was.
         """
-        keeps = packing.keeps_16_bit
-        sizes = [self._header.pair_numel(pair, keeps_16_bit=keeps) for module in self._plan for pair in module.parts]
-        packed = np.zeros(sum(map(sum, sizes)), np.float32)
+
+        def work(piece: Sequence[Matrix]) -> list[Fact]:
+            start = piece[0].stored.begin
+            data = read_range(file, start, piece[-1].stored.end)
+            return [self.take(m, data[m.stored.begin - start : m.stored.end - start]) for m in piece]
+
+        in_file = sorted(self.matrices, key=lambda matrix: (matrix.stored.begin, matrix.stored.end))
+        found = {fact.name: fact for facts in spread(work, list(_pieces(in_file))) for fact in facts}
+        return [found[matrix.name] for matrix in self.matrices]
+
+    def _lay_out(self, plan: Plan, header: AdapterHeader, *, keeps_16_bit: bool) -> tuple[Layout, int]:
+        """Where each matrix goes, and how many elements that makes."""
+        sizes = [header.pair_numel(pair, keeps_16_bit=keeps_16_bit) for module in plan for pair in module.parts]
         a_offset, b_offset = 0, sum(a_numel for a_numel, _ in sizes)
         numels = iter(sizes)
         layout: list[tuple[str, tuple[Entry, ...]]] = []
-        for module in self._plan:
+        for module in plan:
             entries: list[Entry] = []
             for pair in module.parts:
-                a_numel, b_numel = next(numels)
-                dtype = self._header.dtype_of_16_bits(pair) if keeps else None
-                a, b = self._blocks(pair, widen=dtype is None)
-                place_a(packed[a_offset:].view(a.dtype)[: a.size], a, packing.panel)
-                place_b(packed[b_offset:].view(b.dtype)[: b.size], b, packing.panel)
+                kept = header.dtype_of_16_bits(pair) if keeps_16_bit else None
+                dtype = TORCH_DTYPES[kept] if kept else self._dtype
+                for is_a, name, offset in ((True, pair.a_name, a_offset), (False, pair.b_name, b_offset)):
+                    self.matrices.append(
+                        Matrix(name=name, stored=header.tensors[name], is_a=is_a, offset=offset, dtype=dtype)
+                    )
                 entries.append(
                     Entry(
                         a_offset=a_offset,
@@ -177,54 +222,87 @@ class _Weights:
                         r=pair.part.r,
                         k=pair.part.k,
                         scale=pair.part.scale,
-                        storage=STORAGES[dtype] if dtype else Storage.NATIVE,
+                        storage=STORAGES[kept] if kept else Storage.NATIVE,
                     )
                 )
+                a_numel, b_numel = next(numels)
                 a_offset += a_numel
                 b_offset += b_numel
             layout.append((module.module.name, tuple(entries)))
-        return packed, tuple(layout)
+        return tuple(layout), b_offset
 
-    def _dtypes(self, pair: PartTensors) -> tuple[str, str]:
-        return self._header.tensors[pair.a_name].dtype, self._header.tensors[pair.b_name].dtype
+    def take(self, matrix: Matrix, data: Array) -> Fact:
+        """Check, hash, convert and place a tensor, uint8 [bytes]."""
+        stored = matrix.stored
+        digest = hashlib.sha256(data.data).digest()
+        values: Array = data.view(ARRAYS[stored.dtype])  # [numel]
+        if values.size and not is_within(values, self._largest, stored.dtype):
+            kind = str(self._dtype).removeprefix("torch.")
+            return Fact(matrix.name, digest, f"tensor {matrix.name} has values that are not finite in {kind}")
+        tensor = held(values, stored.dtype, matrix.dtype).reshape(stored.shape)
+        cells = self._cells[matrix.offset :].view(tensor.dtype)[: tensor.size]
+        # A plain pair is A [r, in], B [out, r]; blocks are A [k, in/k, r], B [k, r, out/k].
+        blocks = tensor if tensor.ndim == 3 else tensor.T[np.newaxis]
+        place = place_a if matrix.is_a else place_b
+        place(cells, blocks, self._panel)
+        return Fact(matrix.name, digest)
 
-    def _blocks(self, pair: PartTensors, *, widen: bool) -> tuple[Array, Array]:
-        """Views of the two tensors as A [k, in/k, r] and B [k, r, out/k]."""
-        a, b = self._tensors[pair.a_name], self._tensors[pair.b_name]
-        if widen:
-            a, b = (_widened(tensor, dtype) for tensor, dtype in zip((a, b), self._dtypes(pair), strict=True))
-        return (a, b) if a.ndim == 3 else (a.T[np.newaxis], b.T[np.newaxis])  # a plain pair: A [r, in], B [out, r]
+
+def _pieces(matrices: Iterable[Matrix]) -> Iterator[list[Matrix]]:
+    """Neighbours, together `PIECE_BYTES` or a little more."""
+    piece: list[Matrix] = []
+    num_bytes = 0
+    for matrix in matrices:
+        piece.append(matrix)
+        num_bytes += matrix.num_bytes
+        if num_bytes >= PIECE_BYTES:
+            yield piece
+            piece, num_bytes = [], 0
+    if piece:
+        yield piece
 
 
-def _is_within(tensor: Array, largest: float, dtype: str) -> bool:
-    """Whether all values are finite and none is beyond `largest`. No temporary of more than the tensor's size."""
+def read_range(file: int, start: int, end: int) -> Array:
+    """Bytes of the file. Several threads may ask at once: no position is moved. They are read, not mapped: a mapped
+    file that somebody truncates would kill the process."""
+    data = np.empty(end - start, np.uint8)
+    num_read = 0
+    while num_read < len(data):
+        try:
+            num_new = os.preadv(file, [data[num_read:].data], start + num_read)
+        except OSError as cause:
+            raise MalformedError(f"{WEIGHTS_FILE} cannot be read ({cause.strerror})") from cause
+        if num_new == 0:
+            raise _changed()
+        num_read += num_new
+    return data
+
+
+def is_within(values: Array, largest: float, dtype: str) -> bool:
+    """Whether all values are finite and none is beyond `largest`. Takes no memory."""
     if dtype not in STORAGES:
-        return bool(tensor.min() >= -largest and tensor.max() <= largest)  # NaN compares false with everything
-    # Without their sign, bits are ordered as the values that they stand for, and NaN is above all.
-    limit = 0x7BFF if dtype == "F16" else int(np.float32(largest).view(np.uint32) >> 16)
-    return int((tensor.view(np.uint16) & 0x7FFF).max()) <= limit
+        return bool(values.min() >= -largest and values.max() <= largest)  # NaN compares false with everything
+    # Without their sign, bits are ordered as the values that they stand for, and NaN is above all. Read as signed, the
+    # largest is the largest of the positive ones; as unsigned, of the negative ones if there are any.
+    limit = largest_bits(largest, dtype)
+    signed, unsigned = np.maximum.reduce(values.view(np.int16)), np.maximum.reduce(values.view(np.uint16))
+    return int(signed) <= limit and int(unsigned) <= 0x8000 | limit
 
 
-def _widened(tensor: Array, dtype: str) -> Array:
-    if dtype == "BF16":  # the upper half of a float32
-        return (tensor.astype(np.uint32) << 16).view(np.float32)
-    return tensor.astype(np.float32, copy=False)
+@lru_cache
+def largest_bits(largest: float, dtype: str) -> int:
+    """The bits of the largest value of a 16-bit `dtype` that is not beyond `largest`."""
+    return 0x7BFF if dtype == "F16" else int(np.float32(largest).view(np.uint32) >> 16)
 
 
-def _cast(packed: Array, dtype: torch.dtype) -> Tensor:
-    source = torch.from_numpy(packed)
-    if dtype == torch.float32:
-        return source
-    blob = torch.empty(packed.size, dtype=dtype)  # [numel]
-    copy_serially(blob, source)
-    return blob
-
-
-def copy_serially(target: Tensor, source: Tensor) -> None:
-    """Copy without torch's thread pool, which belongs to the thread that decodes."""
-    if target.device.type != "cpu" or source.device.type != "cpu":
-        target.copy_(source)
-        return
-    for start in range(0, target.numel(), SERIAL_NUMEL):
-        chunk = slice(start, start + SERIAL_NUMEL)
-        target[chunk].copy_(source[chunk])
+def held(values: Array, stored: str, dtype: torch.dtype) -> Array:
+    """Flat values as a blob of `dtype` holds them, 16 bits as bits. What has to be rounded is rounded from float32."""
+    if TORCH_DTYPES[stored] != dtype:
+        values = np.require(values, requirements="A")  # a tensor may begin at any byte of a file
+        source = torch.from_numpy(values.view(np.int16) if DTYPES[stored] == 2 else values).view(TORCH_DTYPES[stored])
+        result = torch.empty(len(values), dtype=dtype)
+        directly = torch.float32 in {source.dtype, dtype}
+        for to, of in zip(serial_pieces(result), serial_pieces(source), strict=True):
+            to.copy_(of if directly else of.float())
+        values = result.view(torch.int16).numpy() if dtype.itemsize == 2 else result.numpy()
+    return values.view(np.uint16) if dtype.itemsize == 2 else values

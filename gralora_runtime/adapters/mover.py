@@ -179,6 +179,7 @@ class Mover:
                 max_width=self._max_width,
                 root=self._root,
                 packing=self._pool.packing,
+                spread=self._pool.spread,
             )
             failures = 0
         except AdapterRejectedError as error:

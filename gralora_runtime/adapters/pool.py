@@ -9,15 +9,17 @@ from __future__ import annotations
 import heapq
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import torch
 
 from gralora_kernels.packing import ROW_MAJOR, Packing
-from gralora_kernels.tables import ARENA_SLACK, Entry, GroupTable, ModuleTable
+from gralora_kernels.tables import ARENA_SLACK, GroupTable, ModuleTable, TableSet
 from gralora_runtime.adapters.arena import ArenaAllocator
-from gralora_runtime.adapters.loader import SERIAL_NUMEL, AdapterLayout, LoadedAdapter, copy_serially
+from gralora_runtime.adapters.loader import AdapterLayout, LoadedAdapter
 from gralora_runtime.adapters.siblings import group_siblings
 from gralora_runtime.adapters.spec import ModuleShape
+from gralora_runtime.adapters.transfer import Spread, Transfer, transfer_to
 from gralora_runtime.adapters.window import Segment
 from gralora_runtime.memory import lazy_zeros
 
@@ -57,23 +59,31 @@ class AdapterPool:
         pool_bytes: int,
         max_slots: int,
         packing: Packing = ROW_MAJOR,
+        transfer: Transfer | None = None,
     ) -> None:
         self.max_slots = max_slots
         self.packing = packing if dtype == torch.float32 else replace(packing, keeps_16_bit=False)
         self.ranges = ArenaAllocator(pool_bytes // dtype.itemsize)
         self.arena = lazy_zeros([self.ranges.numel + ARENA_SLACK], dtype, device)
-        self.groups: dict[tuple[str, ...], GroupTable] = {}  # by the names of a group's modules
-        self.tables: dict[str, ModuleTable] = {}
-        for siblings in group_siblings(modules):
-            outs = [module.out_features for module in siblings]
-            group = GroupTable(siblings[0].in_features, outs, max_slots, device)
-            names = tuple(module.name for module in siblings)
-            self.groups[names] = group
-            self.tables |= zip(names, group.modules, strict=True)
+        siblings = group_siblings(modules)
+        shapes = [(group[0].in_features, [module.out_features for module in group]) for group in siblings]
+        self.table_set = TableSet(shapes, max_slots, device)
+        names = [tuple(module.name for module in group) for group in siblings]
+        # By the names of a group's modules, and by a module's name.
+        self.groups: dict[tuple[str, ...], GroupTable] = dict(zip(names, self.table_set.groups, strict=True))
+        in_order = list(chain.from_iterable(names))
+        self.tables: dict[str, ModuleTable] = dict(zip(in_order, self.table_set.modules, strict=True))
+        self._positions = {name: position for position, name in enumerate(in_order)}
+        self.transfer = transfer or transfer_to(device)
         self._generations = [0] * max_slots
         self._free_slots = list(range(max_slots))  # a heap: low slots first
         self._residents: dict[int, Resident] = {}  # by slot: everything that owns a range
         self._by_digest: dict[str, Resident] = {}  # those that were filled
+
+    @property
+    def spread(self) -> Spread:
+        """Who may work on what will be placed here."""
+        return self.transfer.spread
 
     @property
     def num_free_slots(self) -> int:
@@ -124,10 +134,12 @@ class AdapterPool:
         return resident
 
     def fill(self, resident: Resident, adapter: LoadedAdapter) -> None:
-        copy_serially(self._range(resident), adapter.blob)
-        for module, entries in resident.layout.modules:
-            self.tables[module].set(resident.slot, [_moved(entry, resident.offset) for entry in entries])
-        self._synchronize()
+        """The weights, then the table rows that point at them."""
+        entries = {self._positions[module]: entries for module, entries in resident.layout.modules}
+        with self.transfer.moving():
+            self.transfer.upload(self._range(resident), adapter.blob)
+            self.table_set.write(resident.slot, entries, offset=resident.offset)
+            self.transfer.write_rows(self.table_set, resident.slot)
 
     def publish(self, resident: Resident) -> None:
         """From now on `find` knows it."""
@@ -142,20 +154,16 @@ class AdapterPool:
 
     def read(self, resident: Resident) -> LoadedAdapter:
         """Copy an adapter back to host memory."""
-        blob = torch.empty(resident.layout.numel, dtype=self.arena.dtype)  # [numel]
-        copy_serially(blob, self._range(resident))
-        return LoadedAdapter(resident.layout, blob)
+        with self.transfer.moving():
+            return LoadedAdapter(resident.layout, self.transfer.download(self._range(resident)))
 
     def clear(self, resident: Resident) -> None:
         """Zero the table rows, so that no kernel finds the weights, then the weights."""
         assert resident.leases == 0, f"slot {resident.slot} has {resident.leases} leases"
-        for module, _ in resident.layout.modules:
-            self.tables[module].clear(resident.slot)
-        weights = self._range(resident)
-        # In pieces that torch zeroes in this thread alone; see the loader's docstring.
-        for start in range(0, weights.numel(), SERIAL_NUMEL):
-            weights[start : start + SERIAL_NUMEL].zero_()
-        self._synchronize()
+        with self.transfer.moving(after_steps=True):
+            self.table_set.clear(resident.slot)
+            self.transfer.write_rows(self.table_set, resident.slot)
+            self.transfer.zero(self._range(resident))
 
     def release(self, resident: Resident) -> None:
         """Give slot and range back."""
@@ -197,12 +205,3 @@ class AdapterPool:
 
     def _range(self, resident: Resident) -> torch.Tensor:
         return self.arena[resident.offset : resident.offset + resident.layout.numel]
-
-    def _synchronize(self) -> None:
-        """The next lease may be used on another stream."""
-        if self.arena.device.type == "cuda":
-            torch.cuda.current_stream(self.arena.device).synchronize()
-
-
-def _moved(entry: Entry, offset: int) -> Entry:
-    return replace(entry, a_offset=entry.a_offset + offset, b_offset=entry.b_offset + offset)

@@ -1,10 +1,11 @@
-"""What a CUDA graph was captured with. A replay launches exactly that, so a step that needs more must be refused."""
+"""What a CUDA graph was captured for. A replay launches exactly that, so a step that needs more must be refused."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
-from gralora_kernels.work import StepWork
+from gralora_kernels.listing import Listing
 
 
 class ReplayError(ValueError):
@@ -17,37 +18,37 @@ class ReplayError(ValueError):
         self.captured = captured
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ReplayGuard:
-    """Compares steps with the captured one."""
+    """What captured launches can compute: sizes of the memory they know, and what they promised their compiler."""
 
-    def __init__(self, captured: StepWork) -> None:
-        self._captured = captured
+    tokens: int
+    columns: int  # of u
+    items: int
+    tile_tokens: int
+    is_split: bool
+    in_alignments: tuple[int, ...]  # elements, by group
+    out_alignments: tuple[int, ...]
 
-    def check(self, step: StepWork) -> None:
+    def check(self, step: Listing) -> None:
         """Raise `ReplayError` unless the captured launches compute all of `step`."""
-        captured = self._captured
-        if len(step.groups) != len(captured.groups):
-            raise ReplayError("groups", len(step.groups), len(captured.groups))
-        for (what, needed), (_, available) in zip(_sizes(step), _sizes(captured), strict=True):
+        if len(step.heads) != len(self.in_alignments):
+            raise ReplayError("groups", len(step.heads), len(self.in_alignments))
+        for what, needed, available in self._sizes(step):
             if needed > available:
                 raise ReplayError(what, needed, available)
-        for (what, given), (_, promised) in zip(_alignments(step), _alignments(captured), strict=True):
-            if given < promised:  # the captured kernels' loads would be misaligned
-                raise ReplayError(what, given, promised)
+        if step.is_split != self.is_split:
+            raise ReplayError("split sums", int(step.is_split), int(self.is_split))
+        for what, alignments, promised in (
+            ("input", step.in_alignments, self.in_alignments),
+            ("output", step.out_alignments, self.out_alignments),
+        ):
+            for group, (given, captured) in enumerate(zip(alignments.tolist(), promised, strict=True)):
+                if given < captured:  # the captured kernels' loads would be misaligned
+                    raise ReplayError(f"an alignment of {what} blocks in group {group} of", given, captured)
 
-
-def _sizes(work: StepWork) -> Iterator[tuple[str, int]]:
-    yield "tokens", work.num_tokens
-    yield "adapted tokens", len(work.order)
-    yield "tokens per tile", work.tile_tokens
-    yield "columns of u", work.num_columns
-    yield "items in all lists", len(work.items)
-    for i, group in enumerate(work.groups):
-        yield f"shrink items in group {i}", group.num_shrink_items
-        yield f"expand items in group {i}", group.num_expand_items
-
-
-def _alignments(work: StepWork) -> Iterator[tuple[str, int]]:
-    for i, group in enumerate(work.groups):
-        yield f"an alignment of input blocks in group {i} of", group.in_alignment
-        yield f"an alignment of output blocks in group {i} of", group.out_alignment
+    def _sizes(self, step: Listing) -> Iterator[tuple[str, int, int]]:
+        yield "tokens", step.num_tokens, self.tokens
+        yield "tokens per tile", step.tile_tokens, self.tile_tokens
+        yield "columns of u", step.num_columns, self.columns
+        yield "items in all lists", step.num_items, self.items

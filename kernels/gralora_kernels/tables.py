@@ -5,7 +5,7 @@ Knows no names, nor who fills a slot.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from itertools import accumulate
@@ -13,6 +13,7 @@ from itertools import accumulate
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 ENTRIES = 2  # a hybrid adapter is two entries: GraLoRA (r, k) and a plain pair (hybrid_r, k=1)
 ALIGNMENT = 16  # elements: every matrix starts at a multiple of it
@@ -44,25 +45,126 @@ class Entry:
         return self.r * self.k
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rows:
+    """Of some modules: rows (a_offset, b_offset, r, k), scale and storage per slot and entry, in host memory and on the
+    device. On the CPU `index` and `scale` share the memory of their host copies."""
+
+    host_index: npt.NDArray[np.int64]  # [modules, max_slots, ENTRIES, 4]
+    host_scale: npt.NDArray[np.float32]  # [modules, max_slots, ENTRIES]
+    host_storage: npt.NDArray[np.int64]  # [modules, max_slots, ENTRIES]: `Storage`, of A and of B
+    index: Tensor  # as host_index
+    scale: Tensor  # as host_scale
+    versions: npt.NDArray[np.int64]  # [max_slots], of all modules together: grows when a layout of the slot changes
+
+    @classmethod
+    def zeros(cls, num_modules: int, max_slots: int, device: torch.device) -> Rows:
+        shape = (num_modules, max_slots, ENTRIES)
+        index, scale = np.zeros((*shape, 4), np.int64), np.zeros(shape, np.float32)
+        return cls(
+            host_index=index,
+            host_scale=scale,
+            host_storage=np.zeros(shape, np.int64),
+            index=torch.from_numpy(index).to(device),
+            scale=torch.from_numpy(scale).to(device),
+            versions=np.zeros(max_slots, np.int64),
+        )
+
+    def part(self, first: int, count: int) -> Rows:
+        """Views of `count` modules."""
+        here = slice(first, first + count)
+        return Rows(
+            host_index=self.host_index[here],
+            host_scale=self.host_scale[here],
+            host_storage=self.host_storage[here],
+            index=self.index[here],
+            scale=self.scale[here],
+            versions=self.versions,
+        )
+
+
+class TableSet:
+    """The tables of all projection groups of a pool. Index and scale of all modules are one tensor each.
+
+    So a slot is set or cleared in all modules by one write on the device: `rows.index[:, slot]`, `rows.scale[:, slot]`.
+    That write belongs to whoever owns the order of things on the device; `write` and `clear` change host memory alone.
+    """
+
+    def __init__(self, shapes: Sequence[tuple[int, Sequence[int]]], max_slots: int, device: torch.device) -> None:
+        """`shapes`: in_features and the modules' out_features of each group. Tables have an even number of slots, one
+        more than was asked for if need be."""
+        # Of two entries of 4 bytes each: so every group's scales begin at a multiple of 16 bytes, whatever is before
+        # them. Triton compiles another variant of a kernel for an address that does not.
+        max_slots += max_slots % 2
+        counts = [len(outs) for _, outs in shapes]
+        self.rows = Rows.zeros(sum(counts), max_slots, device)
+        self.groups = tuple(
+            GroupTable(in_features, outs, max_slots, device, rows=self.rows.part(first, len(outs)))
+            for first, (in_features, outs) in zip(accumulate(counts, initial=0), shapes, strict=False)
+        )
+        self.modules = tuple(table for group in self.groups for table in group.modules)
+
+    def write(self, slot: int, entries: Mapping[int, Sequence[Entry]], *, offset: int = 0) -> None:
+        """Make `slot` hold these entries, by position in `modules`; a module that is not named holds none.
+
+        `offset` is where in the arena the entries' offsets count from.
+        """
+        for position, own in entries.items():
+            self.modules[position].check(slot, own)
+        if offset % ALIGNMENT:
+            raise ValueError(f"offset must be a multiple of {ALIGNMENT}, got {offset}")
+        self._blank(slot)
+        found = [(position, i, entry) for position, own in entries.items() for i, entry in enumerate(own)]
+        if found:
+            at = [position for position, _, _ in found], slot, [i for _, i, _ in found]
+            # At once: one by one, hundreds of rows would keep the interpreter from everybody else for milliseconds.
+            self.rows.host_index[at] = [(e.a_offset + offset, e.b_offset + offset, e.r, e.k) for _, _, e in found]
+            self.rows.host_scale[at] = [e.scale for _, _, e in found]
+            self.rows.host_storage[at] = [e.storage for _, _, e in found]
+        self._note_layouts(slot)
+
+    def clear(self, slot: int) -> None:
+        """No module has an adapter in this slot."""
+        self._blank(slot)
+        self._note_layouts(slot)
+
+    def _blank(self, slot: int) -> None:
+        self.rows.host_index[:, slot] = 0
+        self.rows.host_scale[:, slot] = 0
+        self.rows.host_storage[:, slot] = Storage.NATIVE
+
+    def _note_layouts(self, slot: int) -> None:
+        for group in self.groups:
+            group.note_layout(slot)
+
+
 class GroupTable:
     """Linear layers that read the same input (q, k and v; gate and up), or one alone. Kernels serve a group at once.
 
     The group's output is its modules' outputs side by side: module m has the columns from `column_starts[m]` on. Index
-    and scale of all modules are one tensor each; a `ModuleTable` is a view of its part.
+    and scale of all modules are one tensor each; a `ModuleTable` is a view of its part. A group that is given no rows
+    of a `TableSet` has its own.
     """
 
-    def __init__(self, in_features: int, out_features: Sequence[int], max_slots: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        out_features: Sequence[int],
+        max_slots: int,
+        device: torch.device,
+        *,
+        rows: Rows | None = None,
+    ) -> None:
         self.in_features = in_features
         self.column_starts = tuple(accumulate(out_features, initial=0))[:-1]
         self.out_features = sum(out_features)
         self.max_slots = max_slots
         self.kind = (in_features, tuple(out_features), max_slots)
-        shape = (len(out_features), max_slots, ENTRIES)
-        self.host_index: npt.NDArray[np.int64] = np.zeros((*shape, 4), np.int64)
-        self.host_scale: npt.NDArray[np.float32] = np.zeros(shape, np.float32)
-        self.host_storage: npt.NDArray[np.int64] = np.zeros(shape, np.int64)  # `Storage`, of A and of B
-        self.index = torch.from_numpy(self.host_index).to(device)  # [modules, max_slots, ENTRIES, 4]
-        self.scale = torch.from_numpy(self.host_scale).to(device)  # [modules, max_slots, ENTRIES]
+        self.rows = rows or Rows.zeros(len(out_features), max_slots, device)
+        self.host_index = self.rows.host_index  # int64 [modules, max_slots, ENTRIES, 4]
+        self.index = self.rows.index  # [modules, max_slots, ENTRIES, 4]
+        self.scale = self.rows.scale  # [modules, max_slots, ENTRIES]
+        self.versions = self.rows.versions
         # By slot: r and k of every module and entry, as bytes. Equal for slots, and layers, that need the same work.
         self.layouts = [self._layout(0)] * max_slots
         self.modules = tuple(
@@ -73,6 +175,7 @@ class GroupTable:
     def note_layout(self, slot: int) -> None:
         """A module's entries of this slot have changed."""
         self.layouts[slot] = self._layout(slot)
+        self.versions[slot] += 1
 
     def _layout(self, slot: int) -> bytes:
         return self.host_index[:, slot, :, 2:].tobytes()
@@ -99,21 +202,17 @@ class ModuleTable:
         self.out_features = out_features
         self.max_slots = max_slots
         self.group = group or GroupTable(in_features, [out_features], max_slots, device)
-        self.host_index = self.group.host_index[position]  # int64 [max_slots, ENTRIES, 4]
-        self.host_scale = self.group.host_scale[position]  # float32 [max_slots, ENTRIES]
-        self.host_storage = self.group.host_storage[position]  # int64 [max_slots, ENTRIES]
-        self.index = self.group.index[position]
-        self.scale = self.group.scale[position]
+        rows = self.group.rows
+        self.host_index = rows.host_index[position]  # int64 [max_slots, ENTRIES, 4]
+        self.host_scale = rows.host_scale[position]  # float32 [max_slots, ENTRIES]
+        self.host_storage = rows.host_storage[position]  # int64 [max_slots, ENTRIES]
+        self.index = rows.index[position]
+        self.scale = rows.scale[position]
         self._shared = device.type == "cpu"
 
     def set(self, slot: int, entries: Sequence[Entry]) -> None:
-        """Make `slot` hold these entries. Raises ValueError for a layout that the kernels cannot compute."""
-        if not 0 <= slot < self.max_slots:
-            raise ValueError(f"slot {slot} is outside 0..{self.max_slots - 1}")
-        if len(entries) > ENTRIES:
-            raise ValueError(f"an adapter has at most {ENTRIES} entries per module, got {len(entries)}")
-        for entry in entries:
-            self._check(entry)
+        """Make `slot` hold these entries, on the device too. Raises ValueError for what the kernels cannot compute."""
+        self.check(slot, entries)
         self.host_index[slot] = 0
         self.host_scale[slot] = 0
         self.host_storage[slot] = Storage.NATIVE
@@ -127,6 +226,15 @@ class ModuleTable:
     def clear(self, slot: int) -> None:
         """The slot has no adapter for this module."""
         self.set(slot, ())
+
+    def check(self, slot: int, entries: Sequence[Entry]) -> None:
+        """Raises ValueError for what the kernels cannot compute."""
+        if not 0 <= slot < self.max_slots:
+            raise ValueError(f"slot {slot} is outside 0..{self.max_slots - 1}")
+        if len(entries) > ENTRIES:
+            raise ValueError(f"an adapter has at most {ENTRIES} entries per module, got {len(entries)}")
+        for entry in entries:
+            self._check(entry)
 
     def width(self, slot: int) -> int:
         """Columns of u that the slot needs here."""

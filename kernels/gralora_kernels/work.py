@@ -3,10 +3,15 @@
 A program of a launch does one item. All items are eight int32; the first three say whose: the row of the group's index
 (module, slot and entry in one number), the first of some consecutive tokens in `Grouping.order`, and how many. Then,
 
-    shrink  r, k, block n, first rank row, first column of the entry's u
+    shrink  block n, first rank row, first column of the entry's u, first element of the block, plane of u
     expand  first column, end (both of the module's output, within one block of every entry),
             first column of the module's u, first column of the module in the group's output, module's out_features
 
+A shrink is a sum over a block's elements. It is cut into stretches of `Blocking.depth`, whose sums are added up in
+order, so that a result is the same however many programs share the work: in a step of few tokens each stretch is an
+item of its own, which writes its own plane of u, and expand adds the planes up; elsewhere one item does all of them.
+
+`plan_work` is the specification, and what counts bytes reads. `listing.py` says the same in a few numbers per segment.
 Most adapters have the same r and k in all layers, so most layers of a kind share one list; `heads` says which.
 """
 
@@ -32,19 +37,35 @@ Int32s = npt.NDArray[np.int32]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Blocking:
-    """How large a piece is: tokens (small where no adapter has more), rank rows of a shrink, columns of an expand."""
+    """How large a piece is: tokens (small where no adapter has more), rank rows and elements of a shrink, columns of an
+    expand. Steps of at most `split_tokens` adapted tokens have an item for each stretch of `depth` elements."""
 
     small_tile: int
     full_tile: int
     rank_rows: int
     columns: int
+    depth: int
+    split_tokens: int
+
+    def tile_tokens(self, longest: int) -> int:
+        """Of a step whose longest segment is so long."""
+        return self.small_tile if longest <= self.small_tile else self.full_tile
+
+    def splits(self, longest: int, num_adapted: int) -> bool:
+        """Whether each stretch is an item of its own."""
+        return longest <= self.small_tile and num_adapted <= self.split_tokens
+
+    def num_planes(self, in_features: int) -> int:
+        """The most that a step needs: those of k = 1."""
+        return -(-in_features // self.depth)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pieces:
     """The work of one slot in one group, for one tile of tokens."""
 
-    shrink: Int32s  # [pieces, ITEM]
+    split_shrink: Int32s  # [pieces, ITEM]: an item for each stretch
+    shrink: Int32s  # [pieces, ITEM]: one for all of them
     expand: Int32s  # [pieces, ITEM]
     num_columns: int  # of u
     # Elements, a power of two up to `WIDEST`: every block begins at a multiple of it, and is as wide.
@@ -74,6 +95,7 @@ class StepWork:
     items: Int32s  # [items, ITEM]
     groups: tuple[GroupWork, ...]
     tile_tokens: int
+    is_split: bool
 
     @property
     def num_columns(self) -> int:
@@ -93,7 +115,9 @@ class StepWork:
 def plan_work(groups: Sequence[GroupTable], grouping: Grouping, blocking: Blocking) -> StepWork:
     """Cut a step into items. Layers whose slots have the same r and k share their lists."""
     longest = int(np.diff(grouping.starts).max(initial=0))
-    tile_tokens = blocking.small_tile if longest <= blocking.small_tile else blocking.full_tile
+    tile_tokens = blocking.tile_tokens(longest)
+    is_split = blocking.splits(longest, grouping.num_adapted)
+    phases = ("split_shrink" if is_split else "shrink", "expand")
     tiles = [_tiles(begin, end, tile_tokens) for begin, end in pairwise(grouping.starts.tolist())]
     slots = grouping.slots.tolist()
     made: dict[tuple[object, ...], GroupWork] = {}
@@ -105,16 +129,19 @@ def plan_work(groups: Sequence[GroupTable], grouping: Grouping, blocking: Blocki
         key = (group.kind, layouts)
         if key not in made:
             pieces = [pieces_of(group.kind, layout, blocking) for layout in layouts]
-            shrink, expand = (
-                _items([getattr(p, phase) for p in pieces], slots, tiles) for phase in ("shrink", "expand")
-            )
+            shrink, expand = (_items([getattr(p, phase) for p in pieces], slots, tiles) for phase in phases)
             made[key] = _group_work(pieces, num_items, len(shrink), len(expand))
             lists += [shrink, expand]
             num_items += len(shrink) + len(expand)
         works.append(made[key])
     items = np.concatenate(lists) if lists else np.zeros((0, ITEM), np.int32)
     return StepWork(
-        num_tokens=grouping.num_tokens, order=grouping.order, items=items, groups=tuple(works), tile_tokens=tile_tokens
+        num_tokens=grouping.num_tokens,
+        order=grouping.order,
+        items=items,
+        groups=tuple(works),
+        tile_tokens=tile_tokens,
+        is_split=is_split,
     )
 
 
@@ -124,13 +151,20 @@ def pieces_of(kind: tuple[int, tuple[int, ...], int], layout: bytes, blocking: B
     in_features, outs, max_slots = kind
     parts = np.frombuffer(layout, np.int64).reshape(len(outs), ENTRIES, 2).tolist()
     present = [(r, k) for module in parts for r, k in module if r]
-    shrink, expand = [], []
+    split_shrink, shrink, expand = [], [], []
     column = start = 0
     for m, (entries, out) in enumerate(zip(parts, outs, strict=True)):
         row, first_column = m * max_slots * ENTRIES, column
         for i, (r, k) in enumerate(entries):
             rows = range(0, r, blocking.rank_rows)
-            shrink += [(row + i, 0, 0, r, k, n, p, column) for n in range(k) for p in rows]
+            shrink += [(row + i, 0, 0, n, p, column, 0, 0) for n in range(k) for p in rows]
+            stretches = list(enumerate(range(0, in_features // max(k, 1), blocking.depth)))
+            split_shrink += [
+                (row + i, 0, 0, n, p, column, begin, plane)
+                for n in range(k)
+                for p in rows
+                for plane, begin in stretches
+            ]
             column += r * k
         borders = sorted({j * out // k for r, k in entries if r for j in range(k + 1)})
         for low, high in pairwise(borders):
@@ -138,6 +172,7 @@ def pieces_of(kind: tuple[int, tuple[int, ...], int], layout: bytes, blocking: B
             expand += [(row, 0, 0, begin, end, first_column, start, out) for begin, end in pairwise(cuts)]
         start += out
     return Pieces(
+        split_shrink=np.array(split_shrink, np.int32).reshape(-1, ITEM),
         shrink=np.array(shrink, np.int32).reshape(-1, ITEM),
         expand=np.array(expand, np.int32).reshape(-1, ITEM),
         num_columns=column,

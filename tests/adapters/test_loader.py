@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from support.checkpoints import (
     MODULES,
     edit_config,
@@ -52,6 +55,22 @@ def matrices(adapter: LoadedAdapter, module: ModuleShape, entry: int = 0) -> tup
     a = adapter.blob[found.a_offset :][: found.r * module.in_features].view(found.r, -1)
     b = adapter.blob[found.b_offset :][: found.r * module.out_features].view(found.r, -1)
     return a, b
+
+
+def rewrite(path: Path, *, padding: int = 0) -> Path:
+    """The same tensors, the last one first, behind a header that is `padding` bytes longer."""
+    file = path / WEIGHTS_FILE
+    tensors = dict(reversed(load_file(file).items()))
+    entries, data = {}, b""
+    for name, tensor in tensors.items():
+        end = len(data) + tensor.nbytes
+        dtype = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}[tensor.dtype]
+        entries[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [len(data), end]}
+        data += tensor.contiguous().view(torch.uint8).numpy().tobytes()
+    header = json.dumps(entries).encode()
+    header += b" " * (-len(header) % 8 + padding)
+    file.write_bytes(len(header).to_bytes(8, "little") + header + data)
+    return path
 
 
 def test_gralora_is_packed_as_the_kernels_want_it(tmp_path: Path) -> None:
@@ -102,6 +121,47 @@ def test_the_blob_has_the_pool_s_dtype_and_the_digest_does_not_depend_on_it(tmp_
     assert torch.equal(wide.blob.to(dtype), narrow.blob)
     assert wide.digest == narrow.digest
     assert wide.num_bytes == 2 * narrow.num_bytes
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
+def test_every_dtype_reaches_every_pool_by_way_of_float32(
+    tmp_path: Path, stored: torch.dtype, dtype: torch.dtype
+) -> None:
+    tensors = {name: tensor.to(stored) for name, tensor in lora_tensors().items()}
+
+    a, b = matrices(load(write_checkpoint(tmp_path / "a", lora_config(), tensors), dtype=dtype), MODULE)
+
+    assert torch.equal(tensors[f"{PREFIX}.lora_A.weight"].float().to(dtype), a)
+    assert torch.equal(tensors[f"{PREFIX}.lora_B.weight"].float().to(dtype).T, b)
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_neither_the_order_of_tensors_nor_where_a_file_begins_with_them_matters(
+    tmp_path: Path, stored: torch.dtype, dtype: torch.dtype
+) -> None:
+    """Of a header of odd length no tensor is aligned. A file is read from its front to its end, whatever is where."""
+    path = write_gralora(tmp_path / "a", hybrid_r=2)
+    edit_tensors(path, lambda tensors: tensors.update({name: t.to(stored) for name, t in tensors.items()}))
+    expected = load(path, dtype=dtype)
+
+    adapter = load(rewrite(path, padding=3), dtype=dtype)
+
+    assert torch.equal(expected.blob, adapter.blob)
+    assert expected.digest == adapter.digest
+
+
+def test_many_threads_pack_the_same_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_gralora(tmp_path / "a", r=8, k=4, hybrid_r=3)
+    alone = load(path)
+    monkeypatch.setattr(loader, "PIECE_BYTES", 1000)
+
+    with ThreadPoolExecutor(4) as threads:
+        shared = load(path, spread=lambda work, items: list(threads.map(work, items)))
+
+    assert torch.equal(alone.blob, shared.blob)
+    assert alone.layout == shared.layout
 
 
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16], ids=str)
@@ -229,6 +289,22 @@ def test_every_tensor_that_is_not_finite_is_named(tmp_path: Path, value: float, 
     assert expected == told
 
 
+def test_what_is_wrong_is_told_in_the_order_of_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However the file has its tensors, and whoever comes upon them first."""
+    monkeypatch.setattr(loader, "PIECE_BYTES", 1)
+
+    def backwards(work: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
+        return [work(item) for item in reversed(items)]
+
+    path = edit_tensors(write_gralora(tmp_path / "a"), lambda tensors: [t.fill_(math.nan) for t in tensors.values()])
+    names = [f"base_model.model.{module.name}.gralora_{letter}" for module in MODULES for letter in "AB"]
+
+    expected = tuple(f"tensor {name} has values that are not finite in float32" for name in names)
+
+    assert expected == rejection(path)
+    assert expected == rejection(rewrite(path), spread=backwards)
+
+
 def test_values_that_the_pool_s_dtype_cannot_hold_are_not_finite(tmp_path: Path) -> None:
     path = edit_tensors(write_gralora(tmp_path / "a"), lambda tensors: tensors[f"{PREFIX}.gralora_A"].fill_(70_000.0))
 
@@ -290,6 +366,29 @@ def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path, monkeyp
     monkeypatch.setattr(loader, "inspect", inspect_then_replace)
 
     assert (f"{WEIGHTS_FILE} changed while it was being read",) == rejection(path)
+
+
+def test_a_file_that_is_cut_between_two_tensors_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After its header was found to be the same."""
+    path = write_gralora(tmp_path / "a")
+    check_unchanged = loader.check_unchanged
+
+    def check_then_cut(opened: Any, header: Any) -> None:
+        check_unchanged(opened, header)
+        os.truncate(path / WEIGHTS_FILE, header.file_bytes // 2)
+
+    monkeypatch.setattr(loader, "check_unchanged", check_then_cut)
+
+    assert (f"{WEIGHTS_FILE} changed while it was being read",) == rejection(path)
+
+
+def test_a_read_that_stops_early_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system may give less than it is asked for."""
+    path = write_gralora(tmp_path / "a")
+    expected, preadv = load(path), os.preadv
+    monkeypatch.setattr(os, "preadv", lambda file, buffers, start: preadv(file, [buffers[0][:1000]], start))
+
+    assert torch.equal(expected.blob, load(path).blob)
 
 
 def test_broken_adapters_are_refused_by_load_as_by_inspect(tmp_path: Path) -> None:

@@ -74,6 +74,19 @@ def test_tables_point_at_the_weights(adapters: list[LoadedAdapter]) -> None:
     pool.check_integrity()
 
 
+def test_modules_that_an_adapter_does_not_target_stay_blank(adapters: list[LoadedAdapter], tmp_path: Path) -> None:
+    """In a slot, too, that an adapter for all modules had before."""
+    part = write_gralora(tmp_path / "part", MODULES[:2], target_modules=[module.name for module in MODULES[:2]])
+    pool = pool_of(1 << 20, max_slots=1)
+    pool.evict(place(pool, adapters[0]))
+
+    resident = place(pool, load("part", part, MODULES, torch.float32, max_width=64))
+
+    targeted = {name for name, table in pool.tables.items() if table.width(resident.slot)}
+    assert {module.name for module in MODULES[:2]} == targeted
+    assert sum(table.index[resident.slot].any().item() for table in pool.tables.values()) == 2
+
+
 def test_reading_back_gives_the_same_adapter(adapters: list[LoadedAdapter]) -> None:
     pool = pool_of(1 << 20)
     residents = [place(pool, adapter) for adapter in adapters]

@@ -1,6 +1,6 @@
 """Tests of Triton kernels on a CPU, by Triton's interpreter, which is on or off for a whole process:
 
-    TRITON_INTERPRET=1 python -m pytest tests/interpreted
+TRITON_INTERPRET=1 python -m pytest tests/interpreted
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRE
 
 @pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fresh memory is NaN in every float dtype, and no item of any list: reading what nobody wrote cannot pass by luck."""
+    """Fresh memory is NaN in every float dtype, and no item of any list: who reads it cannot pass by luck."""
     empty = torch.empty
 
     def poisoned(*args: object, **kwargs: object) -> torch.Tensor:

@@ -12,7 +12,7 @@ from gralora_kernels.grouping import Grouping
 from gralora_kernels.tables import ENTRIES, Entry, GroupTable
 from gralora_kernels.work import Blocking, StepWork, plan_work
 
-BLOCKING = Blocking(small_tile=2, full_tile=4, rank_rows=4, columns=16)
+BLOCKING = Blocking(small_tile=2, full_tile=4, rank_rows=4, columns=16, depth=16, split_tokens=8)
 
 
 def lists_of(work: StepWork, group: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -28,23 +28,27 @@ def test_every_piece_of_a_step_is_done_once(outs, num_tokens):
     slots = token_slots(num_tokens, len(MIXED), seed=2)
     grouping = case.grouping(slots)
 
-    shrink, expand = lists_of(plan_work([case.group], grouping, BLOCKING))
+    work = plan_work([case.group], grouping, BLOCKING)
+    shrink, expand = lists_of(work)
 
+    assert work.is_split == (num_tokens < 8)
     done: Counter = Counter()
-    for row, first, count, r, k, n, p, _ in shrink.tolist():
+    for row, first, count, n, p, _, begin, plane in shrink.tolist():
         m, slot, entry = row // ENTRIES // len(MIXED), row // ENTRIES % len(MIXED), row % ENTRIES
-        assert case.group.modules[m].host_index[slot, entry, 2:].tolist() == [r, k]
+        r, k = case.group.modules[m].host_index[slot, entry, 2:].tolist()
+        assert begin == plane * BLOCKING.depth
         done.update(
-            (int(grouping.order[first + t]), m, slot, entry, n, q)
+            (int(grouping.order[first + t]), m, slot, entry, n, q, i)
             for t in range(count)
             for q in range(p, min(p + 4, r))
+            for i in range(begin, min(begin + BLOCKING.depth, 48 // k) if work.is_split else 48 // k)
         )
     wanted = Counter(
-        (t, m, slot, e, n, q)
+        (t, m, slot, e, n, q, i)
         for t, slot in enumerate(slots) if slot >= 0
         for m, table in enumerate(case.group.modules)
         for e, (_, _, r, k) in enumerate(table.host_index[slot].tolist())
-        for n in range(k) for q in range(r)
+        for n in range(k) for q in range(r) for i in range(48 // k)
     )  # fmt: skip
     assert wanted == done
 

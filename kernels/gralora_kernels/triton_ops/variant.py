@@ -26,5 +26,5 @@ class Variant:
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # of the compiler, by "cuda" and "hip"
     wide_loads: tuple[str, ...] = ()  # names that loads are assigned to, each of which must be 16 bytes
     is_product: bool = False  # must use matrix instructions, but in fp32, for which NVIDIA has none
-    # Variants of one family must use the same matrix instruction: which of them a token meets depends on its neighbours.
+    # Variants of one family must use the same matrix instruction: a token's neighbours decide which of them it meets.
     family: str = ""

@@ -1,59 +1,12 @@
-"""The Triton kernels without a GPU: right under the interpreter, and compiled for three machines without a spill."""
+"""The Triton kernels without a GPU: compiled for four machines, without a spill, and moving no byte too many."""
 
 from __future__ import annotations
 
 import importlib.util
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
-import torch
-from support.numeric import BOUNDS
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-
-HERE = Path(__file__).parent
-
-
-@pytest.fixture(scope="module")
-def interpreted():
-    """The interpreter is switched on when triton is imported, so it gets its own process."""
-    paths = [str(HERE.parent), *filter(None, sys.path)]
-    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(paths)}
-    done = subprocess.run(
-        [sys.executable, str(HERE / "triton_interpreter.py")], env=env, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
-
-
-def test_agrees_with_the_reference_under_the_interpreter(interpreted):
-    wrong = {case: error for case, error in interpreted["errors"].items() if not error <= BOUNDS[torch.float32]}
-
-    assert wrong == {}
-    assert len(interpreted["errors"]) > 20
-
-
-def test_base_model_rows_are_untouched_under_the_interpreter(interpreted):
-    assert interpreted["base_untouched"]
-
-
-def test_a_tokens_result_does_not_depend_on_its_batch_under_the_interpreter(interpreted):
-    assert interpreted["batch_invariant"]
-
-
-def test_a_frozen_backend_serves_smaller_steps_and_refuses_a_larger_one(interpreted):
-    right, refusal = interpreted["replayed"]
-
-    assert right
-    assert refusal == "the step needs tokens 9, but the graph was captured with 8"
-
-
-def test_the_gpu_benchmarks_gate_passes_under_the_interpreter(interpreted):
-    assert interpreted["benchmark_gate"] == "passed"
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])

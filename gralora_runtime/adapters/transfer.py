@@ -1,0 +1,230 @@
+"""Moves weights and table rows between host memory and where kernels read them. Knows no adapter, and no books.
+
+On the CPU that is plain copying, in the calling thread alone. A GPU has a stream of its own for it, for which no step
+waits. Either way, what was asked for inside a `moving` block is done, in that order, when the block is left.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Protocol, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gralora_kernels.tables import TableSet
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+# Torch works on fewer elements than this in the calling thread alone.
+SERIAL_NUMEL = 32_000
+# Page-locked once, at start, because that takes longer than a load may. More is locked for an adapter that needs it.
+STAGING_BYTES = 128 << 20
+STAGING_ALIGNMENT = 64  # bytes: a cache line, and a multiple of every element's size
+COPY_BYTES = 4 << 20  # of one thread's piece of a copy within host memory
+MAX_HELPERS = 8  # threads: SHA-256 of 84 MB takes one of them 50 to 70 ms
+
+
+class Spread(Protocol):
+    """Who works on the host: results in the order of items. The first error is raised when all work has ended."""
+
+    def __call__(self, work: Callable[[Item], Result], items: Sequence[Item], /) -> list[Result]: ...
+
+
+class Transfer(Protocol):
+    """All but `spread` belongs into a `moving` block."""
+
+    @property
+    def spread(self) -> Spread:
+        """As many threads as serving on this device leaves to loading."""
+
+    def moving(self, *, after_steps: bool = False) -> AbstractContextManager[None]:
+        """`after_steps`: what steps launched until now may read stays as it is until they have ended. A lease that was
+        given back says that nobody will begin to read, not that the last step is over."""
+
+    def upload(self, target: Tensor, source: Tensor) -> None:
+        """Flat `source`, in host memory, to flat `target` of the same dtype on the device."""
+
+    def write_rows(self, tables: TableSet, slot: int) -> None:
+        """Make the device's rows of a slot, in all modules, what they are in host memory."""
+
+    def zero(self, target: Tensor) -> None:
+        """Flat `target`, on the device."""
+
+    def download(self, source: Tensor) -> Tensor:
+        """A copy of flat `source` in host memory; it may be used at once."""
+
+
+def serially(work: Callable[[Item], Result], items: Sequence[Item], /) -> list[Result]:
+    """A `Spread` over no other thread than the caller's."""
+    return [work(item) for item in items]
+
+
+def serial_pieces(flat: Tensor) -> Sequence[Tensor]:
+    """Views of a flat tensor, each of which torch works on in the calling thread alone."""
+    pieces: Sequence[Tensor] = flat.split(SERIAL_NUMEL)  # type: ignore[no-untyped-call]
+    return pieces
+
+
+def host_memory(numel: int, dtype: torch.dtype) -> Tensor:
+    """Flat and not yet written. Numpy, unlike torch, asks for large pages where the system has them."""
+    return torch.from_numpy(np.empty(numel * dtype.itemsize, np.uint8)).view(dtype)
+
+
+def transfer_to(device: torch.device) -> Transfer:
+    """The one way in which a device is filled."""
+    if device.type == "cpu":
+        return HostTransfer()
+    return DeviceTransfer(CudaQueue(device))
+
+
+class HostTransfer:
+    """Copies in pieces that torch copies in this thread alone: the other cores are busy decoding."""
+
+    spread: Spread = staticmethod(serially)
+
+    def moving(self, *, after_steps: bool = False) -> AbstractContextManager[None]:  # noqa: ARG002
+        """Here a step has ended when it returns."""
+        return nullcontext()
+
+    def upload(self, target: Tensor, source: Tensor) -> None:
+        for to, of in zip(serial_pieces(target), serial_pieces(source), strict=True):
+            to.copy_(of)
+
+    def write_rows(self, tables: TableSet, slot: int) -> None:
+        """Kernels read the rows in host memory."""
+
+    def zero(self, target: Tensor) -> None:
+        for piece in serial_pieces(target):
+            piece.zero_()
+
+    def download(self, source: Tensor) -> Tensor:
+        copy = host_memory(source.numel(), source.dtype)
+        self.upload(copy, source)
+        return copy
+
+
+class Queue(Protocol):
+    """A stream of a device: does things in order and later, beside the steps."""
+
+    def pinned(self, num_bytes: int) -> Tensor:
+        """uint8 [num_bytes] of host memory that the device can reach by itself."""
+
+    def copy(self, target: Tensor, source: Tensor) -> None: ...
+
+    def zero(self, target: Tensor) -> None: ...
+
+    def follow_steps(self) -> None:
+        """What comes now happens after all steps that were launched until now."""
+
+    def wait(self) -> None:
+        """The calling thread sleeps until everything so far is done."""
+
+
+class CudaQueue:
+    """`steps` is the stream of the steps; it never waits for this one."""
+
+    def __init__(self, device: torch.device, steps: torch.cuda.Stream | None = None) -> None:
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._steps = steps or torch.cuda.default_stream(device)
+        self._done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+        self.follow_steps()  # which have zeroed the arena
+
+    def pinned(self, num_bytes: int) -> Tensor:
+        return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+
+    def copy(self, target: Tensor, source: Tensor) -> None:
+        with torch.cuda.stream(self._stream):
+            target.copy_(source, non_blocking=True)
+
+    def zero(self, target: Tensor) -> None:
+        with torch.cuda.stream(self._stream):
+            target.zero_()
+
+    def follow_steps(self) -> None:
+        self._stream.wait_stream(self._steps)
+
+    def wait(self) -> None:
+        self._done.record(self._stream)
+        self._done.synchronize()
+
+
+class DeviceTransfer:
+    """Everything passes through one staging area of pinned memory, so one thread moves at a time."""
+
+    def __init__(self, queue: Queue, *, staging_bytes: int = STAGING_BYTES) -> None:
+        self._queue = queue
+        self._lock = threading.Lock()
+        self._staging = queue.pinned(staging_bytes)
+        self._staged = 0  # bytes taken since the last wait
+        helpers = min(MAX_HELPERS, max(1, len(os.sched_getaffinity(0)) // 2))
+        self._helpers = ThreadPoolExecutor(helpers, thread_name_prefix="adapter-helper")
+
+    def spread(self, work: Callable[[Item], Result], items: Sequence[Item], /) -> list[Result]:
+        futures = [self._helpers.submit(work, item) for item in items]
+        wait(futures)
+        return [future.result() for future in futures]
+
+    @contextmanager
+    def moving(self, *, after_steps: bool = False) -> Iterator[None]:
+        with self._lock:
+            try:
+                if after_steps:
+                    self._queue.follow_steps()
+                yield
+            finally:
+                self._wait()
+
+    def upload(self, target: Tensor, source: Tensor) -> None:
+        staged = self._stage(source.numel(), source.dtype)
+        self._copy_on_host(staged, source)
+        self._queue.copy(target, staged)
+
+    def write_rows(self, tables: TableSet, slot: int) -> None:
+        """One write for the index and one for the scale."""
+        rows = tables.rows
+        for target, host in ((rows.index, rows.host_index), (rows.scale, rows.host_scale)):
+            here = torch.from_numpy(host[:, slot])  # [modules, ENTRIES, 4], [modules, ENTRIES]
+            staged = self._stage(here.numel(), here.dtype).view(here.shape)
+            staged.copy_(here)
+            self._queue.copy(target[:, slot], staged)
+
+    def zero(self, target: Tensor) -> None:
+        self._queue.zero(target)
+
+    def download(self, source: Tensor) -> Tensor:
+        staged = self._stage(source.numel(), source.dtype)
+        self._queue.copy(staged, source)
+        self._wait()
+        copy = host_memory(source.numel(), source.dtype)
+        self._copy_on_host(copy, staged)
+        return copy
+
+    def _stage(self, numel: int, dtype: torch.dtype) -> Tensor:
+        """So much of the staging area, until the next wait. An area that is too small is left to torch, which keeps it
+        until the device has read what was in it; the next one has room for all of that too."""
+        num_bytes = numel * dtype.itemsize
+        end = self._staged + num_bytes
+        if end > self._staging.numel():
+            self._staging = self._queue.pinned(1 << (end - 1).bit_length())
+        taken = self._staging[self._staged : end]
+        self._staged = -(-end // STAGING_ALIGNMENT) * STAGING_ALIGNMENT
+        return taken.view(dtype)
+
+    def _wait(self) -> None:
+        self._queue.wait()
+        self._staged = 0
+
+    def _copy_on_host(self, target: Tensor, source: Tensor) -> None:
+        to, of = (tensor.view(torch.uint8).numpy() for tensor in (target, source))
+
+        def copy(start: int) -> None:
+            np.copyto(to[start : start + COPY_BYTES], of[start : start + COPY_BYTES])
+
+        self.spread(copy, range(0, len(to), COPY_BYTES))
