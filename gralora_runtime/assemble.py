@@ -25,6 +25,7 @@ from gralora_runtime.model.adaptable import adaptable_modules
 from gralora_runtime.model.kv_pool import KVPool, page_bytes
 from gralora_runtime.model.loading import BaseModel, load_base_model
 from gralora_runtime.model.programs.choice import Served, kv_in_panels, make_runner
+from gralora_runtime.model.programs.gpu.graphs import usual_ladder
 from gralora_runtime.model.selfcheck import check_runner, expected_logits
 from gralora_runtime.model.tokenization import PromptTokenizer
 from gralora_runtime.pages import PagePool
@@ -76,6 +77,10 @@ def assemble(config: EngineConfig, base: BaseModel | None = None) -> EngineParts
                 backend=backend,
                 page_size=config.page_size,
                 max_num_tokens=config.max_num_batched_tokens,
+                max_num_rows=config.max_num_seqs,
+                max_model_len=max_model_len,
+                rungs=usual_ladder(config.max_num_seqs) if config.cuda_graphs is None else config.cuda_graphs,
+                batch_invariant=config.batch_invariant,
             )
         )
         batch = BatchBuilder(

@@ -33,6 +33,8 @@ class EngineConfig:
     max_adapter_rank: int = 2048  # of r * k + hybrid_r: bounds the kernels' intermediate
     enable_prefix_cache: bool = True
     num_threads: int | None = None
+    cuda_graphs: tuple[int, ...] | None = None  # rows of the decode steps that a GPU captures; (): none of them
+    batch_invariant: bool = False  # on a GPU, too, the same bits whatever shares the batch; the CPU's always are
     max_named_adapters: int = 100  # with counts of their own; what all others do is counted together
 
     def __post_init__(self) -> None:
@@ -46,6 +48,11 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, got {value}")
+        if any(not 1 <= rows <= self.max_num_seqs for rows in self.cuda_graphs or ()):
+            raise ConfigError(
+                f"cuda_graphs must be numbers of rows from 1 to max_num_seqs ({self.max_num_seqs}), "
+                f"got {', '.join(map(str, self.cuda_graphs or ()))}"
+            )
         if self.max_named_adapters < 0:
             raise ConfigError(f"max_named_adapters must be at least 0, got {self.max_named_adapters}")
         if self.max_num_batched_tokens < self.max_num_seqs:

@@ -15,7 +15,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from gralora_kernels.triton_ops import activation, norm, product, rotary
+from gralora_kernels.triton_ops import activation, attention_launch, norm, product, rotary
 from gralora_kernels.triton_ops.adapters.launch import variants as adapter_variants
 from gralora_kernels.triton_ops.variant import ELEMENT_NAMES, Variant
 
@@ -27,7 +27,14 @@ TARGETS = {
 }
 DTYPES = tuple(ELEMENT_NAMES)
 # Each lists its variants of a dtype.
-KERNELS = (adapter_variants, norm.variants, rotary.variants, activation.variants, product.variants)
+KERNELS = (
+    adapter_variants,
+    norm.variants,
+    rotary.variants,
+    attention_launch.variants,
+    activation.variants,
+    product.variants,
+)
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 GCN_LOAD = re.compile(r"\s(?:global|buffer)_load_(ubyte|ushort|short_d16\w*|dwordx\d|dword)")
@@ -111,7 +118,8 @@ def _read_gcn(compiled: Any) -> dict[str, Any]:
 
     return {
         "registers": number("vgpr_count"),
-        "spilled_bytes": 4 * (number("vgpr_spill_count") + number("sgpr_spill_count")),
+        # Scalar registers that do not fit are kept in lanes of a vector register: that is no memory.
+        "spilled_bytes": number("private_segment_fixed_size"),
         "matrix_instructions": tuple(sorted(set(re.findall(r"v_mfma_(\w+)", text)))),
     }
 

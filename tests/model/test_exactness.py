@@ -3,132 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftConfig, PeftModel
-from peft_oracle import peft_readable
-from support.peft_adapters import gralora_config, in_authors_dialect, lora_config, save_adapter
-from support.tiny_models import ARCHITECTURES, save_tiny_model, tiny_model
-
-from gralora_runtime.adapters.lease import AdapterLease
-from gralora_runtime.assemble import EngineParts, assemble
-from gralora_runtime.config import EngineConfig
-from gralora_runtime.plan import AdapterUse, RowPlan, StepPlan
-
-PROMPT = [5, 250, 17, 99, 3, 280, 41, 8, 120, 77, 301, 12, 64, 200, 9, 33, 150, 71, 222, 18, 90, 45, 263, 31, 7, 180]
-MAX_DIFFERENCE = 1e-3  # of a logit, fp32
-
-RANKS_AND_BLOCKS = [(r, k) for r in (1, 2, 3, 4, 8, 12, 16, 24, 32, 64) for k in (1, 2, 4, 8) if r % k == 0]
-
-
-def adapter_configs(architecture: str) -> dict[str, PeftConfig]:
-    """Every kind, by adapter name. Names that end in "-authors" are rewritten in the authors' dialect."""
-    configs: dict[str, PeftConfig] = {
-        "gralora-r8-k2": gralora_config(architecture, 8, 2),
-        "hybrid": gralora_config(architecture, 8, 4, hybrid_r=3),
-        "hybrid-authors": gralora_config(architecture, 4, 2, hybrid_r=5, alpha=7),
-        "gralora-authors": gralora_config(architecture, 12, 4, alpha=5),
-        "lora": lora_config(architecture, 5),
-        "rslora": lora_config(architecture, 9, use_rslora=True, alpha=3),
-    }
-    if architecture == "llama":
-        configs |= {f"r{r}-k{k}": gralora_config(architecture, r, k, alpha=r + 1) for r, k in RANKS_AND_BLOCKS}
-        configs["patterns"] = lora_config(
-            architecture, 4, rank_pattern={"q_proj": 11, r"layers\.1\.mlp.*": 2}, alpha_pattern={"down_proj": 31}
-        )
-        configs["attention-only"] = gralora_config(architecture, 8, 2, target_modules=["q_proj", "v_proj"])
-        configs["last-layer"] = gralora_config(architecture, 4, 2, layers_to_transform=[1])
-        configs["regex"] = gralora_config(architecture, 4, 2, target_modules=r".*layers\.0\..*(up|down)_proj")
-    return configs
-
-
-@dataclass(frozen=True)
-class Served:
-    parts: EngineParts
-    model_dir: Path
-    adapters_dir: Path
-
-    def logits(self, rows: list[tuple[AdapterLease, list[int]]], chunk: int) -> list[torch.Tensor]:
-        """Last-token logits of each row, all rows in the same steps, prompts in chunks."""
-        found: dict[str, torch.Tensor] = {}
-        page_size = self.parts.info.page_size
-        num_pages = -(-max(len(tokens) for _, tokens in rows) // page_size)
-        for start in range(0, max(len(tokens) for _, tokens in rows), chunk):
-            plans = []
-            for index, (lease, tokens) in enumerate(rows):
-                part = tuple(tokens[start : start + chunk])
-                pages = tuple(range(index * num_pages, (index + 1) * num_pages))
-                adapter = AdapterUse(lease.slot, lease.generation, lease.width)
-                if part:
-                    plans.append(RowPlan(str(index), part, start, pages, adapter, samples=True))
-            plans.sort(key=lambda row: len(row.token_ids) > 1)
-            plan = StepPlan(tuple(plans), sum(len(row.token_ids) == 1 for row in plans))
-            engine = self.parts.engine
-            logits = engine.runner.execute(engine.batch.build(plan))
-            found |= {row.request_id: logits[i] for i, row in enumerate(plans)}
-        return [found[str(index)] for index in range(len(rows))]
+from support.served import PROMPT, Served, check_against_peft, serving
+from support.tiny_models import ARCHITECTURES
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
 def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    architecture = request.param
-    model_dir = save_tiny_model(architecture, tmp_path_factory.mktemp(architecture))
-    adapters_dir = tmp_path_factory.mktemp("adapters")
-    model = tiny_model(architecture)
-    for seed, (name, config) in enumerate(adapter_configs(architecture).items()):
-        folder = save_adapter(model, config, adapters_dir / name, seed=seed)
-        if name.endswith("-authors"):
-            in_authors_dialect(folder)
-    config = EngineConfig(
-        model=model_dir,
-        adapters_dir=adapters_dir,
-        max_num_seqs=64,
-        max_num_batched_tokens=2048,
-        page_size=4,
-        adapter_pool_bytes=64 << 20,
-        max_adapter_rank=1024,
-        kv_cache_bytes=16 << 20,
-        num_threads=1,
-        device="cpu",
-    )
-    parts = assemble(config)
-    yield Served(parts, model_dir, adapters_dir)
-    parts.adapters.check_integrity()
-    parts.adapters.close()
-
-
-def peft_logits(served: Served, name: str, tokens: list[int]) -> torch.Tensor:
-    architecture = served.parts.info.model_type
-    with peft_readable(served.adapters_dir / name) as folder, torch.inference_mode():
-        model = PeftModel.from_pretrained(tiny_model(architecture), folder).eval()
-        return model(torch.tensor([tokens])).logits[0, -1]
+    folder = tmp_path_factory.mktemp(request.param)
+    with serving(request.param, folder / "model", folder / "adapters") as served:
+        yield served
 
 
 @pytest.mark.parametrize("chunk", [64, 7, 1], ids=["one-chunk", "chunks-of-7", "token-by-token"])
 def test_all_adapters_in_one_batch_have_pefts_logits(served: Served, chunk: int) -> None:
-    names = [info.name for info in served.parts.adapters.list()]
-    leases = [served.parts.adapters.acquire(name).result(30) for name in ["", *names]]
-    try:
-        # Different lengths, so that rows end, and decode beside prefill, in different steps.
-        prompts = [PROMPT[: len(PROMPT) - index % 5] for index in range(len(leases))]
-        ours = served.logits(list(zip(leases, prompts, strict=True)), chunk)
-    finally:
-        for lease in leases:
-            served.parts.adapters.release(lease)
-
-    base = tiny_model(served.parts.info.model_type)
-    with torch.inference_mode():
-        assert (ours[0] - base(torch.tensor([prompts[0]])).logits[0, -1]).abs().max() <= MAX_DIFFERENCE
-    for name, prompt, logits in zip(names, prompts[1:], ours[1:], strict=True):
-        expected = peft_logits(served, name, prompt)
-        difference = (logits - expected).abs().max().item()
-        assert difference <= MAX_DIFFERENCE, f"{name}: logits differ by {difference:.2g}"
-        with torch.inference_mode():
-            unadapted = base(torch.tensor([prompt])).logits[0, -1]
-        assert (expected - unadapted).abs().max() > 0.05, f"{name} changes nothing: this test could not fail"
+    check_against_peft(served, chunk)
 
 
 def test_a_base_row_is_bit_identical_beside_every_occupied_slot(served: Served) -> None:

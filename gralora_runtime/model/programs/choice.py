@@ -12,6 +12,7 @@ from torch import Tensor
 from gralora_kernels.dispatch import AdapterBackend
 from gralora_kernels.tables import GroupTable
 from gralora_kernels.warmup import warm_up_backend
+from gralora_runtime.errors import ConfigError
 from gralora_runtime.model.description import OtherBuildError, describe
 from gralora_runtime.model.kv_pool import KVPool
 from gralora_runtime.model.loading import BaseModel
@@ -33,6 +34,10 @@ class Served:
     backend: AdapterBackend
     page_size: int
     max_num_tokens: int
+    max_num_rows: int
+    max_model_len: int
+    rungs: tuple[int, ...]  # numbers of rows that a GPU captures decode steps for
+    batch_invariant: bool
 
 
 def kv_in_panels(backend: AdapterBackend, device: torch.device) -> bool:
@@ -41,26 +46,55 @@ def kv_in_panels(backend: AdapterBackend, device: torch.device) -> bool:
 
 
 def make_runner(served: Served) -> Runner:
-    """The fastest program that can compute this model, named in the log with the reason if it is the slow one."""
+    """The fastest program that can compute this model, named in the log with the reason if it is the slow one.
+
+    Raises `ConfigError` if batch-invariant results were asked for and there is only the slow one on a GPU.
+    """
     try:
         return _written_program(served)
     except OtherBuildError as reason:
+        if served.batch_invariant and served.base.model.device.type != "cpu":
+            raise ConfigError(f"batch_invariant: this model has no program of its own here: {reason}") from reason
         logger.warning("computed by transformers' own forward pass, the slow way: %s", reason)
     warm_up_backend(served.backend, device=served.base.model.device, dtype=served.base.model.dtype)
     return TransformersRunner(
-        served.base, served.kv_pool, arena=served.arena, groups=served.groups, backend=served.backend
+        served.base,
+        served.kv_pool,
+        arena=served.arena,
+        groups=served.groups,
+        backend=served.backend,
     )
 
 
 def _written_program(served: Served) -> Runner:
-    if served.backend.name != "cpu":
-        raise OtherBuildError(f"kernel backend {served.backend.name} has no program of its own")
-    return CpuRunner(
+    if served.backend.name not in ("cpu", "triton"):
+        raise OtherBuildError(f"kernel backend {served.backend.name!r} has no program")
+    model = describe(served.base.model)
+    if served.backend.name == "cpu":
+        return CpuRunner(
+            served.base,
+            model,
+            served.kv_pool,
+            arena=served.arena,
+            groups=served.groups,
+            page_size=served.page_size,
+            max_num_tokens=served.max_num_tokens,
+        )
+    from gralora_kernels.triton_ops.adapters.launch import TritonBackend  # needs triton
+    from gralora_runtime.model.programs.gpu.runner import GpuRunner
+
+    assert isinstance(served.backend, TritonBackend)
+    return GpuRunner(
         served.base,
-        describe(served.base.model),
+        model,
         served.kv_pool,
         arena=served.arena,
         groups=served.groups,
+        backend=served.backend,
         page_size=served.page_size,
         max_num_tokens=served.max_num_tokens,
+        max_num_rows=served.max_num_rows,
+        max_model_len=served.max_model_len,
+        rungs=served.rungs,
+        batch_invariant=served.batch_invariant,
     )

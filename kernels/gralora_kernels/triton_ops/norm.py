@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gralora_kernels.triton_ops.memory import gpu_kind
 from gralora_kernels.triton_ops.variant import ELEMENT_NAMES, VECTOR_BYTES, Variant
 
 # Widest row -> threads. A program keeps its row in registers, so that memory is read once: 16 elements a thread; with
@@ -72,7 +73,7 @@ def _launch(y: Tensor, residual: Tensor, x: Tensor | None, weight: Tensor, index
     constants = constants_for(hidden, y.dtype)
     norm_kernel[(rows,)](
         y, residual, x, weight, index, hidden // constants["ALIGN"], eps,
-        **constants, **_options(constants["BLOCK"], "hip" if torch.version.hip else "cuda"),
+        **constants, **_options(constants["BLOCK"], gpu_kind()),
     )  # fmt: skip
 
 

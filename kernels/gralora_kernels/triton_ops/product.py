@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gralora_kernels.triton_ops.memory import gpu_kind
 from gralora_kernels.triton_ops.variant import ELEMENT_NAMES, VECTOR_BYTES, Variant
 
 # Tokens a tile: 16 are the least that tensor cores take, 32 the most that get the same instruction on every GPU (64
@@ -74,7 +75,7 @@ def linear(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -
     tiles = triton.cdiv(tokens, constants["BLOCK_M"]), triton.cdiv(out_features, BLOCK_N)
     linear_kernel[tiles](
         out, x, weight, bias, tokens, in_features // constants["ALIGN"], out_features,
-        **constants, **_options(constants["ALIGN"], "hip" if torch.version.hip else "cuda"),
+        **constants, **_options(constants["ALIGN"], gpu_kind()),
     )  # fmt: skip
 
 

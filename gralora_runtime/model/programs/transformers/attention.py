@@ -49,6 +49,10 @@ class PagedAttention(ABC):
         del layer_idx
         return query_length, 0
 
+    @abstractmethod
+    def prepare(self, step: StepTensors) -> None:
+        """Before the forward pass, with the step in host memory."""
+
     def attend(self, layer: int, query: Tensor, scale: float, window: int) -> Tensor:
         """query [1, heads, tokens, head_dim] -> [1, tokens, heads, head_dim]; `window` 0: the whole context."""
         return self._attend(self._context.tensors, layer, query[0].transpose(0, 1).contiguous(), scale, window)[None]
@@ -61,6 +65,9 @@ class PagedAttention(ABC):
 class CpuPagedAttention(PagedAttention):
     """Decode and prompt rows alike read the pages where they lie."""
 
+    def prepare(self, step: StepTensors) -> None:
+        """The step is read where it is."""
+
     def _attend(self, step: StepTensors, layer: int, query: Tensor, scale: float, window: int) -> Tensor:
         out = torch.empty_like(query)
         keys, values = self._pool.keys[layer], self._pool.values[layer]
@@ -68,28 +75,31 @@ class CpuPagedAttention(PagedAttention):
         return out
 
 
-class CudaPagedAttention(PagedAttention):
-    """Decode and prompt rows in one call of torch's variable-length attention over the page table."""
+class GpuPagedAttention(PagedAttention):
+    """Our own kernels, which take any page size, dtype and width of heads."""
+
+    def __init__(self, pool: KVPool, context: StepContext, heads: int) -> None:
+        from gralora_kernels.triton_ops.attention_launch import AttentionShape
+        from gralora_kernels.triton_ops.attention_launch import PagedAttention as Kernels
+
+        super().__init__(pool, context)
+        _, page_size, kv_heads, head_dim = pool.keys[0].shape
+        shape = AttentionShape(
+            heads=heads, kv_heads=kv_heads, head_dim=head_dim, page_size=page_size, q_row=heads
+        )  # fmt: skip
+        self._kernels = Kernels(shape, pool.keys[0].dtype, pool.keys[0].device, invariant=False)
+
+    def prepare(self, step: StepTensors) -> None:
+        """Before the forward pass, with the step in host memory."""
+        self._kernels.prepare(step.query_starts.numpy(), step.context_lens.numpy())
 
     def _attend(self, step: StepTensors, layer: int, query: Tensor, scale: float, window: int) -> Tensor:
-        from torch.nn.attention.varlen import varlen_attn
-
-        out = varlen_attn(
-            query,
-            self._pool.keys[layer],
-            self._pool.values[layer],
-            step.query_starts,
-            None,
-            step.max_query_len,
-            step.max_context_len,
-            scale=scale,
-            window_size=(window - 1 if window else -1, 0),
-            enable_gqa=True,
-            seqused_k=step.context_lens,
-            block_table=step.page_table,
-            num_splits=1,  # a fixed reduction order: a row's result does not depend on its neighbours
-        )
-        assert isinstance(out, Tensor)
+        out = torch.empty_like(query)
+        self._kernels.attend(
+            out.flatten(1), query.flatten(1), self._pool.keys[layer], self._pool.values[layer],
+            page_table=step.page_table, query_starts=step.query_starts, context_lens=step.context_lens, scale=scale,
+            window=window,
+        )  # fmt: skip
         return out
 
 

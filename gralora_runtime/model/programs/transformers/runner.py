@@ -23,7 +23,8 @@ from gralora_runtime.model.programs.transformers.adapted_linear import (
 from gralora_runtime.model.programs.transformers.attention import (
     ATTENTION_NAME,
     CpuPagedAttention,
-    CudaPagedAttention,
+    GpuPagedAttention,
+    PagedAttention,
     register_attention,
 )
 from gralora_runtime.model.programs.transformers.context import StepContext
@@ -50,7 +51,12 @@ class TransformersRunner:
     ) -> None:
         self._model = base.model
         self._context = StepContext()
-        self._attention = _attention_for(kv_pool, self._context)
+        heads: int = base.model.config.num_attention_heads
+        self._attention: PagedAttention = (
+            CpuPagedAttention(kv_pool, self._context)
+            if kv_pool.in_panels
+            else GpuPagedAttention(kv_pool, self._context, heads)
+        )
         register_attention()
         self._model.set_attn_implementation(ATTENTION_NAME)
         fused = fuse_rms_norms(self._model)
@@ -66,6 +72,7 @@ class TransformersRunner:
 
     def execute(self, tensors: StepTensors) -> Tensor:
         """Logits of the tokens in `logits_index`, fp32 [sampling rows, vocab]."""
+        self._attention.prepare(tensors)
         tensors = tensors.to(self._model.device)
         index = tensors.logits_index
         # A step of unfinished prompts wants no logits; one row of them costs less than a second way through the model.
@@ -101,8 +108,3 @@ def _base_product(modules: Sequence[nn.Module], *, pack: bool) -> nn.Module:
     if pack:
         return PackedLinear(*joined_weight_and_bias(modules))
     return modules[0] if len(modules) == 1 else DenseLinear(*joined_weight_and_bias(modules))
-
-
-def _attention_for(pool: KVPool, context: StepContext) -> CpuPagedAttention | CudaPagedAttention:
-    kind = CpuPagedAttention if pool.keys[0].device.type == "cpu" else CudaPagedAttention
-    return kind(pool, context)

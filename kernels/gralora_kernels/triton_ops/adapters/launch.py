@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from gralora_kernels.tables import ENTRIES, GroupTable
 from gralora_kernels.triton_ops.adapters.expand import expand_kernel
 from gralora_kernels.triton_ops.adapters.lists import list_kernel
 from gralora_kernels.triton_ops.adapters.shrink import shrink_kernel
+from gralora_kernels.triton_ops.memory import at_least, gpu_kind, num_processors, staged
 from gralora_kernels.triton_ops.variant import ELEMENT_NAMES, VECTOR_BYTES, Variant
 from gralora_kernels.work import ITEM, Blocking, Int32s
 
@@ -122,7 +122,7 @@ class TritonBackend:
             shrink_kernel[(programs,)](
                 x, arena, group.index, self._order, self._items, self._head(place, "shrink"), self._u,
                 group.in_features // constants["ALIGN"], self._u_stride, self._plane_stride,
-                **constants, **launch_options("shrink", _gpu_kind(), arena.dtype, constants["BLOCK_M"]),
+                **constants, **launch_options("shrink", gpu_kind(), arena.dtype, constants["BLOCK_M"]),
             )  # fmt: skip
 
     def expand(self, y: Tensor, arena: Tensor, group: GroupTable) -> None:
@@ -132,7 +132,7 @@ class TritonBackend:
             expand_kernel[(programs,)](
                 y, arena, group.index, group.scale, self._order, self._items, self._head(place, "expand"), self._u,
                 group.out_features // constants["ALIGN"], group.in_features, self._u_stride, self._plane_stride,
-                **constants, **launch_options("expand", _gpu_kind(), arena.dtype, constants["BLOCK_M"]),
+                **constants, **launch_options("expand", gpu_kind(), arena.dtype, constants["BLOCK_M"]),
             )  # fmt: skip
 
     def _use(self, groups: Sequence[GroupTable]) -> None:
@@ -149,13 +149,13 @@ class TritonBackend:
         planes = planes if num_tokens <= BLOCKING.split_tokens else 1
         self._u_stride = -(-num_columns // ITEM) * ITEM
         self._plane_stride = num_tokens * self._u_stride
-        self._u = _at_least(self._u, planes * self._plane_stride)
-        self._items = _at_least(self._items, num_items * ITEM)
+        self._u = at_least(self._u, planes * self._plane_stride)
+        self._items = at_least(self._items, num_items * ITEM)
         self._first_order = HEAD_WORDS * len(self._groups)
         self._first_segment = self._first_order + -(-num_tokens // 4) * 4
         self._first_part = self._first_segment + 4 * num_tokens
         # At worst each token is a segment, and each group is of a class of its own.
-        self._words = _at_least(self._words, self._first_part + 2 * len(self._groups) * 4 * num_tokens)
+        self._words = at_least(self._words, self._first_part + 2 * len(self._groups) * 4 * num_tokens)
 
     def _send_pieces(self, planner: ListPlanner) -> None:
         """What was seen for the first time."""
@@ -166,7 +166,9 @@ class TritonBackend:
             self._pieces, sent = torch.empty(2 * pieces.size, dtype=torch.int32, device=self._device), 0
         if sent < len(pieces):
             new = pieces[sent:].reshape(-1)
-            self._pieces[sent * ITEM : pieces.size].copy_(self._staged(new), non_blocking=True)
+            self._pieces[sent * ITEM : pieces.size].copy_(
+                staged(torch.from_numpy(new), self._device), non_blocking=True
+            )
             self._num_pieces = len(pieces)
 
     def _make_lists(self, step: Listing) -> None:
@@ -179,17 +181,12 @@ class TritonBackend:
             (self._first_part, step.parts),
         ):
             words[first:][: values.size] = values.reshape(-1)
-        self._words[: len(words)].copy_(self._staged(words), non_blocking=True)
+        self._words[: len(words)].copy_(staged(torch.from_numpy(words), self._device), non_blocking=True)
         if step.num_items:
             list_kernel[(len(step.segments), len(step.parts))](
                 self._items, self._pieces, self._words[self._first_segment :], self._words[self._first_part :],
                 step.tile_tokens, ENTRIES=ENTRIES, BLOCK=LIST_BLOCK,
             )  # fmt: skip
-
-    def _staged(self, words: Int32s) -> Tensor:
-        """Fresh pinned memory each time: torch keeps it until the copy is done, so nobody has to wait."""
-        tensor = torch.from_numpy(words)
-        return tensor.pin_memory() if self._device.type == "cuda" else tensor
 
     def _launch(self, phase: str, group: GroupTable, dtype: torch.dtype, rows: int) -> tuple[int, Constants, int]:
         """The group's place, the variant of the kernel, and how many programs."""
@@ -207,9 +204,7 @@ class TritonBackend:
             items = int(step.heads[place, PHASES.index(phase), 1])
         align = vector if alignment % vector == 0 else 1
         constants = CONSTANTS[phase](tile_tokens, align, is_split, dtype)
-        if is_split:  # programs take turns
-            items = min(items, PROGRAMS_PER_PROCESSOR * _num_processors(self._device))
-        return place, constants, items
+        return place, constants, min(items, PROGRAMS_PER_PROCESSOR * num_processors(self._device))
 
     def _head(self, place: int, phase: str) -> Tensor:
         return self._words[HEAD_WORDS * place + 4 * PHASES.index(phase) :]
@@ -275,21 +270,6 @@ def _usual_items(group: GroupTable, phase: str) -> int:
     if phase == "shrink":
         return len(group.modules) * 2 * max(4, BLOCKING.num_planes(group.in_features))
     return sum(-(-table.out_features // BLOCKING.columns) for table in group.modules)
-
-
-def _at_least(memory: Tensor, numel: int) -> Tensor:
-    if memory.numel() >= numel:
-        return memory
-    return torch.empty(numel, dtype=memory.dtype, device=memory.device)
-
-
-@lru_cache
-def _num_processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
-def _gpu_kind() -> str:
-    return "hip" if torch.version.hip else "cuda"
 
 
 def _check(tensor: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> None:

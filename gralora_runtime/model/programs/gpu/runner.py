@@ -1,0 +1,139 @@
+"""Runs one step of a model of Llama's build on a GPU: decode steps from graphs, all others launch by launch."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from gralora_kernels.replay import ReplayError
+from gralora_kernels.tables import GroupTable
+from gralora_kernels.triton_ops.adapters.launch import TritonBackend
+from gralora_kernels.triton_ops.attention_launch import PagedAttention
+from gralora_runtime.batch import StepTensors
+from gralora_runtime.model.description import Description, rotary_tables
+from gralora_runtime.model.kv_pool import KVPool
+from gralora_runtime.model.loading import BaseModel
+from gralora_runtime.model.programs.gpu.graphs import CudaCapture, GraphLadder, repeated
+from gralora_runtime.model.programs.gpu.inputs import StepInputs
+from gralora_runtime.model.programs.gpu.model import GpuModel, Kernels, fastest_product, invariant_product
+
+logger = logging.getLogger(__name__)
+
+GRAPH_WIDTH = 512  # columns of u in a module: adapters of larger r * k are served without a graph
+
+
+class GpuRunner:
+    """Takes the model of `base` over. `rungs`: numbers of rows to capture a graph for, none if empty."""
+
+    def __init__(
+        self,
+        base: BaseModel,
+        model: Description,
+        kv_pool: KVPool,
+        *,
+        arena: Tensor,
+        groups: Mapping[tuple[str, ...], GroupTable],
+        backend: TritonBackend,
+        page_size: int,
+        max_num_tokens: int,
+        max_num_rows: int,
+        max_model_len: int,
+        rungs: Sequence[int],
+        batch_invariant: bool,
+    ) -> None:
+        self._device = base.model.device
+        self._groups = tuple(groups.values())
+        self._model = GpuModel(
+            model,
+            rotary=rotary_tables(base.model, base.max_positions),
+            kv_pool=kv_pool,
+            arena=arena,
+            groups=groups,
+            multiply=invariant_product if batch_invariant else fastest_product,
+        )
+        max_pages = -(-max_model_len // page_size)
+        self._inputs = StepInputs(
+            max_tokens=max_num_tokens, max_rows=max_num_rows, max_pages=max_pages, device=self._device
+        )
+        self._adapters = backend
+        self._attention = PagedAttention(
+            self._model.attention_shape(page_size), self._model.dtype, self._device, invariant=batch_invariant
+        )
+        self._refused: set[str] = set()
+        self._ladder: GraphLadder | None = None
+        if rungs:
+            self._capture(rungs, max_pages, max_model_len)
+        logger.info(
+            "model ready: %d layers, nine launches each; %s products; attention by Triton; graphs of %s rows",
+            len(model.layers),
+            "batch-invariant" if batch_invariant else "the vendor's",
+            ", ".join(map(str, rungs)) or "no",
+        )
+
+    def execute(self, tensors: StepTensors) -> Tensor:
+        """Logits of the tokens in `logits_index`, fp32 [sampling rows, vocab]."""
+        with torch.inference_mode():
+            rung = self._ladder.rung(len(tensors.context_lens)) if self._ladder and tensors.max_query_len == 1 else None
+            if rung is not None:
+                try:
+                    return self._replay(tensors, rung)
+                except ReplayError as error:  # raised before anything was launched
+                    self._note_refusal(error)
+            return self._launch(tensors)
+
+    def _capture(self, rungs: Sequence[int], max_pages: int, max_model_len: int) -> None:
+        most = max(rungs)
+        self._graph_inputs = StepInputs(max_tokens=most, max_rows=most, max_pages=max_pages, device=self._device)
+        self._graph_attention = self._attention.frozen(most, max_model_len)
+        self._graph_adapters = self._adapters.frozen(
+            self._groups, max_tokens=most, max_width=GRAPH_WIDTH, dtype=self._model.dtype
+        )
+        logits = torch.empty(most, self._model.vocab_size, dtype=self._model.dtype, device=self._device)
+        on_gpu = self._device.type == "cuda"
+        side = torch.cuda.Stream(self._device) if on_gpu else None  # type: ignore[no-untyped-call]
+
+        def compute(rows: int, adapted: bool) -> Callable[[], Tensor]:
+            step = self._graph_inputs.empty(rows)
+            kernels = Kernels(self._graph_attention, self._graph_adapters if adapted else None, side)
+
+            def run() -> Tensor:
+                self._model.forward(step, kernels, logits[:rows])
+                return logits[:rows]
+
+            return run
+
+        with torch.inference_mode():
+            self._ladder = GraphLadder(rungs, CudaCapture(self._device) if on_gpu else repeated, compute)
+
+    def _replay(self, tensors: StepTensors, rung: int) -> Tensor:
+        """A decode step by the graph of `rung` rows. Raises `ReplayError`, with nothing changed, if it does not fit."""
+        assert self._ladder is not None
+        grouping, index = tensors.grouping, tensors.logits_index
+        if grouping.num_adapted:
+            self._graph_adapters.prepare(self._groups, grouping)
+        self._graph_attention.prepare(tensors.query_starts.numpy(), tensors.context_lens.numpy())
+        self._graph_inputs.load_padded(tensors, rung)
+        logits = self._ladder.replay(rung, adapted=grouping.num_adapted > 0)
+        rows = len(tensors.context_lens)
+        return (logits[:rows] if len(index) == rows else logits[index.to(self._device)]).float()
+
+    def _launch(self, tensors: StepTensors) -> Tensor:
+        """Any step, launch by launch."""
+        if tensors.grouping.num_adapted:
+            self._adapters.prepare(self._groups, tensors.grouping)
+        self._attention.prepare(tensors.query_starts.numpy(), tensors.context_lens.numpy())
+        step = self._inputs.load(tensors)
+        kernels = Kernels(self._attention, self._adapters if tensors.grouping.num_adapted else None)
+        wanted = len(step.logits_index)
+        # A step of unfinished prompts wants no logits; one row of them costs less than a second way through the model.
+        logits = torch.empty(max(1, wanted), self._model.vocab_size, dtype=self._model.dtype, device=self._device)
+        self._model.forward(step, kernels, logits)
+        return logits[:wanted].float()
+
+    def _note_refusal(self, error: ReplayError) -> None:
+        if error.what not in self._refused:
+            self._refused.add(error.what)
+            logger.warning("a decode step is launched without a graph, which is slower: %s", error)

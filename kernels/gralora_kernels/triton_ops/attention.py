@@ -1,0 +1,151 @@
+"""Causal attention over paged keys and values, read where they lie. Knows no launch sizes and no layer.
+
+A stretch of the context is summed up from scratch, and stretches are merged in order. What a query does not see adds
+exactly nothing, so its result does not depend on which queries share its tile, nor on how its prompt was cut.
+"""
+
+# Triton reads annotations as code and knows only its own.
+# ruff: noqa: ANN001, ANN201, PLR0915, PLR0917
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+NOTHING = tl.constexpr(-1e30)  # a score that is not seen: finite, so that differences are no NaN
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit(do_not_specialize=["window", "table_stride"])
+def attention_kernel(
+    out,  # [tokens, heads, D]
+    q,  # [tokens, Q_ROW, D]: the first heads of a row are the queries
+    keys,  # [pages, PAGE, KV_HEADS, D]
+    values,  # [pages, PAGE, KV_HEADS, D]
+    page_table,  # int32 [rows, table_stride]
+    query_starts,  # int32 [rows + 1]
+    context_lens,  # int32 [rows]
+    items,  # int32 [items, 8]
+    counts,  # int32: number of items, number of merges
+    partial_sums,  # fp32 [partials, heads, D]
+    partial_stats,  # fp32 [partials, heads, 2]: largest score, sum of weights
+    table_stride,
+    window,  # positions that a query sees, its own included; 0: all
+    scale,
+    softcap,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    Q_ROW: tl.constexpr,
+    D: tl.constexpr,
+    PAGE: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ALIGN: tl.constexpr,  # elements: D is a multiple of it
+    HAS_SOFTCAP: tl.constexpr,
+):
+    """An item, for the queries of one KV head: rows of the tile are tokens times heads. Programs take turns, because a
+    replayed graph has as many as it was captured with."""
+    group: tl.constexpr = HEADS // KV_HEADS
+    kv_head = tl.program_id(1)
+    m = tl.arange(0, BLOCK_M)
+    d = tl.max_contiguous(tl.multiple_of(tl.arange(0, BLOCK_D), ALIGN), ALIGN)
+    m_d = d < D
+    for number in range(tl.program_id(0), tl.load(counts), tl.num_programs(0)):
+        item = items + number * 8
+        row, first, count = tl.load(item), tl.load(item + 1), tl.load(item + 2)
+        begin, end, partial = tl.load(item + 3), tl.load(item + 4), tl.load(item + 5)
+        before = tl.load(context_lens + row) - tl.load(query_starts + row + 1)  # position of a token, less its number
+        m_m = m < count * group
+        token, head = (first + m // group).to(tl.int64), kv_head * group + m % group
+        position = before + first + m // group
+        last = before + first + count  # the first position that nobody sees
+        low = tl.maximum(last - count - window + 1, 0) if window > 0 else 0  # the first that anybody sees
+        b_q = tl.load(
+            q + ((token * Q_ROW + head) * D)[:, None] + d[None, :], mask=m_m[:, None] & m_d[None, :], other=0.0
+        )
+        total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        weight = tl.zeros([BLOCK_M], tl.float32)
+        largest = tl.full([BLOCK_M], NOTHING, tl.float32)
+        begin = tl.maximum(begin, low // SPLIT)
+        for stretch in range(begin, end):
+            s_total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+            s_weight = tl.zeros([BLOCK_M], tl.float32)
+            s_largest = tl.full([BLOCK_M], NOTHING, tl.float32)
+            for start in range(stretch * SPLIT, tl.minimum(stretch * SPLIT + SPLIT, last), BLOCK_N):
+                p = start + tl.arange(0, BLOCK_N)
+                m_p = p < last
+                page = tl.load(page_table + row * table_stride + p // PAGE, mask=m_p, other=0).to(tl.int64)
+                offset = ((page * PAGE + p % PAGE) * KV_HEADS + kv_head) * D
+                mask = m_p[:, None] & m_d[None, :]
+                b_k = tl.load(keys + offset[:, None] + d[None, :], mask=mask, other=0.0)
+                scores = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale
+                if HAS_SOFTCAP:
+                    scores = softcap * (2 * tl.sigmoid(2 * scores / softcap) - 1)  # tanh
+                is_seen = (p[None, :] <= position[:, None]) & (
+                    (window <= 0) | (p[None, :] > position[:, None] - window)
+                )
+                scores = tl.where(is_seen, scores * LOG2_E, NOTHING)
+                new = tl.maximum(s_largest, tl.max(scores, 1))
+                weights = tl.where(is_seen, tl.exp2(scores - new[:, None]), 0.0)
+                factor = tl.exp2(s_largest - new)
+                b_v = tl.load(values + offset[:, None] + d[None, :], mask=mask, other=0.0)
+                s_total = tl.dot(weights.to(b_v.dtype), b_v, s_total * factor[:, None], input_precision="ieee")
+                s_weight = s_weight * factor + tl.sum(weights, 1)
+                s_largest = new
+            # Exactly the one if the other has seen nothing. `merge_kernel` does the same.
+            new = tl.maximum(largest, s_largest)
+            factor, s_factor = tl.exp2(largest - new), tl.exp2(s_largest - new)
+            total = tl.fma(total, tl.broadcast_to(factor[:, None], total.shape), s_total * s_factor[:, None])
+            weight, largest = tl.fma(weight, factor, s_weight * s_factor), new
+        result = head if partial < 0 else partial * HEADS + head
+        if partial < 0:
+            p_out = out + ((token * HEADS + head) * D)[:, None] + d[None, :]
+            tl.store(p_out, (total / weight[:, None]).to(out.dtype.element_ty), mask=m_m[:, None] & m_d[None, :])
+        else:
+            p_sums = partial_sums + (result.to(tl.int64) * D)[:, None] + d[None, :]
+            tl.store(p_sums, total, mask=m_m[:, None] & m_d[None, :])
+            tl.store(partial_stats + result.to(tl.int64) * 2, largest, mask=m_m)
+            tl.store(partial_stats + result.to(tl.int64) * 2 + 1, weight, mask=m_m)
+
+
+@triton.jit(do_not_specialize=["window"])
+def merge_kernel(
+    out,  # [tokens, heads, D]
+    merges,  # int32 [merges, 8]
+    counts,  # int32: number of items, number of merges
+    context_lens,  # int32 [rows]
+    partial_sums,  # fp32 [partials, heads, D]
+    partial_stats,  # fp32 [partials, heads, 2]
+    window,
+    HEADS: tl.constexpr,
+    D: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """One head of a token whose result is in parts. Parts wholly before the window were not written."""
+    head = tl.program_id(1)
+    d = tl.arange(0, BLOCK_D)
+    m_d = d < D
+    for number in range(tl.program_id(0), tl.load(counts + 1), tl.num_programs(0)):
+        merge = merges + number * 8
+        token, first, count = tl.load(merge).to(tl.int64), tl.load(merge + 1), tl.load(merge + 2)
+        length, each = tl.load(context_lens + tl.load(merge + 3)), tl.load(merge + 4)
+        low = tl.maximum(length - window, 0) if window > 0 else 0
+        total = tl.zeros([1, BLOCK_D], tl.float32)
+        weight = tl.zeros([1], tl.float32)
+        largest = tl.full([1], NOTHING, tl.float32)
+        for part in range(low // SPLIT // each, count):
+            result = (first + part).to(tl.int64) * HEADS + head
+            b_sum = tl.load(partial_sums + result * D + d, mask=m_d, other=0.0)
+            p_stats = partial_stats + result * 2 + tl.zeros([1], tl.int32)
+            s_total, s_weight, s_largest = b_sum[None, :], tl.load(p_stats + 1), tl.load(p_stats)
+            new = tl.maximum(largest, s_largest)
+            factor, s_factor = tl.exp2(largest - new), tl.exp2(s_largest - new)
+            total = tl.fma(total, tl.broadcast_to(factor[:, None], total.shape), s_total * s_factor[:, None])
+            weight, largest = tl.fma(weight, factor, s_weight * s_factor), new
+        b_out = total / weight[:, None]
+        p_out = out + (token * HEADS + head) * D + d[None, :]
+        tl.store(p_out, b_out.to(out.dtype.element_ty), mask=m_d[None, :])
