@@ -21,8 +21,10 @@ demo: $(STAMP)
 serve: $(STAMP)
 	$(BIN)/gralora serve --adapters examples/adapters
 
+# Triton's interpreter is on or off for a whole process, so the kernels' tests have their own, one for each core.
 test: $(STAMP)
 	$(BIN)/python -m pytest
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto tests/interpreted
 
 # Two minutes. It needs atheris, which has wheels for Linux on x86_64 only.
 fuzz: $(STAMP)

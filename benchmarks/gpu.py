@@ -29,6 +29,7 @@ from benchmarks.machine import facts
 from gralora_kernels.dispatch import AdapterBackend, resolve_backend
 from gralora_kernels.grouping import Grouping
 from gralora_kernels.reference.adapters import ReferenceBackend
+from gralora_kernels.replay import ReplayError
 from gralora_kernels.tables import GroupTable
 
 BOUNDS = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}  # RMS error over RMS
@@ -77,7 +78,8 @@ def main() -> None:
                     "model": model, "step": segments, "adapter": adapter, "layers": layers,
                     "floor_us": round(1e6 * floor_s, 1),
                     "eager_us": round(1e6 * eager_s, 1), "eager_times_floor": round(eager_s / floor_s, 2),
-                    "replay_us": round(1e6 * replay_s, 1), "replay_times_floor": round(replay_s / floor_s, 2),
+                    "replay_us": None if replay_s is None else round(1e6 * replay_s, 1),
+                    "replay_times_floor": None if replay_s is None else round(replay_s / floor_s, 2),
                 })  # fmt: skip
     result = {
         "machine": _machine(device),
@@ -151,13 +153,17 @@ def time_eager(case: Case, backend: AdapterBackend, rounds: int) -> float:
     return median_s(step, rounds)
 
 
-def time_replay(case: Case, rounds: int) -> float:
-    """Seconds of a step as a CUDA graph; includes its work lists."""
+def time_replay(case: Case, rounds: int) -> float | None:
+    """Seconds of a step as a CUDA graph; includes its work lists. None for steps of prompts, which no graph is for."""
     from gralora_kernels.triton_ops.adapters.launch import TritonBackend
 
-    backend = TritonBackend(case.arena.device)
-    backend.prepare(case.groups, case.grouping)
-    backend.freeze()
+    backend = TritonBackend(case.arena.device).frozen(
+        case.groups, max_tokens=len(case.slots), max_width=case.grouping.max_width, dtype=case.arena.dtype
+    )
+    try:
+        backend.prepare(case.groups, case.grouping)
+    except ReplayError:
+        return None
     case.run(backend)  # compiled outside of the capture
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()

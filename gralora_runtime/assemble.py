@@ -24,7 +24,7 @@ from gralora_runtime.info import EngineInfo
 from gralora_runtime.model.adaptable import adaptable_modules
 from gralora_runtime.model.kv_pool import KVPool, page_bytes
 from gralora_runtime.model.loading import BaseModel, load_base_model
-from gralora_runtime.model.programs.choice import Served, kv_in_panels, make_runner
+from gralora_runtime.model.programs.choice import Served, kv_in_panels, make_runner, reserved_bytes
 from gralora_runtime.model.programs.gpu.graphs import usual_ladder
 from gralora_runtime.model.selfcheck import check_runner, expected_logits
 from gralora_runtime.model.tokenization import PromptTokenizer
@@ -64,9 +64,19 @@ def assemble(config: EngineConfig, base: BaseModel | None = None) -> EngineParts
     if base is None:
         base = load_base_model(config.model, device=device, dtype=config.dtype)
         expected = expected_logits(base)
-    adapters = _adapter_manager(config, base, device, backend.packing)
+    rungs = usual_ladder(config.max_num_seqs) if config.cuda_graphs is None else config.cuda_graphs
+    reserved = reserved_bytes(
+        base,
+        backend,
+        max_tokens=config.max_num_batched_tokens,
+        max_rows=config.max_num_seqs,
+        num_rungs=len(rungs),
+    )
+    adapters = _adapter_manager(config, base, _free_bytes(device) - reserved, backend.packing)
     try:
-        kv_pool, max_model_len = _kv_pool(config, base, in_panels=kv_in_panels(backend, device))
+        kv_pool, max_model_len = _kv_pool(
+            config, base, _free_bytes(device) - reserved, in_panels=kv_in_panels(backend, device)
+        )
         num_pages = len(kv_pool.keys[0])
         runner = make_runner(
             Served(
@@ -79,7 +89,7 @@ def assemble(config: EngineConfig, base: BaseModel | None = None) -> EngineParts
                 max_num_tokens=config.max_num_batched_tokens,
                 max_num_rows=config.max_num_seqs,
                 max_model_len=max_model_len,
-                rungs=usual_ladder(config.max_num_seqs) if config.cuda_graphs is None else config.cuda_graphs,
+                rungs=rungs,
                 batch_invariant=config.batch_invariant,
             )
         )
@@ -147,8 +157,9 @@ def _free_bytes(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def _adapter_manager(config: EngineConfig, base: BaseModel, device: torch.device, packing: Packing) -> AdapterManager:
-    pool_bytes = config.adapter_pool_bytes or int(_free_bytes(device) * ADAPTER_POOL_SHARE[device.type])
+def _adapter_manager(config: EngineConfig, base: BaseModel, free_bytes: int, packing: Packing) -> AdapterManager:
+    device = base.model.device
+    pool_bytes = config.adapter_pool_bytes or int(free_bytes * ADAPTER_POOL_SHARE[device.type])
     return AdapterManager(
         modules=[shape for shape, _ in adaptable_modules(base.model)],
         device=device,
@@ -163,7 +174,7 @@ def _adapter_manager(config: EngineConfig, base: BaseModel, device: torch.device
     )
 
 
-def _kv_pool(config: EngineConfig, base: BaseModel, *, in_panels: bool) -> tuple[KVPool, int]:
+def _kv_pool(config: EngineConfig, base: BaseModel, free_bytes: int, *, in_panels: bool) -> tuple[KVPool, int]:
     """The pool, and the longest sequence that is served with it."""
     device = base.model.device
     wanted_len = min(config.max_model_len or base.max_positions, base.max_positions)
@@ -178,7 +189,7 @@ def _kv_pool(config: EngineConfig, base: BaseModel, *, in_panels: bool) -> tuple
         head_dim=base.head_dim,
         dtype=base.model.dtype,
     )
-    budget = config.kv_cache_bytes or int(_free_bytes(device) * KV_CACHE_SHARE[device.type])
+    budget = config.kv_cache_bytes or int(free_bytes * KV_CACHE_SHARE[device.type])
     pages_per_seq = -(-wanted_len // config.page_size)
     num_pages = min(budget // one_page, config.max_num_seqs * pages_per_seq)
     if config.max_model_len and num_pages < pages_per_seq:

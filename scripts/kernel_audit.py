@@ -10,14 +10,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 import triton
-from kernel_binary import DTYPES, TARGETS, Binary, compile_variant, variants
+from kernel_binary import DTYPES, TARGETS, Binary, compile_numbered, variants
 from kernel_bytes import ADAPTERS, MODELS, SEGMENTS, Traffic, traffic
 from rich.console import Console
 from rich.table import Table
@@ -58,8 +61,10 @@ def main() -> None:
 
 
 def compile_all(dtypes: Sequence[torch.dtype] = DTYPES, targets: Sequence[str] = tuple(TARGETS)) -> list[Binary]:
-    """Every variant of every kernel, for every target."""
-    return [compile_variant(variant, target) for dtype in dtypes for target in targets for variant in variants(dtype)]
+    """Every variant of every kernel, for every target, on all cores."""
+    wanted = [(dtype, i, target) for dtype in dtypes for target in targets for i in range(len(variants(dtype)))]
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), mp_context=get_context("spawn")) as pool:
+        return list(pool.map(compile_numbered, *zip(*wanted, strict=True)))
 
 
 def count_all() -> list[Traffic]:

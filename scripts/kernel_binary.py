@@ -63,6 +63,11 @@ def variants(dtype: torch.dtype) -> list[Variant]:
     return [variant for listed in KERNELS for variant in listed(dtype)]
 
 
+def compile_numbered(dtype: torch.dtype, number: int, target: str) -> Binary:
+    """`variants(dtype)[number]`: what another process can be asked for."""
+    return compile_variant(variants(dtype)[number], target)
+
+
 def compile_variant(variant: Variant, target: str) -> Binary:
     """As the JIT would: pointers are multiples of 16 bytes, and of sizes nothing is known."""
     compiled = _compile(variant, TARGETS[target])

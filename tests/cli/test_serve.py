@@ -9,11 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 
 from gralora_runtime.config import EngineConfig
 from gralora_server.cli import serve
 from gralora_server.cli.app import run
-from gralora_server.cli.options import parse_address, parse_bytes
+from gralora_server.cli.options import parse_address, parse_bytes, parse_graphs
 from gralora_server.cli.output import ExitCode
 from gralora_server.client import Client
 from gralora_server.config import MetricsConfig, ServerConfig, TlsConfig
@@ -42,10 +43,11 @@ def test_every_option_reaches_its_configuration(configured) -> None:
         "--max-model-len": "11", "--max-queue": "13", "--max-adapter-rank": "17", "--max-adapter-slots": "19",
         "--page-size": "23", "--kv-cache-bytes": "1GiB", "--adapter-pool-bytes": "2m", "--host-cache-bytes": "29",
         "--token-file": "/t", "--tls-cert": "/c", "--tls-key": "/k", "--tls-client-ca": "/ca",
+        "--cuda-graphs": "4,2,4",
         "--max-request-s": "31", "--grace-s": "37", "--metrics-address": "[::1]:41", "--metrics-max-adapters": "43",
     }  # fmt: skip
     words = [word for pair in options.items() for word in pair]
-    assert run(["serve", *words, "--no-prefix-cache", "--no-reflection", "--json"]) == ExitCode.OK
+    assert run(["serve", *words, "--no-prefix-cache", "--batch-invariant", "--no-reflection", "--json"]) == ExitCode.OK
     ((server, engine, as_json),) = configured
 
     assert server == ServerConfig(
@@ -76,6 +78,8 @@ def test_every_option_reaches_its_configuration(configured) -> None:
         max_adapter_rank=17,
         enable_prefix_cache=False,
         num_threads=3,
+        cuda_graphs=(2, 4),
+        batch_invariant=True,
         max_named_adapters=43,
     )
     assert as_json
@@ -86,6 +90,17 @@ def test_every_option_reaches_its_configuration(configured) -> None:
 )
 def test_sizes(text: str, expected: int) -> None:
     assert parse_bytes(text) == expected
+
+
+@pytest.mark.parametrize(("text", "expected"), [("on", None), ("off", ()), ("1", (1,)), ("8, 2,4", (2, 4, 8))])
+def test_graphs(text: str, expected: tuple[int, ...] | None) -> None:
+    assert parse_graphs(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "some", "1,,2", "1.5"])
+def test_other_words_for_graphs_are_refused_by_name(text: str) -> None:
+    with pytest.raises(typer.BadParameter, match="is not on, off or numbers of rows"):
+        parse_graphs(text)
 
 
 @pytest.mark.parametrize(

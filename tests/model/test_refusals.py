@@ -118,6 +118,7 @@ def test_impossible_settings_are_named(config: EngineConfig, changes: dict[str, 
         ({"max_num_seqs": 0}, "max_num_seqs must be at least 1, got 0"),
         ({"max_num_seqs": 64, "max_num_batched_tokens": 32}, "decoding rows would not fit into a step"),
         ({"kv_cache_bytes": -1}, "kv_cache_bytes must be at least 1, got -1"),
+        ({"cuda_graphs": (1, 64)}, r"cuda_graphs must be numbers of rows from 1 to max_num_seqs \(32\), got 1, 64"),
     ],
 )
 def test_settings_that_contradict_themselves_are_refused(changes: dict[str, Any], message: str) -> None:

@@ -45,6 +45,19 @@ def kv_in_panels(backend: AdapterBackend, device: torch.device) -> bool:
     return device.type == "cpu" and backend.name != "triton"
 
 
+def reserved_bytes(base: BaseModel, backend: AdapterBackend, *, max_tokens: int, max_rows: int, num_rungs: int) -> int:
+    """Of a GPU's memory, what pools must leave to the program."""
+    if base.model.device.type == "cpu" or backend.name != "triton":
+        return 0
+    from gralora_runtime.model.programs.gpu.memory import workspace_bytes
+
+    try:
+        model = describe(base.model)
+    except OtherBuildError:
+        return 0
+    return workspace_bytes(model, max_tokens=max_tokens, max_rows=max_rows, num_graphs=2 * num_rungs)
+
+
 def make_runner(served: Served) -> Runner:
     """The fastest program that can compute this model, named in the log with the reason if it is the slow one.
 

@@ -24,6 +24,17 @@ def parse_bytes(text: Any) -> int:
     return int(float(match[1]) * _UNITS[match[2].lower()])
 
 
+def parse_graphs(text: Any) -> tuple[int, ...] | None:
+    """`EngineConfig.cuda_graphs` of "on", "off" or numbers of rows."""
+    words = str(text).strip().lower()
+    if words in ("on", "off"):
+        return None if words == "on" else ()
+    try:
+        return tuple(sorted({int(number) for number in words.split(",")}))
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not on, off or numbers of rows (example: 1,2,4,8,16)") from None
+
+
 def parse_address(address: str) -> tuple[str, int]:
     """HOST:PORT, with an IPv6 host in brackets."""
     host, _, port = address.rpartition(":")

@@ -11,7 +11,7 @@ from gralora_runtime.config import DEVICES, DTYPES, KERNEL_BACKENDS, EngineConfi
 from gralora_server.cli.environment import limit_spinning
 from gralora_server.cli.logs import LEVELS, configure
 from gralora_server.cli.model import default_model
-from gralora_server.cli.options import DEFAULT_ADDRESS, Json, default_of, parse_address, parse_bytes
+from gralora_server.cli.options import DEFAULT_ADDRESS, Json, default_of, parse_address, parse_bytes, parse_graphs
 from gralora_server.cli.output import CommandError, ExitCode, announce
 from gralora_server.config import MetricsConfig, ServerConfig, TlsConfig
 
@@ -58,6 +58,18 @@ def serve(
     max_adapter_slots: int = _engine_option("max_adapter_slots", "Adapters in the pool at once."),
     prefix_cache: bool = _engine_option(
         "enable_prefix_cache", "Reuse the pages of common prefixes.", flag="--prefix-cache/--no-prefix-cache"
+    ),
+    cuda_graphs: Annotated[
+        Any,
+        typer.Option(
+            parser=parse_graphs,
+            metavar="on|off|ROWS,...",
+            help="Decode steps that a GPU captures at start: on (up to --max-num-seqs rows), off, or numbers of rows.",
+            rich_help_panel=ENGINE,
+        ),
+    ] = "on",
+    batch_invariant: bool = _engine_option(
+        "batch_invariant", "On a GPU, the same bits whatever shares the batch, at the price of slower products."
     ),
     page_size: int = _engine_option("page_size", "Tokens.", panel=MEMORY),
     kv_cache_bytes: int | None = _bytes_option("kv_cache_bytes", "Default: from the free memory."),
@@ -129,6 +141,8 @@ def serve(
         max_adapter_rank=max_adapter_rank,
         enable_prefix_cache=prefix_cache,
         num_threads=threads,
+        cuda_graphs=cuda_graphs,
+        batch_invariant=batch_invariant,
         max_named_adapters=metrics_max_adapters,
     )
     _run(server_config, engine_config, as_json=json)

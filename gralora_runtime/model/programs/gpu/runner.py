@@ -18,11 +18,10 @@ from gralora_runtime.model.kv_pool import KVPool
 from gralora_runtime.model.loading import BaseModel
 from gralora_runtime.model.programs.gpu.graphs import CudaCapture, GraphLadder, repeated
 from gralora_runtime.model.programs.gpu.inputs import StepInputs
+from gralora_runtime.model.programs.gpu.memory import GRAPH_WIDTH
 from gralora_runtime.model.programs.gpu.model import GpuModel, Kernels, fastest_product, invariant_product
 
 logger = logging.getLogger(__name__)
-
-GRAPH_WIDTH = 512  # columns of u in a module: adapters of larger r * k are served without a graph
 
 
 class GpuRunner:
@@ -105,8 +104,12 @@ class GpuRunner:
 
             return run
 
+        before = torch.cuda.memory_allocated(self._device) if on_gpu else 0
         with torch.inference_mode():
             self._ladder = GraphLadder(rungs, CudaCapture(self._device) if on_gpu else repeated, compute)
+        if on_gpu:
+            taken = torch.cuda.memory_allocated(self._device) - before
+            logger.info("graphs keep %.0f MiB of activations", taken / 2**20)
 
     def _replay(self, tensors: StepTensors, rung: int) -> Tensor:
         """A decode step by the graph of `rung` rows. Raises `ReplayError`, with nothing changed, if it does not fit."""
