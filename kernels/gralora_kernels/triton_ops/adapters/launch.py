@@ -135,6 +135,13 @@ class TritonBackend:
                 **constants, **launch_options("expand", gpu_kind(), arena.dtype, constants["BLOCK_M"]),
             )  # fmt: skip
 
+    def lists(self, group: GroupTable) -> tuple[Int32s, Int32s]:
+        """The last step's items of a group's shrink and expand, read back from the device: for tests."""
+        items = self._items.view(-1, ITEM).cpu().numpy()
+        heads = [self._head(self._places[group], phase)[:2].tolist() for phase in PHASES]
+        shrink, expand = (items[first : first + count] for first, count in heads)
+        return shrink, expand
+
     def _use(self, groups: Sequence[GroupTable]) -> None:
         if self._groups != tuple(groups):
             assert self._guard is None, "a frozen backend serves the groups that it was made for"

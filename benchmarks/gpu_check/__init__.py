@@ -1,0 +1,1 @@
+"""`python -m benchmarks.gpu_check`: whether the GPU's kernels and program are right on this machine, and how fast."""

@@ -1,0 +1,111 @@
+"""Runs the parts, each in a process of its own, prints a table that fits a screen and writes one JSON file.
+
+    make gpu-check                     on a machine with a GPU, under six minutes
+    make gpu-check CHECK=--dry         on any: tiny shapes, Triton's interpreter; its times mean nothing
+    PYTHONPATH=kernels:.:server:proto python -m benchmarks.gpu_check [--dry] [--out DIR]
+
+A part's log is kept whole in the folder that is printed. Exit code 1 if a check or a part failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu_check.report import print_result
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "gpu"
+PARTS = {"facts": 40, "kernels": 120, "programs": 90, "steps": 150, "transformers": 60, "attention": 40, "loads": 60}
+DRY_TIMES = 4  # the interpreter's share of the limits above, which are seconds
+Line = dict[str, Any]
+
+
+def main() -> None:
+    """Parse, run, report, exit."""
+    parser = argparse.ArgumentParser(description="Whether this machine's GPU is right, and how fast it is.")
+    parser.add_argument("--dry", action="store_true", help="tiny shapes under Triton's interpreter, without a GPU")
+    parser.add_argument("--out", type=Path, help=f"where the JSON goes; default: {RESULTS.relative_to(ROOT)}")
+    options = parser.parse_args()
+    logs = Path(tempfile.mkdtemp(prefix="gpu-check-"))
+    lines: list[Line] = []
+    for part in PARTS:
+        lines += run_part(part, logs, dry=options.dry, machine=next((x for x in lines if x["what"] == "facts"), {}))
+    result = gather(lines, dry=options.dry)
+    out = options.out or (logs if options.dry else RESULTS)
+    out.mkdir(parents=True, exist_ok=True)
+    name = re.sub(r"[^a-z0-9]+", "-", str(result["machine"].get("gpu", "no-gpu")).lower()).strip("-")
+    file = out / f"{datetime.now(UTC):%Y-%m-%d-%H%M}-{name}.json"
+    file.write_text(json.dumps(result, indent=1) + "\n")
+    print_result(result)
+    print(f"\n{file}\nlogs: {logs}")
+    sys.exit(0 if all(check["passed"] for check in result["checks"]) else 1)
+
+
+def run_part(part: str, logs: Path, *, dry: bool, machine: Line) -> list[Line]:
+    """What a part said; if it failed as a whole, that is a check that did not pass."""
+    limit_s, log = PARTS[part] * (DRY_TIMES if dry else 1), logs / f"{part}.log"
+    started_s = time.monotonic()
+    with log.open("w") as opened:
+        try:
+            done = subprocess.run(
+                [sys.executable, "-m", "benchmarks.gpu_check.part", part, json.dumps(machine)],
+                stdout=opened, stderr=subprocess.STDOUT, timeout=limit_s, env=_environment(logs, dry=dry), cwd=ROOT,
+                check=False,
+            )  # fmt: skip
+            problem = "" if done.returncode == 0 else f"exit code {done.returncode}"
+        except subprocess.TimeoutExpired:
+            problem = f"took more than {limit_s} s"
+    text = log.read_text()
+    lines = [json.loads(line[1:]) for line in text.splitlines() if line.startswith("\x1e{")]
+    if problem:
+        print(f"--- {part}: {problem}\n" + "\n".join(text.splitlines()[-15:]))
+    lines.append({"what": "check", "name": f"part {part}", "passed": not problem, "detail": problem or "ended"})
+    print(f"{part}: {time.monotonic() - started_s:.0f} s", flush=True)
+    return lines
+
+
+def gather(lines: list[Line], *, dry: bool) -> Line:
+    """The file's contents."""
+
+    def of(what: str) -> list[Line]:
+        return [{key: value for key, value in line.items() if key != "what"} for line in lines if line["what"] == what]
+
+    return {
+        "dry": dry,
+        "machine": next(iter(of("facts")), {}),
+        "checks": of("check"),
+        "cases": of("step"),
+        "transformers": of("transformers"),
+        "prefill": of("prefill"),
+        "attention": of("attention"),
+        "loads": of("loads"),
+        "starts": of("start"),
+    }
+
+
+def _environment(folder: Path, *, dry: bool) -> dict[str, str]:
+    paths = [ROOT / "kernels", ROOT, ROOT / "server", ROOT / "proto", *map(Path, filter(None, sys.path))]
+    try:
+        version("gralora-server")
+    except PackageNotFoundError:  # the engine asks for its own version
+        info = folder / "gralora_server-0.0.0.dist-info"
+        info.mkdir(exist_ok=True)
+        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: gralora-server\nVersion: 0.0.0\n")
+        paths.append(folder)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths))}
+    return environment | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""} if dry else environment
+
+
+if __name__ == "__main__":
+    main()
