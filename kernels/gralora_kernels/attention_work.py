@@ -18,6 +18,7 @@ SPLIT = 256  # positions
 MAX_ITEMS = 64  # of a row that decodes: contexts of more than 16,384 have several stretches in each
 
 Int32s = npt.NDArray[np.int32]
+Rows = npt.NDArray[np.intp]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,36 +43,43 @@ def plan_attention(query_starts: Int32s, context_lens: Int32s, tile_tokens: int)
 
     `tile_tokens`: queries of a prompt that share their loads.
     """
-    queries = np.diff(query_starts)
-    used = np.flatnonzero(context_lens)
-    is_decode = queries[used] == 1
-    decode, merges, num_partials = _decode_items(used[is_decode], query_starts, context_lens)
-    prompts = _prompt_items(used[~is_decode], query_starts, context_lens, tile_tokens)
-    return AttentionWork(items=np.concatenate([decode, prompts]), merges=merges, num_partials=num_partials)
+    queries = query_starts[1:] - query_starts[:-1]
+    is_used = context_lens > 0
+    is_decode = is_used & (queries == 1)
+    items, merges, num_partials = _decode_items(is_decode.nonzero()[0], query_starts, context_lens)
+    if (prompts := (is_used & (queries > 1)).nonzero()[0]).size:
+        items = np.concatenate([items, _prompt_items(prompts, query_starts, context_lens, tile_tokens)])
+    return AttentionWork(items=items, merges=merges, num_partials=num_partials)
 
 
-def _decode_items(rows: Int32s, query_starts: Int32s, context_lens: Int32s) -> tuple[Int32s, Int32s, int]:
-    stretches = -(-context_lens[rows] // SPLIT)
-    each = -(-stretches // MAX_ITEMS)
-    counts = -(-stretches // each)
-    number = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)  # of an item in its row
-    items = np.zeros((len(number), ATTENTION_ITEM), np.int32)
-    items[:, 0] = np.repeat(rows, counts)
-    items[:, 1] = query_starts[items[:, 0]]
-    items[:, 2] = 1
-    items[:, 3] = number * np.repeat(each, counts)
-    items[:, 4] = np.minimum(items[:, 3] + np.repeat(each, counts), np.repeat(stretches, counts))
-    in_parts = counts > 1
-    parts = np.where(in_parts, counts, 0)
-    first = np.cumsum(parts) - parts
-    items[:, 5] = np.where(np.repeat(in_parts, counts), np.repeat(first, counts) + number, -1)
-    merges = np.zeros((int(in_parts.sum()), ATTENTION_ITEM), np.int32)
-    for field, values in enumerate((query_starts[rows], first, counts, rows, each)):
-        merges[:, field] = values[in_parts]
-    return items, merges, int(parts.sum())
+def _decode_items(rows: Rows, query_starts: Int32s, context_lens: Int32s) -> tuple[Int32s, Int32s, int]:
+    tokens = query_starts[rows]
+    stretches = (context_lens[rows] + (SPLIT - 1)) // SPLIT
+    fields = np.zeros((ATTENTION_ITEM, len(rows)), np.int32)  # each row as if it were one item
+    fields[0], fields[1], fields[2], fields[4], fields[5] = rows, tokens, 1, stretches, -1
+    in_parts = (stretches > 1).nonzero()[0]
+    if not in_parts.size:
+        return np.ascontiguousarray(fields.T), np.zeros((0, ATTENTION_ITEM), np.int32), 0
+    each = (stretches + (MAX_ITEMS - 1)) // MAX_ITEMS
+    counts = (stretches + (each - 1)) // each
+    parts = counts[in_parts]
+    first = parts.cumsum(dtype=np.int32) - parts
+    merges = np.zeros((len(parts), ATTENTION_ITEM), np.int32)
+    for field, values in enumerate((tokens[in_parts], first, parts, rows[in_parts], each[in_parts])):
+        merges[:, field] = values
+    fields[3], fields[6] = each, counts.cumsum(dtype=np.int32) - counts
+    fields[5, in_parts] = first
+    # As many copies of a row as it has items, counted up from its first (field 6). A whole row has one, number 0.
+    fields = fields.repeat(counts, axis=1)
+    number = np.arange(fields.shape[1], dtype=np.int32) - fields[6]
+    begins = fields[3] * number
+    fields[4] = np.minimum(fields[4], begins + fields[3])
+    fields[3], fields[6] = begins, 0
+    fields[5] += number
+    return np.ascontiguousarray(fields.T), merges, int(first[-1] + parts[-1])
 
 
-def _prompt_items(rows: Int32s, query_starts: Int32s, context_lens: Int32s, tile_tokens: int) -> Int32s:
+def _prompt_items(rows: Rows, query_starts: Int32s, context_lens: Int32s, tile_tokens: int) -> Int32s:
     begins, ends = query_starts[rows], query_starts[rows + 1]
     counts = -(-(ends - begins) // tile_tokens)
     number = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)  # of a tile in its row

@@ -86,7 +86,7 @@ def test_heads_of_any_width(head_dim):
     assert_right(Case([35, 20], head_dim=head_dim), [(0, 1, 35), (1, 6, 20)])
 
 
-@pytest.mark.parametrize(("heads", "kv_heads"), [(3, 3), (6, 2), (7, 1), (12, 1), (32, 1)])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(3, 3), (8, 2), (6, 2), (7, 1), (12, 1), (32, 1), (70, 2)])
 def test_groups_of_any_size(heads, kv_heads):
     assert_right(Case([35, 20], heads=heads, kv_heads=kv_heads), [(0, 1, 35), (1, 1, 20), (0, 9, 30)])
 
@@ -115,30 +115,30 @@ def test_padding_rows_read_and_write_nothing():
 
 @pytest.fixture
 def short_stretches(monkeypatch):
-    """As many tiles as contexts of thousands have, in a test's time; and products whose rows do not depend on their
-    place, as a tensor core's do not: those of numpy's BLAS do."""
-    monkeypatch.setattr("gralora_kernels.attention_work.SPLIT", 32)
-    monkeypatch.setattr("gralora_kernels.triton_ops.attention_launch.SPLIT", 32)
+    """Stretches of two tiles, so that a few make a long context; and products whose rows do not depend on their place,
+    as a tensor core's do not: those of numpy's BLAS do."""
+    monkeypatch.setattr("gralora_kernels.attention_work.SPLIT", 64)
+    monkeypatch.setattr("gralora_kernels.triton_ops.attention_launch.SPLIT", 64)
     monkeypatch.setattr(np, "matmul", lambda a, b, dtype=None: (a[:, None, :] * b.T[None]).sum(-1, dtype=dtype))
 
 
 @pytest.mark.usefixtures("short_stretches")
 @pytest.mark.parametrize("window", [0, 40])
 def test_a_rows_bits_depend_neither_on_its_neighbours_nor_on_how_its_prompt_was_cut(window):
-    case = Case([105, 50])
+    case = Case([150, 50])
     attention = PagedAttention(case.shape, torch.float32, CPU, invariant=True)
 
     def run(steps):
         return case.run(steps, window=window, attention=attention)
 
-    (whole,) = run([(0, 105, 105)])
-    chunk, _, other = run([(0, 37, 105), (1, 1, 50), (0, 30, 42)])
-    lengths = (1, 31, 32, 33, 64, 70, 105)
+    (whole,) = run([(0, 150, 150)])
+    chunk, _, other = run([(0, 37, 150), (1, 1, 50), (0, 30, 82)])
+    lengths = (1, 32, 33, 64, 65, 128, 150)
     alone = [run([(0, 1, length)])[0] for length in lengths]
     together = run([(0, 1, length) for length in lengths])
 
     assert torch.equal(chunk, whole[-37:])
-    assert torch.equal(other, whole[12:42])
+    assert torch.equal(other, whole[52:82])
     for length, row, beside in zip(lengths, alone, together, strict=True):
         assert torch.equal(row[0], whole[length - 1])
         assert torch.equal(row, beside)

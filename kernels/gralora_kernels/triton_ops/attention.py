@@ -41,16 +41,20 @@ def attention_kernel(
     PAGE: tl.constexpr,
     SPLIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    TILE_HEADS: tl.constexpr,  # of a group, at most BLOCK_M
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ALIGN: tl.constexpr,  # elements: D is a multiple of it
     HAS_SOFTCAP: tl.constexpr,
 ):
-    """An item, for the queries of one KV head: rows of the tile are tokens times heads. Programs take turns, because a
+    """An item, for query heads of one KV head: rows of the tile are tokens times heads. Programs take turns, because a
     replayed graph has as many as it was captured with."""
     group: tl.constexpr = HEADS // KV_HEADS
-    kv_head = tl.program_id(1)
+    blocks: tl.constexpr = (group + TILE_HEADS - 1) // TILE_HEADS  # programs that share the group
+    kv_head = tl.program_id(1) // blocks
     m = tl.arange(0, BLOCK_M)
+    of_group = tl.program_id(1) % blocks * TILE_HEADS + m % TILE_HEADS
+    head = kv_head * group + of_group
     d = tl.max_contiguous(tl.multiple_of(tl.arange(0, BLOCK_D), ALIGN), ALIGN)
     m_d = d < D
     for number in range(tl.program_id(0), tl.load(counts), tl.num_programs(0)):
@@ -58,14 +62,13 @@ def attention_kernel(
         row, first, count = tl.load(item), tl.load(item + 1), tl.load(item + 2)
         begin, end, partial = tl.load(item + 3), tl.load(item + 4), tl.load(item + 5)
         before = tl.load(context_lens + row) - tl.load(query_starts + row + 1)  # position of a token, less its number
-        m_m = m < count * group
-        token, head = (first + m // group).to(tl.int64), kv_head * group + m % group
-        position = before + first + m // group
+        m_m = (m < count * TILE_HEADS) & (of_group < group)
+        token = (first + m // TILE_HEADS).to(tl.int64)
+        position = before + first + m // TILE_HEADS
         last = before + first + count  # the first position that nobody sees
         low = tl.maximum(last - count - window + 1, 0) if window > 0 else 0  # the first that anybody sees
-        b_q = tl.load(
-            q + ((token * Q_ROW + head) * D)[:, None] + d[None, :], mask=m_m[:, None] & m_d[None, :], other=0.0
-        )
+        p_q = q + ((token * Q_ROW + head) * D)[:, None] + d[None, :]
+        b_q = tl.load(p_q, mask=m_m[:, None] & m_d[None, :], other=0.0)
         total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         weight = tl.zeros([BLOCK_M], tl.float32)
         largest = tl.full([BLOCK_M], NOTHING, tl.float32)

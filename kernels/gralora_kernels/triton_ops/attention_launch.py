@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import gcd
 from typing import Any
 
@@ -45,19 +45,24 @@ class Tile:
     positions: int
     warps: int
     stages: int
-    registers: int | None = None  # most of a thread; NVIDIA's assembler may choose fewer and spill
+    registers: int | None = None  # most of a thread; left alone, NVIDIA's assembler may choose fewer and spill
+
+    def programs_per_group(self, group: int) -> int:
+        """Programs that share the query heads of a KV head. Each reads its keys and values."""
+        return -(-group // self.rows)
 
 
 # By bytes of an element and columns of a head, padded to a power of two: for steps of single tokens, and for those with
 # prompts. 16 rows are the least that tensor cores take. Wider heads and fp32, which NVIDIA multiplies without tensor
-# cores, get smaller tiles: what the accumulator and one tile of keys and values leave of 255 registers.
+# cores, get smaller tiles: what the accumulator and one tile of keys and values leave of 255 registers. Whether the
+# assembler spills without a limit changes with the number of heads and with the stride of q, so nearly all have one.
 TILES = {
-    (2, 64): (Tile(16, 64, 4, 2), Tile(64, 64, 8, 2)),
-    (2, 128): (Tile(16, 64, 4, 2, registers=200), Tile(64, 32, 8, 2)),
-    (2, 256): (Tile(16, 32, 4, 3), Tile(32, 16, 8, 2)),
-    (4, 64): (Tile(16, 32, 4, 2), Tile(32, 32, 8, 2)),
-    (4, 128): (Tile(16, 32, 8, 2), Tile(32, 16, 8, 2)),
-    (4, 256): (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+    (2, 64): (Tile(16, 64, 4, 2), Tile(64, 64, 8, 2, registers=255)),
+    (2, 128): (Tile(16, 64, 4, 2, registers=200), Tile(64, 32, 8, 2, registers=255)),
+    (2, 256): (Tile(16, 32, 4, 3), Tile(32, 16, 8, 2, registers=255)),
+    (4, 64): (Tile(16, 32, 4, 2, registers=128), Tile(32, 32, 8, 2, registers=128)),
+    (4, 128): (Tile(16, 32, 8, 2, registers=128), Tile(32, 16, 8, 2, registers=128)),
+    (4, 256): (Tile(16, 16, 8, 1, registers=128), Tile(16, 16, 8, 1, registers=128)),
 }
 
 
@@ -125,7 +130,7 @@ class PagedAttention:
             return
         _check(out, q, keys, shape)
         tile = self._tile()
-        attention_kernel[(items, shape.kv_heads)](
+        attention_kernel[(items, shape.kv_heads * tile.programs_per_group(shape.group))](
             out, q, keys, values, page_table, query_starts, context_lens, self._words[COUNTS:], self._words,
             self._sums, self._stats, page_table.stride(0), window, scale, softcap,
             **constants_for(shape, tile, self._dtype, has_softcap=softcap > 0), **options_for(tile, gpu_kind()),
@@ -159,10 +164,9 @@ MERGE_OPTIONS = {"num_warps": 1, "num_stages": 3}
 
 
 def tile_for(shape: AttentionShape, dtype: torch.dtype, *, has_prompts: bool) -> Tile:
-    """All heads of a group are in one tile, so that they share their loads."""
-    tile = TILES[dtype.itemsize, max(64, _padded(shape.head_dim))][has_prompts]
-    rows = max(tile.rows, 1 << (shape.group - 1).bit_length())
-    return replace(tile, rows=rows)
+    """All heads of a group are in one tile if it has rows for them, so that they share their loads."""
+    single_tokens, prompts = TILES[dtype.itemsize, max(64, _padded(shape.head_dim))]
+    return prompts if has_prompts or shape.group > single_tokens.rows else single_tokens
 
 
 def constants_for(shape: AttentionShape, tile: Tile, dtype: torch.dtype, *, has_softcap: bool) -> dict[str, Any]:
@@ -174,6 +178,7 @@ def constants_for(shape: AttentionShape, tile: Tile, dtype: torch.dtype, *, has_
         "PAGE": shape.page_size,
         "SPLIT": SPLIT,
         "BLOCK_M": tile.rows,
+        "TILE_HEADS": min(shape.group, tile.rows),
         "BLOCK_N": tile.positions,
         "BLOCK_D": _padded(shape.head_dim),
         "ALIGN": gcd(shape.head_dim, VECTOR_BYTES // dtype.itemsize),
@@ -215,7 +220,7 @@ def variants(dtype: torch.dtype) -> list[Variant]:
                     pointers={name: to for name, to in pointers.items() if name in attention_kernel.arg_names},
                     floats=("scale", "softcap"),
                     options={kind: options_for(tile, kind) for kind in ("cuda", "hip")},
-                    wide_loads=("b_k", "b_v"),  # queries are read once
+                    wide_loads=("b_k", "b_v"),  # queries are read once, and AMD has more threads than pieces of them
                     is_product=True,
                 )
             )
