@@ -4,7 +4,7 @@
     make gpu-check CHECK=--dry         on any: tiny shapes, Triton's interpreter; its times mean nothing
     PYTHONPATH=kernels:.:server:proto python -m benchmarks.gpu_check [--dry] [--out DIR]
 
-A part's log is kept whole in the folder that is printed. Exit code 1 if a check or a part failed.
+A part's log is kept whole, below --out or in the folder that is printed. Exit code 1 if a check or a part failed.
 """
 
 from __future__ import annotations
@@ -26,8 +26,10 @@ from benchmarks.gpu_check.report import print_result
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "gpu"
-PARTS = {"facts": 40, "kernels": 120, "programs": 90, "steps": 150, "transformers": 60, "attention": 40, "loads": 60}
-DRY_TIMES = 4  # the interpreter's share of the limits above, which are seconds
+# Seconds; six minutes in all. What a part has found until then is kept.
+PARTS = {"facts": 25, "kernels": 90, "programs": 60, "steps": 85, "transformers": 35, "attention": 25, "loads": 40}
+DRY_TIMES = 3  # the interpreter takes longer
+LOG_COLUMNS = 160  # of a line that is printed; the file has all of it
 Line = dict[str, Any]
 
 
@@ -37,7 +39,8 @@ def main() -> None:
     parser.add_argument("--dry", action="store_true", help="tiny shapes under Triton's interpreter, without a GPU")
     parser.add_argument("--out", type=Path, help=f"where the JSON goes; default: {RESULTS.relative_to(ROOT)}")
     options = parser.parse_args()
-    logs = Path(tempfile.mkdtemp(prefix="gpu-check-"))
+    logs = options.out.resolve() / "logs" if options.out else Path(tempfile.mkdtemp(prefix="gpu-check-"))
+    logs.mkdir(parents=True, exist_ok=True)
     lines: list[Line] = []
     for part in PARTS:
         lines += run_part(part, logs, dry=options.dry, machine=next((x for x in lines if x["what"] == "facts"), {}))
@@ -54,22 +57,22 @@ def main() -> None:
 
 def run_part(part: str, logs: Path, *, dry: bool, machine: Line) -> list[Line]:
     """What a part said; if it failed as a whole, that is a check that did not pass."""
-    limit_s, log = PARTS[part] * (DRY_TIMES if dry else 1), logs / f"{part}.log"
+    limit_s, log, found = PARTS[part] * (DRY_TIMES if dry else 1), logs / f"{part}.log", logs / f"{part}.jsonl"
+    found.unlink(missing_ok=True)  # of an earlier run
     started_s = time.monotonic()
     with log.open("w") as opened:
         try:
             done = subprocess.run(
-                [sys.executable, "-m", "benchmarks.gpu_check.part", part, json.dumps(machine)],
+                [sys.executable, "-m", "benchmarks.gpu_check.part", part, json.dumps(machine), str(found)],
                 stdout=opened, stderr=subprocess.STDOUT, timeout=limit_s, env=_environment(logs, dry=dry), cwd=ROOT,
                 check=False,
             )  # fmt: skip
             problem = "" if done.returncode == 0 else f"exit code {done.returncode}"
         except subprocess.TimeoutExpired:
             problem = f"took more than {limit_s} s"
-    text = log.read_text()
-    lines = [json.loads(line[1:]) for line in text.splitlines() if line.startswith("\x1e{")]
-    if problem:
-        print(f"--- {part}: {problem}\n" + "\n".join(text.splitlines()[-15:]))
+    lines = [json.loads(line) for line in found.read_text().splitlines()] if found.exists() else []
+    print(f"--- {part}" + (f": {problem}" if problem else ""))
+    print("\n".join(line[:LOG_COLUMNS] for line in log.read_text().splitlines()[-(15 if problem else 2) :]))
     lines.append({"what": "check", "name": f"part {part}", "passed": not problem, "detail": problem or "ended"})
     print(f"{part}: {time.monotonic() - started_s:.0f} s", flush=True)
     return lines
@@ -89,8 +92,9 @@ def gather(lines: list[Line], *, dry: bool) -> Line:
         "transformers": of("transformers"),
         "prefill": of("prefill"),
         "attention": of("attention"),
-        "loads": of("loads"),
-        "starts": of("start"),
+        "loads": next(iter(of("loads")), {}),
+        "graphs": {line["shape"]: line for line in of("graphs")},
+        "skipped": of("skipped"),
     }
 
 

@@ -8,6 +8,8 @@ from collections.abc import Callable
 
 import torch
 
+BACK_TO_BACK = 10
+
 
 def device() -> torch.device:
     """The GPU; the CPU, whose kernels Triton's interpreter runs, in a dry run."""
@@ -36,18 +38,7 @@ def median_ms(work: Callable[[], object], rounds: int, warm: int = 3) -> float:
 
 def device_ms(work: Callable[[], object], rounds: int, warm: int = 3) -> float:
     """Of what the device does for `work`, by its events."""
-    if not torch.cuda.is_available():
-        return median_ms(work, rounds, warm)
-    times = []
-    for i in range(rounds + warm):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        begin.record()
-        work()
-        end.record()
-        end.synchronize()
-        if i >= warm:
-            times.append(begin.elapsed_time(end))
-    return float(statistics.median(times))
+    return _events_ms(work, 1, rounds, warm) if torch.cuda.is_available() else median_ms(work, rounds, warm)
 
 
 def host_ms(work: Callable[[], object], rounds: int) -> float:
@@ -60,3 +51,31 @@ def host_ms(work: Callable[[], object], rounds: int) -> float:
         times.append(1e3 * (time.perf_counter() - started_s))
     wait()
     return statistics.median(times)
+
+
+def step_times(work: Callable[[], object]) -> dict[str, float]:
+    """Milliseconds of a step: one of many back to back, which is the device's time unless the host's is longer; one
+    alone, waited for; and the host's part of that. A dry run computes where it launches, so all three are one."""
+    if not torch.cuda.is_available():
+        once_ms = median_ms(work, 1, warm=0)
+        return {"step_ms": once_ms, "alone_ms": once_ms, "host_ms": once_ms}
+    return {
+        "step_ms": _events_ms(work, BACK_TO_BACK, 3, 1),
+        "alone_ms": median_ms(work, 9),
+        "host_ms": host_ms(work, 9),
+    }
+
+
+def _events_ms(work: Callable[[], object], count: int, rounds: int, warm: int) -> float:
+    """Of one in `count` of them, the median of the rounds."""
+    times = []
+    for i in range(rounds + warm):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        begin.record()
+        for _ in range(count):
+            work()
+        end.record()
+        end.synchronize()
+        if i >= warm:
+            times.append(begin.elapsed_time(end) / count)
+    return float(statistics.median(times))

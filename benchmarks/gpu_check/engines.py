@@ -81,7 +81,7 @@ class CheckedEngine:
         self.weight_bytes = sum(p.numel() * p.element_size() for p in self.model.parameters())
         if not self.model.config.tie_word_embeddings:  # of the embedding a step reads a row a token
             self.weight_bytes -= self.model.get_input_embeddings().weight.nbytes
-        self.settings = settings
+        self.head_bytes = self.model.get_output_embeddings().weight.nbytes
         config = EngineConfig(
             model=Path(), device=device().type, dtype=str(dtype).removeprefix("torch."), kernel_backend="triton",
             **settings,
@@ -91,6 +91,17 @@ class CheckedEngine:
         self.page_size = config.page_size
         self.num_pages = self.parts.info.num_pages
         self.vocab_size: int = self.model.config.vocab_size
+
+    def fitting(self, kinds: Sequence[Kind]) -> list[Kind]:
+        """As many of them, from the first on, as the pool holds."""
+        pool = self.parts.adapters.pool
+        ends = np.cumsum([self.adapter_numel(kind) for kind in kinds])
+        return list(kinds[: int(np.searchsorted(ends, pool.arena.numel(), side="right"))])
+
+    def adapter_numel(self, kind: Kind) -> int:
+        """Elements of one on all modules."""
+        tables = self.parts.adapters.pool.table_set.modules
+        return sum(_padded(kind[0] * table.in_features) + _padded(kind[0] * table.out_features) for table in tables)
 
     def fill(self, kinds: Sequence[Kind]) -> list[int]:
         """Random adapters in slots 0, 1, ..., behind the pool's back; returns the bytes of each."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ def nothing(x, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: AN
 
 def facts() -> dict[str, Any]:
     """Names, versions and rates."""
-    found = machine.facts() | {"torch": torch.__version__, "triton": triton.__version__} | rates()
+    found = machine.facts() | {"torch": torch.__version__, "triton": triton.__version__, "vllm": _vllm()} | rates()
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
         found |= {
@@ -48,6 +49,14 @@ def rates() -> dict[str, float]:
         "product_tflop_s": round(2 * size**3 / product_ms / 1e9, 3),
         "launch_us": round(1e3 * host_ms(lambda: nothing[(1,)](small, BLOCK=16), 50), 1),
     }
+
+
+def _vllm() -> str | None:
+    """Whose figures others may want to put beside these."""
+    try:
+        return version("vllm")
+    except PackageNotFoundError:
+        return None
 
 
 def _driver() -> str:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from unittest.mock import patch
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from benchmarks.gpu_check.clock import device
+from benchmarks.gpu_check.part import Check
 from gralora_kernels.dispatch import resolve_backend
 from gralora_kernels.grouping import Grouping
 from gralora_kernels.reference import rows as twins
@@ -18,194 +24,275 @@ from gralora_kernels.tables import ALIGNMENT, ARENA_SLACK, Entry, GroupTable
 from gralora_kernels.triton_ops.activation import gated_activation
 from gralora_kernels.triton_ops.adapters.launch import BLOCKING, TritonBackend
 from gralora_kernels.triton_ops.attention_launch import AttentionShape, PagedAttention
-from gralora_kernels.triton_ops.norm import add_rms_norm
+from gralora_kernels.triton_ops.norm import add_rms_norm, rms_norm_rows
 from gralora_kernels.triton_ops.product import linear
 from gralora_kernels.triton_ops.rotary import rotate_and_store
 from gralora_kernels.work import plan_work
 
 BOUNDS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}  # RMS error over RMS
-LAYOUTS = [[(16, 2)], [(8, 8)], [(3, 1)], [(12, 4), (5, 1)], [(64, 8), (8, 1)], [(1, 1)], [(64, 1)], []]
-Check = tuple[str, Callable[[], str]]  # returns what was found; raises AssertionError
+Layout = list[tuple[int, int]]  # r and k of each entry
+LAYOUTS: list[Layout] = [[(16, 2)], [(8, 8)], [(3, 1)], [(12, 4), (5, 1)], [(64, 8), (8, 1)], [(1, 1)], [(64, 1)], []]
+EPS = 1e-5
 
 
-def dtypes() -> list[torch.dtype]:
-    """The interpreter of a dry run rounds bf16 in its own way."""
-    return list(BOUNDS) if torch.cuda.is_available() else [torch.float32]
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """Of an attention: any width, any number that share keys and values, any page."""
+
+    head_dim: int
+    heads: int
+    kv_heads: int
+    page_size: int
+
+    def __str__(self) -> str:
+        return f"heads {self.heads}/{self.kv_heads} of {self.head_dim}, pages of {self.page_size}"
+
+
+WELL_KNOWN = [Heads(128, 32, 8, 16), Heads(80, 8, 2, 7)]
+RARE = [Heads(64, 9, 3, 16), Heads(96, 12, 1, 32), Heads(256, 16, 8, 16), Heads(72, 7, 7, 1)]
+
+
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Fresh memory is NaN in every float dtype, and no item of any list: who reads it cannot pass by luck."""
+    empty = torch.empty
+
+    def poisoned(*args: object, **kwargs: object) -> Tensor:
+        tensor: Tensor = empty(*args, **kwargs)  # type: ignore[call-overload]
+        if tensor.dim() and tensor.numel() and tensor.is_contiguous():
+            tensor.view(torch.uint8).fill_(255)
+        return tensor
+
+    with patch.object(torch, "empty", poisoned):
+        yield
 
 
 def checks() -> Iterator[Check]:
     """All of them, by name."""
-    for dtype in dtypes():
+    on_gpu = torch.cuda.is_available()
+    # The interpreter of a dry run rounds bf16 in its own way.
+    for dtype in BOUNDS if on_gpu else (torch.float32,):
         kind = str(dtype).removeprefix("torch.")
         for in_features, outs in _widths():
-            yield f"adapters {kind} {in_features}->{outs}", _adapters(in_features, outs, dtype)
-        for sizes in _heads():
-            head_dim, heads, kv_heads, page_size = sizes
-            for window, softcap in ((0, 0.0), (300, 0.0), (5, 30.0)):
-                name = f"attention {kind} heads {heads}/{kv_heads} of {head_dim}, pages of {page_size}, window {window}"
-                yield name, _attention(sizes, dtype, window=window, softcap=softcap)
-        yield f"norm, rotary, activation {kind}", _rows(dtype)
-        yield f"batch-invariant product {kind}", _product(dtype)
+            yield f"adapters {kind} {in_features}->{outs}", partial(_adapters, in_features, outs, dtype)
+        for heads in _heads(dtype):
+            yield f"attention {kind} {heads}", partial(_attention, heads, dtype, (0, 300), 0.0)
+        for heads in WELL_KNOWN if on_gpu else ():
+            yield f"attention {kind} {heads}, soft cap", partial(_attention, heads, dtype, (0, 5), 30.0)
+        yield f"norm, rotary, activation {kind}", partial(_rows, dtype)
+        yield f"batch-invariant product {kind}", partial(_product, dtype)
     yield "lists made by the device", _lists
 
 
 def _widths() -> list[tuple[int, list[int]]]:
     if torch.cuda.is_available():
         return [(4096, [4096, 1024, 1024]), (14336, [4096]), (576, [576, 192, 192]), (2504, [64, 24]), (40, [72, 72])]
-    return [(64, [24, 24])]
+    return [(64, [24, 24]), (2056, [24])]
 
 
-def _heads() -> list[tuple[int, int, int, int]]:
-    if torch.cuda.is_available():
-        return [(128, 32, 8, 16), (64, 9, 3, 16), (80, 8, 2, 7), (96, 12, 1, 32), (256, 16, 8, 16), (72, 7, 7, 1)]
-    return [(32, 4, 2, 7)]
+def _heads(dtype: torch.dtype) -> list[Heads]:
+    """Each is compiled several times, a second or more each, and fp16 is computed as bf16 is."""
+    if not torch.cuda.is_available():
+        return [Heads(32, 4, 2, 7)]
+    return WELL_KNOWN if dtype == torch.float16 else WELL_KNOWN + RARE
 
 
-def _adapters(in_features: int, outs: list[int], dtype: torch.dtype) -> Callable[[], str]:
-    def check() -> str:
-        layouts = [[(r, k) for r, k in layout if fits(k)] for layout in LAYOUTS]
-        group = GroupTable(in_features, outs, len(layouts), device())
+class AdapterCase:
+    """One group with an adapter of each layout in its slots, again and again up to 48 of them."""
+
+    def __init__(self, in_features: int, outs: list[int], dtype: torch.dtype) -> None:
+        self.layouts = [
+            [(r, k) for r, k in layout if all(features % k == 0 for features in (in_features, *outs))]
+            for layout in LAYOUTS * (6 if torch.cuda.is_available() else 1)
+        ]
+        self.group = GroupTable(in_features, outs, len(self.layouts), device())
+        self.backend = resolve_backend("triton", device())
         size = 0
-        for table in group.modules:
-            for slot, layout in enumerate(layouts):
+        for table in self.group.modules:
+            for slot, layout in enumerate(self.layouts):
                 entries = []
                 for r, k in layout:
                     a_offset, size = size, size + -(-r * in_features // ALIGNMENT) * ALIGNMENT
                     b_offset, size = size, size + -(-r * table.out_features // ALIGNMENT) * ALIGNMENT
                     entries.append(Entry(a_offset=a_offset, b_offset=b_offset, r=r, k=k, scale=0.5))
                 table.set(slot, entries)
-        arena = _random(size + ARENA_SLACK, dtype=dtype) * 0.1
-        backend = resolve_backend("triton", device())
-        random = np.random.default_rng(0)
-        worst, together, slots = 0.0, Tensor(), np.zeros(0, np.int64)
-        for tokens in (1, 16, 97) if torch.cuda.is_available() else (3,):
-            slots = random.integers(-1, len(layouts), tokens)
-            x, y = _random(tokens, in_features, dtype=dtype), _random(tokens, group.out_features, dtype=dtype)
-            expected, together = y.clone(), y.clone()
-            grouping = _grouping(slots, layouts)
-            ReferenceBackend().apply(expected, x, arena, group, grouping)
-            backend.prepare([group], grouping)
-            backend.apply(together, x, arena, group, grouping)
-            worst = max(worst, _error(expected - y, together - y, dtype))
-            assert torch.equal(together[slots < 0], y[slots < 0]), "rows without an adapter were changed"
-        token = int(np.flatnonzero(slots >= 0)[-1])
-        alone = y[token : token + 1].clone()
-        grouping = _grouping(slots[token : token + 1], layouts)
-        backend.prepare([group], grouping)
-        backend.apply(alone, x[token : token + 1].clone(), arena, group, grouping)
-        assert torch.equal(alone[0], together[token]), "a token's bits depend on its batch"
-        return f"RMS error {worst:.1e}, the bits of a token alone are those in its batch"
+        self.arena = _random(size + ARENA_SLACK, dtype=dtype) * 0.1
 
-    def fits(k: int) -> bool:
-        return all(features % k == 0 for features in (in_features, *outs))
+    def steps(self) -> dict[str, npt.NDArray[np.int64]]:
+        """Slots of steps whose sums are shared out, are not, and are of many tokens an adapter."""
+        random, slots = np.random.default_rng(0), len(self.layouts)
+        if not torch.cuda.is_available():
+            return {"split": np.array([4, -1, 3]), "full tiles": np.array([0] * 17 + [3])}
+        return {
+            "split": random.integers(-1, slots, 16),
+            "whole": np.tile(np.arange(slots), 12),
+            "full tiles": random.integers(-1, 5, 97),
+        }
 
-    return check
+    def applied(self, y: Tensor, x: Tensor, slots: npt.NDArray[np.int64]) -> Tensor:
+        """y and what the adapters add to it."""
+        y, grouping = y.clone(), _grouping(slots, self.layouts)
+        self.backend.prepare([self.group], grouping)
+        self.backend.apply(y, x, self.arena, self.group, grouping)
+        return y
+
+    def expected(self, y: Tensor, x: Tensor, slots: npt.NDArray[np.int64]) -> Tensor:
+        """By the twin, in fp32: rounding y + update to 16 bits may cost more than the update's own error."""
+        y, grouping = y.to(torch.float32, copy=True), _grouping(slots, self.layouts)
+        ReferenceBackend().apply(y, x.float(), self.arena.float(), self.group, grouping)
+        return y
 
 
-def _attention(
-    sizes: tuple[int, int, int, int], dtype: torch.dtype, *, window: int, softcap: float
-) -> Callable[[], str]:
-    head_dim, heads, kv_heads, page_size = sizes
+def _adapters(in_features: int, outs: list[int], dtype: torch.dtype) -> str:
+    case, worst = AdapterCase(in_features, outs, dtype), 0.0
+    for name, slots in case.steps().items():
+        x, y = _random(len(slots), in_features, dtype=dtype), _random(len(slots), sum(outs), dtype=dtype) * 0.1
+        together, expected = case.applied(y, x, slots), case.expected(y, x, slots)
+        update = float((expected - y.float()).norm() / expected.norm())
+        assert update > 10 * BOUNDS[dtype], f"{name}: adapters change {update:.1g} of y, this check could not fail"
+        worst = max(worst, _error(expected, together, dtype))
+        bare = torch.from_numpy(slots < 0).to(device())
+        assert torch.equal(together[bare], y[bare]), f"{name}: rows without an adapter were changed"
+        for token in {int(np.flatnonzero(slots >= 0)[place]) for place in (0, -1)}:
+            one = slice(token, token + 1)
+            alone = case.applied(y[one], x[one].clone(), slots[one])
+            _assert_same(alone, together[one], f"{name}: token {token} depends on its batch")
+    return f"RMS error {worst:.1e}; {BITS} of a token alone are those in its batch"
 
-    def check() -> str:
-        contexts = [70, 1100, 33, 1, 20] if torch.cuda.is_available() else [20, 9]
-        shape = AttentionShape(
-            heads=heads, kv_heads=kv_heads, head_dim=head_dim, page_size=page_size, q_row=heads + 2 * kv_heads
-        )
-        width = -(-max(contexts) // page_size)
-        table = torch.randperm(len(contexts) * width).view(len(contexts), width).int().to(device())
-        keys, values = (
-            _random(table.numel(), page_size, kv_heads, head_dim, dtype=dtype) for _ in range(2)
+
+class AttentionCase:
+    """Rows that decode and one of a prompt, over shuffled pages whose unused places hold NaN."""
+
+    def __init__(self, sizes: Heads, dtype: torch.dtype) -> None:
+        self.dtype, self.page_size = dtype, sizes.page_size
+        self.contexts = [70, 1100, 33, 1, 20] if torch.cuda.is_available() else [20, 9]
+        self.queries = [1] * (len(self.contexts) - 1) + [min(17, self.contexts[-1])]
+        self.shape = AttentionShape(
+            heads=sizes.heads, kv_heads=sizes.kv_heads, head_dim=sizes.head_dim, page_size=sizes.page_size,
+            q_row=sizes.heads + 2 * sizes.kv_heads,
         )  # fmt: skip
-        queries = [1] * (len(contexts) - 1) + [min(17, contexts[-1])]
-        starts = np.cumsum([0, *queries]).astype(np.int32)
-        lengths = np.array(contexts, np.int32)
-        q = _random(int(starts[-1]), shape.q_row * head_dim, dtype=dtype)
-        step = [table, torch.from_numpy(starts).to(device()), torch.from_numpy(lengths).to(device())]
-        scale, results = head_dim**-0.5, []
-        for invariant in (False, True):
-            attention = PagedAttention(shape, dtype, device(), invariant=invariant)
-            attention.prepare(starts, lengths)
-            out = _nan(len(q), heads * head_dim, dtype=dtype)
-            attention.attend(
-                out, q, keys, values, page_table=step[0], query_starts=step[1], context_lens=step[2], scale=scale,
-                window=window, softcap=softcap,
-            )  # fmt: skip
-            results.append(out)
-        by_head = q.view(len(q), -1, head_dim)[:, :heads].float().cpu()
-        expected = torch.zeros(len(q), heads, head_dim)
-        pages, begins, ends = (tensor.cpu() for tensor in step)
-        attention_in_rows(
-            expected, by_head, keys.float().cpu(), values.float().cpu(), pages, begins, ends, scale, window, softcap
-        )
-        worst = max(_error(expected.flatten(1), out.cpu(), dtype) for out in results)
-        last = int(starts[-1]) - 1  # of the prompt: the same position as a single token
-        attention.prepare(np.array([0, 1], np.int32), lengths[-1:])
-        alone = _nan(1, heads * head_dim, dtype=dtype)
+        width = -(-max(self.contexts) // sizes.page_size)
+        self.table = torch.randperm(len(self.contexts) * width).view(len(self.contexts), width).int()
+        pool = (self.table.numel(), sizes.page_size, sizes.kv_heads, sizes.head_dim)
+        self.keys, self.values = (self._pool(pool) for _ in range(2))
+        self.q = _random(sum(self.queries), self.shape.q_row * sizes.head_dim, dtype=dtype)
+
+    def _pool(self, shape: tuple[int, ...]) -> Tensor:
+        pool = _nan(*shape, dtype=self.dtype)
+        for row, length in enumerate(self.contexts):
+            positions = torch.arange(length)
+            pages = self.table[row, positions // self.page_size].long()
+            pool[pages.to(device()), (positions % self.page_size).to(device())] = _random(
+                length, *shape[2:], dtype=self.dtype
+            )
+        return pool
+
+    def alone(self, attention: PagedAttention, row: int, token: int, window: int, cap: float) -> Tensor:
+        """A row's last token as a step of its own."""
+        return self._attended(attention, self.q[token : token + 1].clone(), {row: 1}, window, cap)
+
+    def together(self, attention: PagedAttention, window: int, cap: float) -> Tensor:
+        return self._attended(attention, self.q, dict(enumerate(self.queries)), window, cap)
+
+    def _attended(
+        self, attention: PagedAttention, q: Tensor, queries: dict[int, int], window: int, cap: float
+    ) -> Tensor:
+        """`queries`: by row, how many of its last tokens."""
+        rows = list(queries)
+        starts = np.cumsum([0, *queries.values()]).astype(np.int32)
+        lengths = np.array([self.contexts[row] for row in rows], np.int32)
+        attention.prepare(starts, lengths)
+        out = _nan(len(q), self.shape.heads * self.shape.head_dim, dtype=self.dtype)
         attention.attend(
-            alone, q[last:].clone(), keys, values, page_table=step[0][-1:], query_starts=step[1][:2] - step[1][0],
-            context_lens=step[2][-1:], scale=scale, window=window, softcap=softcap,
+            out, q, self.keys, self.values, page_table=self.table[rows].to(device()),
+            query_starts=torch.from_numpy(starts).to(device()), context_lens=torch.from_numpy(lengths).to(device()),
+            scale=self.shape.head_dim**-0.5, window=window, softcap=cap,
         )  # fmt: skip
-        assert torch.equal(alone[0], results[1][last]), "a token's bits depend on how its prompt was cut"
-        return f"RMS error {worst:.1e}, invariant to how a prompt is cut"
+        return out
 
-    return check
-
-
-def _rows(dtype: torch.dtype) -> Callable[[], str]:
-    def check() -> str:
-        worst = 0.0
-        for hidden in (4096, 576, 72) if torch.cuda.is_available() else (72,):
-            residual, x, weight = (_random(*shape, dtype=dtype) for shape in ((5, hidden), (5, hidden), (hidden,)))
-            twin, y, expected = residual.clone(), _nan(5, hidden, dtype=dtype), torch.empty_like(residual)
-            twins.add_rms_norm(expected, twin, x, weight, 1e-5)
-            add_rms_norm(y, residual, x, weight, 1e-5)
-            worst = max(worst, _error(expected, y, dtype), _error(twin, residual, dtype))
-            for kind in ("silu", "gelu_tanh"):
-                both = _random(5, 2 * hidden, dtype=dtype)
-                twins.gated_activation(expected, both, kind)
-                gated_activation(y, both, kind)
-                worst = max(worst, _error(expected, y, dtype))
-        for head_dim, rotary_dim in ((128, 128), (128, 96), (72, 72)):
-            worst = max(worst, _rotary(head_dim, rotary_dim, dtype))
-        return f"RMS error {worst:.1e}"
-
-    return check
+    def expected(self, window: int, cap: float) -> Tensor:
+        """By the twin, in fp32 on the host."""
+        by_head = self.q.view(len(self.q), -1, self.shape.head_dim)[:, : self.shape.heads].float().cpu()
+        out = torch.zeros_like(by_head)
+        starts, lengths = torch.tensor([0, *np.cumsum(self.queries).tolist()]), torch.tensor(self.contexts)
+        attention_in_rows(
+            out, by_head, self.keys.float().cpu(), self.values.float().cpu(), self.table, starts, lengths,
+            self.shape.head_dim**-0.5, window, cap,
+        )  # fmt: skip
+        return out.flatten(1)
 
 
-def _rotary(head_dim: int, rotary_dim: int, dtype: torch.dtype) -> float:
+def _attention(sizes: Heads, dtype: torch.dtype, windows: Sequence[int], cap: float) -> str:
+    case, worst = AttentionCase(sizes, dtype), 0.0
+    fast, invariant = (PagedAttention(case.shape, dtype, device(), invariant=value) for value in (False, True))
+    for window in windows:
+        expected = case.expected(window, cap)
+        worst = max(worst, _error(expected, case.together(fast, window, cap).cpu(), dtype))
+        together = case.together(invariant, window, cap)
+        worst = max(worst, _error(expected, together.cpu(), dtype))
+        ends = np.cumsum(case.queries).tolist()
+        for row, end in enumerate(ends):  # the prompt's last token, too, as if it were a single one
+            alone = case.alone(invariant, row, end - 1, window, cap)
+            _assert_same(alone, together[end - 1 : end], f"row {row} depends on its batch or on how it was cut")
+    return f"RMS error {worst:.1e}; {BITS} of a token alone are those in its batch"
+
+
+def _rows(dtype: torch.dtype) -> str:
+    worst = max(_norms(hidden, dtype) for hidden in ((4096, 576, 72) if torch.cuda.is_available() else (72,)))
+    for width in (1536, 4100) if torch.cuda.is_available() else (72,):
+        both = _random(5, 2 * width, dtype=dtype)
+        for kind in ("silu", "gelu_tanh"):
+            expected, out = (_nan(5, width, dtype=dtype) for _ in range(2))
+            twins.gated_activation(expected, both, kind)
+            gated_activation(out, both, kind)
+            worst = max(worst, _error(expected, out, dtype))
+    for head_dim, rotary_dim, norms in ((128, 128, False), (128, 96, True), (72, 72, False)):
+        worst = max(worst, _rotary(head_dim, rotary_dim, dtype, norms=norms))
+    return f"RMS error {worst:.1e}"
+
+
+def _norms(hidden: int, dtype: torch.dtype) -> float:
+    residual, x, weight = (_random(*shape, dtype=dtype) for shape in ((5, hidden), (5, hidden), (hidden,)))
+    index = torch.tensor([4, 0], device=device())
+    results = []
+    for add, gather in ((twins.add_rms_norm, twins.rms_norm_rows), (add_rms_norm, rms_norm_rows)):
+        last, own, y = _nan(2, hidden, dtype=dtype), residual.clone(), _nan(5, hidden, dtype=dtype)
+        gather(last, own, index, x=x, weight=weight, eps=EPS)
+        add(y, own, x, weight, EPS)
+        results.append((last, own, y))
+    return max(_error(expected, actual, dtype) for expected, actual in zip(*results, strict=True))
+
+
+def _rotary(head_dim: int, rotary_dim: int, dtype: torch.dtype, *, norms: bool) -> float:
     heads, kv_heads = 4, 2
     qkv = _random(3, (heads + 2 * kv_heads) * head_dim, dtype=dtype)
     pools = [_random(4, 2, kv_heads, head_dim, dtype=dtype) for _ in range(2)]
     positions, slots = torch.tensor([5, 0, 2], device=device()), torch.tensor([3, -1, 6], device=device())
     angles = torch.randn(8, rotary_dim // 2, device=device()).repeat(1, 2)
+    weights = [_random(head_dim, dtype=dtype) if norms else None for _ in range(2)]
     results = []
     for rotate in (twins.rotate_and_store, rotate_and_store):
         own = q, k, v = [tensor.clone() for tensor in (qkv, *pools)]
         rotate(
             q, k, v, positions, slots, cos=angles.cos(), sin=angles.sin(), heads=heads, kv_heads=kv_heads,
-            head_dim=head_dim, q_norm=None, k_norm=None, eps=1e-5,
+            head_dim=head_dim, q_norm=weights[0], k_norm=weights[1], eps=EPS,
         )  # fmt: skip
         results.append(own)
     return max(_error(expected, actual, dtype) for expected, actual in zip(*results, strict=True))
 
 
-def _product(dtype: torch.dtype) -> Callable[[], str]:
-    def check() -> str:
-        in_features, out_features = (4096, 1088) if torch.cuda.is_available() else (72, 40)
-        x, weight = _random(100, in_features, dtype=dtype), _random(out_features, in_features, dtype=dtype)
-        results = []
-        for tokens in (1, 16, 17, 100):
-            out = _nan(tokens, out_features, dtype=dtype)
-            linear(out, x[:tokens].contiguous(), weight)
-            results.append(out)
-        worst = _error((x.double() @ weight.double().t()), results[-1], dtype)
-        if torch.cuda.is_available():  # numpy's rows depend on their matrix
-            for out in results:
-                assert torch.equal(out, results[-1][: len(out)]), f"bits of {len(out)} rows are not those of 100"
-        return f"RMS error {worst:.1e}, a row's bits do not depend on their number"
-
-    return check
+def _product(dtype: torch.dtype) -> str:
+    in_features, out_features = (4096, 1088) if torch.cuda.is_available() else (72, 40)
+    x, weight = _random(100, in_features, dtype=dtype), _random(out_features, in_features, dtype=dtype)
+    bias, results = _random(out_features, dtype=dtype), []
+    for tokens in (1, 16, 17, 100):
+        out = _nan(tokens, out_features, dtype=dtype)
+        linear(out, x[:tokens].contiguous(), weight, bias)
+        results.append(out)
+    worst = _error(x.double() @ weight.double().t() + bias.double(), results[-1], dtype)
+    for out in results:
+        _assert_same(out, results[-1][: len(out)], f"{len(out)} rows depend on their number")
+    return f"RMS error {worst:.1e}; {BITS} of a row do not depend on how many there are"
 
 
 def _lists() -> str:
@@ -232,7 +319,7 @@ def _lists() -> str:
     return "equal to plan_work's"
 
 
-def _grouping(slots: np.ndarray, layouts: list[list[tuple[int, int]]]) -> Grouping:
+def _grouping(slots: npt.NDArray[np.int64], layouts: Sequence[Layout]) -> Grouping:
     grouping = Grouping(len(slots))
     grouping.fill(slots.astype(np.int32), {slot: sum(r * k for r, k in one) for slot, one in enumerate(layouts)})
     return grouping
@@ -244,6 +331,17 @@ def _random(*shape: int, dtype: torch.dtype) -> Tensor:
 
 def _nan(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.full(shape, torch.nan, dtype=dtype, device=device())
+
+
+# Rows of numpy's products, with which the interpreter computes, depend on their matrix.
+BITS = "bits" if torch.cuda.is_available() else "values (bits: on a GPU only)"
+
+
+def _assert_same(expected: Tensor, actual: Tensor, problem: str) -> None:
+    if torch.cuda.is_available():
+        assert torch.equal(expected, actual), problem
+    else:
+        torch.testing.assert_close(actual, expected, msg=problem)
 
 
 def _error(expected: Tensor, actual: Tensor, dtype: torch.dtype) -> float:

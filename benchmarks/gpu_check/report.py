@@ -26,12 +26,35 @@ def print_result(result: Line) -> None:
     console.print(f"{len(result['checks']) - len(failed)} of {len(result['checks'])} checks passed")
     for check in failed:
         console.print(Text("FAILED", "red"), Text(f"{check['name']}: {check['detail']}"))
+    for line in result["skipped"]:
+        console.print(f"skipped {line['shape']}: {line['reason']}")
+    console.print(steps(result["cases"]))
+    console.print("step_ms (times its floor); all figures and the host's part of each are in the file")
     console.print(
-        table("steps", result["cases"], ("shape", "adapters", "r", "k", "rows", "step_ms", "floor_ms", "times_floor")),
         table("prefill", result["prefill"], ("shape", "adapters", "tokens", "ms", "floor_ms", "times_floor")),
-        table("attention, one row", result["attention"], ("context", "ms", "floor_ms", "share_of_bandwidth")),
+        table("attention, one row", result["attention"], ("context", "ms", "share_of_bandwidth", "torch_ms")),
         table("transformers", result["transformers"], ("shape", "rows", "step_ms")),
     )
+    for shape, line in result["graphs"].items():
+        console.print(
+            f"{shape}: ready after {line['start_to_ready_s']} s, of which {line['graphs']} graphs {line['capture_s']} s"
+        )
+    if result["loads"]:
+        loads = result["loads"]
+        console.print(f"{loads['shape']}: an adapter loads in {loads['phases_ms']['request to resident']} ms")
+
+
+def steps(cases: Sequence[Line]) -> Table:
+    """One row a shape and kind, one column a number of rows, so that it fits a screen."""
+    counts = sorted({case["rows"] for case in cases})
+    made = Table("shape", "adapters", "r", "k", *(f"{count} rows" for count in counts), title="steps")
+    kinds: dict[tuple[object, ...], dict[int, str]] = {}
+    for case in cases:
+        found = kinds.setdefault(tuple(case[name] for name in ("shape", "adapters", "r", "k")), {})
+        found[case["rows"]] = f"{case['step_ms']} ({case['times_floor']})"
+    for kind, found in kinds.items():
+        made.add_row(*("" if name is None else str(name) for name in kind), *(found.get(count, "") for count in counts))
+    return made
 
 
 def table(title: str, lines: Sequence[Line], columns: Sequence[str]) -> Table:

@@ -41,8 +41,11 @@ def test_attention_stands_beside_its_floor():
 
 
 def test_a_result_has_every_part_and_a_part_that_fails_is_a_check_that_did_not_pass(monkeypatch, tmp_path, capsys):
+    times = {"step_ms": 2.0, "floor_ms": 1.0, "times_floor": 2.0}
+    case = {"shape": "tiny", "adapters": "base", "r": None, "k": None, "rows": 1} | times
+
     def say(name: str, *_: object, **__: object) -> list[dict]:
-        found = {"facts": {"what": "facts", "gpu": "A GPU"}, "steps": {"what": "step", "rows": 1, "step_ms": 2.0}}
+        found = {"facts": {"what": "facts", "gpu": "A GPU"}, "steps": {"what": "step"} | case}
         passed = {"what": "check", "name": f"part {name}", "passed": name != "loads", "detail": "as the test says"}
         return [passed, *([found[name]] if name in found else [])]
 
@@ -55,7 +58,7 @@ def test_a_result_has_every_part_and_a_part_that_fails_is_a_check_that_did_not_p
     result = json.loads(file.read_text())
     assert ended.value.code == 1
     assert result["machine"] == {"gpu": "A GPU"}
-    assert result["cases"] == [{"rows": 1, "step_ms": 2.0}]
+    assert result["cases"] == [case]
     assert "FAILED part loads: as the test says" in capsys.readouterr().out
 
 
