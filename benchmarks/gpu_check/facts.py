@@ -39,16 +39,21 @@ def rates() -> dict[str, float]:
     """Read bandwidth by a sum over 1 GiB, a square product of random bf16 numbers, an empty launch."""
     on_gpu = torch.cuda.is_available()
     numbers = torch.zeros(1 << (28 if on_gpu else 20), device=device())
-    size, dtype = (8192, torch.bfloat16) if on_gpu else (128, torch.float32)
+    size, dtype = (8192, torch.bfloat16) if on_gpu else (512, torch.float32)
     a, b = (torch.randn(size, size, device=device()).to(dtype) for _ in range(2))
     small = torch.zeros(16, device=device())
     nothing[(1,)](small, BLOCK=16)
     read_ms, product_ms = device_ms(numbers.sum, 10), device_ms(lambda: a @ b, 10)
     return {
-        "read_gb_s": round(numbers.numel() * 4 / read_ms / 1e6, 2),
-        "product_tflop_s": round(2 * size**3 / product_ms / 1e9, 3),
+        "read_gb_s": _rounded(numbers.numel() * 4 / read_ms / 1e6),
+        "product_tflop_s": _rounded(2 * size**3 / product_ms / 1e9),
         "launch_us": round(1e3 * host_ms(lambda: nothing[(1,)](small, BLOCK=16), 50), 1),
     }
+
+
+def _rounded(rate: float) -> float:
+    """To digits and not to places: floors divide by rates, and a busy machine's may be small."""
+    return float(f"{rate:.4g}")
 
 
 def _vllm() -> str | None:
