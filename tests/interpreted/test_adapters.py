@@ -73,6 +73,23 @@ def test_a_token_has_the_same_bits_alone_and_in_any_step(backend, monkeypatch, b
         assert torch.equal(alone, many[t + 7])
 
 
+@pytest.mark.parametrize("others", [0, 9])
+def test_sums_that_are_shared_out_have_memory_of_their_own(backend, monkeypatch, others):
+    """However many tokens of the base model are beside them, and in a frozen instance for more than are ever split: the
+    memory was once sized by all tokens, and kernels wrote behind its end."""
+    sizes = {name: getattr(BLOCKING, name) for name in Blocking.__slots__} | {"split_tokens": 4}
+    monkeypatch.setattr(launch, "BLOCKING", Blocking(**sizes))
+    case = make_case(2504, [40], [[(8, 1)], [(4, 2)]])
+    frozen = frozen_for(case, 12, max_width=64)
+
+    for one in (backend, frozen):
+        x, y, step = case.step([0, 1, *[-1] * others])
+        one.prepare([case.group], step)
+        assert one._step.is_split
+        assert one._u.numel() >= 3 * one._plane_stride > 0
+    assert case.error(resolve_backend("triton", CPU), [0, 1, *[-1] * others]) <= BOUND
+
+
 def test_rows_without_an_adapter_are_not_touched(backend):
     case = make_case(96, [96, 64], MIXED)
     slots = token_slots(31, len(MIXED))

@@ -91,7 +91,7 @@ class TritonBackend:
                 align if all(table.out_features % align == 0 for table in group.modules) else 1 for group in groups
             ),
         )
-        other._reserve(guard.tokens, guard.columns, guard.items)
+        other._reserve(guard.tokens, guard.columns, guard.items, is_split=guard.is_split)
         other._guard = guard
         return other
 
@@ -101,7 +101,7 @@ class TritonBackend:
         assert self._planner is not None
         step = self._planner.plan(grouping)
         if self._guard is None:
-            self._reserve(step.num_tokens, step.num_columns, step.num_items)
+            self._reserve(len(step.order), step.num_columns, step.num_items, is_split=step.is_split)
         else:
             self._guard.check(step)
         self._step = step
@@ -150,19 +150,18 @@ class TritonBackend:
             self._planner = ListPlanner(groups, BLOCKING)
             self._num_pieces = 0
 
-    def _reserve(self, num_tokens: int, num_columns: int, num_items: int) -> None:
-        """Memory for such a step. What is there stays if it is enough."""
-        planes = BLOCKING.num_planes(max((g.in_features for g in self._groups), default=0))
-        planes = planes if num_tokens <= BLOCKING.split_tokens else 1
+    def _reserve(self, num_adapted: int, num_columns: int, num_items: int, *, is_split: bool) -> None:
+        """Memory for a step of so many adapted tokens. What is there stays if it is enough."""
+        planes = BLOCKING.num_planes(max((g.in_features for g in self._groups), default=0)) if is_split else 1
         self._u_stride = -(-num_columns // ITEM) * ITEM
-        self._plane_stride = num_tokens * self._u_stride
+        self._plane_stride = num_adapted * self._u_stride
         self._u = at_least(self._u, planes * self._plane_stride)
         self._items = at_least(self._items, num_items * ITEM)
         self._first_order = HEAD_WORDS * len(self._groups)
-        self._first_segment = self._first_order + -(-num_tokens // 4) * 4
-        self._first_part = self._first_segment + 4 * num_tokens
+        self._first_segment = self._first_order + -(-num_adapted // 4) * 4
+        self._first_part = self._first_segment + 4 * num_adapted
         # At worst each token is a segment, and each group is of a class of its own.
-        self._words = at_least(self._words, self._first_part + 2 * len(self._groups) * 4 * num_tokens)
+        self._words = at_least(self._words, self._first_part + 2 * len(self._groups) * 4 * num_adapted)
 
     def _send_pieces(self, planner: ListPlanner) -> None:
         """What was seen for the first time."""
