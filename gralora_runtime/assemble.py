@@ -24,8 +24,9 @@ from gralora_runtime.info import EngineInfo
 from gralora_runtime.model.adaptable import adaptable_modules
 from gralora_runtime.model.kv_pool import KVPool, page_bytes
 from gralora_runtime.model.loading import BaseModel, load_base_model
-from gralora_runtime.model.programs.choice import Served, kv_in_panels, make_runner, reserved_bytes
+from gralora_runtime.model.programs.choice import kv_in_panels, make_runner, reserved_bytes
 from gralora_runtime.model.programs.gpu.graphs import usual_ladder
+from gralora_runtime.model.programs.runner import Served
 from gralora_runtime.model.selfcheck import check_runner, expected_logits
 from gralora_runtime.model.tokenization import PromptTokenizer
 from gralora_runtime.pages import PagePool

@@ -13,8 +13,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from benchmarks.gpu_check import Check
 from benchmarks.gpu_check.clock import device
-from benchmarks.gpu_check.part import Check
 from gralora_kernels.dispatch import resolve_backend
 from gralora_kernels.grouping import Grouping
 from gralora_kernels.reference import rows as twins

@@ -7,14 +7,15 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.gpu_check import Check
+
 Line = dict[str, Any]
-Check = tuple[str, Callable[[], str]]  # returns what was found; raises AssertionError
 
 
 def main() -> None:

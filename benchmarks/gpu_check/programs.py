@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.gpu_check import Check
 from benchmarks.gpu_check.engines import CheckedEngine, Kind, base_of, random_model
-from benchmarks.gpu_check.part import Check
 from gralora_runtime.adapters.lease import AdapterLease
 from gralora_runtime.model.selfcheck import check_runner, expected_logits
 from gralora_runtime.plan import AdapterUse, RowPlan, StepPlan

@@ -83,7 +83,7 @@ def test_sums_that_are_shared_out_have_memory_of_their_own(backend, monkeypatch,
     frozen = frozen_for(case, 12, max_width=64)
 
     for one in (backend, frozen):
-        x, y, step = case.step([0, 1, *[-1] * others])
+        step = case.grouping([0, 1, *[-1] * others])
         one.prepare([case.group], step)
         assert one._step.is_split
         assert one._u.numel() >= 3 * one._plane_stride > 0

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from gralora_runtime.model.description import describe
+
+pytest.importorskip("triton")
+
 from gralora_runtime.model.programs.gpu.memory import workspace_bytes
 
 LLAMA_3_8B = LlamaConfig(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 
 from torch import Tensor, nn
 
@@ -11,55 +10,43 @@ from gralora_kernels.cpu.attention import attention_pieces
 from gralora_kernels.cpu.linear import PackedWeight
 from gralora_kernels.cpu.program import DecoderShape, Program, Step
 from gralora_kernels.cpu.rows import GELU_TANH, SILU
-from gralora_kernels.tables import GroupTable
 from gralora_runtime.batch import StepTensors
 from gralora_runtime.model.adaptable import joined_weight_and_bias
 from gralora_runtime.model.description import Description, LayerDescription, OtherBuildError, Projection, rotary_tables
-from gralora_runtime.model.kv_pool import KVPool
-from gralora_runtime.model.loading import BaseModel
+from gralora_runtime.model.programs.runner import Served
 
 logger = logging.getLogger(__name__)
 
 
 class CpuRunner:
-    """Takes the model of `base` over: its linears are packed, which frees the originals.
+    """Takes the served model over: its linears are packed, which frees the originals.
 
     Raises `OtherBuildError`, before it changes anything, for a model that the program cannot compute.
     """
 
-    def __init__(
-        self,
-        base: BaseModel,
-        model: Description,
-        kv_pool: KVPool,
-        *,
-        arena: Tensor,
-        groups: Mapping[tuple[str, ...], GroupTable],
-        page_size: int,
-        max_num_tokens: int,
-    ) -> None:
+    def __init__(self, served: Served, model: Description) -> None:
         if any(projection.has_bias for layer in model.layers for projection in (layer.o, layer.down)):
             raise OtherBuildError(
                 "its o or down projection has a bias, but here their sums begin at the residual stream"
             )
         self._group = model.heads // model.kv_heads
-        self._groups = groups
-        cos, sin = rotary_tables(base.model, base.max_positions)
+        self._groups = served.groups
+        cos, sin = rotary_tables(served.base.model, served.base.max_positions)
         shape = DecoderShape(
             hidden=model.embedding.shape[1],
             intermediate=model.intermediate,
             heads=model.heads,
             kv_heads=model.kv_heads,
             head_dim=model.head_dim,
-            page_size=page_size,
+            page_size=served.page_size,
             activation={"silu": SILU, "gelu_tanh": GELU_TANH}[model.activation],
             cos=cos,
             sin=sin,
         )
-        self._program = Program(shape, max_tokens=max_num_tokens, arena=arena)
+        self._program = Program(shape, max_tokens=served.max_num_tokens, arena=served.arena)
         self._program.embed(model.embedding.detach(), model.embedding_factor)
         for index, layer in enumerate(model.layers):
-            self._add_layer(model, layer, kv_pool.keys[index], kv_pool.values[index])
+            self._add_layer(model, layer, served.kv_pool.keys[index], served.kv_pool.values[index])
         head = model.head
         bias = None if head.bias is None else head.bias.detach()
         self._program.head(model.final_norm, model.eps, PackedWeight(head.weight.detach()), bias)

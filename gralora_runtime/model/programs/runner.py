@@ -1,12 +1,18 @@
-"""What every program is to the engine: something that computes a step."""
+"""What every program is to the engine, something that computes a step; and what it is given to compute on."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
+from gralora_kernels.dispatch import AdapterBackend
+from gralora_kernels.tables import GroupTable
 from gralora_runtime.batch import StepTensors
+from gralora_runtime.model.kv_pool import KVPool
+from gralora_runtime.model.loading import BaseModel
 
 
 class Runner(Protocol):
@@ -14,3 +20,20 @@ class Runner(Protocol):
 
     def execute(self, tensors: StepTensors) -> Tensor:
         """Logits of the tokens in `logits_index`, fp32 [sampling rows, vocab]."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Served:
+    """What a program computes on: the model, which it takes over, and the memory that others own too."""
+
+    base: BaseModel
+    kv_pool: KVPool
+    arena: Tensor
+    groups: Mapping[tuple[str, ...], GroupTable]
+    backend: AdapterBackend
+    page_size: int
+    max_num_tokens: int
+    max_num_rows: int
+    max_model_len: int
+    rungs: tuple[int, ...]  # numbers of rows that a GPU captures decode steps for
+    batch_invariant: bool

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from gralora_kernels.attention_work import MAX_ITEMS
+from gralora_kernels.triton_ops.adapters.launch import BLOCKING
 from gralora_runtime.model.description import Description
 
 GRAPH_WIDTH = 512  # columns of u in a module: adapters of larger r * k are served without a graph
 GRAPH_BYTES = 4 << 20  # of one graph: the parameters of some hundred launches
 MAX_MODULES = 3  # that share an input: q, k and v
-STRETCH = 1024  # input features of one plane of u
-PARTS = 64  # of a row's attention, at most
 FLOAT_BYTES = 4
 
 
@@ -20,6 +20,6 @@ def workspace_bytes(model: Description, *, max_tokens: int, max_rows: int, num_g
     token = size * (2 * hidden + (heads + model.heads) * model.head_dim + 3 * model.intermediate)
     row = token + 2 * vocab * (size + FLOAT_BYTES)
     if num_graphs:
-        row += FLOAT_BYTES * MAX_MODULES * GRAPH_WIDTH * -(-model.intermediate // STRETCH)
-        row += FLOAT_BYTES * PARTS * model.heads * (model.head_dim + 2)
+        row += FLOAT_BYTES * MAX_MODULES * GRAPH_WIDTH * BLOCKING.num_planes(model.intermediate)
+        row += FLOAT_BYTES * MAX_ITEMS * model.heads * (model.head_dim + 2)
     return max_tokens * token + max_rows * row + num_graphs * GRAPH_BYTES

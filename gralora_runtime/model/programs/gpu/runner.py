@@ -3,73 +3,60 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from gralora_kernels.replay import ReplayError
-from gralora_kernels.tables import GroupTable
 from gralora_kernels.triton_ops.adapters.launch import TritonBackend
 from gralora_kernels.triton_ops.attention_launch import PagedAttention
 from gralora_runtime.batch import StepTensors
 from gralora_runtime.model.description import Description, rotary_tables
-from gralora_runtime.model.kv_pool import KVPool
-from gralora_runtime.model.loading import BaseModel
 from gralora_runtime.model.programs.gpu.graphs import CudaCapture, GraphLadder, repeated
 from gralora_runtime.model.programs.gpu.inputs import StepInputs
 from gralora_runtime.model.programs.gpu.memory import GRAPH_WIDTH
 from gralora_runtime.model.programs.gpu.model import GpuModel, Kernels, fastest_product, invariant_product
+from gralora_runtime.model.programs.runner import Served
 
 logger = logging.getLogger(__name__)
 
 
 class GpuRunner:
-    """Takes the model of `base` over. `rungs`: numbers of rows to capture a graph for, none if empty."""
+    """Takes the served model over."""
 
-    def __init__(
-        self,
-        base: BaseModel,
-        model: Description,
-        kv_pool: KVPool,
-        *,
-        arena: Tensor,
-        groups: Mapping[tuple[str, ...], GroupTable],
-        backend: TritonBackend,
-        page_size: int,
-        max_num_tokens: int,
-        max_num_rows: int,
-        max_model_len: int,
-        rungs: Sequence[int],
-        batch_invariant: bool,
-    ) -> None:
-        self._device = base.model.device
-        self._groups = tuple(groups.values())
+    def __init__(self, served: Served, model: Description) -> None:
+        assert isinstance(served.backend, TritonBackend)
+        self._device = served.base.model.device
+        self._groups = tuple(served.groups.values())
         self._model = GpuModel(
             model,
-            rotary=rotary_tables(base.model, base.max_positions),
-            kv_pool=kv_pool,
-            arena=arena,
-            groups=groups,
-            multiply=invariant_product if batch_invariant else fastest_product,
+            rotary=rotary_tables(served.base.model, served.base.max_positions),
+            kv_pool=served.kv_pool,
+            arena=served.arena,
+            groups=served.groups,
+            multiply=invariant_product if served.batch_invariant else fastest_product,
         )
-        max_pages = -(-max_model_len // page_size)
+        max_pages = -(-served.max_model_len // served.page_size)
         self._inputs = StepInputs(
-            max_tokens=max_num_tokens, max_rows=max_num_rows, max_pages=max_pages, device=self._device
+            max_tokens=served.max_num_tokens, max_rows=served.max_num_rows, max_pages=max_pages, device=self._device
         )
-        self._adapters = backend
+        self._adapters = served.backend
         self._attention = PagedAttention(
-            self._model.attention_shape(page_size), self._model.dtype, self._device, invariant=batch_invariant
+            self._model.attention_shape(served.page_size),
+            self._model.dtype,
+            self._device,
+            invariant=served.batch_invariant,
         )
         self._refused: set[str] = set()
         self._ladder: GraphLadder | None = None
-        if rungs:
-            self._capture(rungs, max_pages, max_model_len)
+        if served.rungs:
+            self._capture(served.rungs, max_pages, served.max_model_len)
         logger.info(
             "model ready: %d layers, nine launches each; %s products; attention by Triton; graphs of %s rows",
             len(model.layers),
-            "batch-invariant" if batch_invariant else "the vendor's",
-            ", ".join(map(str, rungs)) or "no",
+            "batch-invariant" if served.batch_invariant else "the vendor's",
+            ", ".join(map(str, served.rungs)) or "no",
         )
 
     def execute(self, tensors: StepTensors) -> Tensor:

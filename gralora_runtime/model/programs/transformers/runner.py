@@ -8,12 +8,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from gralora_kernels.dispatch import AdapterBackend
 from gralora_kernels.tables import GroupTable
 from gralora_runtime.batch import StepTensors
 from gralora_runtime.model.adaptable import joined_weight_and_bias, weight_and_bias
-from gralora_runtime.model.kv_pool import KVPool
-from gralora_runtime.model.loading import BaseModel
+from gralora_runtime.model.programs.runner import Served
 from gralora_runtime.model.programs.transformers.adapted_linear import (
     AdaptedGroup,
     AdaptedLinear,
@@ -36,19 +34,12 @@ logger = logging.getLogger(__name__)
 class TransformersRunner:
     """A base model whose linear layers ask, for each token, what its adapter adds.
 
-    The model of `base` is taken over and changed in place: its linears are wrapped (on the CPU also repacked, which
+    The served model is taken over and changed in place: its linears are wrapped (on the CPU also repacked, which
     frees the originals), its attention reads the KV pool, its RMS norms are fused.
     """
 
-    def __init__(
-        self,
-        base: BaseModel,
-        kv_pool: KVPool,
-        *,
-        arena: Tensor,
-        groups: Mapping[tuple[str, ...], GroupTable],
-        backend: AdapterBackend,
-    ) -> None:
+    def __init__(self, served: Served) -> None:
+        base, kv_pool, groups = served.base, served.kv_pool, served.groups
         self._model = base.model
         self._context = StepContext()
         heads: int = base.model.config.num_attention_heads
@@ -60,9 +51,9 @@ class TransformersRunner:
         register_attention()
         self._model.set_attn_implementation(ATTENTION_NAME)
         fused = fuse_rms_norms(self._model)
-        self._backend = backend
+        self._backend = served.backend
         self._groups = tuple(groups.values())
-        self._wrap_linears(arena, groups)
+        self._wrap_linears(served.arena, groups)
         logger.info(
             "model ready: %d linear layers can be adapted, in %d groups; %d RMS norms fused",
             sum(map(len, groups)),
