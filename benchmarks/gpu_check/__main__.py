@@ -2,7 +2,7 @@
 
     make gpu-check                     on a machine with a GPU, under six minutes
     make gpu-check CHECK=--dry         on any: tiny shapes, Triton's interpreter; its times mean nothing
-    PYTHONPATH=kernels:.:server:proto python -m benchmarks.gpu_check [--dry] [--out DIR]
+    PYTHONPATH=kernels:.:server:proto python -m benchmarks.gpu_check [--dry] [--only PART,...] [--out DIR]
 
 A part's log is kept whole, below --out or in the folder that is printed. Exit code 1 if a check or a part failed.
 """
@@ -17,7 +17,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -26,8 +28,16 @@ from benchmarks.gpu_check.report import print_result
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "gpu"
-# Seconds; six minutes in all. Compiling takes most of the kernels'. What a part has found until then is kept.
-PARTS = {"facts": 20, "kernels": 115, "programs": 55, "steps": 85, "transformers": 30, "attention": 20, "loads": 35}
+# Parts that run side by side, one stage after the other; what is timed runs alone. By part: seconds, six minutes in
+# all. Compiling takes most of the checks'. What a part has found until then is kept.
+STAGES = (
+    {"facts": 30},
+    {"kernels-float32": 110, "kernels-float16": 110, "kernels-bfloat16": 110, "programs": 110, "tests": 110},
+    {"steps": 110},
+    {"attention": 30},
+    {"loads": 40},
+    {"transformers": 30},
+)
 DRY_TIMES = 3  # the interpreter takes longer
 LOG_COLUMNS = 160  # of a line that is printed; the file has all of it
 Line = dict[str, Any]
@@ -38,12 +48,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Whether this machine's GPU is right, and how fast it is.")
     parser.add_argument("--dry", action="store_true", help="tiny shapes under Triton's interpreter, without a GPU")
     parser.add_argument("--out", type=Path, help=f"where the JSON goes; default: {RESULTS.relative_to(ROOT)}")
+    parser.add_argument("--only", default="", help="parts, separated by commas; default: all")
     options = parser.parse_args()
+    only = {"facts", *options.only.split(",")} if options.only else {part for stage in STAGES for part in stage}
     logs = options.out.resolve() / "logs" if options.out else Path(tempfile.mkdtemp(prefix="gpu-check-"))
     logs.mkdir(parents=True, exist_ok=True)
     lines: list[Line] = []
-    for part in PARTS:
-        lines += run_part(part, logs, dry=options.dry, machine=next((x for x in lines if x["what"] == "facts"), {}))
+    for stage in STAGES:
+        machine = next((line for line in lines if line["what"] == "facts"), {})
+        run = partial(run_part, logs=logs, dry=options.dry, machine=machine)
+        with ThreadPoolExecutor() as side_by_side:
+            limits = {part: limit_s for part, limit_s in stage.items() if part in only}
+            for found in side_by_side.map(run, limits, limits.values()):
+                lines += found
     result = gather(lines, dry=options.dry)
     out = options.out or (logs if options.dry else RESULTS)
     out.mkdir(parents=True, exist_ok=True)
@@ -55,9 +72,9 @@ def main() -> None:
     sys.exit(0 if all(check["passed"] for check in result["checks"]) else 1)
 
 
-def run_part(part: str, logs: Path, *, dry: bool, machine: Line) -> list[Line]:
+def run_part(part: str, limit_s: int, *, logs: Path, dry: bool, machine: Line) -> list[Line]:
     """What a part said; if it failed as a whole, that is a check that did not pass."""
-    limit_s, log, found = PARTS[part] * (DRY_TIMES if dry else 1), logs / f"{part}.log", logs / f"{part}.jsonl"
+    limit_s, log, found = limit_s * (DRY_TIMES if dry else 1), logs / f"{part}.log", logs / f"{part}.jsonl"
     found.unlink(missing_ok=True)  # of an earlier run
     started_s = time.monotonic()
     with log.open("w") as opened:
@@ -71,10 +88,9 @@ def run_part(part: str, logs: Path, *, dry: bool, machine: Line) -> list[Line]:
         except subprocess.TimeoutExpired:
             problem = f"took more than {limit_s} s"
     lines = [json.loads(line) for line in found.read_text().splitlines()] if found.exists() else []
-    print(f"--- {part}" + (f": {problem}" if problem else ""))
-    print("\n".join(line[:LOG_COLUMNS] for line in log.read_text().splitlines()[-(15 if problem else 2) :]))
+    end = "\n".join(line[:LOG_COLUMNS] for line in log.read_text().splitlines()[-15:]) + "\n" if problem else ""
+    print(f"{end}{part}: {problem or 'ended'}, {time.monotonic() - started_s:.0f} s", flush=True)
     lines.append({"what": "check", "name": f"part {part}", "passed": not problem, "detail": problem or "ended"})
-    print(f"{part}: {time.monotonic() - started_s:.0f} s", flush=True)
     return lines
 
 
@@ -91,6 +107,7 @@ def gather(lines: list[Line], *, dry: bool) -> Line:
         "cases": of("step"),
         "transformers": of("transformers"),
         "prefill": of("prefill"),
+        "kernels": of("kernels"),
         "attention": of("attention"),
         "loads": next(iter(of("loads")), {}),
         "graphs": {line["shape"]: line for line in of("graphs")},

@@ -7,8 +7,11 @@ import time
 from collections.abc import Callable
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 BACK_TO_BACK = 10
+PROFILED = 3
+NAME_COLUMNS = 80  # of a kernel: C++'s are hundreds long
 
 
 def device() -> torch.device:
@@ -41,6 +44,18 @@ def device_ms(work: Callable[[], object], rounds: int, warm: int = 3) -> float:
     return _events_ms(work, 1, rounds, warm) if torch.cuda.is_available() else median_ms(work, rounds, warm)
 
 
+def in_a_graph_ms(work: Callable[[], object]) -> float:
+    """As steps have it, without the host's time to launch it."""
+    if not torch.cuda.is_available():
+        return median_ms(work, 1)
+    work()
+    wait()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return device_ms(graph.replay, 20)
+
+
 def host_ms(work: Callable[[], object], rounds: int) -> float:
     """Of what the host does until it could go on, the device being idle before."""
     times = []
@@ -64,6 +79,22 @@ def step_times(work: Callable[[], object]) -> dict[str, float]:
         "alone_ms": median_ms(work, 9),
         "host_ms": host_ms(work, 9),
     }
+
+
+def kernel_us(work: Callable[[], object]) -> dict[str, tuple[int, float]]:
+    """By kernel of the device: how often `work` launches it, and microseconds of all of these together."""
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiled:
+        for _ in range(PROFILED):
+            work()
+        wait()
+    found: dict[str, tuple[int, float]] = {}
+    for event in profiled.key_averages():
+        if event.self_device_time_total > 0:
+            name = event.key[:NAME_COLUMNS]
+            count, microseconds = found.get(name, (0, 0.0))
+            found[name] = count + event.count // PROFILED, microseconds + event.self_device_time_total / PROFILED
+    longest = sorted(found.items(), key=lambda item: -item[1][1])
+    return {name: (count, round(microseconds, 1)) for name, (count, microseconds) in longest}
 
 
 def _events_ms(work: Callable[[], object], count: int, rounds: int, warm: int) -> float:

@@ -18,6 +18,7 @@ from gralora_runtime.assemble import assemble
 from gralora_runtime.config import EngineConfig
 from gralora_runtime.model.kv_pool import kv_shape
 from gralora_runtime.model.loading import BaseModel
+from gralora_runtime.model.programs.gpu.runner import GpuRunner
 from gralora_runtime.plan import AdapterUse, RowPlan, StepPlan
 
 Kind = tuple[int, int]  # r, k
@@ -124,6 +125,12 @@ class CheckedEngine:
         pool.arena[:size].normal_(0, 0.02)
         return sizes
 
+    def fill_past(self) -> None:
+        """Keys and values as if there had been steps before."""
+        for layer in self.gpu_runner.model.layers:
+            layer.keys.normal_()
+            layer.values.normal_()
+
     def plan(self, slots: Sequence[int], kinds: Sequence[Kind], *, context: int, new: int = 1) -> StepPlan:
         """A row for each slot (-1: base), with `new` tokens behind `context` others, in pages of its own."""
         pages = -(-(context + new) // self.page_size)
@@ -142,6 +149,12 @@ class CheckedEngine:
     def step(self, plan: StepPlan) -> torch.Tensor:
         """Logits [rows, vocab]."""
         return self.runner.execute(self.batch.build(plan))
+
+    @property
+    def gpu_runner(self) -> GpuRunner:
+        """The GPU's own program, which such models have."""
+        assert isinstance(self.runner, GpuRunner)
+        return self.runner
 
     def close(self) -> None:
         self.parts.adapters.close()

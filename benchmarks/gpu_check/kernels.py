@@ -21,6 +21,7 @@ from gralora_kernels.reference import rows as twins
 from gralora_kernels.reference.adapters import ReferenceBackend
 from gralora_kernels.reference.attention import attention_in_rows
 from gralora_kernels.tables import ALIGNMENT, ARENA_SLACK, Entry, GroupTable
+from gralora_kernels.triton_ops import attention_launch
 from gralora_kernels.triton_ops.activation import gated_activation
 from gralora_kernels.triton_ops.adapters.launch import BLOCKING, TritonBackend
 from gralora_kernels.triton_ops.attention_launch import AttentionShape, PagedAttention
@@ -67,21 +68,22 @@ def poisoned_memory() -> Iterator[None]:
         yield
 
 
-def checks() -> Iterator[Check]:
-    """All of them, by name."""
+def checks(dtype: torch.dtype) -> Iterator[Check]:
+    """All of them in one dtype, by name."""
     on_gpu = torch.cuda.is_available()
-    # The interpreter of a dry run rounds bf16 in its own way.
-    for dtype in BOUNDS if on_gpu else (torch.float32,):
-        kind = str(dtype).removeprefix("torch.")
-        for in_features, outs in _widths():
-            yield f"adapters {kind} {in_features}->{outs}", partial(_adapters, in_features, outs, dtype)
-        for heads in _heads(dtype):
-            yield f"attention {kind} {heads}", partial(_attention, heads, dtype, (0, 300), 0.0)
-        for heads in WELL_KNOWN if on_gpu else ():
-            yield f"attention {kind} {heads}, soft cap", partial(_attention, heads, dtype, (0, 5), 30.0)
-        yield f"norm, rotary, activation {kind}", partial(_rows, dtype)
-        yield f"batch-invariant product {kind}", partial(_product, dtype)
-    yield "lists made by the device", _lists
+    if not on_gpu and dtype != torch.float32:
+        return  # the interpreter of a dry run rounds bf16 in its own way
+    kind = str(dtype).removeprefix("torch.")
+    for in_features, outs in _widths():
+        yield f"adapters {kind} {in_features}->{outs}", partial(_adapters, in_features, outs, dtype)
+    for heads in _heads(dtype):
+        yield f"attention {kind} {heads}", partial(_attention, heads, dtype, (0, 300), 0.0)
+    for heads in WELL_KNOWN if on_gpu else ():
+        yield f"attention {kind} {heads}, soft cap", partial(_attention, heads, dtype, (0, 5), 30.0)
+    yield f"norm, rotary, activation {kind}", partial(_rows, dtype)
+    yield f"batch-invariant product {kind}", partial(_product, dtype)
+    if dtype == torch.float32:
+        yield "lists made by the device", _lists
 
 
 def _widths() -> list[tuple[int, list[int]]]:
@@ -230,6 +232,10 @@ def _attention(sizes: Heads, dtype: torch.dtype, windows: Sequence[int], cap: fl
         worst = max(worst, _error(expected, case.together(fast, window, cap).cpu(), dtype))
         together = case.together(invariant, window, cap)
         worst = max(worst, _error(expected, together.cpu(), dtype))
+        for enough in (0, 1 << 20):  # no context is cut that need not be, each is
+            with patch.object(attention_launch, "ENOUGH_PER_PROCESSOR", enough):
+                cut = case.together(invariant, window, cap)
+            _assert_same(cut, together, "bits depend on how a context is cut")
         ends = np.cumsum(case.queries).tolist()
         for row, end in enumerate(ends):  # the prompt's last token, too, as if it were a single one
             alone = case.alone(invariant, row, end - 1, window, cap)

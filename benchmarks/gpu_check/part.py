@@ -37,15 +37,19 @@ def run(name: str, machine: Line) -> Iterator[Line]:
         from benchmarks.gpu_check.facts import facts
 
         yield {"what": "facts"} | facts()
-    elif name == "kernels":
+    elif name.startswith("kernels-"):
         from benchmarks.gpu_check import kernels
 
         with kernels.poisoned_memory():
-            yield from checked(kernels.checks())
+            yield from checked(kernels.checks(getattr(torch, name.removeprefix("kernels-"))))
     elif name == "programs":
         from benchmarks.gpu_check import programs
 
         yield from checked(programs.checks())
+    elif name == "tests":
+        from benchmarks.gpu_check import tests
+
+        yield from checked(tests.checks())
     elif name in ("steps", "transformers", "attention", "loads"):
         from benchmarks.gpu_check import speed
 

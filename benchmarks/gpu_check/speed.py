@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import gc
-import logging
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,7 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import loads
-from benchmarks.gpu_check.clock import device, device_ms, host_ms, median_ms, step_times, wait
+from benchmarks.gpu_check.clock import device, host_ms, in_a_graph_ms, kernel_us, median_ms, step_times, wait
 from benchmarks.gpu_check.engines import CheckedEngine, Kind, random_model
 from gralora_kernels.grouping import Grouping
 from gralora_kernels.listing import ListPlanner
@@ -30,7 +28,7 @@ Rates = dict[str, Any]
 
 ON_GPU = torch.cuda.is_available()
 DTYPE = torch.bfloat16 if ON_GPU else torch.float32
-SHAPES = ("smollm2-135m", "llama-3-8b") if ON_GPU else ("tiny",)
+SHAPES = ("llama-3-8b", "smollm2-135m") if ON_GPU else ("tiny",)
 CONTEXT = 256 if ON_GPU else 8  # tokens before a decode step's
 ROWS = (1, 16, 64, 128) if ON_GPU else (1, 4)
 PROMPTS = (512, 2048) if ON_GPU else (8,)
@@ -57,21 +55,21 @@ def steps(rates: Rates) -> Iterator[Case]:
         if missing > 0:
             yield {"what": "skipped", "shape": shape, "reason": f"{missing / GIB:.1f} GiB more of memory are needed"}
             continue
-        with _captured() as captured:
-            started_s = time.perf_counter()
-            engine = CheckedEngine(shape, DTYPE, **_sizes(shape))
-            wait()
-            ready_s = time.perf_counter() - started_s
-        count, capture_s = captured[-1]
+        started_s = time.perf_counter()
+        engine = CheckedEngine(shape, DTYPE, **_sizes(shape))
+        wait()
+        ready_s = time.perf_counter() - started_s
+        ladder = engine.gpu_runner.ladder
+        assert ladder is not None
         yield {
-            "what": "graphs", "shape": shape, "graphs": count, "capture_s": round(capture_s, 2),
+            "what": "graphs", "shape": shape, "graphs": len(ladder), "capture_s": round(ladder.seconds, 2),
             "start_to_ready_s": round(ready_s, 2),
         }  # fmt: skip
         yield from _decode_steps(engine, shape, rates)
         engine.fill([(16, 4)])
         for tokens in PROMPTS:
             for slot in (-1, 0):
-                yield _prompt(engine, shape, tokens, slot, rates)
+                yield from _prompt(engine, shape, tokens, slot, rates)
         engine.close()
         del engine
         _give_back()
@@ -85,8 +83,8 @@ def transformers_steps(_: Rates) -> Iterator[Case]:
         model = random_model(shape, DTYPE)
         for rows in (1, 16) if ON_GPU else (1,):
             ids = torch.randint(0, model.config.vocab_size, (rows, CONTEXT)).to(device())
-            short_ms, long_ms = (median_ms(partial(_generate, model, ids, count), 3, warm=1) for count in (4, 20))
-            yield {"what": "transformers", "shape": shape, "rows": rows, "step_ms": round((long_ms - short_ms) / 16, 3)}
+            short_ms, long_ms = (median_ms(partial(_generate, model, ids, count), 3, warm=1) for count in (2, 10))
+            yield {"what": "transformers", "shape": shape, "rows": rows, "step_ms": round((long_ms - short_ms) / 8, 3)}
         del model
         _give_back()
 
@@ -125,7 +123,7 @@ def _ours_ms(shape: AttentionShape, context: int, q: Tensor, keys: Tensor, value
         ours.attend, out, q, keys, values, page_table=table, query_starts=torch.from_numpy(starts).to(device()),
         context_lens=torch.from_numpy(lengths).to(device()), scale=shape.head_dim**-0.5, window=0,
     )  # fmt: skip
-    return _in_a_graph_ms(attend)
+    return in_a_graph_ms(attend)
 
 
 def _torchs_ms(context: int, q: Tensor, keys: Tensor, values: Tensor) -> float | None:
@@ -140,22 +138,10 @@ def _torchs_ms(context: int, q: Tensor, keys: Tensor, values: Tensor) -> float |
         )  # fmt: skip
         with torch.inference_mode():
             attend()
-            return _in_a_graph_ms(attend)
+            return in_a_graph_ms(attend)
     except (ImportError, TypeError, RuntimeError):
         traceback.print_exc()
         return None
-
-
-def _in_a_graph_ms(work: Callable[[], object]) -> float:
-    """As steps have it, without the host's time to launch it."""
-    if not ON_GPU:
-        return median_ms(work, 1)
-    work()
-    wait()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        work()
-    return device_ms(graph.replay, 20)
 
 
 def loading(_: Rates) -> Iterator[Case]:
@@ -174,7 +160,7 @@ class Filled:
 
 def _decode_steps(engine: CheckedEngine, shape: str, rates: Rates) -> Iterator[Case]:
     for rows in ROWS:
-        yield _step(engine, shape, rows, Filled("base", [], []), rates)
+        yield from _step(engine, shape, rows, Filled("base", [], []), rates)
     for name, wanted in ADAPTERS:
         kinds = engine.fitting(wanted[: ROWS[-1]])
         filled = Filled(name, kinds, engine.fill(kinds))
@@ -182,22 +168,25 @@ def _decode_steps(engine: CheckedEngine, shape: str, rates: Rates) -> Iterator[C
             # Of one row they are all the same; and of more than the pool holds there is no such step.
             if (rows == 1 and name != "distinct") or not kinds or (name != "one" and rows > len(kinds)):
                 continue
-            yield _step(engine, shape, rows, filled, rates)
+            yield from _step(engine, shape, rows, filled, rates)
 
 
-def _step(engine: CheckedEngine, shape: str, rows: int, filled: Filled, rates: Rates) -> Case:
+def _step(engine: CheckedEngine, shape: str, rows: int, filled: Filled, rates: Rates) -> Iterator[Case]:
     kinds = filled.kinds
     slots = [i % len(kinds) if kinds else -1 for i in range(rows)]
     r, k = kinds[0] if len(set(kinds)) == 1 else (None, None)
     plan = engine.plan(slots, kinds, context=CONTEXT)
     tensors = engine.batch.build(plan)
     floor_ms = _floor_ms(engine, plan, [filled.sizes[slot] for slot in slots if slot >= 0], rates)
-    times = step_times(partial(engine.runner.execute, tensors))
+    step = partial(engine.runner.execute, tensors)
+    times = step_times(step)
     times["plan_ms"] = _list_ms(engine, tensors.grouping) if kinds else 0.0
-    return {
-        "what": "step", "shape": shape, "rows": rows, "adapters": filled.name, "r": r, "k": k,
+    case = {"shape": shape, "rows": rows, "adapters": filled.name, "r": r, "k": k}
+    yield {"what": "step"} | case | {
         "floor_ms": round(floor_ms, 5), "times_floor": round(times["step_ms"] / floor_ms, 2),
     } | {name: round(milliseconds, 3) for name, milliseconds in times.items()}  # fmt: skip
+    if ON_GPU and filled.name in ("base", "distinct"):
+        yield {"what": "kernels"} | case | {"us": kernel_us(step)}
 
 
 def _floor_ms(engine: CheckedEngine, plan: StepPlan, adapter_bytes: Sequence[int], rates: Rates) -> float:
@@ -216,40 +205,21 @@ def _list_ms(engine: CheckedEngine, grouping: Grouping) -> float:
     return host_ms(partial(planner.plan, grouping), 9)
 
 
-def _prompt(engine: CheckedEngine, shape: str, tokens: int, slot: int, rates: Rates) -> Case:
+def _prompt(engine: CheckedEngine, shape: str, tokens: int, slot: int, rates: Rates) -> Iterator[Case]:
     plan = engine.plan([slot], [(16, 4)], context=0, new=tokens)
     tensors = engine.batch.build(plan)
     # Of the head's product only the last token's row is wanted.
     numel = tokens * (engine.weight_bytes - engine.head_bytes) / DTYPE.itemsize
     numel += 0 if slot < 0 else tokens * engine.adapter_numel((16, 4))
-    milliseconds = median_ms(lambda: engine.runner.execute(tensors), 5 if ON_GPU else 1, warm=1 if ON_GPU else 0)
+    step = partial(engine.runner.execute, tensors)
+    milliseconds = median_ms(step, 5 if ON_GPU else 1, warm=1 if ON_GPU else 0)
     floor_ms = max(2 * numel / rates["product_tflop_s"] / 1e9, engine.weight_bytes / rates["read_gb_s"] / 1e6)
-    return {
-        "what": "prefill", "shape": shape, "tokens": tokens, "adapters": "base" if slot < 0 else "one",
+    case = {"shape": shape, "tokens": tokens, "adapters": "base" if slot < 0 else "one"}
+    yield {"what": "prefill"} | case | {
         "ms": round(milliseconds, 3), "floor_ms": round(floor_ms, 5), "times_floor": round(milliseconds / floor_ms, 2),
-    }  # fmt: skip
-
-
-@contextmanager
-def _captured() -> Iterator[list[tuple[int, float]]]:
-    """How many graphs were captured meanwhile, and in how many seconds, which the ladder tells its log alone."""
-    found: list[tuple[int, float]] = [(0, 0.0)]
-
-    class Listener(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            if record.msg.startswith("captured") and isinstance(record.args, tuple):
-                count, seconds = record.args
-                found.append((int(str(count)), float(str(seconds))))
-
-    logger, listener = logging.getLogger("gralora_runtime.model.programs.gpu.graphs"), Listener()
-    level = logger.level
-    logger.setLevel(logging.INFO)
-    logger.addHandler(listener)
-    try:
-        yield found
-    finally:
-        logger.removeHandler(listener)
-        logger.setLevel(level)
+    } | ({"host_ms": round(host_ms(step, 3), 3)} if ON_GPU else {})  # fmt: skip
+    if ON_GPU:
+        yield {"what": "kernels"} | case | {"us": kernel_us(step)}
 
 
 def _kv_token_bytes(engine: CheckedEngine) -> int:

@@ -2,8 +2,11 @@
 
 The context of a row is cut into stretches of `SPLIT` positions. A row that decodes has several items if its context is
 long, each for some of its stretches; their results are merged in order by a second kernel. Queries of a prompt share
-tiles, and each tile does all stretches that it sees. How a row is cut follows from the row alone, so that its result
-does not depend on its neighbours.
+tiles, and each tile does all stretches that it sees.
+
+A step of many rows has items enough without cutting those that are not longer than others. That changes no bit: an item
+for all stretches adds them up in the order in which items for one each are merged. Only rows of more than `MAX_ITEMS`
+stretches have several in an item; they are always cut, and in the same way.
 """
 
 from __future__ import annotations
@@ -38,29 +41,35 @@ def max_partials(rows: int, max_model_len: int) -> int:
     return rows * min(MAX_ITEMS, -(-max_model_len // SPLIT))
 
 
-def plan_attention(query_starts: Int32s, context_lens: Int32s, tile_tokens: int) -> AttentionWork:
+def plan_attention(
+    query_starts: Int32s, context_lens: Int32s, tile_tokens: int, enough_items: int = 1 << 30
+) -> AttentionWork:
     """`query_starts` [rows + 1], `context_lens` [rows]; a row of context 0 is padding and has no item.
 
-    `tile_tokens`: queries of a prompt that share their loads.
+    `tile_tokens`: queries of a prompt that share their loads. `enough_items`: of rows that decode, for a busy GPU.
     """
     queries = query_starts[1:] - query_starts[:-1]
     is_used = context_lens > 0
     is_decode = is_used & (queries == 1)
-    items, merges, num_partials = _decode_items(is_decode.nonzero()[0], query_starts, context_lens)
+    items, merges, num_partials = _decode_items(is_decode.nonzero()[0], query_starts, context_lens, enough_items)
     if (prompts := (is_used & (queries > 1)).nonzero()[0]).size:
         items = np.concatenate([items, _prompt_items(prompts, query_starts, context_lens, tile_tokens)])
     return AttentionWork(items=items, merges=merges, num_partials=num_partials)
 
 
-def _decode_items(rows: Rows, query_starts: Int32s, context_lens: Int32s) -> tuple[Int32s, Int32s, int]:
+def _decode_items(
+    rows: Rows, query_starts: Int32s, context_lens: Int32s, enough_items: int
+) -> tuple[Int32s, Int32s, int]:
     tokens = query_starts[rows]
     stretches = (context_lens[rows] + (SPLIT - 1)) // SPLIT
     fields = np.zeros((ATTENTION_ITEM, len(rows)), np.int32)  # each row as if it were one item
     fields[0], fields[1], fields[2], fields[4], fields[5] = rows, tokens, 1, stretches, -1
-    in_parts = (stretches > 1).nonzero()[0]
+    fair = min(MAX_ITEMS, max(1, -(-int(stretches.sum()) // enough_items)))  # stretches that an item may have
+    in_parts = (stretches > fair).nonzero()[0]
     if not in_parts.size:
         return np.ascontiguousarray(fields.T), np.zeros((0, ATTENTION_ITEM), np.int32), 0
     each = (stretches + (MAX_ITEMS - 1)) // MAX_ITEMS
+    each[stretches <= fair] = fair
     counts = (stretches + (each - 1)) // each
     parts = counts[in_parts]
     first = parts.cumsum(dtype=np.int32) - parts

@@ -19,9 +19,9 @@ from gralora_kernels.grouping import Grouping
 from gralora_kernels.tables import GroupTable
 from gralora_kernels.work import ITEM, WIDEST, Blocking, Int32s, Pieces, pieces_of
 
-PHASES = ("split_shrink", "shrink", "expand")
+PHASES = ("split_shrink", "shrink", "expand", "narrow_expand")
 # Rows of `ListPlanner._facts`: for each phase how many pieces and the first of them, then three facts of `Pieces`.
-COUNT, FIRST, COLUMNS, IN_ALIGNMENT, OUT_ALIGNMENT = 0, 3, 6, 7, 8
+COUNT, FIRST, COLUMNS, IN_ALIGNMENT, OUT_ALIGNMENT = 0, 4, 8, 9, 10
 MAX_PATTERNS = 1 << 12  # then all are forgotten, and those in use seen anew
 MAX_PIECES = 1 << 20
 
@@ -73,16 +73,16 @@ class ListPlanner:
         """The lists of `plan_work`, where each group's are the same item for item."""
         slots, lengths = grouping.slots, np.diff(grouping.starts)
         self._look_at(slots)
-        longest = int(lengths.max(initial=0))
-        tile_tokens = self._blocking.tile_tokens(longest)
-        is_split = self._blocking.splits(longest, grouping.num_adapted)
+        tile_tokens = self._blocking.tile_tokens(grouping.num_adapted, len(slots))
+        is_split = self._blocking.splits(grouping.num_adapted)
         tiles = -(-lengths // tile_tokens)
         segments = np.empty((len(slots), 4), np.int32)
         for field, values in enumerate((slots, grouping.starts[:-1], lengths, tiles)):
             segments[:, field] = values
         layouts = self._layout_of[:, self._pattern_of[slots]]  # [classes, segments]
         parts = np.zeros((len(layouts), 2, len(slots), 4), np.int32)
-        for place, phase in enumerate(("split_shrink" if is_split else "shrink", "expand")):
+        phases = self._blocking.shrink_phase(grouping.num_adapted), self._blocking.expand_phase(grouping.num_adapted)
+        for place, phase in enumerate(phases):
             parts[:, place, :, 1] = self._facts[FIRST + PHASES.index(phase)][layouts]
             parts[:, place, :, 2] = self._facts[COUNT + PHASES.index(phase)][layouts]
         numbers = parts[..., 2] * tiles

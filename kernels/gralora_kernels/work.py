@@ -37,23 +37,39 @@ Int32s = npt.NDArray[np.int32]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Blocking:
-    """How large a piece is: tokens (small where no adapter has more), rank rows and elements of a shrink, columns of an
-    expand. Steps of at most `split_tokens` adapted tokens have an item for each stretch of `depth` elements."""
+    """How large a piece is: tokens, rank rows and elements of a shrink, columns of an expand.
+
+    Steps of at most `split_tokens` adapted tokens have an item for each stretch of `depth` elements, and small tiles;
+    tiles of one token if most adapters have no more, as where each row that decodes is another customer's. Those of at
+    most `narrow_tokens` have more, narrower items of expands, so that there is one for each processor.
+    """
 
     small_tile: int
     full_tile: int
     rank_rows: int
     columns: int
+    narrow_columns: int
+    narrow_tokens: int
     depth: int
     split_tokens: int
 
-    def tile_tokens(self, longest: int) -> int:
-        """Of a step whose longest segment is so long."""
-        return self.small_tile if longest <= self.small_tile else self.full_tile
+    def tile_tokens(self, num_adapted: int, num_segments: int) -> int:
+        """Of a step with so many adapted tokens, of so many adapters."""
+        if not self.splits(num_adapted):
+            return self.full_tile
+        return 1 if num_adapted < 2 * num_segments else self.small_tile
 
-    def splits(self, longest: int, num_adapted: int) -> bool:
+    def splits(self, num_adapted: int) -> bool:
         """Whether each stretch is an item of its own."""
-        return longest <= self.small_tile and num_adapted <= self.split_tokens
+        return num_adapted <= self.split_tokens
+
+    def expand_phase(self, num_adapted: int) -> str:
+        """Which of `Pieces` a step's expands are made of."""
+        return "narrow_expand" if num_adapted <= self.narrow_tokens else "expand"
+
+    def shrink_phase(self, num_adapted: int) -> str:
+        """Which of `Pieces` a step's shrinks are made of."""
+        return "split_shrink" if self.splits(num_adapted) else "shrink"
 
     def num_planes(self, in_features: int) -> int:
         """The most that a step needs: those of k = 1."""
@@ -67,6 +83,7 @@ class Pieces:
     split_shrink: Int32s  # [pieces, ITEM]: an item for each stretch
     shrink: Int32s  # [pieces, ITEM]: one for all of them
     expand: Int32s  # [pieces, ITEM]
+    narrow_expand: Int32s  # [pieces, ITEM]
     num_columns: int  # of u
     # Elements, a power of two up to `WIDEST`: every block begins at a multiple of it, and is as wide.
     in_alignment: int
@@ -114,10 +131,9 @@ class StepWork:
 
 def plan_work(groups: Sequence[GroupTable], grouping: Grouping, blocking: Blocking) -> StepWork:
     """Cut a step into items. Layers whose slots have the same r and k share their lists."""
-    longest = int(np.diff(grouping.starts).max(initial=0))
-    tile_tokens = blocking.tile_tokens(longest)
-    is_split = blocking.splits(longest, grouping.num_adapted)
-    phases = ("split_shrink" if is_split else "shrink", "expand")
+    is_split = blocking.splits(grouping.num_adapted)
+    tile_tokens = blocking.tile_tokens(grouping.num_adapted, len(grouping.slots))
+    phases = blocking.shrink_phase(grouping.num_adapted), blocking.expand_phase(grouping.num_adapted)
     tiles = [_tiles(begin, end, tile_tokens) for begin, end in pairwise(grouping.starts.tolist())]
     slots = grouping.slots.tolist()
     made: dict[tuple[object, ...], GroupWork] = {}
@@ -151,7 +167,9 @@ def pieces_of(kind: tuple[int, tuple[int, ...], int], layout: bytes, blocking: B
     in_features, outs, max_slots = kind
     parts = np.frombuffer(layout, np.int64).reshape(len(outs), ENTRIES, 2).tolist()
     present = [(r, k) for module in parts for r, k in module if r]
-    split_shrink, shrink, expand = [], [], []
+    split_shrink, shrink = [], []
+    expand: list[tuple[int, ...]] = []
+    narrow_expand: list[tuple[int, ...]] = []
     column = start = 0
     for m, (entries, out) in enumerate(zip(parts, outs, strict=True)):
         row, first_column = m * max_slots * ENTRIES, column
@@ -168,13 +186,15 @@ def pieces_of(kind: tuple[int, tuple[int, ...], int], layout: bytes, blocking: B
             column += r * k
         borders = sorted({j * out // k for r, k in entries if r for j in range(k + 1)})
         for low, high in pairwise(borders):
-            cuts = [*range(low, high, blocking.columns), high]
-            expand += [(row, 0, 0, begin, end, first_column, start, out) for begin, end in pairwise(cuts)]
+            for items, columns in ((expand, blocking.columns), (narrow_expand, blocking.narrow_columns)):
+                cuts = [*range(low, high, columns), high]
+                items += [(row, 0, 0, begin, end, first_column, start, out) for begin, end in pairwise(cuts)]
         start += out
     return Pieces(
         split_shrink=np.array(split_shrink, np.int32).reshape(-1, ITEM),
         shrink=np.array(shrink, np.int32).reshape(-1, ITEM),
         expand=np.array(expand, np.int32).reshape(-1, ITEM),
+        narrow_expand=np.array(narrow_expand, np.int32).reshape(-1, ITEM),
         num_columns=column,
         in_alignment=gcd(WIDEST, *(in_features // k for _, k in present)),
         out_alignment=gcd(

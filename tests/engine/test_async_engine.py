@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import pytest
+from support.device import DEVICE
 from support.peft_adapters import gralora_config, lora_config
 from support.workspaces import save_workspace
 from torch import Tensor
@@ -65,7 +66,7 @@ def config(workspace: Path) -> EngineConfig:
     return EngineConfig(
         model=workspace / "model",
         adapters_dir=workspace / "adapters",
-        device="cpu",
+        device=DEVICE,
         max_num_seqs=32,
         max_num_batched_tokens=48,
         page_size=4,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import os
 
+import numpy as np
 import pytest
 import torch
 
@@ -26,3 +27,15 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
         return tensor
 
     monkeypatch.setattr(torch, "empty", poisoned)
+
+
+@pytest.fixture
+def row_by_row_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products whose rows depend neither on their place nor on their number, as a tensor core's: those of numpy's BLAS
+    do."""
+
+    def matmul(a: np.ndarray, b: np.ndarray, dtype: type | None = None) -> np.ndarray:
+        # Sums along contiguous memory have one order.
+        return np.ascontiguousarray(a[:, None, :] * b.T[None]).sum(-1, dtype=dtype)
+
+    monkeypatch.setattr(np, "matmul", matmul)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -52,6 +54,7 @@ def test_other_steps(backend, layouts, slots):
     assert make_case(96, [48, 96], layouts).error(backend, slots) <= BOUND
 
 
+@pytest.mark.usefixtures("row_by_row_products")
 @pytest.mark.parametrize("blocking", [BLOCKING, None], ids=["split", "whole"])
 def test_a_token_has_the_same_bits_alone_and_in_any_step(backend, monkeypatch, blocking):
     """Of 2,500 input features: three stretches, each an item of its own in small steps and one after the other in large
@@ -60,11 +63,9 @@ def test_a_token_has_the_same_bits_alone_and_in_any_step(backend, monkeypatch, b
     slots = [0, 1, 2, 0, -1, 1, 1]
     x, y, grouping = case.step(slots)
     if blocking is None:
-        sizes = {name: getattr(BLOCKING, name) for name in Blocking.__slots__} | {"split_tokens": 2}
-        monkeypatch.setattr(launch, "BLOCKING", Blocking(**sizes))
+        monkeypatch.setattr(backend, "_blocking", replace(BLOCKING, split_tokens=2))
     together = case.apply(backend, x, y, grouping)
-    monkeypatch.undo()
-    many = case.apply(backend, x.repeat(6, 1), y.repeat(6, 1), case.grouping(slots * 6))  # tiles of 32
+    many = case.apply(backend, x.repeat(6, 1), y.repeat(6, 1), case.grouping(slots * 6))
 
     assert BLOCKING.depth < 2500 / 2
     for t, slot in enumerate(slots):
@@ -77,8 +78,7 @@ def test_a_token_has_the_same_bits_alone_and_in_any_step(backend, monkeypatch, b
 def test_sums_that_are_shared_out_have_memory_of_their_own(backend, monkeypatch, others):
     """However many tokens of the base model are beside them, and in a frozen instance for more than are ever split: the
     memory was once sized by all tokens, and kernels wrote behind its end."""
-    sizes = {name: getattr(BLOCKING, name) for name in Blocking.__slots__} | {"split_tokens": 4}
-    monkeypatch.setattr(launch, "BLOCKING", Blocking(**sizes))
+    monkeypatch.setattr(launch, "BLOCKING", replace(BLOCKING, split_tokens=4))
     case = make_case(2504, [40], [[(8, 1)], [(4, 2)]])
     frozen = frozen_for(case, 12, max_width=64)
 
@@ -108,7 +108,10 @@ def test_rows_without_an_adapter_are_not_touched(backend):
 def test_the_device_writes_the_lists_of_the_specification(monkeypatch):
     """Random steps over layers of several kinds, some of them with ranks of their own, while slots change hands."""
     generator = np.random.default_rng(0)
-    tiny = Blocking(small_tile=2, full_tile=4, rank_rows=4, columns=16, depth=16, split_tokens=12)
+    tiny = Blocking(
+        small_tile=2, full_tile=4, rank_rows=4, columns=16, narrow_columns=8, narrow_tokens=6, depth=16,
+        split_tokens=12,
+    )  # fmt: skip
     monkeypatch.setattr(launch, "BLOCKING", tiny)
     kinds = [(48, [48, 24, 24]), (48, [96]), (96, [48])]
     groups = [GroupTable(in_features, outs, 12, CPU) for in_features, outs in kinds * 2]
@@ -126,7 +129,7 @@ def test_the_device_writes_the_lists_of_the_specification(monkeypatch):
     backend = resolve_backend("triton", CPU)
     seen = set()
     for step in range(16):
-        grouping = make_case(8, 8, [[]] * 12).grouping(generator.integers(-1, 12, generator.integers(1, 40)))
+        grouping = make_case(8, 8, [[]] * 12).grouping(generator.integers(-1, 1 + step % 12, generator.integers(1, 40)))
         if step % 2:
             grouping = make_case(8, 8, [[]] * 12).grouping(generator.permutation(12)[: 1 + step % 11])
             load(int(generator.integers(12)))
@@ -137,15 +140,24 @@ def test_the_device_writes_the_lists_of_the_specification(monkeypatch):
             shrink, expand = backend.lists(group)
             assert np.array_equal(shrink, wanted.items[work.shrink_start :][: work.num_shrink_items])
             assert np.array_equal(expand, wanted.items[work.expand_start :][: work.num_expand_items])
-    assert seen == {(2, True), (2, False), (4, False)}
+    assert seen == {(1, True), (2, True), (4, False)}
 
 
-def frozen_for(case, max_tokens, max_width=600):
-    return TritonBackend(CPU).frozen([case.group], max_tokens=max_tokens, max_width=max_width, dtype=torch.float32)
+def frozen_for(case, max_tokens, max_width=600, tile_tokens=16):
+    return TritonBackend(CPU).frozen(
+        [case.group], max_tokens=max_tokens, max_width=max_width, dtype=torch.float32, tile_tokens=tile_tokens
+    )
 
 
+def test_a_frozen_backend_has_nothing_to_do_before_its_first_step():
+    """Graphs are captured then, and what they launch must not read what memory holds by chance."""
+    assert not frozen_for(make_case(96, [96, 64], MIXED[:5]), 8)._words.any()
+
+
+@pytest.mark.usefixtures("row_by_row_products")
 def test_a_frozen_backend_has_the_bits_of_any_other(backend):
-    """As a CUDA graph replays it: launches and memory of the largest step, whatever the step."""
+    """As a CUDA graph replays it: launches and memory of the largest step, whatever the step, and tiles of 16 tokens
+    where others have one."""
     case = make_case(96, [96, 64], MIXED[:5])
     frozen = frozen_for(case, 8)
     memory = [tensor.data_ptr() for tensor in (frozen._u, frozen._words, frozen._items)]
@@ -156,10 +168,12 @@ def test_a_frozen_backend_has_the_bits_of_any_other(backend):
     assert memory == [tensor.data_ptr() for tensor in (frozen._u, frozen._words, frozen._items)]
 
 
-def test_more_rows_than_the_step_has_are_left_alone(backend):
+@pytest.mark.usefixtures("row_by_row_products")
+@pytest.mark.parametrize("tile_tokens", [1, 16])
+def test_more_rows_than_the_step_has_are_left_alone(backend, tile_tokens):
     """A step is padded to the rows of its graph: those hold what an earlier step left there."""
     case = make_case(96, [96, 64], MIXED[:5])
-    frozen = frozen_for(case, 8)
+    frozen = frozen_for(case, 8, tile_tokens=tile_tokens)
     x, y, step = case.step([3, 4, 4])
     padded_x, padded_y = torch.full((8, 96), torch.nan), torch.full((8, 160), torch.nan)
     padded_x[:3], padded_y[:3] = x, y
@@ -177,10 +191,11 @@ def test_more_rows_than_the_step_has_are_left_alone(backend):
     [
         ([0] * 9, "needs tokens 9, but the graph was captured with 8"),
         ([4, 0], "needs columns of u 544, but the graph was captured with 128"),
+        ([0, 0], "needs tokens per tile 16, but the graph was captured with 1"),
     ],
 )
 def test_a_frozen_backend_refuses_what_its_graph_does_not_compute(slots, message):
     case = make_case(96, [96, 64], [*MIXED[:4], [(64, 8)]])
 
     with pytest.raises(ReplayError, match=message):
-        frozen_for(case, 8, max_width=64).prepare([case.group], case.grouping(slots))
+        frozen_for(case, 8, max_width=64, tile_tokens=1).prepare([case.group], case.grouping(slots))

@@ -114,12 +114,10 @@ def test_padding_rows_read_and_write_nothing():
 
 
 @pytest.fixture
-def short_stretches(monkeypatch):
-    """Stretches of two tiles, so that a few make a long context; and products whose rows do not depend on their place,
-    as a tensor core's do not: those of numpy's BLAS do."""
+def short_stretches(monkeypatch, row_by_row_products):
+    """Stretches of two tiles, so that a few make a long context."""
     monkeypatch.setattr("gralora_kernels.attention_work.SPLIT", 64)
     monkeypatch.setattr("gralora_kernels.triton_ops.attention_launch.SPLIT", 64)
-    monkeypatch.setattr(np, "matmul", lambda a, b, dtype=None: (a[:, None, :] * b.T[None]).sum(-1, dtype=dtype))
 
 
 @pytest.mark.usefixtures("short_stretches")
@@ -142,6 +140,27 @@ def test_a_rows_bits_depend_neither_on_its_neighbours_nor_on_how_its_prompt_was_
     for length, row, beside in zip(lengths, alone, together, strict=True):
         assert torch.equal(row[0], whole[length - 1])
         assert torch.equal(row, beside)
+
+
+@pytest.mark.usefixtures("short_stretches")
+def test_a_context_that_is_cut_has_the_bits_of_one_that_is_not(monkeypatch):
+    case = Case([150, 300, 64])
+    steps, results = [(0, 1, 150), (1, 1, 300), (2, 1, 64)], []
+
+    for enough in (0, 1 << 20):
+        monkeypatch.setattr("gralora_kernels.triton_ops.attention_launch.ENOUGH_PER_PROCESSOR", enough)
+        attention = PagedAttention(case.shape, torch.float32, CPU, invariant=False)
+        results.append(case.run(steps, attention=attention))
+        assert (len(attention._work.merges) > 0) == (enough > 0)
+
+    assert all(map(torch.equal, *results))
+
+
+def test_a_frozen_instance_has_nothing_to_do_before_its_first_step():
+    """Graphs are captured then, and what they launch must not read what memory holds by chance."""
+    frozen = PagedAttention(Case([20]).shape, torch.float32, CPU, invariant=False).frozen(2, LONG)
+
+    assert not frozen._words.any()
 
 
 def test_very_long_contexts_have_several_stretches_in_each_part(monkeypatch):

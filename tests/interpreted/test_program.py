@@ -33,6 +33,14 @@ def test_a_build_without_a_program_has_pefts_logits_the_slow_way(tmp_path):
         check_against_peft(served, 5, 6)
 
 
+def test_chunks_that_want_no_logits_are_computed_too(tmp_path):
+    with serving("llama", tmp_path / "model", tmp_path / "adapters", cuda_graphs=(), **SIZES) as served:
+        (lease,) = [served.parts.adapters.acquire("lora").result(30)]
+        whole, in_chunks = (served.logits([(lease, [5, 6, 7, 8, 9])], chunk)[0] for chunk in (5, 2))
+
+    torch.testing.assert_close(whole, in_chunks, rtol=1e-4, atol=1e-4)
+
+
 def test_batch_invariant_logits_are_pefts_too(tmp_path):
     with serving(
         "qwen2", tmp_path / "model", tmp_path / "adapters", batch_invariant=True, cuda_graphs=(), **SIZES
@@ -110,7 +118,7 @@ def test_graphs_compute_what_launches_compute_while_rows_come_and_go(decoding, m
 
     assert set(replayed) == {1, 2, 4}
     assert decoding.engines[0].engine.runner in launched, "no step was larger than the largest graph"
-    for with_graphs, without in zip(*(parts.engine.runner._model._layers for parts in decoding.engines), strict=True):
+    for with_graphs, without in zip(*(parts.engine.runner.model.layers for parts in decoding.engines), strict=True):
         torch.testing.assert_close(with_graphs.keys, without.keys, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(with_graphs.values, without.values, rtol=1e-4, atol=1e-4)
 
@@ -121,7 +129,7 @@ def test_a_step_that_does_not_fit_its_graph_is_launched_and_said_so_once(tmp_pat
         leases = [served.parts.adapters.acquire("lora").result(30) for _ in range(2)]
         caplog.clear()
         graphs = served.logits([(lease, [5, 6, 7]) for lease in leases], 1)
-        served.parts.engine.runner._ladder = None
+        served.parts.engine.runner.ladder = None
         launched = served.logits([(lease, [5, 6, 7]) for lease in leases], 1)
 
     (refusal,) = [record.getMessage() for record in caplog.records if record.name == runner_module.__name__]

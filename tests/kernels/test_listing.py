@@ -12,7 +12,9 @@ from gralora_kernels.listing import Listing, ListPlanner
 from gralora_kernels.tables import ENTRIES, Entry, GroupTable, TableSet
 from gralora_kernels.work import ITEM, Blocking, plan_work
 
-BLOCKING = Blocking(small_tile=2, full_tile=4, rank_rows=4, columns=16, depth=16, split_tokens=8)
+BLOCKING = Blocking(
+    small_tile=2, full_tile=4, rank_rows=4, columns=16, narrow_columns=8, narrow_tokens=4, depth=16, split_tokens=8,
+)  # fmt: skip
 SHAPES = [(48, [48, 24]), (48, [96]), (96, [48])] * 2
 SLOTS = len(MIXED)
 

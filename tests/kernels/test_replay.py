@@ -11,11 +11,13 @@ from gralora_kernels.listing import ListPlanner
 from gralora_kernels.replay import ReplayError, ReplayGuard
 from gralora_kernels.work import Blocking
 
-BLOCKING = Blocking(small_tile=2, full_tile=4, rank_rows=4, columns=16, depth=64, split_tokens=8)
+BLOCKING = Blocking(
+    small_tile=2, full_tile=4, rank_rows=4, columns=16, narrow_columns=8, narrow_tokens=4, depth=64, split_tokens=8,
+)  # fmt: skip
 # Slot:                       0          1         2         3        4     5
 CASE = make_case(96, [96], [[(8, 2)], [(4, 1)], [(2, 2), (2, 1)], [(8, 8)], [], [(64, 4)]])
 GUARD = ReplayGuard(
-    tokens=4, columns=16, items=30, tile_tokens=2, is_split=True, in_alignments=(8,), out_alignments=(8,)
+    tokens=4, columns=16, items=70, tile_tokens=2, is_split=True, in_alignments=(8,), out_alignments=(8,)
 )
 
 
@@ -23,7 +25,7 @@ def step(*slots, groups=1):
     return ListPlanner([CASE.group] * groups, BLOCKING).plan(CASE.grouping(slots))
 
 
-@pytest.mark.parametrize("slots", [(0, 0, 1, 2), (1, 1, 0), (0, -1), (4, 4), (-1, -1, -1, -1)], ids=str)
+@pytest.mark.parametrize("slots", [(0, 0, 1, 2), (1, 1, 0), (1, 1, 1), (0, -1), (4, 4), (-1, -1, -1, -1)], ids=str)
 def test_a_step_that_fits_passes(slots):
     GUARD.check(step(*slots))
 
@@ -32,9 +34,9 @@ def test_a_step_that_fits_passes(slots):
     ("slots", "captured", "message"),
     [
         pytest.param((0, 1, 1, -1, -1), {}, "needs tokens 5, but the graph was captured with 4", id="tokens"),
-        pytest.param((1, 1, 1), {}, "needs tokens per tile 4, .* captured with 2", id="tile"),
+        pytest.param((1, 1, 1), {"tile_tokens": 1}, "needs tokens per tile 2, .* captured with 1", id="tile"),
         pytest.param((5,), {}, "needs columns of u 256, .* captured with 16", id="width"),
-        pytest.param((0, 1, 2), {"items": 20}, "needs items in all lists 28, .* captured with 20", id="items"),
+        pytest.param((0, 1, 2), {"items": 20}, "needs items in all lists 46, .* captured with 20", id="items"),
         pytest.param((0, 1), {"is_split": False}, "needs split sums 1, .* captured with 0", id="split"),
     ],
 )

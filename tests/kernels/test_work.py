@@ -12,7 +12,9 @@ from gralora_kernels.grouping import Grouping
 from gralora_kernels.tables import ENTRIES, Entry, GroupTable
 from gralora_kernels.work import Blocking, StepWork, plan_work
 
-BLOCKING = Blocking(small_tile=2, full_tile=4, rank_rows=4, columns=16, depth=16, split_tokens=8)
+BLOCKING = Blocking(
+    small_tile=2, full_tile=4, rank_rows=4, columns=16, narrow_columns=8, narrow_tokens=4, depth=16, split_tokens=8,
+)  # fmt: skip
 
 
 def lists_of(work: StepWork, group: int = 0) -> tuple[np.ndarray, np.ndarray]:

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from support.served import PROMPT, Served, check_against_peft, serving
+from support.device import ON_GPU
+from support.served import GPU_PROGRAMS, PROMPT, Served, check_against_peft, serving
 from support.tiny_models import ARCHITECTURES
 
 
@@ -39,6 +40,8 @@ def test_a_base_row_is_bit_identical_beside_every_occupied_slot(served: Served) 
 
 def test_logits_are_bit_identical_whatever_shares_the_batch_and_however_the_prompt_is_cut(served: Served) -> None:
     """Alone, among all adapters, and in chunks of any size: every product has one order of summation."""
+    if ON_GPU and served.parts.info.model_type not in GPU_PROGRAMS:
+        pytest.skip("a GPU's own products sum in another order for another number of tokens")
     names = ["", *(info.name for info in served.parts.adapters.list())]
     leases = [served.parts.adapters.acquire(name).result(30) for name in names]
     try:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from peft import PeftConfig, PeftModel
 from peft_oracle import peft_readable
+from support.device import DEVICE, ON_GPU
 from support.peft_adapters import gralora_config, in_authors_dialect, lora_config, save_adapter
 from support.tiny_models import save_tiny_model, tiny_model
 
@@ -20,6 +21,7 @@ from gralora_runtime.plan import AdapterUse, RowPlan, StepPlan
 
 PROMPT = [5, 250, 17, 99, 3, 280, 41, 8, 120, 77, 301, 12, 64, 200, 9, 33, 150, 71, 222, 18, 90, 45, 263, 31, 7, 180]
 MAX_DIFFERENCE = 1e-3  # of a logit, fp32
+GPU_PROGRAMS = ("llama", "qwen2", "qwen3", "mistral", "gemma", "phi3")
 
 RANKS_AND_BLOCKS = [(r, k) for r in (1, 2, 3, 4, 8, 12, 16, 24, 32, 64) for k in (1, 2, 4, 8) if r % k == 0]
 
@@ -53,7 +55,7 @@ class Served:
     adapters_dir: Path
 
     def logits(self, rows: list[tuple[AdapterLease, list[int]]], chunk: int) -> list[torch.Tensor]:
-        """Last-token logits of each row, all rows in the same steps, prompts in chunks."""
+        """Last-token logits of each row, all rows in the same steps, prompts in chunks: only the last sample."""
         found: dict[str, torch.Tensor] = {}
         page_size = self.parts.info.page_size
         num_pages = -(-max(len(tokens) for _, tokens in rows) // page_size)
@@ -64,12 +66,14 @@ class Served:
                 pages = tuple(range(index * num_pages, (index + 1) * num_pages))
                 adapter = AdapterUse(lease.slot, lease.generation, lease.width)
                 if part:
-                    plans.append(RowPlan(str(index), part, start, pages, adapter, samples=True))
+                    is_last = start + chunk >= len(tokens)
+                    plans.append(RowPlan(str(index), part, start, pages, adapter, samples=is_last))
             plans.sort(key=lambda row: len(row.token_ids) > 1)
             plan = StepPlan(tuple(plans), sum(len(row.token_ids) == 1 for row in plans))
             engine = self.parts.engine
             logits = engine.runner.execute(engine.batch.build(plan))
-            found |= {row.request_id: logits[i] for i, row in enumerate(plans)}
+            sampling = [row.request_id for row in plans if row.samples]
+            found |= dict(zip(sampling, logits.cpu(), strict=True))
         return [found[str(index)] for index in range(len(rows))]
 
 
@@ -82,7 +86,7 @@ CONFIG = EngineConfig(
     max_adapter_rank=1024,
     kv_cache_bytes=16 << 20,
     num_threads=1,
-    device="cpu",
+    device=DEVICE,
 )
 
 
@@ -90,7 +94,11 @@ CONFIG = EngineConfig(
 def serving(
     architecture: str, model_dir: Path, adapters_dir: Path, *, all_ranks: bool = True, **changes: object
 ) -> Iterator[Served]:
-    """An engine over a tiny model that has adapters of every kind. Both folders are written."""
+    """An engine over a tiny model that has adapters of every kind. Both folders are written.
+
+    On a GPU, too, its bits do not depend on the batch, if the model has a program of its own there.
+    """
+    changes.setdefault("batch_invariant", ON_GPU and architecture in GPU_PROGRAMS)
     model = tiny_model(architecture)
     save_tiny_model(architecture, model_dir)
     for seed, (name, config) in enumerate(adapter_configs(architecture, all_ranks=all_ranks).items()):

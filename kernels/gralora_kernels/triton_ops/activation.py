@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gralora_kernels.triton_ops.early import EARLY_OPTIONS, wait_for_others
 from gralora_kernels.triton_ops.variant import ELEMENT_NAMES, VECTOR_BYTES, Variant
 
 KINDS = ("silu", "gelu_tanh")
@@ -30,6 +31,7 @@ def gated_activation_kernel(
     ALIGN: tl.constexpr,
 ):
     """One program: some columns of one token."""
+    wait_for_others()
     width = width_units * ALIGN
     token = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * BLOCK + tl.max_contiguous(tl.multiple_of(tl.arange(0, BLOCK), ALIGN), ALIGN)
@@ -56,7 +58,7 @@ def gated_activation(out: Tensor, gates_and_ups: Tensor, kind: str) -> None:
     assert out.is_contiguous()
     align = _align(width, out.dtype)
     gated_activation_kernel[(tokens, triton.cdiv(width, BLOCK))](
-        out, gates_and_ups, width // align, KIND=kind, BLOCK=BLOCK, ALIGN=align, **OPTIONS
+        out, gates_and_ups, width // align, KIND=kind, BLOCK=BLOCK, ALIGN=align, **OPTIONS, **EARLY_OPTIONS
     )
 
 

@@ -13,8 +13,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from gralora_kernels.triton_ops.early import wait_for_others
+
 NOTHING = tl.constexpr(-1e30)  # a score that is not seen: finite, so that differences are no NaN
 LOG2_E = tl.constexpr(1.4426950408889634)
+PARTS = tl.constexpr(8)
 
 
 @triton.jit(do_not_specialize=["window", "table_stride"])
@@ -49,6 +52,7 @@ def attention_kernel(
 ):
     """An item, for query heads of one KV head: rows of the tile are tokens times heads. Programs take turns, because a
     replayed graph has as many as it was captured with."""
+    wait_for_others()
     group: tl.constexpr = HEADS // KV_HEADS
     blocks: tl.constexpr = (group + TILE_HEADS - 1) // TILE_HEADS  # programs that share the group
     kv_head = tl.program_id(1) // blocks
@@ -72,37 +76,39 @@ def attention_kernel(
         total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         weight = tl.zeros([BLOCK_M], tl.float32)
         largest = tl.full([BLOCK_M], NOTHING, tl.float32)
-        begin = tl.maximum(begin, low // SPLIT)
-        for stretch in range(begin, end):
-            s_total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-            s_weight = tl.zeros([BLOCK_M], tl.float32)
-            s_largest = tl.full([BLOCK_M], NOTHING, tl.float32)
-            for start in range(stretch * SPLIT, tl.minimum(stretch * SPLIT + SPLIT, last), BLOCK_N):
-                p = start + tl.arange(0, BLOCK_N)
-                m_p = p < last
-                page = tl.load(page_table + row * table_stride + p // PAGE, mask=m_p, other=0).to(tl.int64)
-                offset = ((page * PAGE + p % PAGE) * KV_HEADS + kv_head) * D
-                mask = m_p[:, None] & m_d[None, :]
-                b_k = tl.load(keys + offset[:, None] + d[None, :], mask=mask, other=0.0)
-                scores = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale
-                if HAS_SOFTCAP:
-                    scores = softcap * (2 * tl.sigmoid(2 * scores / softcap) - 1)  # tanh
-                is_seen = (p[None, :] <= position[:, None]) & (
-                    (window <= 0) | (p[None, :] > position[:, None] - window)
-                )
-                scores = tl.where(is_seen, scores * LOG2_E, NOTHING)
-                new = tl.maximum(s_largest, tl.max(scores, 1))
-                weights = tl.where(is_seen, tl.exp2(scores - new[:, None]), 0.0)
-                factor = tl.exp2(s_largest - new)
-                b_v = tl.load(values + offset[:, None] + d[None, :], mask=mask, other=0.0)
-                s_total = tl.dot(weights.to(b_v.dtype), b_v, s_total * factor[:, None], input_precision="ieee")
-                s_weight = s_weight * factor + tl.sum(weights, 1)
-                s_largest = new
-            # Exactly the one if the other has seen nothing. `merge_kernel` does the same.
-            new = tl.maximum(largest, s_largest)
-            factor, s_factor = tl.exp2(largest - new), tl.exp2(s_largest - new)
-            total = tl.fma(total, tl.broadcast_to(factor[:, None], total.shape), s_total * s_factor[:, None])
-            weight, largest = tl.fma(weight, factor, s_weight * s_factor), new
+        s_total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        s_weight = tl.zeros([BLOCK_M], tl.float32)
+        s_largest = tl.full([BLOCK_M], NOTHING, tl.float32)
+        behind = tl.minimum(end * SPLIT, last)
+        # One loop over all stretches, so that the next tile is on its way while a stretch ends.
+        for start in range(tl.maximum(begin, low // SPLIT) * SPLIT, behind, BLOCK_N):
+            p = start + tl.arange(0, BLOCK_N)
+            m_p = p < last
+            page = tl.load(page_table + row * table_stride + p // PAGE, mask=m_p, other=0).to(tl.int64)
+            offset = ((page * PAGE + p % PAGE) * KV_HEADS + kv_head) * D
+            mask = m_p[:, None] & m_d[None, :]
+            b_k = tl.load(keys + offset[:, None] + d[None, :], mask=mask, other=0.0)
+            b_v = tl.load(values + offset[:, None] + d[None, :], mask=mask, other=0.0)
+            scores = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale
+            if HAS_SOFTCAP:
+                scores = softcap * (2 * tl.sigmoid(2 * scores / softcap) - 1)  # tanh
+            is_seen = (p[None, :] <= position[:, None]) & ((window <= 0) | (p[None, :] > position[:, None] - window))
+            scores = tl.where(is_seen, scores * LOG2_E, NOTHING)
+            new = tl.maximum(s_largest, tl.max(scores, 1))
+            weights = tl.where(is_seen, tl.exp2(scores - new[:, None]), 0.0)
+            factor = tl.exp2(s_largest - new)
+            s_total = tl.dot(weights.to(b_v.dtype), b_v, s_total * factor[:, None], input_precision="ieee")
+            s_weight = s_weight * factor + tl.sum(weights, 1)
+            s_largest = new
+            if (start + BLOCK_N) % SPLIT == 0 or start + BLOCK_N >= behind:
+                # Exactly the one if the other has seen nothing. `merge_kernel` does the same.
+                new = tl.maximum(largest, s_largest)
+                factor, s_factor = tl.exp2(largest - new), tl.exp2(s_largest - new)
+                total = tl.fma(total, tl.broadcast_to(factor[:, None], total.shape), s_total * s_factor[:, None])
+                weight, largest = tl.fma(weight, factor, s_weight * s_factor), new
+                s_total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+                s_weight = tl.zeros([BLOCK_M], tl.float32)
+                s_largest = tl.full([BLOCK_M], NOTHING, tl.float32)
         result = head if partial < 0 else partial * HEADS + head
         if partial < 0:
             p_out = out + ((token * HEADS + head) * D)[:, None] + d[None, :]
@@ -129,6 +135,7 @@ def merge_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """One head of a token whose result is in parts. Parts wholly before the window were not written."""
+    wait_for_others()
     head = tl.program_id(1)
     d = tl.arange(0, BLOCK_D)
     m_d = d < D
@@ -140,15 +147,18 @@ def merge_kernel(
         total = tl.zeros([1, BLOCK_D], tl.float32)
         weight = tl.zeros([1], tl.float32)
         largest = tl.full([1], NOTHING, tl.float32)
-        for part in range(low // SPLIT // each, count):
-            result = (first + part).to(tl.int64) * HEADS + head
-            b_sum = tl.load(partial_sums + result * D + d, mask=m_d, other=0.0)
-            p_stats = partial_stats + result * 2 + tl.zeros([1], tl.int32)
-            s_total, s_weight, s_largest = b_sum[None, :], tl.load(p_stats + 1), tl.load(p_stats)
-            new = tl.maximum(largest, s_largest)
-            factor, s_factor = tl.exp2(largest - new), tl.exp2(s_largest - new)
-            total = tl.fma(total, tl.broadcast_to(factor[:, None], total.shape), s_total * s_factor[:, None])
-            weight, largest = tl.fma(weight, factor, s_weight * s_factor), new
+        for part in range(low // SPLIT // each, count, PARTS):  # so many are asked for at once
+            for i_part in tl.static_range(PARTS):
+                m_part = part + i_part < count  # one that is not there has seen nothing
+                result = (first + part + i_part).to(tl.int64) * HEADS + head
+                b_sum = tl.load(partial_sums + result * D + d, mask=m_d & m_part, other=0.0)
+                p_stats = partial_stats + result * 2 + tl.zeros([1], tl.int32)
+                s_weight = tl.load(p_stats + 1, mask=m_part, other=0.0)
+                s_total, s_largest = b_sum[None, :], tl.load(p_stats, mask=m_part, other=NOTHING)
+                new = tl.maximum(largest, s_largest)
+                factor, s_factor = tl.exp2(largest - new), tl.exp2(s_largest - new)
+                total = tl.fma(total, tl.broadcast_to(factor[:, None], total.shape), s_total * s_factor[:, None])
+                weight, largest = tl.fma(weight, factor, s_weight * s_factor), new
         b_out = total / weight[:, None]
         p_out = out + (token * HEADS + head) * D + d[None, :]
         tl.store(p_out, b_out.to(out.dtype.element_ty), mask=m_d[None, :])

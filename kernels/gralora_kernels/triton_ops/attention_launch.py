@@ -13,12 +13,14 @@ from torch import Tensor
 from gralora_kernels.attention_work import ATTENTION_ITEM, SPLIT, AttentionWork, Int32s, max_partials, plan_attention
 from gralora_kernels.replay import ReplayError
 from gralora_kernels.triton_ops.attention import attention_kernel, merge_kernel
+from gralora_kernels.triton_ops.early import EARLY_OPTIONS
 from gralora_kernels.triton_ops.memory import at_least, gpu_kind, num_processors, staged
 from gralora_kernels.triton_ops.variant import ELEMENT_NAMES, VECTOR_BYTES, Variant
 
 COUNTS = 4  # words before the lists: 16 bytes
 PROGRAMS_PER_PROCESSOR = 8  # of a captured launch; more items than that take turns
-MERGES_PER_LAUNCH = 16  # programs a head of a captured launch
+MERGES_PER_LAUNCH = 32  # programs a head of a captured launch
+ENOUGH_PER_PROCESSOR = 4  # items times KV heads, with which long rows need no cutting
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,6 +94,7 @@ class PagedAttention:
         other = PagedAttention(self._shape, self._dtype, self._device, invariant=self._invariant)
         partials = max_partials(max_rows, max_model_len)
         other._reserve(max(partials, max_rows), max_rows, partials)
+        other._words.zero_()  # before its first step there is nothing to do
         other._frozen_rows = max_rows
         other._frozen_merges = MERGES_PER_LAUNCH if max_model_len > SPLIT else 0
         return other
@@ -104,7 +107,8 @@ class PagedAttention:
         elif rows > self._frozen_rows or longest > 1:
             what = ("rows", rows, self._frozen_rows) if longest <= 1 else ("tokens of a row", longest, 1)
             raise ReplayError(*what)
-        work = plan_attention(query_starts, context_lens, max(1, self._tile().rows // self._shape.group))
+        enough = max(1, ENOUGH_PER_PROCESSOR * num_processors(self._device) // self._shape.kv_heads)
+        work = plan_attention(query_starts, context_lens, max(1, self._tile().rows // self._shape.group), enough)
         if self._frozen_rows is None:
             self._reserve(len(work.items), len(work.merges), work.num_partials)
         self._work = work
@@ -134,11 +138,13 @@ class PagedAttention:
             out, q, keys, values, page_table, query_starts, context_lens, self._words[COUNTS:], self._words,
             self._sums, self._stats, page_table.stride(0), window, scale, softcap,
             **constants_for(shape, tile, self._dtype, has_softcap=softcap > 0), **options_for(tile, gpu_kind()),
+            **EARLY_OPTIONS,
         )  # fmt: skip
         if merges:
             merge_kernel[(merges, shape.heads)](
                 out, self._words[self._first_merge :], self._words, context_lens, self._sums, self._stats, window,
                 HEADS=shape.heads, D=shape.head_dim, SPLIT=SPLIT, BLOCK_D=_padded(shape.head_dim), **MERGE_OPTIONS,
+                **EARLY_OPTIONS,
             )  # fmt: skip
 
     def _reserve(self, num_items: int, num_merges: int, num_partials: int) -> None:

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gralora_kernels.triton_ops.early import EARLY_OPTIONS, wait_for_others
 from gralora_kernels.triton_ops.memory import gpu_kind
 from gralora_kernels.triton_ops.variant import ELEMENT_NAMES, VECTOR_BYTES, Variant
 
@@ -33,6 +34,7 @@ def norm_kernel(
     ALIGN: tl.constexpr,
 ):
     """One program: one row of y."""
+    wait_for_others()
     hidden = hidden_units * ALIGN
     row = tl.program_id(0).to(tl.int64)
     source = row if index is None else tl.load(index + row)
@@ -73,7 +75,7 @@ def _launch(y: Tensor, residual: Tensor, x: Tensor | None, weight: Tensor, index
     constants = constants_for(hidden, y.dtype)
     norm_kernel[(rows,)](
         y, residual, x, weight, index, hidden // constants["ALIGN"], eps,
-        **constants, **_options(constants["BLOCK"], gpu_kind()),
+        **constants, **_options(constants["BLOCK"], gpu_kind()), **EARLY_OPTIONS,
     )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gralora_kernels.triton_ops.early import EARLY_OPTIONS, wait_for_others
 from gralora_kernels.triton_ops.variant import ELEMENT_NAMES, VECTOR_BYTES, Variant
 
 # Elements a program, all of one warp: a load of 16 bytes a thread on AMD, whose warps are twice as wide, two on NVIDIA.
@@ -44,6 +45,7 @@ def rotate_and_store_kernel(
     ALIGN: tl.constexpr,  # elements: HALF is a multiple of it
 ):
     """One program: a few heads of one token. Each row of the tile is a query, a key or a value."""
+    wait_for_others()
     token = tl.program_id(0).to(tl.int64)
     position, slot = tl.load(positions + token).to(tl.int64), tl.load(kv_slots + token)
     h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -113,7 +115,8 @@ def rotate_and_store(
     assert all(tensor.is_contiguous() for tensor in (qkv, keys, values, cos, sin)), "a tensor is not contiguous"
     constants = constants_for(head_dim, cos.shape[1], qkv.dtype)
     rotate_and_store_kernel[(tokens, triton.cdiv(rows, constants["BLOCK_H"]))](
-        qkv, keys, values, positions, kv_slots, cos, sin, q_norm, k_norm, heads, kv_heads, eps, **constants, **OPTIONS
+        qkv, keys, values, positions, kv_slots, cos, sin, q_norm, k_norm, heads, kv_heads, eps,
+        **constants, **OPTIONS, **EARLY_OPTIONS,
     )  # fmt: skip
 
 

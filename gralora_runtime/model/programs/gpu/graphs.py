@@ -5,14 +5,15 @@ from __future__ import annotations
 import logging
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Hashable, Sequence
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
+Kind = TypeVar("Kind", bound=Hashable)
 Replay = Callable[[], Tensor]  # computes anew what was captured, and returns where the result lies
 
 
@@ -56,28 +57,32 @@ def usual_ladder(max_rows: int) -> tuple[int, ...]:
     return tuple(sorted(rows for rows in rungs if rows <= max_rows))
 
 
-class GraphLadder:
-    """A graph for each number of rows, with and without adapters."""
+class GraphLadder(Generic[Kind]):
+    """A graph for each number of rows and kind of step. `seconds`: what capturing took."""
 
     def __init__(
-        self, rungs: Sequence[int], capture: Capture, compute: Callable[[int, bool], Callable[[], Tensor]]
+        self,
+        rungs: Sequence[int],
+        kinds: Sequence[Kind],
+        capture: Capture,
+        compute: Callable[[int, Kind], Callable[[], Tensor]],
     ) -> None:
-        """`compute(rows, adapted)` is what computes a step of so many rows, on tensors that stay where they are."""
+        """`compute(rows, kind)` is what computes a step of so many rows, on tensors that stay where they are."""
         self.rungs = tuple(sorted(rungs))
         started_s = time.perf_counter()
         logger.info("capturing decode steps of %s rows", ", ".join(map(str, self.rungs)))
-        self._graphs = {
-            (rows, adapted): capture(compute(rows, adapted))
-            for rows in reversed(self.rungs)
-            for adapted in (True, False)
-        }
-        logger.info("captured %d decode steps in %.1f s", len(self._graphs), time.perf_counter() - started_s)
+        self._graphs = {(rows, kind): capture(compute(rows, kind)) for rows in reversed(self.rungs) for kind in kinds}
+        self.seconds = time.perf_counter() - started_s
+        logger.info("captured %d decode steps in %.1f s", len(self), self.seconds)
+
+    def __len__(self) -> int:
+        return len(self._graphs)
 
     def rung(self, rows: int) -> int | None:
         """The least number of rows that a graph was captured for and that is enough; None if there is none."""
         place = bisect_left(self.rungs, rows)
         return self.rungs[place] if place < len(self.rungs) else None
 
-    def replay(self, rows: int, *, adapted: bool) -> Tensor:
+    def replay(self, rows: int, kind: Kind) -> Tensor:
         """Logits of a rung's step, [rows, vocab]. They lie where the next replay writes its own."""
-        return self._graphs[rows, adapted]()
+        return self._graphs[rows, kind]()

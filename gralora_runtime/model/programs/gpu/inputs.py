@@ -47,8 +47,9 @@ class StepInputs:
         self._page_table = torch.zeros(max_rows, max_pages, dtype=torch.int32, device=device)
 
     def load(self, step: StepTensors) -> DeviceStep:
-        """Send a step as it is, without waiting for the device."""
-        return self._send(step, len(step.context_lens), len(step.input_ids[0]), step.logits_index)
+        """Send a step as it is, without waiting for the device. If it wants no logits, it gets its first token's."""
+        wanted = step.logits_index if len(step.logits_index) else torch.zeros(1, dtype=torch.int64)
+        return self._send(step, len(step.context_lens), len(step.input_ids[0]), wanted)
 
     def load_padded(self, step: StepTensors, rows: int) -> DeviceStep:
         """Send a step of single tokens as one of `rows` rows, all of which want their logits."""

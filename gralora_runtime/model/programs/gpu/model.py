@@ -98,7 +98,7 @@ class GpuModel:
         self._embedding = model.embedding.detach()
         # Rounded as transformers does it.
         self._factor = torch.tensor(model.embedding_factor, dtype=self.dtype).item()
-        self._layers = [
+        self.layers = [
             Layer(
                 input_norm=layer.input_norm.detach(),
                 qkv=_linear(layer.qkv, groups),
@@ -137,7 +137,7 @@ class GpuModel:
             residual *= self._factor
         normed = torch.empty_like(residual, memory_format=torch.contiguous_format)
         x: Tensor | None = None
-        for layer in self._layers:
+        for layer in self.layers:
             add_rms_norm(normed, residual, x, layer.input_norm, model.eps)
             attended = self._attend(layer, self._linear(layer.qkv, normed, kernels), step, kernels.attention)
             x = self._linear(layer.o, attended, kernels)

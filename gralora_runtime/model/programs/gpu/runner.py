@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gralora_kernels.replay import ReplayError
-from gralora_kernels.triton_ops.adapters.launch import TritonBackend
+from gralora_kernels.triton_ops.adapters.launch import BLOCKING, TritonBackend
 from gralora_kernels.triton_ops.attention_launch import PagedAttention
 from gralora_runtime.batch import StepTensors
 from gralora_runtime.model.description import Description, rotary_tables
@@ -21,6 +21,11 @@ from gralora_runtime.model.programs.runner import Served
 
 logger = logging.getLogger(__name__)
 
+# Kinds of decode steps that have graphs of their own, by the tokens of their adapters' tiles.
+ADAPTED = (1, BLOCKING.small_tile)
+NOT_ADAPTED = 0
+GRAPHS_PER_RUNG = len(ADAPTED) + 1
+
 
 class GpuRunner:
     """Takes the served model over."""
@@ -29,7 +34,7 @@ class GpuRunner:
         assert isinstance(served.backend, TritonBackend)
         self._device = served.base.model.device
         self._groups = tuple(served.groups.values())
-        self._model = GpuModel(
+        self.model = GpuModel(
             model,
             rotary=rotary_tables(served.base.model, served.base.max_positions),
             kv_pool=served.kv_pool,
@@ -43,13 +48,13 @@ class GpuRunner:
         )
         self._adapters = served.backend
         self._attention = PagedAttention(
-            self._model.attention_shape(served.page_size),
-            self._model.dtype,
+            self.model.attention_shape(served.page_size),
+            self.model.dtype,
             self._device,
             invariant=served.batch_invariant,
         )
         self._refused: set[str] = set()
-        self._ladder: GraphLadder | None = None
+        self.ladder: GraphLadder[int] | None = None
         if served.rungs:
             self._capture(served.rungs, max_pages, served.max_model_len)
         logger.info(
@@ -62,7 +67,7 @@ class GpuRunner:
     def execute(self, tensors: StepTensors) -> Tensor:
         """Logits of the tokens in `logits_index`, fp32 [sampling rows, vocab]."""
         with torch.inference_mode():
-            rung = self._ladder.rung(len(tensors.context_lens)) if self._ladder and tensors.max_query_len == 1 else None
+            rung = self.ladder.rung(len(tensors.context_lens)) if self.ladder and tensors.max_query_len == 1 else None
             if rung is not None:
                 try:
                     return self._replay(tensors, rung)
@@ -74,39 +79,48 @@ class GpuRunner:
         most = max(rungs)
         self._graph_inputs = StepInputs(max_tokens=most, max_rows=most, max_pages=max_pages, device=self._device)
         self._graph_attention = self._attention.frozen(most, max_model_len)
-        self._graph_adapters = self._adapters.frozen(
-            self._groups, max_tokens=most, max_width=GRAPH_WIDTH, dtype=self._model.dtype
-        )
-        logits = torch.empty(most, self._model.vocab_size, dtype=self._model.dtype, device=self._device)
+        self._graph_adapters = {
+            tile_tokens: self._adapters.frozen(
+                self._groups,
+                max_tokens=most,
+                max_width=GRAPH_WIDTH,
+                dtype=self.model.dtype,
+                tile_tokens=tile_tokens,
+            )
+            for tile_tokens in ADAPTED
+        }
+        logits = torch.empty(most, self.model.vocab_size, dtype=self.model.dtype, device=self._device)
         on_gpu = self._device.type == "cuda"
         side = torch.cuda.Stream(self._device) if on_gpu else None  # type: ignore[no-untyped-call]
 
-        def compute(rows: int, adapted: bool) -> Callable[[], Tensor]:
+        def compute(rows: int, tile_tokens: int) -> Callable[[], Tensor]:
             step = self._graph_inputs.empty(rows)
-            kernels = Kernels(self._graph_attention, self._graph_adapters if adapted else None, side)
+            kernels = Kernels(self._graph_attention, self._graph_adapters.get(tile_tokens), side)
 
             def run() -> Tensor:
-                self._model.forward(step, kernels, logits[:rows])
+                self.model.forward(step, kernels, logits[:rows])
                 return logits[:rows]
 
             return run
 
         before = torch.cuda.memory_allocated(self._device) if on_gpu else 0
         with torch.inference_mode():
-            self._ladder = GraphLadder(rungs, CudaCapture(self._device) if on_gpu else repeated, compute)
+            capture = CudaCapture(self._device) if on_gpu else repeated
+            self.ladder = GraphLadder(rungs, (*ADAPTED, NOT_ADAPTED), capture, compute)
         if on_gpu:
             taken = torch.cuda.memory_allocated(self._device) - before
             logger.info("graphs keep %.0f MiB of activations", taken / 2**20)
 
     def _replay(self, tensors: StepTensors, rung: int) -> Tensor:
         """A decode step by the graph of `rung` rows. Raises `ReplayError`, with nothing changed, if it does not fit."""
-        assert self._ladder is not None
+        assert self.ladder is not None
         grouping, index = tensors.grouping, tensors.logits_index
+        kind = BLOCKING.tile_tokens(grouping.num_adapted, len(grouping.slots)) if grouping.num_adapted else NOT_ADAPTED
         if grouping.num_adapted:
-            self._graph_adapters.prepare(self._groups, grouping)
+            self._graph_adapters[kind].prepare(self._groups, grouping)
         self._graph_attention.prepare(tensors.query_starts.numpy(), tensors.context_lens.numpy())
         self._graph_inputs.load_padded(tensors, rung)
-        logits = self._ladder.replay(rung, adapted=grouping.num_adapted > 0)
+        logits = self.ladder.replay(rung, kind)
         rows = len(tensors.context_lens)
         return (logits[:rows] if len(index) == rows else logits[index.to(self._device)]).float()
 
@@ -117,11 +131,10 @@ class GpuRunner:
         self._attention.prepare(tensors.query_starts.numpy(), tensors.context_lens.numpy())
         step = self._inputs.load(tensors)
         kernels = Kernels(self._attention, self._adapters if tensors.grouping.num_adapted else None)
-        wanted = len(step.logits_index)
-        # A step of unfinished prompts wants no logits; one row of them costs less than a second way through the model.
-        logits = torch.empty(max(1, wanted), self._model.vocab_size, dtype=self._model.dtype, device=self._device)
-        self._model.forward(step, kernels, logits)
-        return logits[:wanted].float()
+        logits = torch.empty(len(step.logits_index), self.model.vocab_size, dtype=self.model.dtype, device=self._device)
+        self.model.forward(step, kernels, logits)
+        # A step of unfinished prompts wants none; one row of them costs less than a second way through the model.
+        return logits[: len(tensors.logits_index)].float()
 
     def _note_refusal(self, error: ReplayError) -> None:
         if error.what not in self._refused:

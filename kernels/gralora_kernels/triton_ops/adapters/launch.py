@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,16 +26,42 @@ from gralora_kernels.work import ITEM, Blocking, Int32s
 
 Constants = dict[str, Any]
 
-BLOCK_K_BYTES = 256  # of a row, a round of shrink's loop
-# Expand's loop is over ranks, mostly one round: a third stage would only cost registers (in fp32 it spilled).
-NUM_STAGES = {"shrink": 3, "expand": 2}
 # 16 rank rows are the least that tensor cores take, and most adapters have no more. A stretch of 1024 makes of k = 1 on
 # 4,096 features the four programs that k = 4 has. Steps of prompts have programs enough without splitting.
-BLOCKING = Blocking(small_tile=16, full_tile=32, rank_rows=16, columns=128, depth=1024, split_tokens=512)
-# NVIDIA's assembler would rather spill 8 bytes than take more than 56 or 80 registers.
-FP32: dict[tuple[str, int], dict[str, int]] = {
-    ("shrink", 16): {"num_warps": 8, "maxnreg": 128},
-    ("expand", 16): {"maxnreg": 128},
+BLOCKING = Blocking(
+    small_tile=16, full_tile=32, rank_rows=16, columns=512, narrow_columns=256, narrow_tokens=32, depth=1024,
+    split_tokens=512,
+)  # fmt: skip
+BLOCK_K_BYTES = 256  # of a row, a round of shrink's loop
+BLOCK_N = 128  # columns a round of expand's loop
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """How a kernel is compiled."""
+
+    warps: int
+    stages: int
+    registers: int | None = None  # most of a thread; left alone, NVIDIA's assembler may choose fewer and spill
+
+
+# By kernel and tokens of a tile. Measured on an H100 by `python -m benchmarks.tiles`.
+FORMS = {
+    ("shrink", 1): Form(warps=2, stages=4),
+    ("shrink", 16): Form(warps=2, stages=4),
+    ("shrink", 32): Form(warps=4, stages=3),
+    ("expand", 1): Form(warps=4, stages=3, registers=56),
+    ("expand", 16): Form(warps=4, stages=3, registers=80),
+    ("expand", 32): Form(warps=4, stages=3),
+}
+# fp32 has no tensor cores on NVIDIA's GPUs, and needs twice the registers.
+FORMS_OF_FP32 = {
+    ("shrink", 1): Form(warps=8, stages=3),
+    ("shrink", 16): Form(warps=8, stages=3, registers=128),
+    ("shrink", 32): Form(warps=4, stages=3),
+    ("expand", 1): Form(warps=4, stages=2, registers=64),
+    ("expand", 16): Form(warps=4, stages=2, registers=128),
+    ("expand", 32): Form(warps=8, stages=2),
 }
 LIST_BLOCK = 128
 PROGRAMS_PER_PROCESSOR = 16  # of 4 warps each: no GPU holds more at once
@@ -57,6 +85,7 @@ class TritonBackend:
         if device.type == "cuda" and not torch.cuda.is_available():
             raise RuntimeError("backend 'triton' was asked for, but torch sees no GPU")
         self._device = device
+        self._blocking = BLOCKING
         self._guard: ReplayGuard | None = None
         self._planner: ListPlanner | None = None
         self._groups: tuple[GroupTable, ...] = ()
@@ -70,13 +99,14 @@ class TritonBackend:
         self._num_pieces = self._forgotten = 0
 
     def frozen(
-        self, groups: Sequence[GroupTable], *, max_tokens: int, max_width: int, dtype: torch.dtype
+        self, groups: Sequence[GroupTable], *, max_tokens: int, max_width: int, dtype: torch.dtype, tile_tokens: int
     ) -> TritonBackend:
         """An instance for decode steps of at most `max_tokens` single tokens, whose adapters have at most `max_width`
-        columns of u in a module. `prepare` refuses all others with `ReplayError`. Launches do not depend on the step,
-        so that a graph captured from them serves all that was not refused.
+        columns of u in a module, in tiles of `tile_tokens`. `prepare` refuses all others with `ReplayError`. Launches
+        do not depend on the step, so that a graph captured from them serves all that was not refused.
         """
         other = TritonBackend(self._device)
+        other._blocking = replace(BLOCKING, split_tokens=max(max_tokens, BLOCKING.split_tokens))
         other._use(groups)
         align = VECTOR_BYTES // dtype.itemsize
         usual = {group.kind: sum(_usual_items(group, phase) for phase in CONSTANTS) for group in groups}
@@ -84,7 +114,7 @@ class TritonBackend:
             tokens=max_tokens,
             columns=max_width * max(len(group.modules) for group in groups),
             items=SPARE_ITEMS * max_tokens * sum(usual.values()),
-            tile_tokens=BLOCKING.small_tile,
+            tile_tokens=tile_tokens,
             is_split=True,
             in_alignments=tuple(align if group.in_features % align == 0 else 1 for group in groups),
             out_alignments=tuple(
@@ -92,6 +122,7 @@ class TritonBackend:
             ),
         )
         other._reserve(guard.tokens, guard.columns, guard.items, is_split=guard.is_split)
+        other._words.zero_()  # before its first step there is nothing to do
         other._guard = guard
         return other
 
@@ -117,29 +148,30 @@ class TritonBackend:
 
     def shrink(self, x: Tensor, arena: Tensor, group: GroupTable) -> None:
         """The first half of `apply`: u from x alone, so that it may run beside what makes y."""
-        place, constants, programs = self._launch("shrink", group, arena.dtype, len(x))
-        if programs:
-            shrink_kernel[(programs,)](
-                x, arena, group.index, self._order, self._items, self._head(place, "shrink"), self._u,
-                group.in_features // constants["ALIGN"], self._u_stride, self._plane_stride,
-                **constants, **launch_options("shrink", gpu_kind(), arena.dtype, constants["BLOCK_M"]),
+        launch = self._launch("shrink", group, arena.dtype, len(x))
+        if launch.programs:
+            shrink_kernel[(launch.programs,)](
+                x, arena, group.index, self._words, self._items, self._u, launch.head_at, self._first_order,
+                group.in_features // launch.align, self._u_stride, self._plane_stride, **launch.variant,
             )  # fmt: skip
 
     def expand(self, y: Tensor, arena: Tensor, group: GroupTable) -> None:
         """The second half of `apply`."""
-        place, constants, programs = self._launch("expand", group, arena.dtype, len(y))
-        if programs:
-            expand_kernel[(programs,)](
-                y, arena, group.index, group.scale, self._order, self._items, self._head(place, "expand"), self._u,
-                group.out_features // constants["ALIGN"], group.in_features, self._u_stride, self._plane_stride,
-                **constants, **launch_options("expand", gpu_kind(), arena.dtype, constants["BLOCK_M"]),
+        launch = self._launch("expand", group, arena.dtype, len(y))
+        if launch.programs:
+            expand_kernel[(launch.programs,)](
+                y, arena, group.index, group.scale, self._words, self._items, self._u, launch.head_at,
+                self._first_order, group.out_features // launch.align, group.in_features, self._u_stride,
+                self._plane_stride, **launch.variant,
             )  # fmt: skip
 
     def lists(self, group: GroupTable) -> tuple[Int32s, Int32s]:
         """The last step's items of a group's shrink and expand, read back from the device: for tests."""
         items = self._items.view(-1, ITEM).cpu().numpy()
-        heads = [self._head(self._places[group], phase)[:2].tolist() for phase in PHASES]
-        shrink, expand = (items[first : first + count] for first, count in heads)
+        starts = [self._head_at(self._places[group], phase) for phase in PHASES]
+        shrink, expand = (
+            items[first : first + count] for first, count in (self._words[at : at + 2].tolist() for at in starts)
+        )
         return shrink, expand
 
     def _use(self, groups: Sequence[GroupTable]) -> None:
@@ -147,7 +179,7 @@ class TritonBackend:
             assert self._guard is None, "a frozen backend serves the groups that it was made for"
             self._groups = tuple(groups)
             self._places = {group: place for place, group in enumerate(groups)}
-            self._planner = ListPlanner(groups, BLOCKING)
+            self._planner = ListPlanner(groups, self._blocking)
             self._num_pieces = 0
 
     def _reserve(self, num_adapted: int, num_columns: int, num_items: int, *, is_split: bool) -> None:
@@ -155,6 +187,7 @@ class TritonBackend:
         planes = BLOCKING.num_planes(max((g.in_features for g in self._groups), default=0)) if is_split else 1
         self._u_stride = -(-num_columns // ITEM) * ITEM
         self._plane_stride = num_adapted * self._u_stride
+        assert planes * self._plane_stride < 1 << 31, (planes, num_adapted, num_columns)
         self._u = at_least(self._u, planes * self._plane_stride)
         self._items = at_least(self._items, num_items * ITEM)
         self._first_order = HEAD_WORDS * len(self._groups)
@@ -194,8 +227,8 @@ class TritonBackend:
                 step.tile_tokens, ENTRIES=ENTRIES, BLOCK=LIST_BLOCK,
             )  # fmt: skip
 
-    def _launch(self, phase: str, group: GroupTable, dtype: torch.dtype, rows: int) -> tuple[int, Constants, int]:
-        """The group's place, the variant of the kernel, and how many programs."""
+    def _launch(self, phase: str, group: GroupTable, dtype: torch.dtype, rows: int) -> _Launch:
+        """The variant of the kernel, and how many programs. Called twice a group and step: it makes nothing anew."""
         place, vector = self._places[group], VECTOR_BYTES // dtype.itemsize
         if self._guard is not None:
             guard = self._guard
@@ -209,25 +242,36 @@ class TritonBackend:
             tile_tokens, is_split, alignment = step.tile_tokens, step.is_split, int(found)
             items = int(step.heads[place, PHASES.index(phase), 1])
         align = vector if alignment % vector == 0 else 1
-        constants = CONSTANTS[phase](tile_tokens, align, is_split, dtype)
-        return place, constants, min(items, PROGRAMS_PER_PROCESSOR * num_processors(self._device))
+        programs = min(items, PROGRAMS_PER_PROCESSOR * num_processors(self._device))
+        variant = variant_of(phase, tile_tokens, align, is_split, dtype)
+        return _Launch(programs, self._head_at(place, phase), align, variant)
 
-    def _head(self, place: int, phase: str) -> Tensor:
-        return self._words[HEAD_WORDS * place + 4 * PHASES.index(phase) :]
+    @staticmethod
+    def _head_at(place: int, phase: str) -> int:
+        """Where in `_words` a list's head is."""
+        return HEAD_WORDS * place + 4 * PHASES.index(phase)
 
-    @property
-    def _order(self) -> Tensor:
-        return self._words[self._first_order :]
+
+class _Launch(NamedTuple):
+    programs: int
+    head_at: int
+    align: int
+    variant: Constants  # constants and compiler options
+
+
+@lru_cache
+def variant_of(phase: str, tile_tokens: int, align: int, is_split: bool, dtype: torch.dtype) -> Constants:
+    constants = CONSTANTS[phase](tile_tokens, align, is_split, dtype)
+    return constants | launch_options(phase, gpu_kind(), dtype, tile_tokens)
 
 
 def shrink_constants(tile_tokens: int, align: int, is_split: bool, dtype: torch.dtype) -> Constants:
-    block_k = BLOCK_K_BYTES // dtype.itemsize
-    sizes = {"BLOCK_M": tile_tokens, "BLOCK_R": BLOCKING.rank_rows, "BLOCK_K": block_k, "DEPTH": BLOCKING.depth}
-    return sizes | {"ALIGN": align, "SPLIT": is_split}
+    sizes = {"BLOCK_M": tile_tokens, "BLOCK_R": BLOCKING.rank_rows, "DEPTH": BLOCKING.depth}
+    return sizes | {"BLOCK_K": BLOCK_K_BYTES // dtype.itemsize, "ALIGN": align, "SPLIT": is_split}
 
 
 def expand_constants(tile_tokens: int, align: int, is_split: bool, _: torch.dtype) -> Constants:
-    sizes = {"BLOCK_M": tile_tokens, "BLOCK_N": BLOCKING.columns, "BLOCK_R": BLOCKING.rank_rows}
+    sizes = {"BLOCK_M": tile_tokens, "BLOCK_N": BLOCK_N, "BLOCK_R": BLOCKING.rank_rows}
     return sizes | {"DEPTH": BLOCKING.depth, "ALIGN": align, "ENTRIES": ENTRIES, "SPLIT": is_split}
 
 
@@ -237,22 +281,21 @@ CONSTANTS = {"shrink": shrink_constants, "expand": expand_constants}
 
 def launch_options(kernel: str, gpu_kind: str, dtype: torch.dtype, tile_tokens: int) -> dict[str, Any]:
     """Compiler options. On AMD the instruction's shape would follow the tile's, and with it the order of sums."""
-    options: dict[str, Any] = {"num_warps": 4, "num_stages": NUM_STAGES[kernel]}
+    form = (FORMS_OF_FP32 if dtype == torch.float32 else FORMS)[kernel, tile_tokens]
+    options: dict[str, Any] = {"num_warps": form.warps, "num_stages": form.stages}
     if gpu_kind == "hip":
         return options | {"matrix_instr_nonkdim": 16}
-    if dtype == torch.float32:
-        options |= FP32.get((kernel, tile_tokens), {})
-    return options
+    return options if form.registers is None else options | {"maxnreg": form.registers}
 
 
 def variants(dtype: torch.dtype) -> list[Variant]:
     """Every form that the backend may launch."""
     element = f"*{ELEMENT_NAMES[dtype]}"
     pointers = dict.fromkeys(("x", "y", "arena"), element)
-    pointers |= dict.fromkeys(("order", "items", "head"), "*i32") | {"index": "*i64", "scale": "*fp32", "u": "*fp32"}
-    kernels = (("shrink", shrink_kernel, ("b_x", "b_a")), ("expand", expand_kernel, ("b_b", "b_old")))
-    # Only steps of small tiles are split.
-    forms = [(BLOCKING.small_tile, True), (BLOCKING.small_tile, False), (BLOCKING.full_tile, False)]
+    pointers |= dict.fromkeys(("words", "items"), "*i32") | {"index": "*i64", "scale": "*fp32", "u": "*fp32"}
+    # One token's own elements are fewer than threads; what is read in bulk is weights.
+    kernels = (("shrink", shrink_kernel, ("b_a",)), ("expand", expand_kernel, ("b_b",)))
+    forms = [(1, True), (BLOCKING.small_tile, True), (BLOCKING.full_tile, False)]
     return [
         Variant(
             name=f"{name}, {tile} tokens{', split' if is_split else ''}, align {align}",
@@ -275,7 +318,7 @@ def _usual_items(group: GroupTable, phase: str) -> int:
     """Of one token in such a group, if its adapter is none of the largest. More are served too, in turns."""
     if phase == "shrink":
         return len(group.modules) * 2 * max(4, BLOCKING.num_planes(group.in_features))
-    return sum(-(-table.out_features // BLOCKING.columns) for table in group.modules)
+    return sum(-(-table.out_features // BLOCKING.narrow_columns) for table in group.modules)
 
 
 def _check(tensor: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> None:

@@ -10,15 +10,16 @@ import triton
 import triton.language as tl
 
 
-@triton.jit(do_not_specialize=["in_units", "u_stride", "plane_stride"])
+@triton.jit(do_not_specialize=["head_at", "order_at", "in_units", "u_stride", "plane_stride"])
 def shrink_kernel(
     x,  # [tokens, in]
     arena,
     index,  # int64 [modules, slots, ENTRIES, 4]
-    order,  # int32 [adapted tokens]
+    words,  # int32: heads (first item of a list, number of items), order [adapted tokens]
     items,  # int32 [items of the step, 8]
-    head,  # int32: first item of this list, number of items
     u,  # fp32 [planes, adapted tokens, u_stride]
+    head_at,  # of this list
+    order_at,
     in_units,  # in_features / ALIGN: a size that is multiplied by ALIGN is known to be a multiple of it
     u_stride,
     plane_stride,
@@ -30,6 +31,7 @@ def shrink_kernel(
     SPLIT: tl.constexpr,  # an item is one stretch, else all of its block
 ):
     """An item: a token tile times some rank rows of one block of one entry. Programs take turns."""
+    head, order = words + head_at, words + order_at
     first_item = tl.load(head)
     in_features = in_units * ALIGN
     # A replayed graph has as many programs as it was captured with, and the step as many items as it has.
