@@ -42,7 +42,7 @@ def main() -> None:
         sys.exit(f"the gate is red, no time is reported: {red}")
     result["quick"] = options.quick
     out.write_text(json.dumps(result, indent=1) + "\n")
-    print(report.write(result, target, notes=HERE / "NOTES.md"))
+    print(report.write(result, target, notes=HERE / "NOTES.md", gpu_results=HERE / "results" / "gpu"))
 
 
 def run(model_dir: Path, workload: Workload, vllm_python: str) -> dict[str, Any]:

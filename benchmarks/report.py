@@ -78,21 +78,27 @@ def find(section: Json, rates: Json, contender: str, measure: str) -> Measured |
     return None
 
 
-def write(result: Json, target: Path, *, notes: Path) -> str:
-    """Write REPORT.md and the plots below `target`; returns the report's text."""
-    text = render(result, notes.read_text() if notes.exists() else "", draw_plots(result, target / "plots"))
+def write(result: Json, target: Path, *, notes: Path, gpu_results: Path | None = None) -> str:
+    """Write REPORT.md and the plots below `target`; returns the report's text.
+
+    `gpu_results`: what `make gpu-check` has kept, of which the newest is shown.
+    """
+    plots = draw_plots(result, target / "plots")
+    files = sorted(gpu_results.glob("*.json")) if gpu_results else []
+    gpu = gpu_section(json.loads(files[-1].read_text()), files[-1].name) if files else ""
+    text = render(result, notes.read_text() if notes.exists() else "", plots, gpu)
     (target / "REPORT.md").write_text(text)
     return text
 
 
-def render(result: Json, notes: str, plots: dict[str, str]) -> str:
+def render(result: Json, notes: str, plots: dict[str, str], gpu: str = "") -> str:
     """`plots`: by section, the path of its plot."""
     parts = [_head(result), _machine(result), _shown_rates(result)]
     for section in result["sections"]:
         parts.append(_section(section, rates_of(section, result)))
         if section["key"] in plots:
             parts.append(f"![{section['title']}]({plots[section['key']]})")
-    parts += [_memory(result), _isolation(result), _skipped(result), notes.strip()]
+    parts += [_memory(result), _isolation(result), _skipped(result), gpu, notes.strip()]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -340,13 +346,64 @@ DRAWN: dict[str, Callable[[Axes, Json, Json], None]] = {
 }
 
 
+def gpu_section(checked: Json, name: str) -> str:
+    """A result of `make gpu-check`, each time with how many times its floor it is."""
+    machine, checks = checked["machine"], checked["checks"]
+    counts = sorted({case["rows"] for case in checked["cases"]})
+    kinds: dict[tuple[str, ...], dict[int, str]] = {}
+    for case in checked["cases"]:
+        kind = tuple("" if case[key] is None else str(case[key]) for key in ("shape", "adapters", "r", "k"))
+        kinds.setdefault(kind, {})[case["rows"]] = f"{case['step_ms']:.2f} ({case['times_floor']})"
+    for case in checked["transformers"]:
+        found = kinds.setdefault((case["shape"], "transformers `generate`, base", "", ""), {})
+        found[case["rows"]] = f"{case['step_ms']:.1f}"
+    steps = table(
+        ["shape", "adapters", "r", "k", *(f"{count} rows" for count in counts)],
+        ([*kind, *(found.get(count, "") for count in counts)] for kind, found in kinds.items()),
+    )
+    prompts = table(
+        ["shape", "adapters", "prompt tokens", "ms", "times floor", "of which the host, ms"],
+        (
+            [
+                case["shape"],
+                case["adapters"],
+                str(case["tokens"]),
+                f"{case['ms']:.1f}",
+                str(case["times_floor"]),
+                f"{case['host_ms']:.1f}",
+            ]
+            for case in checked["prefill"]
+        ),
+    )
+    failed = "".join(f"; not: {check['name']} ({check['detail']})" for check in checks if not check["passed"])
+    origin = (
+        f"`make gpu-check` ([result](results/gpu/{name})), torch {machine['torch']}, Triton {machine['triton']}: reads "
+        f"{machine['read_gb_s']:.0f} GB/s, bf16 products {machine['product_tflop_s']:.0f} TFLOP/s, a launch takes the "
+        f"host {machine['launch_us']:.0f} us. {sum(check['passed'] for check in checks)} of {len(checks)} checks "
+        f"passed{failed}."
+    )
+    legend = (
+        "Decode steps at a context of 256, random weights, bf16: milliseconds, and in brackets times the floor, which "
+        "is reading weights, keys and values and adapters once."
+    )
+    shares = [f"{case['share_of_bandwidth']:.0%} at a context of {case['context']}" for case in checked["attention"]]
+    loads = checked["loads"]
+    others = (
+        f"One row's attention uses this much of the bandwidth: {'; '.join(shares)}. An adapter of "
+        f"{loads['file_bytes'] / 1e6:.0f} MB in the page cache is in the pool after "
+        f"{loads['phases_ms']['request to resident']:.0f} ms."
+    )
+    paragraphs = [f"## On a GPU: {machine['gpu']}", origin, legend, steps, "Prompts in one step:", prompts, others]
+    return "\n\n".join(paragraphs)
+
+
 def main(arguments: Sequence[str]) -> None:
     """Make the report of a result again. A quick run's goes beside its JSON, never in the place of a result's."""
     path = Path(arguments[0]) if arguments else HERE / "results" / "bench.json"
     result = json.loads(path.read_text())
     target = path.parent / "quick" if result["quick"] else HERE
     target.mkdir(exist_ok=True)
-    write(result, target, notes=HERE / "NOTES.md")
+    write(result, target, notes=HERE / "NOTES.md", gpu_results=HERE / "results" / "gpu")
 
 
 if __name__ == "__main__":

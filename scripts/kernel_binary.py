@@ -70,7 +70,7 @@ def compile_numbered(dtype: torch.dtype, number: int, target: str) -> Binary:
 
 def compile_variant(variant: Variant, target: str) -> Binary:
     """As the JIT would: pointers are multiples of 16 bytes, and of sizes nothing is known."""
-    compiled = _compile(variant, TARGETS[target])
+    compiled = compile_for(variant, TARGETS[target])
     text = compiled.asm["amdgcn" if target.startswith("gfx") else "ptx"]
     read = _read_gcn if target.startswith("gfx") else _read_cubin
     return Binary(
@@ -86,7 +86,7 @@ def compile_variant(variant: Variant, target: str) -> Binary:
     )
 
 
-def _compile(variant: Variant, target: GPUTarget) -> Any:
+def compile_for(variant: Variant, target: GPUTarget) -> Any:
     names = variant.function.arg_names
     kinds = dict.fromkeys(variant.constants, "constexpr") | dict.fromkeys(variant.floats, "fp32") | variant.pointers
     return triton.compile(

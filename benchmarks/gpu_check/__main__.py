@@ -34,9 +34,9 @@ STAGES = (
     {"facts": 30},
     {"kernels-float32": 110, "kernels-float16": 110, "kernels-bfloat16": 110, "programs": 110, "tests": 110},
     {"steps": 110},
-    {"attention": 30},
-    {"loads": 40},
-    {"transformers": 30},
+    {"attention": 25},
+    {"loads": 35},
+    {"transformers": 50},
 )
 DRY_TIMES = 3  # the interpreter takes longer
 LOG_COLUMNS = 160  # of a line that is printed; the file has all of it

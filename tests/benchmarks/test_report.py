@@ -36,6 +36,17 @@ def test_the_same_result_gives_the_same_bytes(result, tmp_path):
     assert written[0]["REPORT.md"].decode().endswith("## What was tried\n\nMuch.\n")
 
 
+def test_the_newest_result_of_a_gpu_stands_in_it_with_its_card(result, tmp_path):
+    text = report.write(result, tmp_path, notes=tmp_path / "none", gpu_results=report.HERE / "results" / "gpu")
+
+    newest = max((report.HERE / "results" / "gpu").glob("*.json"))
+    checked = json.loads(newest.read_text())
+    assert f"On a GPU: {checked['machine']['gpu']}" in text
+    assert f"results/gpu/{newest.name}" in text
+    for case in (*checked["cases"], *checked["prefill"]):
+        assert str(case["times_floor"]) in text
+
+
 def test_a_quick_run_says_so(result):
     assert "A quick run" not in report.render(result, "", {})
     assert "A quick run" in report.render(result | {"quick": True}, "", {})

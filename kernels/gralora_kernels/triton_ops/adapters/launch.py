@@ -56,13 +56,14 @@ FORMS = {
 }
 # fp32 has no tensor cores on NVIDIA's GPUs, and needs twice the registers.
 FORMS_OF_FP32 = {
-    ("shrink", 1): Form(warps=8, stages=3),
+    ("shrink", 1): Form(warps=8, stages=3, registers=96),
     ("shrink", 16): Form(warps=8, stages=3, registers=128),
     ("shrink", 32): Form(warps=4, stages=3),
     ("expand", 1): Form(warps=4, stages=2, registers=64),
     ("expand", 16): Form(warps=4, stages=2, registers=128),
     ("expand", 32): Form(warps=8, stages=2),
 }
+MOST_REGISTERS = 255  # of a thread
 LIST_BLOCK = 128
 PROGRAMS_PER_PROCESSOR = 16  # of 4 warps each: no GPU holds more at once
 SPARE_ITEMS = 16  # times as many as usual: for larger adapters, and layers that differ
@@ -262,7 +263,7 @@ class _Launch(NamedTuple):
 @lru_cache
 def variant_of(phase: str, tile_tokens: int, align: int, is_split: bool, dtype: torch.dtype) -> Constants:
     constants = CONSTANTS[phase](tile_tokens, align, is_split, dtype)
-    return constants | launch_options(phase, gpu_kind(), dtype, tile_tokens)
+    return constants | launch_options(phase, gpu_kind(), dtype, tile_tokens, align)
 
 
 def shrink_constants(tile_tokens: int, align: int, is_split: bool, dtype: torch.dtype) -> Constants:
@@ -279,12 +280,16 @@ PHASES = ("shrink", "expand")
 CONSTANTS = {"shrink": shrink_constants, "expand": expand_constants}
 
 
-def launch_options(kernel: str, gpu_kind: str, dtype: torch.dtype, tile_tokens: int) -> dict[str, Any]:
-    """Compiler options. On AMD the instruction's shape would follow the tile's, and with it the order of sums."""
+def launch_options(kernel: str, gpu_kind: str, dtype: torch.dtype, tile_tokens: int, align: int) -> dict[str, Any]:
+    """Compiler options. On AMD, whose warps are twice as wide, the instruction's shape would follow the tile's, and
+    with it the order of sums."""
     form = (FORMS_OF_FP32 if dtype == torch.float32 else FORMS)[kernel, tile_tokens]
-    options: dict[str, Any] = {"num_warps": form.warps, "num_stages": form.stages}
     if gpu_kind == "hip":
-        return options | {"matrix_instr_nonkdim": 16}
+        return {"num_warps": min(form.warps, 4), "num_stages": form.stages, "matrix_instr_nonkdim": 16}
+    if align == 1:  # an address for each element takes registers
+        warps = 8 if tile_tokens == BLOCKING.full_tile else form.warps
+        return {"num_warps": warps, "num_stages": 2, "maxnreg": MOST_REGISTERS}
+    options = {"num_warps": form.warps, "num_stages": form.stages}
     return options if form.registers is None else options | {"maxnreg": form.registers}
 
 
@@ -303,7 +308,7 @@ def variants(dtype: torch.dtype) -> list[Variant]:
             dtype=dtype,
             constants=CONSTANTS[name](tile, align, is_split, dtype),
             pointers=pointers,
-            options={kind: launch_options(name, kind, dtype, tile) for kind in ("cuda", "hip")},
+            options={kind: launch_options(name, kind, dtype, tile, align) for kind in ("cuda", "hip")},
             wide_loads=wide if align > 1 else (),
             is_product=True,
             family="adapters",
