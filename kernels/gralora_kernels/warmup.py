@@ -9,9 +9,9 @@ from gralora_kernels.grouping import Grouping
 from gralora_kernels.tables import Entry, ModuleTable
 
 # Features and k: one width that the GPU kernels may assume aligned and one not (200 / 8 = 25); 32 tokens of either are
-# enough work for the CPU to go parallel, one token is not.
+# enough work for the CPU to go parallel, one token is not. The GPU has other tiles for one token, a few, and a prompt.
 SHAPES = ((256, 1), (200, 8))
-TOKENS = (1, 32)
+TOKENS = (1, 32, 600)
 RANK = 16
 
 

@@ -15,6 +15,7 @@ from gralora_kernels.replay import ReplayError
 from gralora_kernels.tables import Entry, GroupTable
 from gralora_kernels.triton_ops.adapters import launch
 from gralora_kernels.triton_ops.adapters.launch import BLOCKING, TritonBackend
+from gralora_kernels.warmup import warm_up_backend
 from gralora_kernels.work import Blocking, plan_work
 
 BOUND = BOUNDS[torch.float32]
@@ -147,6 +148,21 @@ def frozen_for(case, max_tokens, max_width=600, tile_tokens=16):
     return TritonBackend(CPU).frozen(
         [case.group], max_tokens=max_tokens, max_width=max_width, dtype=torch.float32, tile_tokens=tile_tokens
     )
+
+
+def test_all_that_steps_may_launch_is_compiled_at_start(backend):
+    launch.variant_of.cache_clear()
+
+    warm_up_backend(backend, device=CPU, dtype=torch.float32)
+
+    assert launch.variant_of.cache_info().currsize == len(launch.variants(torch.float32))
+
+
+@pytest.mark.parametrize("slots", [range(600), [0] * 600])
+def test_a_frozen_backend_has_small_tiles_however_many_rows_decode(slots):
+    frozen = frozen_for(make_case(8, 8, [[(1, 1)]] * 600), 600)
+
+    assert frozen.tile_tokens(make_case(8, 8, [[(1, 1)]] * 600).grouping(slots)) in (1, 16)
 
 
 def test_a_frozen_backend_has_nothing_to_do_before_its_first_step():

@@ -22,8 +22,8 @@ def test_an_8b_model_needs_about_a_gigabyte_beside_its_weights_and_pools():
     with torch.device("meta"):
         model = describe(AutoModelForCausalLM.from_config(LLAMA_3_8B, dtype=torch.bfloat16))
 
-    without = workspace_bytes(model, max_tokens=2048, max_rows=128, num_graphs=0)
-    with_graphs = workspace_bytes(model, max_tokens=2048, max_rows=128, num_graphs=30)
+    without = workspace_bytes(model, max_tokens=2048, max_rows=128, num_rungs=0)
+    with_graphs = workspace_bytes(model, max_tokens=2048, max_rows=128, num_rungs=15)
 
     logits, feed_forward = 128 * 128256 * (2 + 4), 2048 * 3 * 14336 * 2
     assert logits + feed_forward < without < with_graphs < 1 << 30

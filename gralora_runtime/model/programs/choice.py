@@ -28,13 +28,12 @@ def reserved_bytes(base: BaseModel, backend: AdapterBackend, *, max_tokens: int,
     if base.model.device.type == "cpu" or backend.name != "triton":
         return 0
     from gralora_runtime.model.programs.gpu.memory import workspace_bytes
-    from gralora_runtime.model.programs.gpu.runner import GRAPHS_PER_RUNG
 
     try:
         model = describe(base.model)
     except OtherBuildError:
         return 0
-    return workspace_bytes(model, max_tokens=max_tokens, max_rows=max_rows, num_graphs=GRAPHS_PER_RUNG * num_rungs)
+    return workspace_bytes(model, max_tokens=max_tokens, max_rows=max_rows, num_rungs=num_rungs)
 
 
 def make_runner(served: Served) -> Runner:

@@ -9,22 +9,19 @@ import torch
 from torch import Tensor
 
 from gralora_kernels.replay import ReplayError
-from gralora_kernels.triton_ops.adapters.launch import BLOCKING, TritonBackend
+from gralora_kernels.triton_ops.adapters.launch import TritonBackend
 from gralora_kernels.triton_ops.attention_launch import PagedAttention
 from gralora_runtime.batch import StepTensors
 from gralora_runtime.model.description import Description, rotary_tables
 from gralora_runtime.model.programs.gpu.graphs import CudaCapture, GraphLadder, repeated
 from gralora_runtime.model.programs.gpu.inputs import StepInputs
-from gralora_runtime.model.programs.gpu.memory import GRAPH_WIDTH
+from gralora_runtime.model.programs.gpu.memory import GRAPH_TILES, GRAPH_WIDTH
 from gralora_runtime.model.programs.gpu.model import GpuModel, Kernels, fastest_product, invariant_product
 from gralora_runtime.model.programs.runner import Served
 
 logger = logging.getLogger(__name__)
 
-# Kinds of decode steps that have graphs of their own, by the tokens of their adapters' tiles.
-ADAPTED = (1, BLOCKING.small_tile)
-NOT_ADAPTED = 0
-GRAPHS_PER_RUNG = len(ADAPTED) + 1
+NOT_ADAPTED = 0  # the kind of decode steps without adapters; others are named by the tokens of their tiles
 
 
 class GpuRunner:
@@ -87,7 +84,7 @@ class GpuRunner:
                 dtype=self.model.dtype,
                 tile_tokens=tile_tokens,
             )
-            for tile_tokens in ADAPTED
+            for tile_tokens in GRAPH_TILES
         }
         logits = torch.empty(most, self.model.vocab_size, dtype=self.model.dtype, device=self._device)
         on_gpu = self._device.type == "cuda"
@@ -106,7 +103,7 @@ class GpuRunner:
         before = torch.cuda.memory_allocated(self._device) if on_gpu else 0
         with torch.inference_mode():
             capture = CudaCapture(self._device) if on_gpu else repeated
-            self.ladder = GraphLadder(rungs, (*ADAPTED, NOT_ADAPTED), capture, compute)
+            self.ladder = GraphLadder(rungs, (*GRAPH_TILES, NOT_ADAPTED), capture, compute)
         if on_gpu:
             taken = torch.cuda.memory_allocated(self._device) - before
             logger.info("graphs keep %.0f MiB of activations", taken / 2**20)
@@ -115,8 +112,9 @@ class GpuRunner:
         """A decode step by the graph of `rung` rows. Raises `ReplayError`, with nothing changed, if it does not fit."""
         assert self.ladder is not None
         grouping, index = tensors.grouping, tensors.logits_index
-        kind = BLOCKING.tile_tokens(grouping.num_adapted, len(grouping.slots)) if grouping.num_adapted else NOT_ADAPTED
+        kind = NOT_ADAPTED
         if grouping.num_adapted:
+            kind = self._graph_adapters[GRAPH_TILES[0]].tile_tokens(grouping)
             self._graph_adapters[kind].prepare(self._groups, grouping)
         self._graph_attention.prepare(tensors.query_starts.numpy(), tensors.context_lens.numpy())
         self._graph_inputs.load_padded(tensors, rung)

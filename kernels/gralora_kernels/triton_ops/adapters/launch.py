@@ -127,6 +127,10 @@ class TritonBackend:
         other._guard = guard
         return other
 
+    def tile_tokens(self, grouping: Grouping) -> int:
+        """Tokens of the tiles that a step's work is cut into."""
+        return self._blocking.tile_tokens(grouping.num_adapted, len(grouping.slots))
+
     def prepare(self, groups: Sequence[GroupTable], grouping: Grouping) -> None:
         """Make the step's work lists on the device, without waiting for it."""
         self._use(groups)
