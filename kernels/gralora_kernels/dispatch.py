@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
 from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 from gralora_kernels.grouping import Grouping
 from gralora_kernels.packing import Packing
@@ -16,6 +18,7 @@ from gralora_kernels.tables import GroupTable
 logger = logging.getLogger(__name__)
 
 BACKENDS = ("reference", "cpu", "triton")
+OLDEST = {"torch": "2.9", "triton": "3.4"}  # that a GPU is served with, as pyproject.toml says
 
 
 class AdapterBackend(Protocol):
@@ -65,8 +68,20 @@ def _build_cpu() -> AdapterBackend:
 
 
 def _build_triton(device: torch.device) -> AdapterBackend:
+    for package, least in OLDEST.items():
+        found = _version(package)
+        if found is not None and TorchVersion(found) < TorchVersion(least):
+            raise RuntimeError(f"backend 'triton' needs {package} {least} or later, this is {found}")
     try:
         from gralora_kernels.triton_ops.adapters.launch import TritonBackend
     except ImportError as cause:
         raise RuntimeError(f"backend 'triton' needs the package triton: {cause}") from cause
     return TritonBackend(device)
+
+
+def _version(package: str) -> str | None:
+    """None: whoever needs it will say so."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import numba
 import pytest
 import torch
 
+from gralora_kernels import dispatch
 from gralora_kernels.cpu import threads
 from gralora_kernels.dispatch import resolve_backend
 from gralora_kernels.warmup import warm_up_backend
@@ -48,6 +51,23 @@ def test_a_missing_package_is_named(missing, monkeypatch):
 
     with pytest.raises(RuntimeError, match=f"backend '{name}' needs .*{missing}"):
         resolve_backend(name, device)
+
+
+@pytest.mark.parametrize(("package", "found"), [("torch", "2.8.0+cu128"), ("triton", "3.3.1")])
+def test_a_version_that_is_too_old_is_named(package, found, monkeypatch):
+    real = dispatch.version
+    monkeypatch.setattr(dispatch, "version", lambda name: found if name == package else real(name))
+
+    with pytest.raises(RuntimeError, match=rf"backend 'triton' needs {package} [\d.]+ or later, this is {found[:5]}"):
+        resolve_backend("triton", CUDA)
+
+
+def test_the_oldest_versions_are_those_that_are_declared():
+    project = tomllib.loads((Path(__file__).parent.parent.parent / "pyproject.toml").read_text())["project"]
+
+    declared = [*project["dependencies"], *project["optional-dependencies"]["gpu"]]
+    for package, least in dispatch.OLDEST.items():
+        assert any(requirement.startswith(f"{package}>={least}") for requirement in declared)
 
 
 def test_importing_the_package_imports_no_compiler():
