@@ -61,8 +61,14 @@ def main() -> None:
 
 
 def compile_all(dtypes: Sequence[torch.dtype] = DTYPES, targets: Sequence[str] = tuple(TARGETS)) -> list[Binary]:
-    """Every variant of every kernel, for every target, on all cores."""
-    wanted = [(dtype, i, target) for dtype in dtypes for target in targets for i in range(len(variants(dtype)))]
+    """Every variant of every kernel, for every target that it is launched on, on all cores."""
+    wanted = [
+        (dtype, i, target)
+        for dtype in dtypes
+        for target in targets
+        for i, variant in enumerate(variants(dtype))
+        if TARGETS[target].backend in variant.options
+    ]
     with ProcessPoolExecutor(len(os.sched_getaffinity(0)), mp_context=get_context("spawn")) as pool:
         return list(pool.map(compile_numbered, *zip(*wanted, strict=True)))
 

@@ -99,4 +99,4 @@ def _prompt_items(rows: Rows, query_starts: Int32s, context_lens: Int32s, tile_t
     seen = np.repeat(context_lens[rows] - ends, counts) + items[:, 1] + items[:, 2]  # by the tile's last query
     items[:, 4] = -(-seen // SPLIT)
     items[:, 5] = -1
-    return items
+    return np.ascontiguousarray(items[::-1])  # those that see most come first, so that none is left alone at the end

@@ -121,9 +121,9 @@ def short_stretches(monkeypatch, row_by_row_products):
 
 
 @pytest.mark.usefixtures("short_stretches")
-@pytest.mark.parametrize("window", [0, 40])
-def test_a_rows_bits_depend_neither_on_its_neighbours_nor_on_how_its_prompt_was_cut(window):
-    case = Case([150, 50])
+@pytest.mark.parametrize(("window", "heads"), [(0, (4, 2)), (40, (4, 2)), (0, (20, 1))])
+def test_a_rows_bits_depend_neither_on_its_neighbours_nor_on_how_its_prompt_was_cut(window, heads):
+    case = Case([150, 50], heads=heads[0], kv_heads=heads[1])
     attention = PagedAttention(case.shape, torch.float32, CPU, invariant=True)
 
     def run(steps):

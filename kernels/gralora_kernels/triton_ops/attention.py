@@ -1,7 +1,8 @@
 """Causal attention over paged keys and values, read where they lie. Knows no launch sizes and no layer.
 
 A stretch of the context is summed up from scratch, and stretches are merged in order. What a query does not see adds
-exactly nothing, so its result does not depend on which queries share its tile, nor on how its prompt was cut.
+exactly nothing, so its result does not depend on which queries share its tile, nor on how its prompt was cut. Prompts
+whose bits may depend on it are summed up in one go, with half of the registers.
 """
 
 # Triton reads annotations as code and knows only its own.
@@ -49,6 +50,7 @@ def attention_kernel(
     BLOCK_D: tl.constexpr,
     ALIGN: tl.constexpr,  # elements: D is a multiple of it
     HAS_SOFTCAP: tl.constexpr,
+    IN_ONE_GO: tl.constexpr,  # all that an item sees, without a sum for each stretch
 ):
     """An item, for query heads of one KV head: rows of the tile are tokens times heads. Programs take turns, because a
     replayed graph has as many as it was captured with."""
@@ -100,7 +102,7 @@ def attention_kernel(
             s_total = tl.dot(weights.to(b_v.dtype), b_v, s_total * factor[:, None], input_precision="ieee")
             s_weight = s_weight * factor + tl.sum(weights, 1)
             s_largest = new
-            if (start + BLOCK_N) % SPLIT == 0 or start + BLOCK_N >= behind:
+            if not IN_ONE_GO and ((start + BLOCK_N) % SPLIT == 0 or start + BLOCK_N >= behind):
                 # Exactly the one if the other has seen nothing. `merge_kernel` does the same.
                 new = tl.maximum(largest, s_largest)
                 factor, s_factor = tl.exp2(largest - new), tl.exp2(s_largest - new)
@@ -109,6 +111,8 @@ def attention_kernel(
                 s_total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
                 s_weight = tl.zeros([BLOCK_M], tl.float32)
                 s_largest = tl.full([BLOCK_M], NOTHING, tl.float32)
+        if IN_ONE_GO:
+            total, weight, largest = s_total, s_weight, s_largest
         result = head if partial < 0 else partial * HEADS + head
         if partial < 0:
             p_out = out + ((token * HEADS + head) * D)[:, None] + d[None, :]

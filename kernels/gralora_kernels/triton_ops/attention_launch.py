@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import gcd
 from typing import Any
 
@@ -48,23 +48,33 @@ class Tile:
     warps: int
     stages: int
     registers: int | None = None  # most of a thread; left alone, NVIDIA's assembler may choose fewer and spill
+    in_one_go: bool = False  # a prompt's sums, in an order that depends on how it was cut
 
     def programs_per_group(self, group: int) -> int:
         """Programs that share the query heads of a KV head. Each reads its keys and values."""
         return -(-group // self.rows)
 
 
-# By bytes of an element and columns of a head, padded to a power of two: for steps of single tokens, and for those with
-# prompts. 16 rows are the least that tensor cores take. Wider heads and fp32, which NVIDIA multiplies without tensor
-# cores, get smaller tiles: what the accumulator and one tile of keys and values leave of 255 registers. Whether the
-# assembler spills without a limit changes with the number of heads and with the stride of q, so nearly all have one.
+@dataclass(frozen=True, slots=True)
+class Tiles:
+    """By what a step is. `wide`: single tokens of heads that share keys and values in groups of more than 16."""
+
+    single_tokens: Tile
+    wide: Tile
+    prompts: Tile
+
+
+# By bytes of an element and columns of a head, padded to a power of two. 16 rows are the least that tensor cores take.
+# Wider heads and fp32, which NVIDIA multiplies without tensor cores, get smaller tiles: what the accumulators and one
+# tile of keys and values leave of 255 registers. Whether the assembler spills without a limit changes with the number
+# of heads and with the stride of q, so nearly all have one. On AMD larger ones spilled: prompts have those of `wide`.
 TILES = {
-    (2, 64): (Tile(16, 64, 4, 2), Tile(64, 64, 8, 2, registers=255)),
-    (2, 128): (Tile(16, 64, 4, 2, registers=200), Tile(64, 32, 8, 2, registers=255)),
-    (2, 256): (Tile(16, 32, 4, 3), Tile(32, 16, 8, 2, registers=255)),
-    (4, 64): (Tile(16, 32, 4, 2, registers=128), Tile(32, 32, 8, 2, registers=128)),
-    (4, 128): (Tile(16, 32, 8, 2, registers=128), Tile(32, 16, 8, 2, registers=128)),
-    (4, 256): (Tile(16, 16, 8, 1, registers=128), Tile(16, 16, 8, 1, registers=128)),
+    (2, 64): Tiles(Tile(16, 64, 4, 2), Tile(64, 64, 8, 2, 255), Tile(128, 64, 8, 3, 255, in_one_go=True)),
+    (2, 128): Tiles(Tile(16, 64, 4, 2, 200), Tile(64, 32, 8, 2, 255), Tile(128, 64, 8, 3, 255, in_one_go=True)),
+    (2, 256): Tiles(Tile(16, 32, 4, 3), Tile(32, 16, 8, 2, 255), Tile(64, 32, 8, 2, 255, in_one_go=True)),
+    (4, 64): Tiles(Tile(16, 32, 4, 2, 128), Tile(32, 32, 8, 2, 128), Tile(32, 32, 8, 2, 128, in_one_go=True)),
+    (4, 128): Tiles(Tile(16, 32, 8, 2, 128), Tile(32, 16, 8, 2, 128), Tile(32, 16, 8, 2, 128, in_one_go=True)),
+    (4, 256): Tiles(Tile(16, 16, 8, 1, 128), Tile(16, 16, 8, 1, 128), Tile(16, 16, 8, 1, 128, in_one_go=True)),
 }
 
 
@@ -163,16 +173,19 @@ class PagedAttention:
         return max(rows, most), min(rows, self._frozen_merges)
 
     def _tile(self) -> Tile:
-        return tile_for(self._shape, self._dtype, has_prompts=self._has_prompts and not self._invariant)
+        has_prompts = self._has_prompts and not self._invariant
+        return tile_for(self._shape, self._dtype, gpu_kind(), has_prompts=has_prompts)
 
 
 MERGE_OPTIONS = {"num_warps": 1, "num_stages": 3}
 
 
-def tile_for(shape: AttentionShape, dtype: torch.dtype, *, has_prompts: bool) -> Tile:
+def tile_for(shape: AttentionShape, dtype: torch.dtype, gpu_kind: str, *, has_prompts: bool) -> Tile:
     """All heads of a group are in one tile if it has rows for them, so that they share their loads."""
-    single_tokens, prompts = TILES[dtype.itemsize, max(64, _padded(shape.head_dim))]
-    return prompts if has_prompts or shape.group > single_tokens.rows else single_tokens
+    tiles = TILES[dtype.itemsize, max(64, _padded(shape.head_dim))]
+    if has_prompts:
+        return replace(tiles.wide, in_one_go=True) if gpu_kind == "hip" else tiles.prompts
+    return tiles.wide if shape.group > tiles.single_tokens.rows else tiles.single_tokens
 
 
 def constants_for(shape: AttentionShape, tile: Tile, dtype: torch.dtype, *, has_softcap: bool) -> dict[str, Any]:
@@ -189,6 +202,7 @@ def constants_for(shape: AttentionShape, tile: Tile, dtype: torch.dtype, *, has_
         "BLOCK_D": _padded(shape.head_dim),
         "ALIGN": gcd(shape.head_dim, VECTOR_BYTES // dtype.itemsize),
         "HAS_SOFTCAP": has_softcap,
+        "IN_ONE_GO": tile.in_one_go,
     }
 
 
@@ -215,17 +229,23 @@ def variants(dtype: torch.dtype) -> list[Variant]:
         shape = AttentionShape(
             heads=heads, kv_heads=kv_heads, head_dim=head_dim, page_size=16, q_row=heads + 2 * kv_heads
         )
+        kinds: dict[tuple[bool, Tile], list[str]] = {}
         for has_prompts in (False, True):
-            tile = tile_for(shape, dtype, has_prompts=has_prompts)
+            for kind in ("cuda", "hip"):
+                tile = tile_for(shape, dtype, kind, has_prompts=has_prompts)
+                kinds.setdefault((has_prompts, tile), []).append(kind)
+        for (has_prompts, tile), of_kinds in kinds.items():
+            what = ", prompts" if has_prompts else ""
+            what += ", soft cap" if has_softcap else ""
             found.append(
                 Variant(
-                    name=f"attention, {tile.rows} rows, heads of {head_dim}{', soft cap' if has_softcap else ''}",
+                    name=f"attention, {tile.rows} rows, heads of {head_dim}{what}",
                     function=attention_kernel,
                     dtype=dtype,
                     constants=constants_for(shape, tile, dtype, has_softcap=has_softcap),
                     pointers={name: to for name, to in pointers.items() if name in attention_kernel.arg_names},
                     floats=("scale", "softcap"),
-                    options={kind: options_for(tile, kind) for kind in ("cuda", "hip")},
+                    options={kind: options_for(tile, kind) for kind in of_kinds},
                     wide_loads=("b_k", "b_v"),  # queries are read once, and AMD has more threads than pieces of them
                     is_product=True,
                 )

@@ -23,7 +23,8 @@ class Variant:
     constants: Mapping[str, Any]  # by argument
     pointers: Mapping[str, str]  # what an argument points to, in Triton's names; all others are int32
     floats: tuple[str, ...] = ()  # arguments that are fp32 numbers
-    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # of the compiler, by "cuda" and "hip"
+    # Of the compiler, by "cuda" and "hip"; launched on those that are named.
+    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     wide_loads: tuple[str, ...] = ()  # names that loads are assigned to, each of which must be 16 bytes
     is_product: bool = False  # must use matrix instructions, but in fp32, for which NVIDIA has none
     # Variants of one family must use the same matrix instruction: a token's neighbours decide which of them it meets.
