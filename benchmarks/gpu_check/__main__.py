@@ -50,7 +50,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help=f"where the JSON goes; default: {RESULTS.relative_to(ROOT)}")
     parser.add_argument("--only", default="", help="parts, separated by commas; default: all")
     options = parser.parse_args()
-    only = {"facts", *options.only.split(",")} if options.only else {part for stage in STAGES for part in stage}
+    parts = [part for stage in STAGES for part in stage]
+    only = ["facts", *options.only.split(",")] if options.only else parts
+    if unknown := [part for part in only if part not in {"facts", *parts}]:
+        parser.error(f"--only: there is no part {', '.join(unknown)}; there are {', '.join(parts)}")
     logs = options.out.resolve() / "logs" if options.out else Path(tempfile.mkdtemp(prefix="gpu-check-"))
     logs.mkdir(parents=True, exist_ok=True)
     lines: list[Line] = []

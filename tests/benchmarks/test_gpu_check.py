@@ -21,9 +21,9 @@ def test_a_check_that_fails_in_a_part_fails_the_run_by_name(monkeypatch, tmp_pat
     def only_kernels(command: list[str], **options: object) -> subprocess.CompletedProcess[str]:
         return run([sys.executable, "-c", child, command[-1]], **options)
 
-    monkeypatch.setattr(gpu_check, "PARTS", {"kernels": 60})
+    monkeypatch.setattr(gpu_check, "STAGES", ({"kernels-float32": 60}, {"steps": 60}))
     monkeypatch.setattr(gpu_check.subprocess, "run", only_kernels)
-    monkeypatch.setattr("sys.argv", ["gpu_check", "--out", str(tmp_path)])
+    monkeypatch.setattr("sys.argv", ["gpu_check", "--only", "kernels-float32", "--out", str(tmp_path)])
     with pytest.raises(SystemExit) as ended:
         gpu_check.main()
 
@@ -32,8 +32,17 @@ def test_a_check_that_fails_in_a_part_fails_the_run_by_name(monkeypatch, tmp_pat
     assert "FAILED adapters float32: RMS error 0.5" in capsys.readouterr().out
     assert json.loads(file.read_text())["checks"] == [
         {"name": "adapters float32", "passed": False, "detail": "RMS error 0.5"},
-        {"name": "part kernels", "passed": True, "detail": "ended"},
+        {"name": "part kernels-float32", "passed": True, "detail": "ended"},
     ]
+
+
+def test_a_part_that_there_is_not_is_named(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["gpu_check", "--only", "steps,speed"])
+
+    with pytest.raises(SystemExit):
+        gpu_check.main()
+
+    assert "--only: there is no part speed; there are facts, kernels-float32," in capsys.readouterr().err
 
 
 def test_a_check_that_raises_is_named_and_the_next_one_is_done():
@@ -52,7 +61,7 @@ def test_without_a_gpu_a_run_that_is_not_dry_says_so(monkeypatch, tmp_path, caps
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
 
-    (line,) = gpu_check.run_part("facts", tmp_path, dry=False, machine={})
+    (line,) = gpu_check.run_part("facts", 60, logs=tmp_path, dry=False, machine={})
 
     assert (line["passed"], line["detail"]) == (False, "exit code 1")
     assert "torch sees no GPU here; with --dry everything runs on the CPU" in capsys.readouterr().out
