@@ -45,7 +45,7 @@ class Form:
     registers: int | None = None  # most of a thread; left alone, NVIDIA's assembler may choose fewer and spill
 
 
-# By kernel and tokens of a tile. Measured on an H100 by `python -m benchmarks.tiles`.
+# By kernel and tokens of a tile. Those of one token were measured on an H100 by `python -m benchmarks.tiles`.
 FORMS = {
     ("shrink", 1): Form(warps=2, stages=4),
     ("shrink", 16): Form(warps=2, stages=4),
@@ -192,7 +192,6 @@ class TritonBackend:
         planes = BLOCKING.num_planes(max((g.in_features for g in self._groups), default=0)) if is_split else 1
         self._u_stride = -(-num_columns // ITEM) * ITEM
         self._plane_stride = num_adapted * self._u_stride
-        assert planes * self._plane_stride < 1 << 31, (planes, num_adapted, num_columns)
         self._u = at_least(self._u, planes * self._plane_stride)
         self._items = at_least(self._items, num_items * ITEM)
         self._first_order = HEAD_WORDS * len(self._groups)
@@ -302,8 +301,7 @@ def variants(dtype: torch.dtype) -> list[Variant]:
     element = f"*{ELEMENT_NAMES[dtype]}"
     pointers = dict.fromkeys(("x", "y", "arena"), element)
     pointers |= dict.fromkeys(("words", "items"), "*i32") | {"index": "*i64", "scale": "*fp32", "u": "*fp32"}
-    # One token's own elements are fewer than threads; what is read in bulk is weights.
-    kernels = (("shrink", shrink_kernel, ("b_a",)), ("expand", expand_kernel, ("b_b",)))
+    kernels = (("shrink", shrink_kernel, "b_a", "b_x"), ("expand", expand_kernel, "b_b", "b_old"))
     forms = [(1, True), (BLOCKING.small_tile, True), (BLOCKING.full_tile, False)]
     return [
         Variant(
@@ -313,11 +311,12 @@ def variants(dtype: torch.dtype) -> list[Variant]:
             constants=CONSTANTS[name](tile, align, is_split, dtype),
             pointers=pointers,
             options={kind: launch_options(name, kind, dtype, tile, align) for kind in ("cuda", "hip")},
-            wide_loads=wide if align > 1 else (),
+            # One token's own elements are fewer than threads.
+            wide_loads=() if align == 1 else (weights,) if tile == 1 else (weights, own),
             is_product=True,
             family="adapters",
         )
-        for name, function, wide in kernels
+        for name, function, weights, own in kernels
         for tile, is_split in forms
         for align in (VECTOR_BYTES // dtype.itemsize, 1)
     ]
