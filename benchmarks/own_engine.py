@@ -16,7 +16,7 @@ from gralora_runtime.assemble import assemble
 from gralora_runtime.config import EngineConfig
 from gralora_runtime.detokenizer import Detokenizer
 from gralora_runtime.request import Delta, ResponseParams, SamplingParams, StoppingParams
-from gralora_runtime.sampler import SamplerState
+from gralora_runtime.sampling.state import SamplerState
 from gralora_runtime.sequence import Sequence as EngineSequence
 
 Deltas = dict[str, list[tuple[float, Delta]]]  # by request, with when each came

@@ -16,9 +16,7 @@ from gralora_kernels.cpu import threads as cpu_threads
 from gralora_kernels.dispatch import AdapterBackend, resolve_backend
 from gralora_kernels.packing import Packing
 from gralora_runtime.adapters.manager import AdapterManager
-from gralora_runtime.batch import BatchBuilder
 from gralora_runtime.config import EngineConfig
-from gralora_runtime.engine import Engine
 from gralora_runtime.errors import ConfigError
 from gralora_runtime.info import EngineInfo
 from gralora_runtime.model.adaptable import adaptable_modules
@@ -31,6 +29,8 @@ from gralora_runtime.model.selfcheck import check_runner, expected_logits
 from gralora_runtime.model.tokenization import PromptTokenizer
 from gralora_runtime.pages import PagePool
 from gralora_runtime.scheduler import Scheduler
+from gralora_runtime.stepping.batch import BatchBuilder
+from gralora_runtime.stepping.engine import Engine
 
 logger = logging.getLogger(__name__)
 

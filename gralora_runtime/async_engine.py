@@ -18,7 +18,6 @@ from gralora_runtime.adapters.manager import AdapterManager
 from gralora_runtime.assemble import EngineParts, assemble
 from gralora_runtime.config import EngineConfig
 from gralora_runtime.detokenizer import Detokenizer
-from gralora_runtime.engine_thread import EngineThread
 from gralora_runtime.errors import (
     DeadlineExceededError,
     DrainingError,
@@ -34,9 +33,10 @@ from gralora_runtime.observation.accounts import OTHER
 from gralora_runtime.observation.requests import RequestMeter, RequestObservation, outcome_of
 from gralora_runtime.observation.snapshot import EngineSnapshot
 from gralora_runtime.request import GenerationRequest, Prompt
-from gralora_runtime.sampler import SamplerState
+from gralora_runtime.sampling.state import SamplerState
 from gralora_runtime.scheduler import StepOutput
 from gralora_runtime.sequence import Sequence
+from gralora_runtime.stepping.engine_thread import EngineThread
 from gralora_runtime.stream import RequestStream
 
 

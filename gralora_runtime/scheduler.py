@@ -17,7 +17,7 @@ from gralora_runtime.failure import contained, request_failed, step_failed
 from gralora_runtime.pages import PagePool, page_key
 from gralora_runtime.plan import AdapterUse, RowPlan, StepPlan
 from gralora_runtime.request import Delta, FinishReason
-from gralora_runtime.sampler import RowFailure, Sampled, SamplingFailure
+from gralora_runtime.sampling.outcome import RowFailure, Sampled, SamplingFailure
 from gralora_runtime.sequence import Sequence, SequenceStatus
 
 

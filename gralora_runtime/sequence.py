@@ -10,7 +10,8 @@ from gralora_runtime.adapters.lease import AdapterLease
 from gralora_runtime.detokenizer import Detokenizer
 from gralora_runtime.pages import PageKey, root_key
 from gralora_runtime.request import Delta, Finished, FinishReason, Started, StoppingParams
-from gralora_runtime.sampler import SampledToken, SamplerState
+from gralora_runtime.sampling.outcome import SampledToken
+from gralora_runtime.sampling.state import SamplerState
 
 
 class SequenceStatus(Enum):

@@ -48,6 +48,8 @@ NO_TORCH = [
     "gralora_runtime/request.py",
     "gralora_runtime/errors.py",
     "gralora_runtime/config.py",
+    "gralora_runtime/sampling/outcome.py",
+    "gralora_runtime/sampling/state.py",
     "gralora_runtime/adapters/arena.py",
     "gralora_runtime/adapters/lease.py",
     "gralora_runtime/adapters/spec.py",

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gralora_runtime.batch import BatchBuilder
 from gralora_runtime.errors import ModelUnsupportedError
 from gralora_runtime.model.loading import BaseModel
 from gralora_runtime.model.programs.runner import Runner
 from gralora_runtime.plan import AdapterUse, RowPlan, StepPlan
+from gralora_runtime.stepping.batch import BatchBuilder
 
 NUM_TOKENS = 40
 CHUNKS = (17, 22, 1)  # two unequal prompt chunks and a decode step

@@ -18,7 +18,6 @@ from support.workspaces import save_workspace
 from torch import Tensor
 
 from gralora_runtime.async_engine import AsyncEngine
-from gralora_runtime.batch import StepTensors
 from gralora_runtime.config import EngineConfig
 from gralora_runtime.errors import (
     AdapterNotFoundError,
@@ -43,6 +42,7 @@ from gralora_runtime.request import (
     SamplingParams,
     StoppingParams,
 )
+from gralora_runtime.stepping.batch import StepTensors
 from gralora_runtime.stream import RequestStream, merge_deltas
 
 T = TypeVar("T")

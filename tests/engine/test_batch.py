@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from gralora_runtime.batch import BatchBuilder, StaleAdapterError
 from gralora_runtime.plan import AdapterUse, RowPlan, StepPlan
+from gralora_runtime.stepping.batch import BatchBuilder, StaleAdapterError
 
 BASE = AdapterUse(slot=-1, generation=0, width=0)
 GENERATIONS = {0: 3, 5: 1}

@@ -16,17 +16,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.fakes import FakeDetokenizer, fake_lease
 
-from gralora_runtime.batch import BatchBuilder, StepTensors
 from gralora_runtime.detokenizer import TextDelta
-from gralora_runtime.engine import Engine
-from gralora_runtime.engine_thread import EngineThread
 from gralora_runtime.errors import RequestFailedError, StepFailedError
 from gralora_runtime.pages import PagePool
 from gralora_runtime.plan import StepPlan
 from gralora_runtime.request import FinishReason, ResponseParams, SamplingParams, StoppingParams
-from gralora_runtime.sampler import SamplerState
+from gralora_runtime.sampling.state import SamplerState
 from gralora_runtime.scheduler import Scheduler, StepOutput
 from gralora_runtime.sequence import Sequence
+from gralora_runtime.stepping.batch import BatchBuilder, StepTensors
+from gralora_runtime.stepping.engine import Engine
+from gralora_runtime.stepping.engine_thread import EngineThread
 
 WAIT_S = 30
 VOCAB, NUM_PAGES, PAGE_SIZE, MAX_TOKENS = 64, 12, 4, 12

@@ -6,9 +6,9 @@ import threading
 
 import pytest
 
-from gralora_runtime.engine import Engine
-from gralora_runtime.engine_thread import EngineThread
 from gralora_runtime.observation.steps import StepObservation
+from gralora_runtime.stepping.engine import Engine
+from gralora_runtime.stepping.engine_thread import EngineThread
 
 WAIT_S = 10
 

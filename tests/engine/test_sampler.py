@@ -11,7 +11,9 @@ import torch
 
 from gralora_runtime.errors import InvalidRequestError
 from gralora_runtime.request import ResponseParams, SamplingParams, StoppingParams
-from gralora_runtime.sampler import RowFailure, SampledToken, SamplerState, SamplingFailure, _heaviest, sample
+from gralora_runtime.sampling.host import sample
+from gralora_runtime.sampling.outcome import RowFailure, SampledToken, SamplingFailure
+from gralora_runtime.sampling.state import SamplerState, _heaviest
 
 GREEDY = SamplingParams(temperature=0)
 PROBABILITIES = (0.4, 0.3, 0.2, 0.1)

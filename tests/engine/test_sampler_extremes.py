@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from gralora_runtime.request import ResponseParams, SamplingParams, StoppingParams
-from gralora_runtime.sampler import RowFailure, SampledToken, SamplerState, SamplingFailure, sample
+from gralora_runtime.sampling.host import sample
+from gralora_runtime.sampling.outcome import RowFailure, SampledToken, SamplingFailure
+from gralora_runtime.sampling.state import SamplerState
 
 BIG, TINY, SMALLEST = float(np.finfo(np.float32).max), float(np.finfo(np.float32).tiny), 5e-324
 NAN, INF = math.nan, math.inf

@@ -8,7 +8,7 @@ from support.fakes import Harness, fake_lease, fake_sequence
 
 from gralora_runtime.errors import DeadlineExceededError, NumericalError, RequestCancelledError
 from gralora_runtime.request import StoppingParams
-from gralora_runtime.sampler import SampledToken, SamplingFailure
+from gralora_runtime.sampling.outcome import SampledToken, SamplingFailure
 
 
 def test_one_request_gets_its_tokens_and_leaves_nothing_behind() -> None:

@@ -9,7 +9,7 @@ from gralora_runtime.detokenizer import TextDelta
 from gralora_runtime.pages import PagePool
 from gralora_runtime.plan import StepPlan
 from gralora_runtime.request import StoppingParams
-from gralora_runtime.sampler import SampledToken
+from gralora_runtime.sampling.outcome import SampledToken
 from gralora_runtime.scheduler import Scheduler, StepOutput
 from gralora_runtime.sequence import Sequence
 

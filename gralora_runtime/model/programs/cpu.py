@@ -10,10 +10,10 @@ from gralora_kernels.cpu.attention import attention_pieces
 from gralora_kernels.cpu.linear import PackedWeight
 from gralora_kernels.cpu.program import DecoderShape, Program, Step
 from gralora_kernels.cpu.rows import GELU_TANH, SILU
-from gralora_runtime.batch import StepTensors
 from gralora_runtime.model.adaptable import joined_weight_and_bias
 from gralora_runtime.model.description import Description, LayerDescription, OtherBuildError, Projection, rotary_tables
 from gralora_runtime.model.programs.runner import Served
+from gralora_runtime.stepping.batch import StepTensors
 
 logger = logging.getLogger(__name__)
 

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from gralora_kernels.dispatch import AdapterBackend
 from gralora_kernels.tables import GroupTable
-from gralora_runtime.batch import StepTensors
 from gralora_runtime.model.kv_pool import KVPool
 from gralora_runtime.model.loading import BaseModel
+from gralora_runtime.stepping.batch import StepTensors
 
 
 class Runner(Protocol):

@@ -15,7 +15,8 @@ from typing import cast
 from gralora_runtime.detokenizer import Detokenizer, TextDelta
 from gralora_runtime.pages import PagePool
 from gralora_runtime.request import StoppingParams
-from gralora_runtime.sampler import SampledToken, SamplerState
+from gralora_runtime.sampling.outcome import SampledToken
+from gralora_runtime.sampling.state import SamplerState
 from gralora_runtime.scheduler import Scheduler
 from gralora_runtime.sequence import Sequence as EngineSequence
 from gralora_server.loadtest.record import OK, RequestRecord

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gralora_kernels.triton_ops.memory import staged
-from gralora_runtime.batch import StepTensors
+from gralora_runtime.stepping.batch import StepTensors
 
 NOWHERE = -1  # the KV slot of a token that is padding
 

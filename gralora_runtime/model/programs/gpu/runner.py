@@ -11,13 +11,13 @@ from torch import Tensor
 from gralora_kernels.replay import ReplayError
 from gralora_kernels.triton_ops.adapters.launch import TritonBackend
 from gralora_kernels.triton_ops.attention_launch import PagedAttention
-from gralora_runtime.batch import StepTensors
 from gralora_runtime.model.description import Description, rotary_tables
 from gralora_runtime.model.programs.gpu.graphs import CudaCapture, GraphLadder, repeated
 from gralora_runtime.model.programs.gpu.inputs import StepInputs
 from gralora_runtime.model.programs.gpu.memory import GRAPH_TILES, GRAPH_WIDTH
 from gralora_runtime.model.programs.gpu.model import GpuModel, Kernels, fastest_product, invariant_product
 from gralora_runtime.model.programs.runner import Served
+from gralora_runtime.stepping.batch import StepTensors
 
 logger = logging.getLogger(__name__)
 

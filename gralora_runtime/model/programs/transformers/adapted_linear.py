@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from gralora_kernels.cpu.linear import PackedWeight, linear
 from gralora_kernels.dispatch import AdapterBackend
 from gralora_kernels.tables import GroupTable
-from gralora_runtime.batch import StepTensors
 from gralora_runtime.model.programs.transformers.context import StepContext
+from gralora_runtime.stepping.batch import StepTensors
 
 
 class PackedLinear(nn.Module):

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from gralora_kernels.cpu.attention import paged_attention
-from gralora_runtime.batch import StepTensors
 from gralora_runtime.errors import ModelUnsupportedError
 from gralora_runtime.model.kv_pool import KVPool
 from gralora_runtime.model.programs.transformers.context import StepContext
+from gralora_runtime.stepping.batch import StepTensors
 
 ATTENTION_NAME = "gralora_paged"
 UNSUPPORTED = ("softcap", "s_aux", "position_bias")  # arguments of attention functions

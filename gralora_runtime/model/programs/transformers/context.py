@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from gralora_runtime.batch import StepTensors
+from gralora_runtime.stepping.batch import StepTensors
 
 
 class StepContext:

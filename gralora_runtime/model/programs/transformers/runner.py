@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from gralora_kernels.tables import GroupTable
-from gralora_runtime.batch import StepTensors
 from gralora_runtime.model.adaptable import joined_weight_and_bias, weight_and_bias
 from gralora_runtime.model.programs.runner import Served
 from gralora_runtime.model.programs.transformers.adapted_linear import (
@@ -27,6 +26,7 @@ from gralora_runtime.model.programs.transformers.attention import (
 )
 from gralora_runtime.model.programs.transformers.context import StepContext
 from gralora_runtime.model.programs.transformers.norms import fuse_rms_norms
+from gralora_runtime.stepping.batch import StepTensors
 
 logger = logging.getLogger(__name__)
 

@@ -1,54 +1,26 @@
-"""Chooses the next token of each row of a step. It knows logits and one request's rules; not what a token spells.
+"""One request's rules for its next token, and how they are followed on the host: in float32, a row alone. No torch.
 
-Each row is worked on alone, on the host, in float32, and takes one random number that is a function of its seed and
-position. So a request's tokens depend neither on its neighbours nor on whether it was preempted on the way.
+A row takes one random number that is a function of its seed and position. So a request's tokens depend neither on its
+neighbours nor on whether it was preempted on the way.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
 from gralora_runtime.errors import InvalidRequestError
-from gralora_runtime.failure import contained
 from gralora_runtime.request import ResponseParams, SamplingParams, StoppingParams, TokenLogprob
+from gralora_runtime.sampling.outcome import SampledToken, SamplingFailure
 
 FloatRow = npt.NDArray[np.float32]
 IdRow = npt.NDArray[np.int64]
 
 SMALLEST_TEMPERATURE = float(np.finfo(np.float32).tiny)  # below it the float32 quotient would be 0 / 0
 LARGEST = float(np.finfo(np.float32).max)
-
-
-@dataclass(frozen=True, slots=True)
-class SampledToken:
-    """The next token of one row; `logprob` only where the request asked for it."""
-
-    token_id: int
-    logprob: TokenLogprob | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class SamplingFailure:
-    """No token can be chosen for this row. It concerns this request alone: its neighbours have their tokens."""
-
-    problem: str
-
-
-@dataclass(frozen=True, slots=True)
-class RowFailure:
-    """Our own code failed on this row: a bug, which concerns this request alone."""
-
-    cause: BaseException
-
-
-Sampled = SampledToken | SamplingFailure | RowFailure
 
 
 class SamplerState:
@@ -164,63 +136,6 @@ class TokenHistory:
             written = np.flatnonzero(self._counts)
             scores[written] -= self._counts[written] * _float32(params.frequency_penalty)
             scores[written] -= _float32(params.presence_penalty)
-
-
-def sample(logits: Tensor, states: Sequence[SamplerState]) -> list[Sampled]:
-    """One token per row of `logits` [rows, vocab]; row i depends on `logits[i]` and `states[i]` only, bugs included."""
-    num_rows, vocab_size = logits.shape
-    assert num_rows == len(states), f"{num_rows} rows of logits for {len(states)} requests"
-    results: dict[int, Sampled] = {}
-    plain: list[int] = []
-    other: list[int] = []
-    for row, state in enumerate(states):
-        try:
-            assert state.vocab_size == vocab_size, f"{vocab_size} logits for a request with {state.vocab_size}"
-            (plain if state.takes_argmax else other).append(row)
-        except BaseException as error:
-            results[row] = _row_failure(error)
-    if plain:
-        argmax = _argmax(logits)
-        results.update((row, argmax[row]) for row in plain)
-    for row, values in zip(other, _host_rows(logits, other), strict=True):
-        try:
-            results[row] = states[row].choose(values)
-        except BaseException as error:
-            results[row] = _row_failure(error)
-    return [results[row] for row in range(len(states))]
-
-
-def _row_failure(error: BaseException) -> RowFailure:
-    if not contained(error):
-        raise error
-    return RowFailure(error)
-
-
-def _argmax(logits: Tensor) -> list[SampledToken | SamplingFailure]:
-    if logits.device.type == "cpu":
-        # numpy's argmax took 0.12 ms for [32, 49152] float32, torch's 2.6 ms; both return the first of equals.
-        host = logits.float().numpy()
-        token_ids = host.argmax(axis=-1)
-        peaks = host[np.arange(len(host)), token_ids].tolist()
-        return [_plain_choice(i, peak) for i, peak in zip(token_ids.tolist(), peaks, strict=True)]
-    values, indices = logits.max(dim=-1)
-    return [_plain_choice(i, peak) for i, peak in zip(indices.tolist(), values.tolist(), strict=True)]
-
-
-def _plain_choice(token_id: int, peak: float) -> SampledToken | SamplingFailure:
-    if math.isfinite(peak):
-        return SampledToken(token_id)
-    return SamplingFailure(f"the model's largest logit is {peak}")  # a NaN anywhere in the row counts as the largest
-
-
-def _host_rows(logits: Tensor, rows: Sequence[int]) -> list[FloatRow]:
-    if not rows:
-        return []
-    if logits.device.type == "cpu":
-        host = logits.float().numpy()  # no copy of float32 logits
-        return [host[row] for row in rows]
-    chosen = logits[torch.tensor(rows, device=logits.device)]
-    return list(chosen.float().cpu().numpy())
 
 
 def _has_penalties(params: SamplingParams) -> bool:

@@ -6,13 +6,14 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from gralora_runtime.batch import BatchBuilder
 from gralora_runtime.failure import contained
 from gralora_runtime.model.programs.runner import Runner
 from gralora_runtime.observation.steps import Phase, StepObservation
 from gralora_runtime.plan import StepPlan
-from gralora_runtime.sampler import Sampled, sample
+from gralora_runtime.sampling.host import sample
+from gralora_runtime.sampling.outcome import Sampled
 from gralora_runtime.scheduler import Scheduler, StepOutput
+from gralora_runtime.stepping.batch import BatchBuilder
 
 MAX_FAILURES_IN_A_ROW = 3  # of steps: then it is not the requests that are at fault
 
