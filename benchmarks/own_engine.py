@@ -68,7 +68,7 @@ class OwnEngine:
         assert plan is not None, "requests ended before all of them decoded"
         built = engine.batch.build(plan)
         tensors = replace(built, grouping=deepcopy(built.grouping))  # the builder fills its own anew
-        best = engine.runner.execute(tensors).argmax(dim=-1).tolist()
+        best = self.parts.runner.execute(tensors).argmax(dim=-1).tolist()
         last = dict(zip((row.request_id for row in plan.rows), best, strict=True))
         answers = []
         for request, (request_id, sequence) in zip(requests, sequences.items(), strict=True):
@@ -77,7 +77,7 @@ class OwnEngine:
         engine.scheduler.abandon_all()
 
         def forward() -> None:
-            engine.runner.execute(tensors)
+            self.parts.runner.execute(tensors)
 
         return Run(tuple(answers)), forward
 

@@ -16,6 +16,7 @@ from gralora_kernels.cpu import threads as cpu_threads
 from gralora_kernels.dispatch import AdapterBackend, resolve_backend
 from gralora_kernels.packing import Packing
 from gralora_runtime.adapters.manager import AdapterManager
+from gralora_runtime.adapters.transfer import no_steps
 from gralora_runtime.config import EngineConfig
 from gralora_runtime.errors import ConfigError
 from gralora_runtime.info import EngineInfo
@@ -24,13 +25,16 @@ from gralora_runtime.model.kv_pool import KVPool, page_bytes
 from gralora_runtime.model.loading import BaseModel, load_base_model
 from gralora_runtime.model.programs.choice import kv_in_panels, make_runner, reserved_bytes
 from gralora_runtime.model.programs.gpu.graphs import usual_ladder
-from gralora_runtime.model.programs.runner import Served
+from gralora_runtime.model.programs.runner import Runner, Served
 from gralora_runtime.model.selfcheck import check_runner, expected_logits
 from gralora_runtime.model.tokenization import PromptTokenizer
+from gralora_runtime.observation.steps import StepObservation
 from gralora_runtime.pages import PagePool
 from gralora_runtime.scheduler import Scheduler
 from gralora_runtime.stepping.batch import BatchBuilder
 from gralora_runtime.stepping.engine import Engine
+from gralora_runtime.stepping.executor import Beside, InTurn
+from gralora_runtime.stepping.fence import StepFence
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +49,7 @@ class EngineParts:
     """What `AsyncEngine` drives."""
 
     engine: Engine
+    runner: Runner
     adapters: AdapterManager
     base: BaseModel
     prompts: PromptTokenizer
@@ -73,7 +78,10 @@ def assemble(config: EngineConfig, base: BaseModel | None = None) -> EngineParts
         max_rows=config.max_num_seqs,
         num_rungs=len(rungs),
     )
-    adapters = _adapter_manager(config, base, _free_bytes(device) - reserved, backend.packing)
+    pipelined = config.pipeline == "on"
+    fence = StepFence()
+    wait_for_steps = fence.wait if pipelined else no_steps  # unpipelined, no step runs whose leases were given back
+    adapters = _adapter_manager(config, base, _free_bytes(device) - reserved, backend.packing, wait_for_steps)
     try:
         kv_pool, max_model_len = _kv_pool(
             config, base, _free_bytes(device) - reserved, in_panels=kv_in_panels(backend, device)
@@ -122,8 +130,14 @@ def assemble(config: EngineConfig, base: BaseModel | None = None) -> EngineParts
     logger.info("engine ready: %s", info)
     vocab_size: int = base.model.config.vocab_size
     prompts = PromptTokenizer(base.tokenizer, base.chat_tokenizer, vocab_size)
-    engine = Engine(scheduler, batch, runner)
-    return EngineParts(engine, adapters, base, prompts, info, lambda: _use_threads(num_threads, device))
+
+    def prepare_thread() -> None:
+        _use_threads(num_threads, device)
+
+    observation = StepObservation()
+    executor = Beside(runner, observation, prepare_thread) if pipelined else InTurn(runner, observation)
+    engine = Engine(scheduler, batch, executor, observation, fence, pipelined=pipelined)
+    return EngineParts(engine, runner, adapters, base, prompts, info, prepare_thread)
 
 
 def resolve_device(name: str) -> torch.device:
@@ -158,7 +172,9 @@ def _free_bytes(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def _adapter_manager(config: EngineConfig, base: BaseModel, free_bytes: int, packing: Packing) -> AdapterManager:
+def _adapter_manager(
+    config: EngineConfig, base: BaseModel, free_bytes: int, packing: Packing, wait_for_steps: Callable[[], None]
+) -> AdapterManager:
     device = base.model.device
     pool_bytes = config.adapter_pool_bytes or int(free_bytes * ADAPTER_POOL_SHARE[device.type])
     return AdapterManager(
@@ -172,6 +188,7 @@ def _adapter_manager(config: EngineConfig, base: BaseModel, free_bytes: int, pac
         base_model=base.name,
         max_width=config.max_adapter_rank,
         packing=packing,
+        wait_for_steps=wait_for_steps,
     )
 
 

@@ -241,6 +241,10 @@ class AsyncEngine:
             prompt_token_ids=tokens,
             min_tokens=request.stopping.min_tokens,
         )
+        # Where text can end a request the engine has to know it; else it is made when the client is ready to read it.
+        stops_at_text = bool(request.stopping.stop)
+        if not stops_at_text:
+            entry.stream.detokenizer = detokenizer
         # Last, because from here on nothing may fail: the lease has to reach the scheduler, which releases it.
         lease = await self._acquire(request, entry, deadline_s)
         return Sequence(
@@ -253,7 +257,7 @@ class AsyncEngine:
             eos_token_ids=eos_token_ids,
             lease=lease,
             sampler=sampler,
-            detokenizer=detokenizer,
+            detokenizer=detokenizer if stops_at_text else None,
             arrival_s=entry.submitted_s,
             seed=seed,
             deadline_s=deadline_s,

@@ -9,6 +9,7 @@ from gralora_runtime.errors import ConfigError
 
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+PIPELINES = ("auto", "on", "off")
 KERNEL_BACKENDS = ("auto", "reference", "cpu", "triton")
 
 
@@ -35,10 +36,16 @@ class EngineConfig:
     num_threads: int | None = None
     cuda_graphs: tuple[int, ...] | None = None  # rows of the decode steps that a GPU captures; (): none of them
     batch_invariant: bool = False  # on a GPU, too, the same bits whatever shares the batch; the CPU's always are
+    pipeline: str = "auto"  # a step is planned and launched while the one before runs; auto: on a GPU
     max_named_adapters: int = 100  # with counts of their own; what all others do is counted together
 
     def __post_init__(self) -> None:
-        for name, allowed in (("device", DEVICES), ("dtype", DTYPES), ("kernel_backend", KERNEL_BACKENDS)):
+        for name, allowed in (
+            ("device", DEVICES),
+            ("dtype", DTYPES),
+            ("kernel_backend", KERNEL_BACKENDS),
+            ("pipeline", PIPELINES),
+        ):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         for name in ("max_num_seqs", "max_num_batched_tokens", "max_queue", "page_size", "max_adapter_slots"):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from tokenizers import Tokenizer
 
@@ -48,6 +49,10 @@ class Detokenizer:
         self._num_tokens += 1
         return self._scan(self._text.push(token_id))
 
+    def push_all(self, token_ids: Sequence[int]) -> str:
+        """The text that became final with these tokens, for requests without stop strings, at the price of one."""
+        return self._text.push(*token_ids)
+
     def flush(self) -> str:
         """What was held back, at the end of a generation: a half character comes out as U+FFFD, as in a full decode.
 
@@ -78,10 +83,11 @@ class TextStream:
         self._num_settled = len(self._window)
         self._settled_text = self._decode(self._window)
 
-    def push(self, token_id: int) -> str:
-        if self._is_skipped(token_id):
+    def push(self, *token_ids: int) -> str:
+        new = [token_id for token_id in token_ids if not self._is_skipped(token_id)]
+        if not new:
             return ""
-        self._window.append(token_id)
+        self._window += new
         text = self._decode(self._window)
         if not text.endswith(REPLACEMENT):
             return self._settle(text)
@@ -138,14 +144,23 @@ class TextStream:
         return []  # half a character as context would do more harm than none, which at most costs a leading space
 
     def _is_skipped(self, token_id: int) -> bool:
-        """A special token, or an id that the tokenizer does not have (vocabularies are padded)."""
-        if self._decode([token_id]):
-            return False
-        unknown = self._tokenizer.id_to_token(token_id) is None
-        return unknown or self._tokenizer.decode([token_id], skip_special_tokens=False) != ""
+        return _token_alone(self._tokenizer, token_id, self._skip_special_tokens) is None
 
     def _decode(self, token_ids: list[int]) -> str:
+        if len(token_ids) == 1:  # every token is the context of the next: its text is wanted again and again
+            return _token_alone(self._tokenizer, token_ids[0], self._skip_special_tokens) or ""
         return self._tokenizer.decode(token_ids, skip_special_tokens=self._skip_special_tokens)
+
+
+@lru_cache(maxsize=1 << 18)
+def _token_alone(tokenizer: Tokenizer, token_id: int, skip_special_tokens: bool) -> str | None:
+    """What one token spells alone; None for a special token that is skipped, and for an id that the tokenizer does not
+    have (vocabularies are padded)."""
+    text: str = tokenizer.decode([token_id], skip_special_tokens=skip_special_tokens)
+    if text:
+        return text
+    unknown = tokenizer.id_to_token(token_id) is None
+    return None if unknown or tokenizer.decode([token_id], skip_special_tokens=False) != "" else ""
 
 
 class StopScanner:

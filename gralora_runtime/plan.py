@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,8 +15,7 @@ class AdapterUse:
     width: int  # columns of the widest u = sum of r*k over its entries
 
 
-@dataclass(frozen=True, slots=True)
-class RowPlan:
+class RowPlan(NamedTuple):
     """Tokens `start .. start + len(token_ids)` of one sequence."""
 
     request_id: str
@@ -24,10 +24,16 @@ class RowPlan:
     pages: tuple[int, ...]  # all pages of the sequence so far, in order
     adapter: AdapterUse
     samples: bool  # the last of these tokens is the newest of the sequence: its logits choose the next one
+    seat: int  # a number below `max_num_seqs` that no other running sequence has
+    stay: int = 0  # the sequence's admission that this row belongs to: its pages are others after the next one
+    follows: int = -1  # its one token is what this sampling row of the step before chose, unknown as yet; -1: no
 
     @property
     def context_len(self) -> int:
         return self.start + len(self.token_ids)
+
+
+UNKNOWN = (0,)  # the tokens of a row that follows: any valid one, which the program replaces
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,19 +3,25 @@
 Every running sequence gets its next token first; what is left of the step's token budget goes to prompts, in chunks, in
 order of arrival. So a long prompt cannot stall those that stream. When pages run out the youngest running sequence is
 put back into the queue and computed again later: it keeps its adapter and its tokens, and loses only its pages.
+
+A step may be planned before the one before has ended. Then a sequence's newest token is pending: its row says which
+sampling row will choose it. Who ends meanwhile has a row too many on its way, whose result is dropped. What it held is
+free at once: pages because steps run in order, and its adapter's slot because it is not cleared before they have ended.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from gralora_runtime.adapters.lease import AdapterLease
 from gralora_runtime.errors import DeadlineExceededError, GraloraError, NumericalError, RequestCancelledError
 from gralora_runtime.failure import contained, request_failed, step_failed
 from gralora_runtime.pages import PagePool, page_key
-from gralora_runtime.plan import AdapterUse, RowPlan, StepPlan
+from gralora_runtime.plan import UNKNOWN, RowPlan, StepPlan
 from gralora_runtime.request import Delta, FinishReason
 from gralora_runtime.sampling.outcome import RowFailure, Sampled, SamplingFailure
 from gralora_runtime.sequence import Sequence, SequenceStatus
@@ -65,6 +71,9 @@ class Scheduler:
         self._running: list[Sequence] = []  # in order of admission: the last one is the youngest
         self._by_id: dict[str, Sequence] = {}
         self._outputs: list[StepOutput] = []
+        self._seats = list(range(max_num_seqs - 1, -1, -1))
+        self._stays = itertools.count()
+        self._next_deadline_s = math.inf  # nobody's is sooner
 
     @property
     def num_running(self) -> int:
@@ -83,6 +92,8 @@ class Scheduler:
         assert sequence.request_id not in self._by_id, f"request id {sequence.request_id!r} used twice"
         self._by_id[sequence.request_id] = sequence
         self._waiting.append(sequence)
+        if sequence.deadline_s is not None:
+            self._next_deadline_s = min(self._next_deadline_s, sequence.deadline_s)
 
     def cancel(self, request_id: str) -> None:
         """End a sequence and free what it holds. Unknown ids are sequences that ended already."""
@@ -95,11 +106,18 @@ class Scheduler:
         self._expire_deadlines()
         budget = self._max_num_batched_tokens
         preemptions_before = self.counters.preemptions
-        rows: dict[str, int] = {}  # request id -> tokens, in order
-        for sequence in sorted(self._running, key=lambda running: running.num_uncomputed > 1):
+        rows: dict[Sequence, int] = {}  # how many tokens, in order
+        prefilling: list[Sequence] = []
+        for sequence in self._running.copy():
+            if sequence.num_uncomputed > 1:
+                prefilling.append(sequence)
+            elif not (sequence.num_pending and sequence.has_all_tokens) and self._reserve(sequence, 1, rows):
+                rows[sequence] = 1
+        budget -= len(rows)
+        for sequence in prefilling:
             count = min(sequence.num_uncomputed, budget)
-            if sequence.status is SequenceStatus.RUNNING and count and self._reserve(sequence, count, rows):
-                rows[sequence.request_id] = count
+            if count and self._reserve(sequence, count, rows):
+                rows[sequence] = count
                 budget -= count
         # Who was just preempted would only take the pages back: admit nobody in such a step.
         crowded = self.counters.preemptions > preemptions_before
@@ -109,18 +127,21 @@ class Scheduler:
                 continue
             if admitted == 0:
                 break
-            rows[self._running[-1].request_id] = admitted
+            rows[self._running[-1]] = admitted
             budget -= admitted
         return self._freeze(rows) if rows else None
 
-    def commit(self, plan: StepPlan, sampled: Mapping[str, Sampled]) -> list[StepOutput]:
-        """Take in a step's results: one token, or the reason why there is none, per row that samples.
+    def commit(self, plan: StepPlan, sampled: Iterable[Sampled]) -> list[StepOutput]:
+        """Take in a step's results: one token, or the reason why there is none, per row that samples, in their order.
 
-        A row whose own code fails ends with `RequestFailedError`; it is the only one that notices.
+        A row whose own code fails ends with `RequestFailedError`; it is the only one that notices. Rows of sequences
+        that ended since the step was planned are dropped.
         """
+        results = iter(sampled)
         for row in plan.rows:
+            result = next(results) if row.samples else None
             try:
-                self._commit_row(row, sampled)
+                self._commit_row(row, result)
             except BaseException as error:
                 if not contained(error):
                     raise
@@ -134,22 +155,26 @@ class Scheduler:
         self._drop(request_id)
         self._reclaim_pages()
 
-    def fail_step(self, plan: StepPlan | None, cause: BaseException) -> None:
-        """End the rows of a step whose shared part failed, and put the books right; all others go on.
+    def fail_step(self, plan: StepPlan | None, cause: BaseException) -> bool:
+        """End the rows of a step whose shared part failed, and put the books right; all others go on. Returns whether
+        it still concerned anybody: a step that was launched before its forerunner failed may not.
 
         Without a plan it was the planning that failed: then all end but those that it had not touched.
         """
-        self.counters.step_failures += 1
         if plan is not None:
-            ids = [row.request_id for row in plan.rows]
+            ids = [row.request_id for row in plan.rows if self._sequence_of(row) is not None]
+            if not ids:
+                return False
         else:
             untouched = {sequence.request_id for sequence in self._waiting if not sequence.pages}
             ids = [request_id for request_id in self._by_id if request_id not in untouched]
+        self.counters.step_failures += 1
         error = step_failed(len(ids), cause)
         for request_id in ids:
             self._outputs.append(StepOutput(request_id, error=error))
             self._drop(request_id)
         self._reclaim_pages()
+        return True
 
     def adapters(self) -> tuple[frozenset[str], frozenset[str]]:
         """Names of the adapters in the batch, and of those that wait for it; "" is the base model.
@@ -180,12 +205,18 @@ class Scheduler:
         self.pages.check_integrity(page for sequence in self._running for page in sequence.pages)
         assert not any(sequence.pages for sequence in self._waiting), "a waiting sequence holds pages"
         assert len(self._by_id) == len(self._running) + len(self._waiting)
+        taken = sorted(sequence.seat for sequence in self._running)
+        assert sorted(taken + self._seats) == list(range(self._max_num_seqs)), "a seat is lost or taken twice"
 
     def _expire_deadlines(self) -> None:
         now_s = self._now_s()
+        if now_s < self._next_deadline_s:
+            return
         late = [s for s in self._by_id.values() if s.deadline_s is not None and s.deadline_s <= now_s]
         for sequence in late:
             self._end_early(sequence, FinishReason.DEADLINE, DeadlineExceededError(sequence.request_id))
+        coming = (s.deadline_s for s in self._by_id.values() if s.deadline_s is not None)
+        self._next_deadline_s = min(coming, default=math.inf)
 
     def _end_early(self, sequence: Sequence, reason: FinishReason, error: GraloraError) -> None:
         """A started sequence ends with what it has and the reason; one without a token ends with the error."""
@@ -220,48 +251,67 @@ class Scheduler:
         self._waiting.popleft()
         self._running.append(sequence)
         sequence.status = SequenceStatus.RUNNING
-        sequence.pages, sequence.page_keys = matched + fresh, keys
+        sequence.seat, sequence.stay = self._seats.pop(), next(self._stays)
+        sequence.pages, sequence.page_keys = (*matched, *fresh), keys
         sequence.num_computed = num_matched
         sequence.begin(self._now_s())
         self.counters.prefix_hit_tokens += num_matched
         return min(sequence.num_uncomputed, budget)
 
-    def _reserve(self, sequence: Sequence, count: int, rows: dict[str, int]) -> bool:
+    def _reserve(self, sequence: Sequence, count: int, rows: dict[Sequence, int]) -> bool:
         """Lease pages for `count` more tokens, preempting younger sequences; False: it was preempted itself."""
+        if sequence.status is not SequenceStatus.RUNNING:
+            return False
         missing = self._pages_for(sequence.num_computed + count) - len(sequence.pages)
+        if missing <= 0:
+            return True
         while missing > self.pages.num_available:
             victim = self._running[-1]
             self._preempt(victim)
-            rows.pop(victim.request_id, None)
+            rows.pop(victim, None)
             if victim is sequence:
                 return False
         fresh = self.pages.allocate(missing)
         assert fresh is not None
-        sequence.pages.extend(fresh)
+        sequence.pages += tuple(fresh)
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
-        self._running.remove(sequence)
+        self._leave_seat(sequence)
         self._free_pages(sequence)
         sequence.status = SequenceStatus.WAITING
         sequence.preemptions += 1
         self.counters.preemptions += 1
         self._waiting.appendleft(sequence)
 
-    def _freeze(self, counts: Mapping[str, int]) -> StepPlan:
-        rows = [self._row(self._by_id[request_id], count) for request_id, count in counts.items()]
-        rows.sort(key=lambda row: len(row.token_ids) > 1)  # stable: decode first
-        return StepPlan(tuple(rows), sum(len(row.token_ids) == 1 for row in rows))
+    def _leave_seat(self, sequence: Sequence) -> None:
+        self._running.remove(sequence)
+        self._seats.append(sequence.seat)
+
+    def _freeze(self, counts: Mapping[Sequence, int]) -> StepPlan:
+        decoding = [sequence for sequence, count in counts.items() if count == 1]
+        rows = [self._row(sequence, 1) for sequence in decoding]
+        rows += [self._row(sequence, count) for sequence, count in counts.items() if count > 1]
+        sampling = [row for row in rows if row.samples]
+        for place, row in enumerate(sampling):
+            sequence = self._by_id[row.request_id]
+            sequence.num_pending, sequence.sampled_at = 1, place
+        return StepPlan(tuple(rows), len(decoding))
 
     def _row(self, sequence: Sequence, count: int) -> RowPlan:
-        start, lease = sequence.num_computed, sequence.lease
+        start = sequence.num_computed
+        end = sequence.num_computed = start + count
+        is_pending = end > len(sequence.tokens)
         return RowPlan(
-            request_id=sequence.request_id,
-            token_ids=tuple(sequence.tokens[start : start + count]),
-            start=start,
-            pages=tuple(sequence.pages),
-            adapter=AdapterUse(lease.slot, lease.generation, lease.width),
-            samples=start + count == len(sequence.tokens),
+            sequence.request_id,
+            UNKNOWN if is_pending else tuple(sequence.tokens[start:end]),
+            start,
+            sequence.pages,
+            sequence.adapter,
+            end >= len(sequence.tokens),
+            sequence.seat,
+            sequence.stay,
+            sequence.sampled_at if is_pending else -1,
         )
 
     def _count_tokens(self, sequence: Sequence, row: RowPlan) -> None:
@@ -270,13 +320,21 @@ class Scheduler:
         else:
             self.counters.prefill_tokens += len(row.token_ids)
 
-    def _commit_row(self, row: RowPlan, sampled: Mapping[str, Sampled]) -> None:
-        sequence = self._by_id[row.request_id]
+    def _sequence_of(self, row: RowPlan) -> Sequence | None:
+        """None if it ended meanwhile: its id may be another's by now."""
+        sequence = self._by_id.get(row.request_id)
+        return sequence if sequence is not None and sequence.stay == row.stay else None
+
+    def _commit_row(self, row: RowPlan, sampled: Sampled | None) -> None:
+        sequence = self._sequence_of(row)
+        if sequence is None:
+            return
         self._count_tokens(sequence, row)
-        sequence.num_computed = row.context_len
-        self._publish_full_pages(sequence)
-        if row.samples:
-            self._commit_token(sequence, sampled[row.request_id])
+        if sequence.status is SequenceStatus.RUNNING:  # else it lost its pages meanwhile
+            self._publish_full_pages(sequence, row.context_len)
+        if sampled is not None:
+            sequence.num_pending = 0
+            self._commit_token(sequence, sampled)
 
     def _commit_token(self, sequence: Sequence, sampled: Sampled) -> None:
         if isinstance(sampled, RowFailure):
@@ -293,16 +351,16 @@ class Scheduler:
         if delta.finished is not None:
             self._retire(sequence)
 
-    def _publish_full_pages(self, sequence: Sequence) -> None:
+    def _publish_full_pages(self, sequence: Sequence, num_computed: int) -> None:
         size = self.pages.page_size
-        for index in range(len(sequence.page_keys), sequence.num_computed // size):
+        for index in range(len(sequence.page_keys), num_computed // size):
             key = page_key(sequence.parent_key, sequence.tokens[index * size : (index + 1) * size])
             sequence.page_keys.append(key)
             self.pages.publish(sequence.pages[index], key)
 
     def _retire(self, sequence: Sequence) -> None:
         if sequence.status is SequenceStatus.RUNNING:
-            self._running.remove(sequence)
+            self._leave_seat(sequence)
         else:
             self._waiting.remove(sequence)
         self._free_pages(sequence)
@@ -321,11 +379,13 @@ class Scheduler:
         self._release_lease(sequence.lease)
 
     def _reclaim_pages(self) -> None:
+        taken = {sequence.seat for sequence in self._running}
+        self._seats = [seat for seat in range(self._max_num_seqs - 1, -1, -1) if seat not in taken]
         self.pages.reclaim(page for sequence in self._running for page in sequence.pages)
 
     def _free_pages(self, sequence: Sequence) -> None:
         self.pages.release(sequence.pages)
-        sequence.pages, sequence.page_keys = [], []
+        sequence.pages, sequence.page_keys = (), []
         sequence.num_computed = 0
 
     def _pages_for(self, num_tokens: int) -> int:

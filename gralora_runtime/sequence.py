@@ -9,6 +9,7 @@ from enum import Enum
 from gralora_runtime.adapters.lease import AdapterLease
 from gralora_runtime.detokenizer import Detokenizer
 from gralora_runtime.pages import PageKey, root_key
+from gralora_runtime.plan import AdapterUse
 from gralora_runtime.request import Delta, Finished, FinishReason, Started, StoppingParams
 from gralora_runtime.sampling.outcome import SampledToken
 from gralora_runtime.sampling.state import SamplerState
@@ -24,7 +25,11 @@ class SequenceStatus(Enum):
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Sequence:
-    """`tokens` is prompt plus output; the first `num_computed` have their keys and values in `pages`."""
+    """`tokens` is prompt plus output as far as they are known; `num_pending` more are being computed.
+
+    The first `num_computed` of all of them have their keys and values in `pages`, or will when the steps that were
+    planned so far have ended.
+    """
 
     request_id: str
     adapter_name: str
@@ -35,7 +40,7 @@ class Sequence:
     eos_token_ids: Collection[int]
     lease: AdapterLease
     sampler: SamplerState
-    detokenizer: Detokenizer
+    detokenizer: Detokenizer | None  # None: nothing stops at its text, so whoever reads the tokens makes it
     arrival_s: float
     seed: int
     deadline_s: float | None = None
@@ -44,9 +49,17 @@ class Sequence:
     num_computed: int = 0
     num_cached: int = 0  # prompt tokens that the first admission found in the prefix cache
     preemptions: int = 0
-    pages: list[int] = field(default_factory=list)
+    num_pending: int = 0
+    pages: tuple[int, ...] = ()
     page_keys: list[PageKey] = field(default_factory=list)  # of the full pages, in order
     started: Started | None = None
+    adapter: AdapterUse = field(init=False)
+    seat: int = -1  # while it runs, see `RowPlan`
+    stay: int = -1
+    sampled_at: int = -1  # its place among the sampling rows of the step that computes the pending token
+
+    def __post_init__(self) -> None:
+        self.adapter = AdapterUse(self.lease.slot, self.lease.generation, self.lease.width)
 
     @property
     def num_output(self) -> int:
@@ -54,7 +67,12 @@ class Sequence:
 
     @property
     def num_uncomputed(self) -> int:
-        return len(self.tokens) - self.num_computed
+        return len(self.tokens) + self.num_pending - self.num_computed
+
+    @property
+    def has_all_tokens(self) -> bool:
+        """With what is pending it has as many as it may have."""
+        return self.num_output + self.num_pending >= self.max_tokens
 
     @property
     def parent_key(self) -> PageKey:
@@ -79,16 +97,16 @@ class Sequence:
         """Append one sampled token; the delta says what it adds and whether the sequence ends with it."""
         token = sampled.token_id
         self.tokens.append(token)
-        self.sampler.observe(token)
         reason, stop_token = self._stop_by_token(token)
         text, stop_string = "", None
-        if stop_token is None:  # the token that stops is reported, but it is no text
-            piece = self.detokenizer.push(token)
-            text, stop_string = piece.text, piece.stop_string
-        if stop_string is not None:
-            reason = FinishReason.STOP
-        elif reason is not None:
-            text += self.detokenizer.flush()
+        if self.detokenizer is not None:
+            if stop_token is None:  # the token that stops is reported, but it is no text
+                piece = self.detokenizer.push(token)
+                text, stop_string = piece.text, piece.stop_string
+            if stop_string is not None:
+                reason = FinishReason.STOP
+            elif reason is not None:
+                text += self.detokenizer.flush()
         return Delta(
             text=text,
             token_ids=(token,),

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 
+from gralora_runtime.detokenizer import Detokenizer
 from gralora_runtime.errors import GraloraError, SlowConsumerError
-from gralora_runtime.request import Delta
+from gralora_runtime.failure import contained, request_failed
+from gralora_runtime.request import Delta, FinishReason
 
 # Unread deltas at which a client counts as gone: one of them is one token, so this is seconds of the fastest decoding.
 MAX_UNREAD_DELTAS = 1024
@@ -21,6 +24,7 @@ class RequestStream(AsyncIterator[Delta]):
 
     def __init__(self, request_id: str, abort: Callable[[str], object]) -> None:
         self.request_id = request_id
+        self.detokenizer: Detokenizer | None = None  # for deltas that come without their text
         self._abort = abort
         self._unread: list[Delta] = []
         self._error: GraloraError | None = None
@@ -68,7 +72,25 @@ class RequestStream(AsyncIterator[Delta]):
             await self._wake.wait()
         merged = merge_deltas(self._unread)
         self._unread.clear()
-        return merged
+        if self.detokenizer is None:
+            return merged
+        try:
+            return _with_text(merged, self.detokenizer)
+        except BaseException as cause:
+            if not contained(cause):
+                raise
+            self.cancel()
+            raise request_failed(self.request_id, cause) from cause
+
+
+def _with_text(delta: Delta, detokenizer: Detokenizer) -> Delta:
+    finished, tokens = delta.finished, delta.token_ids
+    if finished is not None and finished.stop_token_id is not None:
+        tokens = tokens[:-1]  # the token that stops is reported, but it is no text
+    text = detokenizer.push_all(tokens)
+    if finished is not None and finished.reason in (FinishReason.STOP, FinishReason.LENGTH):
+        text += detokenizer.flush()
+    return replace(delta, text=text)
 
 
 def merge_deltas(deltas: list[Delta]) -> Delta:

@@ -5,6 +5,7 @@ Tiny models gain nothing from threads, and spinning ones would slow whatever run
 
 from __future__ import annotations
 
+import support.pipelined  # noqa: F401  # engines of all tests, if it is asked for
 import torch
 from support.one_loop import pytest_pyfunc_call, pytest_unconfigure
 

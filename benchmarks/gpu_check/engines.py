@@ -88,7 +88,7 @@ class CheckedEngine:
             **settings,
         )  # fmt: skip
         self.parts = assemble(config, base_of(self.model))
-        self.runner, self.batch = self.parts.engine.runner, self.parts.engine.batch
+        self.runner, self.batch = self.parts.runner, self.parts.engine.batch
         self.page_size = config.page_size
         self.num_pages = self.parts.info.num_pages
         self.vocab_size: int = self.model.config.vocab_size
@@ -143,7 +143,7 @@ class CheckedEngine:
             width = kinds[slot][0] * kinds[slot][1] if slot >= 0 else 0
             use = AdapterUse(slot, pool.generation(slot) if slot >= 0 else 0, width)
             tokens = tuple(random.integers(0, self.vocab_size, new).tolist())
-            rows.append(RowPlan(str(i), tokens, context, tuple(range(i * pages, (i + 1) * pages)), use, samples=True))
+            rows.append(RowPlan(str(i), tokens, context, tuple(range(i * pages, (i + 1) * pages)), use, True, i))
         return StepPlan(tuple(rows), len(rows) if new == 1 else 0)
 
     def step(self, plan: StepPlan) -> torch.Tensor:

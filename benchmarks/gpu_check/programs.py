@@ -166,7 +166,7 @@ def _answers(engine: CheckedEngine, leases: Sequence[AdapterLease]) -> list[Tens
         rows = [
             RowPlan(
                 str(i), tuple(text[begin:]), begin, (i,), AdapterUse(lease.slot, lease.generation, lease.width),
-                samples=True,
+                samples=True, seat=i,
             )
             for i, (text, lease) in enumerate(zip(texts, leases, strict=True))
         ]  # fmt: skip

@@ -9,7 +9,7 @@ import itertools
 import threading
 import time
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import partial
@@ -31,6 +31,7 @@ from gralora_runtime.adapters.scan import Found, Scan, adapter_directories
 from gralora_runtime.adapters.settlement import Settlement
 from gralora_runtime.adapters.spec import ModuleShape
 from gralora_runtime.adapters.store import AdapterRecord, AdapterState, AdapterStore, Waiter
+from gralora_runtime.adapters.transfer import no_steps
 from gralora_runtime.errors import (
     AdapterBusyError,
     AdapterExistsError,
@@ -56,11 +57,18 @@ class AdapterManager:
         base_model: str,
         max_width: int,
         packing: Packing = ROW_MAJOR,
+        wait_for_steps: Callable[[], None] = no_steps,
     ) -> None:
         if adapters_dir is not None and not adapters_dir.is_dir():
             raise ConfigError(f"adapters_dir: there is no directory {str(adapters_dir)!r}")
         self.pool = AdapterPool(
-            modules=modules, device=device, dtype=dtype, pool_bytes=pool_bytes, max_slots=max_slots, packing=packing
+            modules=modules,
+            device=device,
+            dtype=dtype,
+            pool_bytes=pool_bytes,
+            max_slots=max_slots,
+            packing=packing,
+            wait_for_steps=wait_for_steps,
         )
         self.base_model = base_model
         self._modules = tuple(modules)

@@ -77,10 +77,14 @@ def host_memory(numel: int, dtype: torch.dtype) -> Tensor:
     return torch.from_numpy(np.empty(numel * dtype.itemsize, np.uint8)).view(dtype)
 
 
-def transfer_to(device: torch.device) -> Transfer:
-    """The one way in which a device is filled."""
+def no_steps() -> None:
+    """For whoever computes none, or none that has not ended when it returns."""
+
+
+def transfer_to(device: torch.device, wait_for_steps: Callable[[], None]) -> Transfer:
+    """The one way in which a device is filled. `wait_for_steps` returns when those that are on their way have ended."""
     if device.type == "cpu":
-        return HostTransfer()
+        return HostTransfer(wait_for_steps)
     return DeviceTransfer(CudaQueue(device))
 
 
@@ -89,8 +93,12 @@ class HostTransfer:
 
     spread: Spread = staticmethod(serially)
 
-    def moving(self, *, after_steps: bool = False) -> AbstractContextManager[None]:  # noqa: ARG002
-        """Here a step has ended when it returns."""
+    def __init__(self, wait_for_steps: Callable[[], None] = no_steps) -> None:
+        self._wait_for_steps = wait_for_steps
+
+    def moving(self, *, after_steps: bool = False) -> AbstractContextManager[None]:
+        if after_steps:
+            self._wait_for_steps()
         return nullcontext()
 
     def upload(self, target: Tensor, source: Tensor) -> None:

@@ -30,7 +30,7 @@ def check_runner(base: BaseModel, runner: Runner, batch: BatchBuilder, page_size
     pages = tuple(range(-(-NUM_TOKENS // page_size)))
     start = 0
     for count in CHUNKS:
-        row = RowPlan("selfcheck", tuple(tokens[start : start + count]), start, pages, adapter, samples=True)
+        row = RowPlan("selfcheck", tuple(tokens[start : start + count]), start, pages, adapter, samples=True, seat=0)
         logits = runner.execute(batch.build(StepPlan((row,), int(count == 1))))
         start += count
     error = (logits[0] - expected).abs().max() / expected.abs().max()

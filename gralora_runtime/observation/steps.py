@@ -16,7 +16,10 @@ T = TypeVar("T")
 
 
 class Phase(StrEnum):
-    """The parts of a step, in order. On a GPU the forward pass only starts in its phase; sampling waits for it."""
+    """The parts of a step, in order. On a GPU the forward pass only starts in its phase; sampling waits for it.
+
+    Pipelined, a step's forward pass and its sampling may run beside the other phases of its neighbours.
+    """
 
     SCHEDULE = "schedule"
     BUILD = "build"

@@ -38,6 +38,18 @@ def sample(logits: Tensor, states: Sequence[SamplerState]) -> list[Sampled]:
     return [results[row] for row in range(len(states))]
 
 
+def advance(states: Sequence[SamplerState], results: Sequence[Sampled]) -> list[Sampled]:
+    """Let each state know of its token before its next is chosen. Returns `results`, with what failed here in place."""
+    advanced = list(results)
+    for row, (state, result) in enumerate(zip(states, results, strict=True)):
+        if isinstance(result, SampledToken):
+            try:
+                state.observe(result.token_id)
+            except BaseException as error:
+                advanced[row] = _row_failure(error)
+    return advanced
+
+
 def _row_failure(error: BaseException) -> RowFailure:
     if not contained(error):
         raise error

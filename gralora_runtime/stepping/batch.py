@@ -7,11 +7,14 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from gralora_kernels.grouping import Grouping
 from gralora_runtime.plan import RowPlan, StepPlan
+
+IntRow = npt.NDArray[np.integer]
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +22,7 @@ class StepTensors:
     """Input of one forward pass, in host memory. Tokens of all rows are flattened."""
 
     input_ids: Tensor  # int64 [1, tokens]
+    follows: Tensor  # int64 [tokens]: where it is not -1, the token is what that sampling row of the step before chose
     position_ids: Tensor  # int64 [1, tokens]
     kv_slots: Tensor  # int64 [tokens]: page * page_size + offset, where each token's keys and values go
     page_table: Tensor  # int32 [rows, max_pages]
@@ -43,7 +47,10 @@ class StaleAdapterError(AssertionError):
 
 
 class BatchBuilder:
-    """Builds `StepTensors`. `slot_generation` tells which stay an adapter slot is in now."""
+    """Builds `StepTensors`. `slot_generation` tells which stay an adapter slot is in now.
+
+    What a step's tensors are views of is used anew two steps later: a step may be built while the one before runs.
+    """
 
     def __init__(
         self,
@@ -54,51 +61,74 @@ class BatchBuilder:
     ) -> None:
         self._page_size = page_size
         self._slot_generation = slot_generation
-        self._grouping = Grouping(max_num_tokens)
+        self._groupings = (Grouping(max_num_tokens), Grouping(max_num_tokens))
+        self._tables = PageTables()
 
     def build(self, plan: StepPlan) -> StepTensors:
         """Raises `StaleAdapterError` if any slot no longer holds what its row was promised."""
         rows = plan.rows
         self._check_slots(rows)
-        self._fill_grouping(rows)
-        counts = [len(row.token_ids) for row in rows]
-        starts = np.concatenate(([0], np.cumsum(counts)))
-        positions = np.concatenate([np.arange(row.start, row.context_len) for row in rows])
+        counts = np.array([len(row.token_ids) for row in rows], np.int32)
+        begins = np.array([row.start for row in rows], np.int32)
+        starts = np.zeros(len(rows) + 1, np.int32)
+        counts.cumsum(out=starts[1:])
+        row_of = np.repeat(np.arange(len(rows)), counts)  # [tokens]
+        positions = np.arange(len(row_of)) + (begins - starts[:-1])[row_of]
+        table = self._tables.of(rows)
+        pages = table[row_of, positions // self._page_size].astype(np.int64)
+        lengths = begins + counts
         return StepTensors(
-            input_ids=_tensor([t for row in rows for t in row.token_ids], torch.int64)[None],
-            position_ids=_tensor(positions, torch.int64)[None],
-            kv_slots=_tensor(np.concatenate([self._slots(r, r.start, r.context_len) for r in rows]), torch.int64),
-            page_table=_tensor(_page_table(rows), torch.int32),
-            context_lens=_tensor([row.context_len for row in rows], torch.int32),
-            query_starts=_tensor(starts, torch.int32),
-            max_query_len=max(counts),
-            max_context_len=max(row.context_len for row in rows),
-            logits_index=_tensor([starts[i + 1] - 1 for i, row in enumerate(rows) if row.samples], torch.int64),
-            grouping=self._grouping,
+            input_ids=torch.tensor([[token for row in rows for token in row.token_ids]]),
+            follows=torch.from_numpy(np.array([row.follows for row in rows])[row_of]),
+            position_ids=torch.from_numpy(positions)[None],
+            kv_slots=torch.from_numpy(pages * self._page_size + positions % self._page_size),
+            page_table=torch.from_numpy(table),
+            context_lens=torch.from_numpy(lengths),
+            query_starts=torch.from_numpy(starts),
+            max_query_len=int(counts.max()),
+            max_context_len=int(lengths.max()),
+            logits_index=torch.from_numpy(starts[1:][[row.samples for row in rows]].astype(np.int64) - 1),
+            grouping=self._group(rows, row_of),
         )
 
     def _check_slots(self, rows: Sequence[RowPlan]) -> None:
-        for adapter in {row.adapter for row in rows}:
-            if adapter.slot >= 0 and self._slot_generation(adapter.slot) != adapter.generation:
-                raise StaleAdapterError(f"adapter slot {adapter.slot} does not hold generation {adapter.generation}")
+        for row in rows:
+            slot, generation = row.adapter.slot, row.adapter.generation
+            if slot >= 0 and self._slot_generation(slot) != generation:
+                raise StaleAdapterError(f"adapter slot {slot} does not hold generation {generation}")
 
-    def _fill_grouping(self, rows: Sequence[RowPlan]) -> None:
-        counts = [len(row.token_ids) for row in rows]
-        token_slots = np.repeat(np.array([row.adapter.slot for row in rows], dtype=np.int32), counts)
-        self._grouping.fill(token_slots, {row.adapter.slot: row.adapter.width for row in rows})
-
-    def _slots(self, row: RowPlan, begin: int, end: int) -> np.ndarray:
-        """KV slots of positions `begin .. end` of a row."""
-        positions = np.arange(begin, end)
-        return np.asarray(row.pages)[positions // self._page_size] * self._page_size + positions % self._page_size
+    def _group(self, rows: Sequence[RowPlan], row_of: IntRow) -> Grouping:
+        self._groupings = grouping, _ = self._groupings[::-1]
+        slots = np.array([row.adapter.slot for row in rows], np.int32)
+        grouping.fill(slots[row_of], {row.adapter.slot: row.adapter.width for row in rows})
+        return grouping
 
 
-def _tensor(values: Sequence[int] | np.ndarray, dtype: torch.dtype) -> Tensor:
-    return torch.as_tensor(np.asarray(values), dtype=dtype)
+class PageTables:
+    """The pages of each seat, written when they change."""
 
+    def __init__(self) -> None:
+        self._table = np.zeros((0, 0), np.int32)  # [seats, pages]; 0 behind the last page
+        self._pages: list[tuple[int, ...]] = []  # what is written, by seat
 
-def _page_table(rows: Sequence[RowPlan]) -> np.ndarray:
-    table = np.zeros((len(rows), max(len(row.pages) for row in rows)), dtype=np.int32)
-    for i, row in enumerate(rows):
-        table[i, : len(row.pages)] = row.pages
-    return table
+    def of(self, rows: Sequence[RowPlan]) -> IntRow:
+        """The page table of these rows, int32 [rows, most pages of one of them]: a copy."""
+        seats, most = [row.seat for row in rows], 0
+        self._make_room(1 + max(seats), max(len(row.pages) for row in rows))
+        for row in rows:
+            if self._pages[row.seat] is not row.pages:
+                self._write(row.seat, row.pages)
+            most = max(most, len(row.pages))
+        return self._table[seats, :most]
+
+    def _write(self, seat: int, pages: tuple[int, ...]) -> None:
+        self._table[seat, : len(pages)] = pages
+        self._table[seat, len(pages) : len(self._pages[seat])] = 0
+        self._pages[seat] = pages
+
+    def _make_room(self, seats: int, pages: int) -> None:
+        before = self._table
+        if seats > before.shape[0] or pages > before.shape[1]:
+            self._table = np.zeros((max(seats, before.shape[0]), max(2 * pages, before.shape[1])), np.int32)
+            self._table[: before.shape[0], : before.shape[1]] = before
+            self._pages += [()] * (seats - len(self._pages))

@@ -1,21 +1,28 @@
-"""The step. Owns the pieces and calls them in order, on a thread that no client and no adapter load touches."""
+"""The step. Owns the pieces and calls them in order, on a thread that no client and no adapter load touches.
+
+Pipelined, a step is planned, built and launched while the one before runs, and only then is that one waited for: the
+device goes from one to the next without the host.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-
-from torch import Tensor
+from typing import NamedTuple
 
 from gralora_runtime.failure import contained
-from gralora_runtime.model.programs.runner import Runner
 from gralora_runtime.observation.steps import Phase, StepObservation
 from gralora_runtime.plan import StepPlan
-from gralora_runtime.sampling.host import sample
-from gralora_runtime.sampling.outcome import Sampled
 from gralora_runtime.scheduler import Scheduler, StepOutput
 from gralora_runtime.stepping.batch import BatchBuilder
+from gralora_runtime.stepping.executor import Executor, Launched
+from gralora_runtime.stepping.fence import StepFence
 
 MAX_FAILURES_IN_A_ROW = 3  # of steps: then it is not the requests that are at fault
+
+
+class _OnItsWay(NamedTuple):
+    plan: StepPlan
+    launched: Launched
 
 
 def _nothing() -> None:
@@ -23,51 +30,98 @@ def _nothing() -> None:
 
 
 class Engine:
-    """Plan, build, execute, sample, commit."""
+    """Plan, build, launch; wait, commit."""
 
-    def __init__(self, scheduler: Scheduler, batch: BatchBuilder, runner: Runner) -> None:
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        batch: BatchBuilder,
+        executor: Executor,
+        observation: StepObservation,
+        fence: StepFence,
+        *,
+        pipelined: bool = False,
+    ) -> None:
         self.scheduler = scheduler
         self.batch = batch
-        self.runner = runner
+        self.executor = executor
+        self.observation = observation
+        self.pipelined = pipelined
+        self._fence = fence
         self.num_steps = 0
+        self._before: _OnItsWay | None = None  # launched, and not waited for yet
         self._failures_in_a_row = 0
-        self.observation = StepObservation()
 
     @property
     def is_failing(self) -> bool:
         """Too many steps failed one after the other: there is no point in going on."""
         return self._failures_in_a_row >= MAX_FAILURES_IN_A_ROW
 
-    def step(self, before_forward: Callable[[], None] = _nothing) -> list[StepOutput]:
-        """Compute one step and return what it has to tell the clients.
+    @property
+    def has_work(self) -> bool:
+        """Something is to be computed, or is being."""
+        return self.scheduler.has_work or self._before is not None
 
-        `before_forward` is called right before the forward pass, or where that would be if there is nothing to compute.
-        An exception of what all rows share ends the rows of this step, with `StepFailedError`, and nobody else.
+    def step(self, before_waiting: Callable[[], None] = _nothing) -> list[StepOutput]:
+        """Launch a step, wait for the oldest on its way, and return what there is to tell the clients.
+
+        `before_waiting` is called in between. An exception of what all rows of a step share ends these, with
+        `StepFailedError`, and nobody else.
         """
+        launched = self._launch()
+        before_waiting()
+        due = launched
+        if self.pipelined:
+            due, self._before = self._before, launched
+        return self._finish(due)
+
+    def finish(self) -> list[StepOutput]:
+        """Wait for what is on its way, and launch nothing more."""
+        due, self._before = self._before, None
+        return self._finish(due)
+
+    def close(self) -> None:
+        """Drop what is on its way, and end every sequence without a word."""
+        self.executor.close()
+        self._before = None
+        self._fence.clear()
+        self.scheduler.abandon_all()
+
+    def _launch(self) -> _OnItsWay | None:
         plan: StepPlan | None = None
         timed = self.observation.timed
         try:
             plan = timed(Phase.SCHEDULE, self.scheduler.plan)
             if plan is None:
-                before_forward()
-                return self.scheduler.take_outputs()
+                return None
             tensors = timed(Phase.BUILD, self.batch.build, plan)
-            before_forward()
-            logits = timed(Phase.FORWARD, self.runner.execute, tensors)
-            sampled = timed(Phase.SAMPLE, self._sample, logits, plan)
-            outputs = timed(Phase.COMMIT, self.scheduler.commit, plan, sampled)
+            states = [self.scheduler.sequence(row.request_id).sampler for row in plan.rows if row.samples]
+            launched = self.executor.launch(tensors, states)
         except BaseException as error:
-            if not contained(error):
-                raise
-            self._failures_in_a_row += 1
-            self.scheduler.fail_step(plan, error)
+            self._fail(plan, error)
+            return None
+        self._fence.launched()
+        return _OnItsWay(plan, launched)
+
+    def _finish(self, due: _OnItsWay | None) -> list[StepOutput]:
+        if due is None:
+            return self.scheduler.take_outputs()
+        try:
+            try:
+                sampled = due.launched.wait()
+            finally:
+                self._fence.returned()
+            outputs = self.observation.timed(Phase.COMMIT, self.scheduler.commit, due.plan, sampled)
+        except BaseException as error:
+            self._fail(due.plan, error)
             return self.scheduler.take_outputs()
         self._failures_in_a_row = 0
         self.num_steps += 1
-        self.observation.count(plan)
+        self.observation.count(due.plan)
         return outputs
 
-    def _sample(self, logits: Tensor, plan: StepPlan) -> dict[str, Sampled]:
-        ids = [row.request_id for row in plan.rows if row.samples]
-        states = [self.scheduler.sequence(request_id).sampler for request_id in ids]
-        return dict(zip(ids, sample(logits, states), strict=True))
+    def _fail(self, plan: StepPlan | None, error: BaseException) -> None:
+        if not contained(error):
+            raise error
+        if self.scheduler.fail_step(plan, error):
+            self._failures_in_a_row += 1

@@ -76,26 +76,29 @@ class EngineThread:
             self._hand_over()
             self._on_death()
         finally:
-            self._engine.scheduler.abandon_all()
+            self._engine.close()
 
     def _step_until_stopped(self) -> None:
         """Raises `EngineDeadError` when there is no point in going on."""
         while self._take_commands():
             with self._turn:
                 outputs = self._engine.step(self._hand_over)
+                if self._shares_turns:
+                    outputs += self._engine.finish()  # nothing of this engine runs in another's turn
             self._outputs += outputs  # the step may have failed before what came before it was handed over
             self._end_lost()
-            if self._shares_turns or not self._engine.scheduler.has_work:
+            if self._shares_turns or not self._engine.has_work:
                 self._hand_over()
             if self._engine.is_failing or self._failed_deliveries_in_a_row >= MAX_FAILED_DELIVERIES_IN_A_ROW:
                 raise EngineDeadError
+        self._outputs += self._engine.finish()
         self._hand_over()
         if self._lost:
             raise EngineDeadError
 
     def _hand_over(self) -> None:
-        """A step's outputs go out when the next one's forward pass begins: whoever writes them to clients runs Python,
-        and would keep this thread from its own, with all cores idle meanwhile. A compiled forward pass needs none.
+        """A step's outputs go out when this thread has nothing to do but wait for the next one: whoever writes them to
+        clients runs Python, and would keep this thread from its own. A forward pass needs none.
         """
         outputs, self._outputs = self._outputs, []
         if not outputs:
@@ -122,7 +125,7 @@ class EngineThread:
         """Wait until there is something to do, do what was posted, and say whether to go on."""
         scheduler = self._engine.scheduler
         with self._condition:
-            while not (self._inbox or self._stopping or scheduler.has_work or self._outputs or self._lost):
+            while not (self._inbox or self._stopping or self._engine.has_work or self._outputs or self._lost):
                 self._condition.wait()
             commands, self._inbox = self._inbox, []
             stopping = self._stopping

@@ -67,14 +67,12 @@ class Grouping:
         self.max_width = max((slot_widths[slot] for slot in self.slots.tolist()), default=0)
 
     def _fill_items(self) -> None:
-        items = [
-            (slot, first, min(self._tile_tokens, end - first))
-            for slot, begin, end in zip(
-                self.slots.tolist(), self.starts[:-1].tolist(), self.starts[1:].tolist(), strict=True
-            )
-            for first in range(begin, end, self._tile_tokens)
-        ]
-        self.items = self._item_buffer[: len(items)]
-        if items:
-            self.items[:] = items
-        self.max_item_tokens = max((count for _, _, count in items), default=0)
+        lengths = self.starts[1:] - self.starts[:-1]
+        tiles = -(-lengths // self._tile_tokens)
+        segment = np.repeat(np.arange(len(tiles)), tiles)  # [items]
+        number = np.arange(len(segment)) - (tiles.cumsum() - tiles)[segment]  # of a tile in its segment
+        self.items = self._item_buffer[: len(segment)]
+        self.items[:, 0] = self.slots[segment]
+        self.items[:, 1] = self.starts[:-1][segment] + number * self._tile_tokens
+        self.items[:, 2] = np.minimum(self._tile_tokens, self.starts[1:][segment] - self.items[:, 1])
+        self.max_item_tokens = int(self.items[:, 2].max(initial=0))

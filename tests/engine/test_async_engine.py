@@ -118,7 +118,7 @@ async def until(condition: Callable[[], bool]) -> None:
 
 def slow_down(engine: AsyncEngine, step_s: float) -> None:
     """Let every step take at least so long."""
-    runner = engine._parts.engine.runner
+    runner = engine._parts.runner
     execute = runner.execute
 
     def slow_execute(tensors: StepTensors) -> Tensor:
@@ -450,7 +450,7 @@ def test_a_step_that_fails_ends_its_requests_and_the_engine_goes_on(
     async def work(engine: AsyncEngine) -> None:
         inner = engine._parts.engine
         owner, name = {
-            "forward": (inner.runner, "execute"),
+            "forward": (engine._parts.runner, "execute"),
             "build": (inner.batch, "build"),
             "plan": (inner.scheduler, "plan"),
         }[where]
@@ -475,7 +475,7 @@ def test_an_engine_whose_steps_all_fail_says_that_it_is_dead(
     config: EngineConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def work(engine: AsyncEngine) -> list[str]:
-        Exploding(monkeypatch, engine._parts.engine.runner, "execute").left = 1_000
+        Exploding(monkeypatch, engine._parts.runner, "execute").left = 1_000
         ends: list[str] = []
         while not engine.dead.is_set():
             try:
@@ -493,7 +493,7 @@ def test_a_good_step_between_failures_lets_the_engine_live(
     config: EngineConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def work(engine: AsyncEngine) -> None:
-        execute = Exploding(monkeypatch, engine._parts.engine.runner, "execute")
+        execute = Exploding(monkeypatch, engine._parts.runner, "execute")
         for number in range(6):
             execute.left = 1
             with pytest.raises(StepFailedError):

@@ -17,7 +17,8 @@ def builder() -> BatchBuilder:
 
 
 def row(name: str, tokens: tuple[int, ...], start: int, pages: tuple[int, ...], adapter: AdapterUse) -> RowPlan:
-    return RowPlan(name, tokens, start, pages, adapter, samples=name != "unfinished")
+    seat = ["decode", "base", "unfinished", "prompt", "a", "b"].index(name)
+    return RowPlan(name, tokens, start, pages, adapter, samples=name != "unfinished", seat=seat)
 
 
 def test_a_slot_that_was_given_to_another_adapter_stops_the_step(builder: BatchBuilder) -> None:

@@ -18,17 +18,22 @@ from support.fakes import FakeDetokenizer, fake_lease
 
 from gralora_runtime.detokenizer import TextDelta
 from gralora_runtime.errors import RequestFailedError, StepFailedError
+from gralora_runtime.observation.steps import StepObservation
 from gralora_runtime.pages import PagePool
 from gralora_runtime.plan import StepPlan
 from gralora_runtime.request import FinishReason, ResponseParams, SamplingParams, StoppingParams
+from gralora_runtime.sampling import host
 from gralora_runtime.sampling.state import SamplerState
 from gralora_runtime.scheduler import Scheduler, StepOutput
 from gralora_runtime.sequence import Sequence
+from gralora_runtime.stepping import executor as executor_module
 from gralora_runtime.stepping.batch import BatchBuilder, StepTensors
 from gralora_runtime.stepping.engine import Engine
 from gralora_runtime.stepping.engine_thread import EngineThread
+from gralora_runtime.stepping.executor import InTurn
+from gralora_runtime.stepping.fence import StepFence
 
-WAIT_S = 30
+WAIT_S = 3
 VOCAB, NUM_PAGES, PAGE_SIZE, MAX_TOKENS = 64, 12, 4, 12
 ROWS = np.random.default_rng(0).normal(size=(257, VOCAB)).astype(np.float32) * 2
 PLACES = np.random.default_rng(1).integers(1, 2**31, size=NUM_PAGES * PAGE_SIZE)
@@ -192,12 +197,13 @@ class Wanted:
 class Run:
     """The engine on its thread over a fake model, until all that was asked for has ended."""
 
-    def __init__(self, wanted: tuple[Wanted, ...], due: tuple[Fault, ...] = ()) -> None:
+    def __init__(self, wanted: tuple[Wanted, ...], due: tuple[Fault, ...] = (), *, pipelined: bool = False) -> None:
         self.faults = faults = Faults(due)
         self.wanted = wanted
         self.outputs: dict[str, list[StepOutput]] = {}
         self.released: Counter[str] = Counter()
         self.plans_that_failed: list[StepPlan | None] = []
+        self.failed_for_nobody: list[StepPlan | None] = []  # launched before the end of all its requests was known
         self.died = False
         self._coming = sorted(wanted, key=lambda request: request.arrival)
         self._steps = self._coming[0].arrival  # the first one comes at once
@@ -207,22 +213,25 @@ class Run:
             release_lease=lambda lease: self.released.update([lease.name]), now_s=lambda: 0.0,
         )  # fmt: skip
         batch = BatchBuilder(max_num_tokens=MAX_TOKENS, page_size=PAGE_SIZE, slot_generation=lambda _: 1)
-        self.engine = Engine(scheduler, batch, Model(faults, self._arrivals))
+        observation = StepObservation()
+        executor = InTurn(Model(faults, self._arrivals), observation)
+        self.engine = Engine(scheduler, batch, executor, observation, StepFence(), pipelined=pipelined)
         for owner, name, place in [
             (scheduler, "plan", "plan"),
             (scheduler, "_freeze", "freeze"),
             (batch, "build", "build"),
-            (self.engine, "_sample", "sample"),
             (pool, "match", "match"),
             (pool, "allocate", "allocate"),
             (pool, "publish", "publish"),
         ]:
             setattr(owner, name, faults.around(place, getattr(owner, name)))
+        executor_module.sample = faults.around("sample", host.sample)
         fail_step, step = scheduler.fail_step, self.engine.step
 
-        def note_failure(plan: StepPlan | None, cause: BaseException) -> None:
-            self.plans_that_failed.append(plan)
-            fail_step(plan, cause)
+        def note_failure(plan: StepPlan | None, cause: BaseException) -> bool:
+            concerned = fail_step(plan, cause)
+            (self.plans_that_failed if concerned else self.failed_for_nobody).append(plan)
+            return concerned
 
         def checked_step(before_forward: Callable[[], None]) -> list[StepOutput]:
             outputs = step(before_forward)
@@ -302,11 +311,11 @@ schedules = st.tuples(
 
 
 @settings(max_examples=2_000, deadline=None, derandomize=True, database=None)
-@given(wanted=requests, due=schedules)
+@given(wanted=requests, due=schedules, pipelined=st.booleans())
 def test_only_the_rows_concerned_end_and_all_others_have_their_tokens(
-    wanted: tuple[Wanted, ...], due: tuple[Fault, ...]
+    wanted: tuple[Wanted, ...], due: tuple[Fault, ...], pipelined: bool
 ) -> None:
-    run = Run(wanted, due).run()
+    run = Run(wanted, due, pipelined=pipelined).run()
 
     assert not run.died
     assert run.alive
@@ -329,8 +338,11 @@ def test_only_the_rows_concerned_end_and_all_others_have_their_tokens(
     counters = run.scheduler.counters
     assert len(run.plans_that_failed) == counters.step_failures
     # Pages are allocated when a sequence is let in, which concerns it alone, and when one grows, in the plan of all.
+    num_of_steps -= len(run.failed_for_nobody)
+    assert pipelined or not run.failed_for_nobody
     assert num_of_steps <= counters.step_failures <= num_of_steps + thrown["allocate"]
     if not (counters.step_failures or thrown["deliver"]):
-        assert counters.request_failures == num_of_rows
+        # A row that was launched before its request's end was known concerns nobody.
+        assert counters.request_failures == num_of_rows or (pipelined and counters.request_failures < num_of_rows)
     assert run.released == Counter(request.request_id for request in wanted), "each lease is given back once"
     assert run.scheduler.pages.counts().leased == 0

@@ -9,6 +9,7 @@ import pytest
 from gralora_runtime.observation.steps import StepObservation
 from gralora_runtime.stepping.engine import Engine
 from gralora_runtime.stepping.engine_thread import EngineThread
+from gralora_runtime.stepping.fence import StepFence
 
 WAIT_S = 10
 
@@ -44,7 +45,10 @@ class Steps:
         self._number += 1
         return [number]
 
-    def abandon_all(self):
+    def finish(self):
+        return []
+
+    def close(self):
         self.ended.set()
 
     def _fail(self, where):
@@ -142,7 +146,7 @@ def test_a_step_without_a_plan_hands_over_what_came_before_it_first():
             events.append("taken")
             return ["the end"]
 
-    engine = Engine(NothingToCompute(), batch=None, runner=None)
+    engine = Engine(NothingToCompute(), batch=None, executor=None, observation=StepObservation(), fence=StepFence())
 
     assert engine.step(lambda: events.append("handed over")) == ["the end"]
     assert events == ["handed over", "taken"]

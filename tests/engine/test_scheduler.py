@@ -159,7 +159,7 @@ def test_a_row_without_a_token_fails_alone() -> None:
         harness.scheduler.add(fake_sequence(name, [1, 2], max_tokens=2))
     plan = harness.scheduler.plan()
     good = harness._next_token("a", 2)
-    outputs = harness.scheduler.commit(plan, {"a": SampledToken(good), "b": SamplingFailure("logits are NaN")})
+    outputs = harness.scheduler.commit(plan, [SampledToken(good), SamplingFailure("logits are NaN")])
     errors = {output.request_id: output.error for output in outputs}
 
     assert errors["a"] is None

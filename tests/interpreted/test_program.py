@@ -23,13 +23,13 @@ SIZES = {"all_ranks": False, "kernel_backend": "triton", "max_num_seqs": 16, "ma
 @pytest.mark.parametrize(("build", "length"), BUILDS.items())
 def test_all_adapters_in_one_batch_have_pefts_logits(build, length, tmp_path):
     with serving(build, tmp_path / "model", tmp_path / "adapters", cuda_graphs=(4,), **SIZES) as served:
-        assert isinstance(served.parts.engine.runner, GpuRunner)
+        assert isinstance(served.parts.runner, GpuRunner)
         check_against_peft(served, length - 1, length)
 
 
 def test_a_build_without_a_program_has_pefts_logits_the_slow_way(tmp_path):
     with serving("gpt2", tmp_path / "model", tmp_path / "adapters", **SIZES) as served:
-        assert isinstance(served.parts.engine.runner, TransformersRunner)
+        assert isinstance(served.parts.runner, TransformersRunner)
         check_against_peft(served, 5, 6)
 
 
@@ -59,7 +59,9 @@ class Sequence:
 
     def plan(self) -> RowPlan:
         start = len(self.tokens) - 1
-        return RowPlan(self.name, (self.tokens[-1],), start, self.pages, self.use, samples=True)
+        return RowPlan(
+            self.name, (self.tokens[-1],), start, self.pages, self.use, samples=True, seat=self.pages[0] // 4
+        )
 
 
 class Decoding:
@@ -90,7 +92,7 @@ class Decoding:
 
     def logits(self) -> tuple[torch.Tensor, torch.Tensor]:
         plan = StepPlan(tuple(row.plan() for row in self.rows), len(self.rows))
-        one, other = (parts.engine.runner.execute(parts.engine.batch.build(plan)) for parts in self.engines)
+        one, other = (parts.runner.execute(parts.engine.batch.build(plan)) for parts in self.engines)
         return one, other
 
 
@@ -117,8 +119,8 @@ def test_graphs_compute_what_launches_compute_while_rows_come_and_go(decoding, m
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
     assert set(replayed) == {1, 2, 4}
-    assert decoding.engines[0].engine.runner in launched, "no step was larger than the largest graph"
-    for with_graphs, without in zip(*(parts.engine.runner.model.layers for parts in decoding.engines), strict=True):
+    assert decoding.engines[0].runner in launched, "no step was larger than the largest graph"
+    for with_graphs, without in zip(*(parts.runner.model.layers for parts in decoding.engines), strict=True):
         torch.testing.assert_close(with_graphs.keys, without.keys, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(with_graphs.values, without.values, rtol=1e-4, atol=1e-4)
 
@@ -129,7 +131,7 @@ def test_a_step_that_does_not_fit_its_graph_is_launched_and_said_so_once(tmp_pat
         leases = [served.parts.adapters.acquire("lora").result(30) for _ in range(2)]
         caplog.clear()
         graphs = served.logits([(lease, [5, 6, 7]) for lease in leases], 1)
-        served.parts.engine.runner.ladder = None
+        served.parts.runner.ladder = None
         launched = served.logits([(lease, [5, 6, 7]) for lease in leases], 1)
 
     (refusal,) = [record.getMessage() for record in caplog.records if record.name == runner_module.__name__]

@@ -23,7 +23,10 @@ def test_a_phase_that_fails_fails_on() -> None:
 
 def test_a_step_counts_its_rows_and_tokens() -> None:
     base = AdapterUse(-1, 0, 0)
-    rows = [RowPlan("a", (1,), 5, (0,), base, samples=True), RowPlan("b", (1, 2, 3), 0, (1,), base, samples=True)]
+    rows = [
+        RowPlan("a", (1,), 5, (0,), base, samples=True, seat=0),
+        RowPlan("b", (1, 2, 3), 0, (1,), base, samples=True, seat=1),
+    ]
     observed = StepObservation()
     observed.count(StepPlan(tuple(rows), 1))
 

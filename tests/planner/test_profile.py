@@ -20,7 +20,7 @@ SIZES = [1_000_000, 2_000_000, 3_000_000, 4_000_000, 5_000_000, 6_000_000, 7_000
 
 
 def row(count: int, *, slot: int = -1, start: int = 0) -> RowPlan:
-    return RowPlan("r", (0,) * count, start, (), AdapterUse(slot, 0, 0), samples=True)
+    return RowPlan("r", (0,) * count, start, (), AdapterUse(slot, 0, 0), samples=True, seat=0)
 
 
 def time_s(point: Point) -> float:

@@ -103,11 +103,9 @@ class Harness:
             outputs = self.scheduler.take_outputs()
         else:
             self.plans.append(plan)
-            sampled = {
-                row.request_id: SampledToken(self._next_token(row.request_id, row.context_len))
-                for row in plan.rows
-                if row.samples
-            }
+            sampled = [
+                SampledToken(self._next_token(row.request_id, row.context_len)) for row in plan.rows if row.samples
+            ]
             outputs = self.scheduler.commit(plan, sampled)
         for output in outputs:
             self.outputs.setdefault(output.request_id, []).append(output)

@@ -67,11 +67,11 @@ class Served:
                 adapter = AdapterUse(lease.slot, lease.generation, lease.width)
                 if part:
                     is_last = start + chunk >= len(tokens)
-                    plans.append(RowPlan(str(index), part, start, pages, adapter, samples=is_last))
+                    plans.append(RowPlan(str(index), part, start, pages, adapter, samples=is_last, seat=index))
             plans.sort(key=lambda row: len(row.token_ids) > 1)
             plan = StepPlan(tuple(plans), sum(len(row.token_ids) == 1 for row in plans))
             engine = self.parts.engine
-            logits = engine.runner.execute(engine.batch.build(plan))
+            logits = self.parts.runner.execute(engine.batch.build(plan))
             sampling = [row.request_id for row in plans if row.samples]
             found |= dict(zip(sampling, logits.cpu(), strict=True))
         return [found[str(index)] for index in range(len(rows))]

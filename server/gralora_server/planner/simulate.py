@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import cast
 
-from gralora_runtime.detokenizer import Detokenizer, TextDelta
 from gralora_runtime.pages import PagePool
 from gralora_runtime.request import StoppingParams
 from gralora_runtime.sampling.outcome import SampledToken
@@ -143,7 +142,7 @@ class _Simulation:
             return False
         self._now_s = self._slowed(self._profile.plan_s(plan, self._sizes))
         ended = []
-        for output in self._scheduler.commit(plan, {row.request_id: TOKEN for row in plan.rows if row.samples}):
+        for output in self._scheduler.commit(plan, [TOKEN for row in plan.rows if row.samples]):
             assert output.delta is not None
             self._asked[output.request_id].token_times_s.append(self._now_s)
             if output.delta.finished is not None:
@@ -189,21 +188,8 @@ class _Simulation:
             stopping=StoppingParams(ignore_eos=True),
             eos_token_ids=(),
             lease=lease_of(asked.adapter),
-            sampler=cast("SamplerState", _Nothing()),
-            detokenizer=cast("Detokenizer", _Nothing()),
+            sampler=cast("SamplerState", None),  # nobody samples
+            detokenizer=None,
             arrival_s=asked.due_s,
             seed=0,
         )
-
-
-class _Nothing:
-    """In the places of a sampler's state and of a detokenizer: lengths are all that a simulation knows of tokens."""
-
-    def observe(self, token: int) -> None:
-        """Nothing to learn."""
-
-    def push(self, token: int) -> TextDelta:  # noqa: ARG002
-        return TextDelta("")
-
-    def flush(self) -> str:
-        return ""
