@@ -33,7 +33,7 @@ from gralora_runtime.pages import PagePool
 from gralora_runtime.scheduler import Scheduler
 from gralora_runtime.stepping.batch import BatchBuilder
 from gralora_runtime.stepping.engine import Engine
-from gralora_runtime.stepping.executor import Beside, InTurn
+from gralora_runtime.stepping.executor import Beside, Executor, InTurn
 from gralora_runtime.stepping.fence import StepFence
 
 logger = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ def assemble(config: EngineConfig, base: BaseModel | None = None) -> EngineParts
         max_rows=config.max_num_seqs,
         num_rungs=len(rungs),
     )
-    pipelined = config.pipeline == "on"
+    pipelined = config.pipeline == "on" or (config.pipeline == "auto" and device.type == "cuda")
     fence = StepFence()
     wait_for_steps = fence.wait if pipelined else no_steps  # unpipelined, no step runs whose leases were given back
     adapters = _adapter_manager(config, base, _free_bytes(device) - reserved, backend.packing, wait_for_steps)
@@ -135,7 +135,17 @@ def assemble(config: EngineConfig, base: BaseModel | None = None) -> EngineParts
         _use_threads(num_threads, device)
 
     observation = StepObservation()
-    executor = Beside(runner, observation, prepare_thread) if pipelined else InTurn(runner, observation)
+    executor: Executor
+    if backend.name == "triton":
+        from gralora_runtime.sampling.device import DeviceSampler
+        from gralora_runtime.stepping.device_executor import OnDevice
+
+        sampler = DeviceSampler(vocab_size=vocab_size, max_rows=config.max_num_seqs, device=device)
+        executor = OnDevice(runner, sampler, observation)
+    elif pipelined:
+        executor = Beside(runner, observation, prepare_thread)
+    else:
+        executor = InTurn(runner, observation)
     engine = Engine(scheduler, batch, executor, observation, fence, pipelined=pipelined)
     return EngineParts(engine, runner, adapters, base, prompts, info, prepare_thread)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from dataclasses import replace
 
 from gralora_runtime.detokenizer import Detokenizer
 from gralora_runtime.errors import GraloraError, SlowConsumerError
@@ -90,7 +89,9 @@ def _with_text(delta: Delta, detokenizer: Detokenizer) -> Delta:
     text = detokenizer.push_all(tokens)
     if finished is not None and finished.reason in (FinishReason.STOP, FinishReason.LENGTH):
         text += detokenizer.flush()
-    return replace(delta, text=text)
+    return Delta(
+        text=text, token_ids=delta.token_ids, logprobs=delta.logprobs, started=delta.started, finished=finished
+    )
 
 
 def merge_deltas(deltas: list[Delta]) -> Delta:

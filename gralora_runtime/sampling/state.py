@@ -38,27 +38,27 @@ class SamplerState:
         vocab_size: int,
     ) -> None:
         self.vocab_size = vocab_size
-        self._params = params
-        self._random_key = seed % 2**64
-        self._position = 0  # output tokens so far
+        self.params = params
+        self.random_key = seed % 2**64
+        self.position = 0  # output tokens so far
         self._min_tokens = stopping.min_tokens
         ending = {*eos_token_ids, *stopping.stop_token_ids}
         self._ending_ids = np.array(sorted(i for i in ending if 0 <= i < vocab_size), dtype=np.int64)
         self._bias_ids, self._bias = _bias_rows(params.logit_bias, vocab_size)
-        self._history = TokenHistory(prompt_token_ids, vocab_size) if _has_penalties(params) else None
-        self._num_top = response.top_logprobs if response.logprobs else None  # None: no logprobs at all
+        self.history = TokenHistory(prompt_token_ids, vocab_size) if _has_penalties(params) else None
+        self.num_top = response.top_logprobs if response.logprobs else None  # None: no logprobs at all
 
     def observe(self, token_id: int) -> None:
         """Records an output token that is now part of the request, also while replaying after a preemption."""
-        self._position += 1
-        if self._history is not None:
-            self._history.add(token_id)
+        self.position += 1
+        if self.history is not None:
+            self.history.add(token_id)
 
     @property
     def takes_argmax(self) -> bool:
         """Whether the next token is simply the largest logit, with nothing to add to or to report about the row."""
-        adjusted = self._bias_ids.size > 0 or self._history is not None or self._bans_ending()
-        return self._params.temperature == 0 and not adjusted and self._num_top is None
+        adjusted = self._bias_ids.size > 0 or self.history is not None or self._bans_ending()
+        return self.params.temperature == 0 and not adjusted and self.num_top is None
 
     def choose(self, logits: FloatRow) -> SampledToken | SamplingFailure:
         """The next token, from this request's row of raw logits, which is left as it was.
@@ -75,41 +75,59 @@ class SamplerState:
             token_id = int(scores.argmax())
             if not math.isfinite(scores[token_id]):
                 return SamplingFailure(f"no token is left to choose from: the largest score is {scores[token_id]}")
-            if self._params.temperature > 0:
+            if self.params.temperature > 0:
                 token_id = self._draw(scores - scores[token_id])
             return SampledToken(token_id, self._report(logits, token_id))
 
+    def biases_at(self, position: int) -> tuple[IdRow, FloatRow]:
+        """Token ids, ascending, and what is added to their logits when so many tokens are written; -inf bans one."""
+        if position >= self._min_tokens or not self._ending_ids.size:
+            return self._bias_ids, self._bias
+        ids = np.concatenate([self._bias_ids, self._ending_ids])
+        biases = np.concatenate([self._bias, np.full(self._ending_ids.size, -np.inf, np.float32)])
+        order = ids.argsort(kind="stable")
+        return ids[order], biases[order]
+
+    @property
+    def first_unbanned(self) -> int:
+        """From this position on nothing is banned any more."""
+        return self._min_tokens if self._ending_ids.size else 0
+
+    @property
+    def has_biases(self) -> bool:
+        return self._bias_ids.size > 0
+
     def _bans_ending(self) -> bool:
-        return self._position < self._min_tokens and self._ending_ids.size > 0
+        return self.position < self._min_tokens and self._ending_ids.size > 0
 
     def _adjusted(self, logits: FloatRow) -> FloatRow:
         scores = np.array(logits, dtype=np.float32)  # [vocab], a copy
         if self._bans_ending():
             scores[self._ending_ids] = -np.inf
         scores[self._bias_ids] += self._bias
-        if self._history is not None:
-            self._history.penalise(scores, self._params)
+        if self.history is not None:
+            self.history.penalise(scores, self.params)
         return scores
 
     def _draw(self, below_peak: FloatRow) -> int:
         """By inverse CDF over the surviving tokens in the order of their ids; `below_peak` is at most 0."""
-        weights = np.exp(below_peak / _float32(max(self._params.temperature, SMALLEST_TEMPERATURE)))
-        token_ids, weights = _survivors(weights, self._params)
+        weights = np.exp(below_peak / _float32(max(self.params.temperature, SMALLEST_TEMPERATURE)))
+        token_ids, weights = _survivors(weights, self.params)
         cumulative = weights.cumsum(dtype=np.float64)  # [survivors]
         # The number is below 1, so the product is below the last entry, and a token of weight 0 is never hit.
         return int(token_ids[cumulative.searchsorted(self._uniform() * cumulative[-1], side="right")])
 
     def _uniform(self) -> float:
         """In [0, 1): a function of the seed and the output position only, so it survives a preemption."""
-        raw = np.random.Philox(key=self._random_key, counter=self._position).random_raw()
+        raw = np.random.Philox(key=self.random_key, counter=self.position).random_raw()
         return float(int(raw) >> 11) * 2.0**-53
 
     def _report(self, logits: FloatRow, token_id: int) -> TokenLogprob | None:
-        if self._num_top is None:
+        if self.num_top is None:
             return None
         peak = logits.max()
         log_total = math.log(np.exp(logits - peak).sum(dtype=np.float64))
-        top = tuple((int(i), _below(logits[i], peak) - log_total) for i in _largest(logits, self._num_top))
+        top = tuple((int(i), _below(logits[i], peak) - log_total) for i in _largest(logits, self.num_top))
         return TokenLogprob(token_id, _below(logits[token_id], peak) - log_total, top)
 
 
@@ -117,9 +135,15 @@ class TokenHistory:
     """Which tokens a request has seen and how often it wrote each; kept only for requests with a penalty."""
 
     def __init__(self, prompt_token_ids: Sequence[int], vocab_size: int) -> None:
-        self._seen = np.zeros(vocab_size, dtype=np.bool_)  # prompt and output
-        self._seen[list(prompt_token_ids)] = True
+        self._in_prompt = np.zeros(vocab_size, dtype=np.bool_)
+        self._in_prompt[list(prompt_token_ids)] = True
+        self._seen = self._in_prompt.copy()  # prompt and output
         self._counts = np.zeros(vocab_size, dtype=np.float32)  # output only
+
+    def as_words(self) -> npt.NDArray[np.int32]:
+        """[vocab]: twice how often a token was written, and one if it is in the prompt."""
+        written = self._counts.astype(np.int32)
+        return 2 * written + self._in_prompt
 
     def add(self, token_id: int) -> None:
         self._seen[token_id] = True
@@ -157,8 +181,8 @@ def _bias_rows(logit_bias: Mapping[int, float], vocab_size: int) -> tuple[IdRow,
     for token_id in logit_bias:
         if not 0 <= token_id < vocab_size:
             raise InvalidRequestError("sampling.logit_bias", token_id, f"token ids must be in 0..{vocab_size - 1}")
-    biases = np.array([_float32(bias) for bias in logit_bias.values()], dtype=np.float32)
-    return np.array(list(logit_bias), dtype=np.int64), biases
+    ids = sorted(logit_bias)
+    return np.array(ids, dtype=np.int64), np.array([_float32(logit_bias[i]) for i in ids], dtype=np.float32)
 
 
 def _survivors(weights: FloatRow, params: SamplingParams) -> tuple[IdRow, FloatRow]:

@@ -95,8 +95,9 @@ class Engine:
             if plan is None:
                 return None
             tensors = timed(Phase.BUILD, self.batch.build, plan)
-            states = [self.scheduler.sequence(row.request_id).sampler for row in plan.rows if row.samples]
-            launched = self.executor.launch(tensors, states)
+            sampling = [row for row in plan.rows if row.samples]
+            states = [self.scheduler.sequence(row.request_id).sampler for row in sampling]
+            launched = self.executor.launch(tensors, states, [row.seat for row in sampling])
         except BaseException as error:
             self._fail(plan, error)
             return None

@@ -31,8 +31,8 @@ class Launched(Protocol):
 class Executor(Protocol):
     """Computes steps in order."""
 
-    def launch(self, tensors: StepTensors, states: Sequence[SamplerState]) -> Launched:
-        """Begin a step; `states` are of its sampling rows, and go on by one token."""
+    def launch(self, tensors: StepTensors, states: Sequence[SamplerState], seats: Sequence[int]) -> Launched:
+        """Begin a step. `states`, which go on by one token, and `seats` are of its sampling rows."""
 
     def close(self) -> None:
         """End what runs beside the caller."""
@@ -71,9 +71,9 @@ class InTurn:
         self._runner, self._observation = runner, observation
         self._newest: _HostStep | None = None
 
-    def launch(self, tensors: StepTensors, states: Sequence[SamplerState]) -> Launched:
+    def launch(self, tensors: StepTensors, states: Sequence[SamplerState], seats: Sequence[int]) -> Launched:  # noqa: ARG002
         self._newest = step = _HostStep(self._runner, tensors, states, self._newest)
-        return _Later(lambda: step.compute(self._observation))
+        return Later(lambda: step.compute(self._observation))
 
     def close(self) -> None:
         """Nothing runs beside the caller."""
@@ -87,14 +87,16 @@ class Beside:
         self._newest: _HostStep | None = None
         self._thread = ThreadPoolExecutor(1, "gralora-forward", initializer=prepare_thread)
 
-    def launch(self, tensors: StepTensors, states: Sequence[SamplerState]) -> Launched:
+    def launch(self, tensors: StepTensors, states: Sequence[SamplerState], seats: Sequence[int]) -> Launched:  # noqa: ARG002
         self._newest = step = _HostStep(self._runner, tensors, states, self._newest)
-        return _Later(self._thread.submit(step.compute, self._observation).result)
+        return Later(self._thread.submit(step.compute, self._observation).result)
 
     def close(self) -> None:
         self._thread.shutdown()
 
 
-class _Later:
+class Later:
+    """A `Launched` that is a call."""
+
     def __init__(self, wait: Callable[[], Sequence[Sampled]]) -> None:
         self.wait = wait

@@ -96,12 +96,12 @@ def assert_valid(result: object, state: SamplerState, logits: np.ndarray) -> Non
     assert math.isfinite(logits[result.token_id])
     with np.errstate(all="ignore"):
         assert math.isfinite(state._adjusted(logits)[result.token_id])
-    if state._num_top is None:
+    if state.num_top is None:
         assert result.logprob is None
         return
     values = [value for _, value in result.logprob.top]
     assert -INF < result.logprob.logprob < 1e-6
-    assert len(values) == min(max(state._num_top, 0), logits.size)
+    assert len(values) == min(max(state.num_top, 0), logits.size)
     assert sorted(values, reverse=True) == values  # no NaN either
     assert len({token_id for token_id, _ in result.logprob.top}) == len(values)
 

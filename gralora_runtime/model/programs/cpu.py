@@ -52,8 +52,9 @@ class CpuRunner:
         self._program.head(model.final_norm, model.eps, PackedWeight(head.weight.detach()), bias)
         logger.info("model ready: %d layers compiled into one program", len(model.layers))
 
-    def execute(self, tensors: StepTensors) -> Tensor:
+    def execute(self, tensors: StepTensors, newest: Tensor | None = None) -> Tensor:
         """Logits of the tokens in `logits_index`, fp32 [sampling rows, vocab]."""
+        assert newest is None, "host memory is where tokens are"
         pieces = attention_pieces(tensors.query_starts.numpy(), tensors.context_lens.numpy(), self._group)
         return self._program.run(
             Step(

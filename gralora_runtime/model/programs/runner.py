@@ -18,8 +18,12 @@ from gralora_runtime.stepping.batch import StepTensors
 class Runner(Protocol):
     """Computes one step."""
 
-    def execute(self, tensors: StepTensors) -> Tensor:
-        """Logits of the tokens in `logits_index`, fp32 [sampling rows, vocab]."""
+    def execute(self, tensors: StepTensors, newest: Tensor | None = None) -> Tensor:
+        """Logits of the tokens in `logits_index`, fp32 [sampling rows, vocab].
+
+        `newest` int32 [rows of the step before], on the device: what that step chose, for the tokens that follow. None:
+        all tokens are in `input_ids`.
+        """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gralora_runtime.config import DEVICES, DTYPES, KERNEL_BACKENDS, EngineConfig
+from gralora_runtime.config import DEVICES, DTYPES, KERNEL_BACKENDS, PIPELINES, EngineConfig
 from gralora_server.cli.environment import limit_spinning
 from gralora_server.cli.logs import LEVELS, configure
 from gralora_server.cli.model import default_model
@@ -68,6 +68,9 @@ def serve(
             rich_help_panel=ENGINE,
         ),
     ] = "on",
+    pipeline: str = _engine_option(
+        "pipeline", f"Plan and launch a step while the one before runs: {', '.join(PIPELINES)} (auto: on a GPU)."
+    ),
     batch_invariant: bool = _engine_option(
         "batch_invariant", "On a GPU, the same bits whatever shares the batch, at the price of slower products."
     ),
@@ -142,6 +145,7 @@ def serve(
         enable_prefix_cache=prefix_cache,
         num_threads=threads,
         cuda_graphs=cuda_graphs,
+        pipeline=pipeline,
         batch_invariant=batch_invariant,
         max_named_adapters=metrics_max_adapters,
     )

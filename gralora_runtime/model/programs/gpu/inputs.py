@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gralora_kernels.triton_ops.memory import staged
+from gralora_kernels.triton_ops.tokens import follow
 from gralora_runtime.stepping.batch import StepTensors
 
 NOWHERE = -1  # the KV slot of a token that is padding
@@ -36,6 +37,7 @@ class StepInputs:
             "kv_slots": 2 * max_tokens,  # of 8 bytes, so they come first
             "logits_index": 2 * max_tokens,
             "token_ids": max_tokens,
+            "follows": max_tokens,
             "positions": max_tokens,
             "query_starts": max_rows + 1,
             "context_lens": max_rows,
@@ -46,25 +48,29 @@ class StepInputs:
         self._words = torch.zeros(ends[-1], dtype=torch.int32, device=device)
         self._page_table = torch.zeros(max_rows, max_pages, dtype=torch.int32, device=device)
 
-    def load(self, step: StepTensors) -> DeviceStep:
-        """Send a step as it is, without waiting for the device. If it wants no logits, it gets its first token's."""
-        wanted = step.logits_index if len(step.logits_index) else torch.zeros(1, dtype=torch.int64)
-        return self._send(step, len(step.context_lens), len(step.input_ids[0]), wanted)
+    def load(self, step: StepTensors, newest: Tensor | None = None) -> DeviceStep:
+        """Send a step as it is, without waiting for the device. If it wants no logits, it gets its first token's.
 
-    def load_padded(self, step: StepTensors, rows: int) -> DeviceStep:
+        `newest` int32: what the step before chose, of which tokens that follow are taken.
+        """
+        wanted = step.logits_index if len(step.logits_index) else torch.zeros(1, dtype=torch.int64)
+        return self._send(step, len(step.context_lens), len(step.input_ids[0]), wanted, newest)
+
+    def load_padded(self, step: StepTensors, rows: int, newest: Tensor | None = None) -> DeviceStep:
         """Send a step of single tokens as one of `rows` rows, all of which want their logits."""
-        return self._send(step, rows, rows, torch.arange(rows))
+        return self._send(step, rows, rows, torch.arange(rows), newest)
 
     def empty(self, rows: int) -> DeviceStep:
         """A step of padding alone."""
         return self._view(rows, rows, rows)
 
-    def _send(self, step: StepTensors, rows: int, tokens: int, wanted: Tensor) -> DeviceStep:
+    def _send(self, step: StepTensors, rows: int, tokens: int, wanted: Tensor, newest: Tensor | None) -> DeviceStep:
         words = torch.from_numpy(np.zeros(len(self._words), np.int32))
         values = {
             "kv_slots": step.kv_slots,
             "logits_index": wanted,
             "token_ids": step.input_ids[0],
+            "follows": step.follows,
             "positions": step.position_ids[0],
             "query_starts": step.query_starts,
             "context_lens": step.context_lens,
@@ -77,6 +83,9 @@ class StepInputs:
         table = step.page_table
         here = self._page_table[: len(table), : table.shape[1]]
         here.copy_(staged(table, self._device), non_blocking=True)
+        if newest is not None and bool((step.follows >= 0).any()):
+            count = len(step.follows)
+            follow(self._part(self._words, "token_ids")[:count], self._part(self._words, "follows")[:count], newest)
         return self._view(rows, tokens, len(wanted))
 
     def _view(self, rows: int, tokens: int, wanted: int) -> DeviceStep:

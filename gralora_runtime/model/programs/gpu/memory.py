@@ -12,6 +12,7 @@ GRAPH_WIDTH = 512  # columns of u in a module: adapters of larger r * k are serv
 GRAPH_BYTES = 4 << 20  # of one graph: the parameters of some hundred launches
 MAX_MODULES = 3  # that share an input: q, k and v
 FLOAT_BYTES = 4
+SAMPLING_BYTES = 12  # of a logit: its score, its place among candidates, how often its token was written
 
 
 def workspace_bytes(model: Description, *, max_tokens: int, max_rows: int, num_rungs: int) -> int:
@@ -20,7 +21,7 @@ def workspace_bytes(model: Description, *, max_tokens: int, max_rows: int, num_r
     vocab, hidden = model.embedding.shape
     heads = model.heads + 2 * model.kv_heads
     token = size * (2 * hidden + (heads + model.heads) * model.head_dim + 3 * model.intermediate)
-    row = token + 2 * vocab * (size + FLOAT_BYTES)
+    row = token + vocab * (2 * (size + FLOAT_BYTES) + SAMPLING_BYTES)
     if num_rungs:
         planes = BLOCKING.num_planes(model.intermediate)
         row += len(GRAPH_TILES) * FLOAT_BYTES * MAX_MODULES * GRAPH_WIDTH * planes

@@ -11,6 +11,7 @@ from torch import Tensor
 from gralora_kernels.replay import ReplayError
 from gralora_kernels.triton_ops.adapters.launch import TritonBackend
 from gralora_kernels.triton_ops.attention_launch import PagedAttention
+from gralora_kernels.triton_ops.memory import staged
 from gralora_runtime.model.description import Description, rotary_tables
 from gralora_runtime.model.programs.gpu.graphs import CudaCapture, GraphLadder, repeated
 from gralora_runtime.model.programs.gpu.inputs import StepInputs
@@ -61,16 +62,16 @@ class GpuRunner:
             ", ".join(map(str, served.rungs)) or "no",
         )
 
-    def execute(self, tensors: StepTensors) -> Tensor:
+    def execute(self, tensors: StepTensors, newest: Tensor | None = None) -> Tensor:
         """Logits of the tokens in `logits_index`, fp32 [sampling rows, vocab]."""
         with torch.inference_mode():
             rung = self.ladder.rung(len(tensors.context_lens)) if self.ladder and tensors.max_query_len == 1 else None
             if rung is not None:
                 try:
-                    return self._replay(tensors, rung)
+                    return self._replay(tensors, rung, newest)
                 except ReplayError as error:  # raised before anything was launched
                     self._note_refusal(error)
-            return self._launch(tensors)
+            return self._launch(tensors, newest)
 
     def _capture(self, rungs: Sequence[int], max_pages: int, max_model_len: int) -> None:
         most = max(rungs)
@@ -108,7 +109,7 @@ class GpuRunner:
             taken = torch.cuda.memory_allocated(self._device) - before
             logger.info("graphs keep %.0f MiB of activations", taken / 2**20)
 
-    def _replay(self, tensors: StepTensors, rung: int) -> Tensor:
+    def _replay(self, tensors: StepTensors, rung: int, newest: Tensor | None) -> Tensor:
         """A decode step by the graph of `rung` rows. Raises `ReplayError`, with nothing changed, if it does not fit."""
         assert self.ladder is not None
         grouping, index = tensors.grouping, tensors.logits_index
@@ -117,17 +118,19 @@ class GpuRunner:
             kind = self._graph_adapters[GRAPH_TILES[0]].tile_tokens(grouping)
             self._graph_adapters[kind].prepare(self._groups, grouping)
         self._graph_attention.prepare(tensors.query_starts.numpy(), tensors.context_lens.numpy())
-        self._graph_inputs.load_padded(tensors, rung)
+        self._graph_inputs.load_padded(tensors, rung, newest)
         logits = self.ladder.replay(rung, kind)
         rows = len(tensors.context_lens)
-        return (logits[:rows] if len(index) == rows else logits[index.to(self._device)]).float()
+        if len(index) == rows:
+            return logits[:rows].float()
+        return logits[staged(index, self._device).to(self._device, non_blocking=True)].float()
 
-    def _launch(self, tensors: StepTensors) -> Tensor:
+    def _launch(self, tensors: StepTensors, newest: Tensor | None) -> Tensor:
         """Any step, launch by launch."""
         if tensors.grouping.num_adapted:
             self._adapters.prepare(self._groups, tensors.grouping)
         self._attention.prepare(tensors.query_starts.numpy(), tensors.context_lens.numpy())
-        step = self._inputs.load(tensors)
+        step = self._inputs.load(tensors, newest)
         kernels = Kernels(self._attention, self._adapters if tensors.grouping.num_adapted else None)
         logits = torch.empty(len(step.logits_index), self.model.vocab_size, dtype=self.model.dtype, device=self._device)
         self.model.forward(step, kernels, logits)

@@ -61,10 +61,14 @@ class TransformersRunner:
             fused,
         )
 
-    def execute(self, tensors: StepTensors) -> Tensor:
+    def execute(self, tensors: StepTensors, newest: Tensor | None = None) -> Tensor:
         """Logits of the tokens in `logits_index`, fp32 [sampling rows, vocab]."""
         self._attention.prepare(tensors)
         tensors = tensors.to(self._model.device)
+        input_ids = tensors.input_ids
+        if newest is not None:
+            chosen = newest[tensors.follows.clamp_min(0)][None].long()
+            input_ids = torch.where(tensors.follows >= 0, chosen, input_ids)
         index = tensors.logits_index
         # A step of unfinished prompts wants no logits; one row of them costs less than a second way through the model.
         wanted = index if len(index) else index.new_zeros(1)
@@ -72,7 +76,7 @@ class TransformersRunner:
             self._backend.prepare(self._groups, tensors.grouping)
         with torch.inference_mode(), self._context.running(tensors):
             output = self._model(
-                input_ids=tensors.input_ids,
+                input_ids=input_ids,
                 position_ids=tensors.position_ids,
                 past_key_values=self._attention,
                 use_cache=True,

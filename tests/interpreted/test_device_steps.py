@@ -1,0 +1,129 @@
+"""Steps that are launched one behind the other, and sampled on the device: what the host chooses, step after step."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.served import Served, serving
+
+from gralora_kernels.triton_ops.tokens import follow
+from gralora_runtime.assemble import EngineParts
+from gralora_runtime.detokenizer import Detokenizer
+from gralora_runtime.model.programs.gpu.runner import GpuRunner
+from gralora_runtime.observation.steps import StepObservation
+from gralora_runtime.request import Delta, FinishReason, ResponseParams, SamplingParams, StoppingParams
+from gralora_runtime.sampling.state import SamplerState
+from gralora_runtime.sequence import Sequence
+from gralora_runtime.stepping.device_executor import OnDevice
+from gralora_runtime.stepping.engine import Engine
+from gralora_runtime.stepping.executor import InTurn
+from gralora_runtime.stepping.fence import StepFence
+
+SIZES = {
+    "all_ranks": False,
+    "pipeline": "on",
+    "kernel_backend": "triton",
+    "max_num_seqs": 4,
+    "max_num_batched_tokens": 32,
+}
+PROMPTS = ([5, 6, 7, 8], [9, 3], [200, 17, 31])
+GREEDY, SEEDED = SamplingParams(temperature=0.0), SamplingParams(temperature=0.8)
+ALL_RULES = SamplingParams(
+    temperature=0.9, top_k=40, top_p=0.9, min_p=0.01, repetition_penalty=1.2, presence_penalty=0.3,
+    frequency_penalty=0.2, logit_bias={7: -3.0, 11: 2.0},
+)  # fmt: skip
+# Greedy beside seeded ones, with and without an adapter; the last is banned from ending for a while.
+REQUESTS = (
+    ("", GREEDY, StoppingParams(max_tokens=5, ignore_eos=True), ResponseParams()),
+    ("lora", SEEDED, StoppingParams(max_tokens=6), ResponseParams(logprobs=True, top_logprobs=3)),
+    ("gralora-r8-k2", ALL_RULES, StoppingParams(max_tokens=6, min_tokens=4), ResponseParams()),
+)  # fmt: skip
+
+
+def test_tokens_follow_where_they_are_unknown_and_only_there():
+    token_ids = torch.tensor([5, 6, 7, 8], dtype=torch.int32)
+    follow(token_ids, torch.tensor([-1, 2, -1, 0], dtype=torch.int32), torch.tensor([11, 12, 13], dtype=torch.int32))
+
+    assert token_ids.tolist() == [5, 13, 7, 11]
+
+
+@pytest.mark.parametrize("build", ["llama", "gpt2"])
+def test_pipelined_steps_choose_on_the_device_what_the_host_chooses_step_after_step(build, tmp_path):
+    """For GPT-2 by transformers' forward pass."""
+    with serving(
+        build, tmp_path / "model", tmp_path / "adapters", cuda_graphs=(2, 4), pipeline="on", **SIZES
+    ) as served:
+        on_device = served.parts.engine
+        assert isinstance(on_device.executor, OnDevice)
+        assert on_device.pipelined
+        assert isinstance(served.parts.runner, GpuRunner) == (build == "llama")
+        observation = StepObservation()
+        on_host = Engine(
+            on_device.scheduler, on_device.batch, InTurn(served.parts.runner, observation), observation, StepFence()
+        )
+        expected, actual = (answers(served, engine) for engine in (on_host, on_device))
+
+    assert {request_id: tokens(deltas) for request_id, deltas in actual.items()} == {
+        request_id: tokens(deltas) for request_id, deltas in expected.items()
+    }
+    for request_id, deltas in expected.items():
+        assert finish(actual[request_id]) == finish(deltas)
+        for one, other in zip(logprobs(deltas), logprobs(actual[request_id]), strict=True):
+            assert [pair[0] for pair in one.top] == [pair[0] for pair in other.top]
+            assert other.logprob == pytest.approx(one.logprob, abs=1e-4)
+    assert len(logprobs(expected["1"])) == len(tokens(expected["1"]))
+
+
+def answers(served: Served, engine: Engine) -> dict[str, list[Delta]]:
+    scheduler, found = engine.scheduler, dict[str, list[Delta]]()
+    for number, (adapter, sampling, stopping, response) in enumerate(REQUESTS):
+        scheduler.add(sequence(served.parts, str(number), adapter, sampling, stopping, response))
+    while engine.has_work:
+        for output in engine.step():
+            assert output.delta is not None, output.error
+            found.setdefault(output.request_id, []).append(output.delta)
+        scheduler.check_integrity()
+    return found
+
+
+def sequence(
+    parts: EngineParts,
+    request_id: str,
+    adapter: str,
+    sampling: SamplingParams,
+    stopping: StoppingParams,
+    response: ResponseParams,
+) -> Sequence:
+    prompt = list(PROMPTS[int(request_id)])
+    eos = parts.base.eos_token_ids
+    return Sequence(
+        request_id=request_id,
+        adapter_name=adapter,
+        tokens=prompt,
+        num_prompt=len(prompt),
+        max_tokens=stopping.max_tokens or 1,
+        stopping=stopping,
+        eos_token_ids=eos,
+        lease=parts.adapters.acquire(adapter).result(30),
+        sampler=SamplerState(
+            sampling, stopping, response, seed=3, prompt_token_ids=prompt, eos_token_ids=eos,
+            vocab_size=parts.info.vocab_size,
+        ),
+        detokenizer=Detokenizer(parts.base.tokenizer),
+        arrival_s=0.0,
+        seed=3,
+    )  # fmt: skip
+
+
+def tokens(deltas: list[Delta]) -> list[int]:
+    return [token for delta in deltas for token in delta.token_ids]
+
+
+def logprobs(deltas: list[Delta]):
+    return [logprob for delta in deltas for logprob in delta.logprobs]
+
+
+def finish(deltas: list[Delta]) -> tuple[FinishReason, int]:
+    last = deltas[-1].finished
+    assert last is not None
+    return last.reason, last.output_tokens
