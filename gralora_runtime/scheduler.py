@@ -295,7 +295,8 @@ class Scheduler:
         sampling = [row for row in rows if row.samples]
         for place, row in enumerate(sampling):
             sequence = self._by_id[row.request_id]
-            sequence.num_pending, sequence.sampled_at = 1, place
+            sequence.num_pending += 1
+            sequence.sampled_at = place
         return StepPlan(tuple(rows), len(decoding))
 
     def _row(self, sequence: Sequence, count: int) -> RowPlan:
@@ -333,7 +334,7 @@ class Scheduler:
         if sequence.status is SequenceStatus.RUNNING:  # else it lost its pages meanwhile
             self._publish_full_pages(sequence, row.context_len)
         if sampled is not None:
-            sequence.num_pending = 0
+            sequence.num_pending -= 1
             self._commit_token(sequence, sampled)
 
     def _commit_token(self, sequence: Sequence, sampled: Sampled) -> None:

@@ -47,10 +47,11 @@ class StepObservation:
         self._tokens = Histogram(COUNTS)
 
     def timed(self, phase: Phase, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """The result of `work`, whose time counts as this phase's."""
+        """The result of `work`, whose time counts as this phase's, unless there was nothing to do: None."""
         started_s = time.perf_counter()
         result = work(*args, **kwargs)
-        self._phases[phase].observe(time.perf_counter() - started_s)
+        if result is not None or phase is not Phase.SCHEDULE:
+            self._phases[phase].observe(time.perf_counter() - started_s)
         return result
 
     def count(self, plan: StepPlan) -> None:

@@ -43,7 +43,7 @@ def test_every_option_reaches_its_configuration(configured) -> None:
         "--max-model-len": "11", "--max-queue": "13", "--max-adapter-rank": "17", "--max-adapter-slots": "19",
         "--page-size": "23", "--kv-cache-bytes": "1GiB", "--adapter-pool-bytes": "2m", "--host-cache-bytes": "29",
         "--token-file": "/t", "--tls-cert": "/c", "--tls-key": "/k", "--tls-client-ca": "/ca",
-        "--cuda-graphs": "4,2,4",
+        "--cuda-graphs": "4,2,4", "--pipeline": "on",
         "--max-request-s": "31", "--grace-s": "37", "--metrics-address": "[::1]:41", "--metrics-max-adapters": "43",
     }  # fmt: skip
     words = [word for pair in options.items() for word in pair]
@@ -78,6 +78,7 @@ def test_every_option_reaches_its_configuration(configured) -> None:
         max_adapter_rank=17,
         enable_prefix_cache=False,
         num_threads=3,
+        pipeline="on",
         cuda_graphs=(2, 4),
         batch_invariant=True,
         max_named_adapters=43,

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from support.peft_adapters import gralora_config, lora_config
+from support.pipelined import SERVE_OPTIONS
 from support.workspaces import save_workspace
 
 from gralora_server import Client
@@ -32,7 +33,7 @@ def serving(model: Path, adapters: Path, *options: str) -> Iterator[str]:
 def announced(model: Path, adapters: Path, *options: str) -> Iterator[dict[str, str]]:
     """The same, with all that the server says about itself."""
     command = [GRALORA, "serve", "--model", model, "--adapters", adapters, "--address", "127.0.0.1:0", "--json"]
-    command += ["--log-level", "warning"]
+    command += ["--log-level", "warning", *SERVE_OPTIONS]
     with subprocess.Popen([*map(str, command), *options], stdout=subprocess.PIPE, text=True) as server:
         try:
             assert server.stdout is not None

@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from support.pipelined import SERVE_OPTIONS
 
 from gralora_server import Client
 from gralora_server.client import UnavailableError
@@ -23,6 +24,7 @@ def ask_for_ever(client: Client) -> None:
 def test_sigterm_finishes_running_streams_and_refuses_new_ones(tiny_workspace: Path) -> None:
     model, adapters = tiny_workspace / "model", tiny_workspace / "adapters"
     command = [GRALORA, "serve", "--model", model, "--adapters", adapters, "--address", "127.0.0.1:0", "--json"]
+    command += SERVE_OPTIONS
     with subprocess.Popen([*map(str, command), "--threads", "1"], stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
         address = json.loads(server.stdout.readline())["address"]
