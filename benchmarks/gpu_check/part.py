@@ -50,6 +50,10 @@ def run(name: str, machine: Line) -> Iterator[Line]:
         from benchmarks.gpu_check import tests
 
         yield from checked(tests.checks())
+    elif name == "served":
+        from benchmarks.gpu_check.served import served
+
+        yield from served(machine)
     elif name in ("steps", "transformers", "attention", "loads"):
         from benchmarks.gpu_check import speed
 

@@ -32,6 +32,7 @@ def print_result(result: Line) -> None:
     console.print("step_ms (times its floor); all figures and the host's part of each are in the file")
     console.print(
         table("prefill", result["prefill"], ("shape", "adapters", "tokens", "ms", "floor_ms", "times_floor")),
+        table("served", result["served"], ("way", "streams", "step_ms", "tokens_per_s", "busy_share")),
         table("attention, one row", result["attention"], ("context", "ms", "share_of_bandwidth", "torch_ms")),
         table("transformers", result["transformers"], ("shape", "rows", "step_ms")),
     )

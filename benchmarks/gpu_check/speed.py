@@ -56,7 +56,7 @@ def steps(rates: Rates) -> Iterator[Case]:
             yield {"what": "skipped", "shape": shape, "reason": f"{missing / GIB:.1f} GiB more of memory are needed"}
             continue
         started_s = time.perf_counter()
-        engine = CheckedEngine(shape, DTYPE, **_sizes(shape))
+        engine = CheckedEngine(shape, DTYPE, **engine_sizes(shape))
         wait()
         ready_s = time.perf_counter() - started_s
         ladder = engine.gpu_runner.ladder
@@ -239,7 +239,7 @@ def _free_bytes() -> int:
     return torch.cuda.mem_get_info()[0] if ON_GPU else 1 << 60
 
 
-def _sizes(shape: str) -> dict[str, Any]:
+def engine_sizes(shape: str) -> dict[str, Any]:
     if shape == "tiny":
         return {
             "max_num_seqs": 4, "max_num_batched_tokens": 16, "kv_cache_bytes": 4 << 20, "adapter_pool_bytes": 8 << 20,
