@@ -108,7 +108,10 @@ def assemble(config: EngineConfig, base: BaseModel | None = None) -> EngineParts
             slot_generation=adapters.pool.generation,
         )
         if expected is not None:
-            check_runner(base, runner, batch, config.page_size, expected)
+            check_runner(
+                base, runner, batch, config.page_size, expected,
+                max_num_tokens=config.max_num_batched_tokens, max_model_len=max_model_len,
+            )  # fmt: skip
     except BaseException:
         adapters.close()
         raise

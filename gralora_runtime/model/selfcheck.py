@@ -12,27 +12,42 @@ from gralora_runtime.plan import AdapterUse, RowPlan, StepPlan
 from gralora_runtime.stepping.batch import BatchBuilder
 
 NUM_TOKENS = 40
-CHUNKS = (17, 22, 1)  # two unequal prompt chunks and a decode step
+FIRST_CHUNK = 17  # then a second, and the last token as a decode step
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 2e-2}  # of the largest logit
 
 
 def expected_logits(base: BaseModel) -> Tensor:
-    """Last-token logits of a fixed prompt, by the untouched model, fp32 [vocab]. Call before a runner takes it over."""
+    """Logits of a fixed prompt, by the untouched model, fp32 [tokens, vocab]. Call before a runner takes it over."""
     with torch.inference_mode():
-        logits: Tensor = base.model(_prompt(base)[None], use_cache=False).logits[0, -1].float()
+        logits: Tensor = base.model(_prompt(base)[None], use_cache=False).logits[0].float()
     return logits
 
 
-def check_runner(base: BaseModel, runner: Runner, batch: BatchBuilder, page_size: int, expected: Tensor) -> None:
-    """Raise `ModelUnsupportedError` if the served model does not reproduce `expected`. Writes the first KV pages."""
-    tokens = _prompt(base).tolist()
+def check_runner(
+    base: BaseModel,
+    runner: Runner,
+    batch: BatchBuilder,
+    page_size: int,
+    expected: Tensor,
+    *,
+    max_num_tokens: int = NUM_TOKENS,
+    max_model_len: int = NUM_TOKENS,
+) -> None:
+    """Raise `ModelUnsupportedError` if the served model does not reproduce `expected`. Writes the first KV pages.
+
+    The prompt is as long as a sequence may be, in steps of as many tokens as are served.
+    """
+    tokens = _prompt(base).tolist()[:max_model_len]
     adapter = AdapterUse(slot=-1, generation=0, width=0)
-    pages = tuple(range(-(-NUM_TOKENS // page_size)))
+    pages = tuple(range(-(-len(tokens) // page_size)))
     start = 0
-    for count in CHUNKS:
+    while start < len(tokens):
+        left = len(tokens) - start
+        count = min(max_num_tokens, left if left == 1 else left - 1, FIRST_CHUNK if start == 0 else left)
         row = RowPlan("selfcheck", tuple(tokens[start : start + count]), start, pages, adapter, samples=True, seat=0)
         logits = runner.execute(batch.build(StepPlan((row,), int(count == 1))))
         start += count
+    expected = expected[len(tokens) - 1]
     error = (logits[0] - expected).abs().max() / expected.abs().max()
     tolerance = TOLERANCE[base.model.dtype]
     if not error <= tolerance:

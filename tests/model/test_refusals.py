@@ -82,6 +82,23 @@ def test_the_check_at_start_refuses_a_model_whose_attention_is_computed_wrongly(
         assemble(config)
 
 
+SMALL_STEPS = {"max_num_seqs": 1, "max_num_batched_tokens": 1}
+SHORT_SEQUENCES = {"max_model_len": 9, "page_size": 4}
+
+
+@pytest.mark.parametrize("sizes", [SMALL_STEPS, SHORT_SEQUENCES, SMALL_STEPS | SHORT_SEQUENCES], ids=str)
+def test_the_check_at_start_fits_into_what_is_served_and_still_checks(
+    config: EngineConfig, monkeypatch: pytest.MonkeyPatch, sizes: dict[str, int]
+) -> None:
+    """Its prompt of 40 tokens once failed at start where steps or sequences were shorter."""
+    small = replace(config, **sizes)
+    assemble(small).adapters.close()
+    monkeypatch.setattr(choice, "describe", lambda model: replace(describe(model), scale=1.0))
+
+    with pytest.raises(ModelUnsupportedError, match="paged logits differ from transformers' by"):
+        assemble(small)
+
+
 @pytest.mark.parametrize("argument", ["softcap", "s_aux", "position_bias", "attention_mask"])
 def test_attention_that_asks_for_what_we_do_not_compute_is_refused_by_name(argument: str) -> None:
     """The configuration did not tell of it, the model's own call does."""
