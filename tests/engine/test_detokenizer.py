@@ -89,6 +89,31 @@ def pieces_of(detokenizer: Detokenizer, token_ids) -> list[str]:
 
 
 @pytest.mark.parametrize("text", TEXTS)
+def test_tokens_in_handfuls_spell_what_they_spell_one_by_one(byte_level, text):
+    rng = random.Random(text)
+    for token_ids in (byte_level.encode(text).ids, byte_tokens(byte_level, text.encode())):
+        for _ in range(5):
+            detokenizer, left, pieces = Detokenizer(byte_level), list(token_ids), []
+            while left:
+                count = rng.randrange(1, 8)
+                pieces.append(detokenizer.push_all(left[:count]))
+                left = left[count:]
+            pieces.append(detokenizer.flush())
+
+            assert text == "".join(pieces)
+            assert text.count("\ufffd") == sum(piece.count("\ufffd") for piece in pieces)
+
+
+def test_handfuls_of_skipped_and_unknown_tokens_are_no_text(byte_level):
+    end, beyond = byte_level.token_to_id(END), 10_000
+    hello = byte_level.encode("Hello").ids
+    detokenizer = Detokenizer(byte_level)
+
+    assert detokenizer.push_all([end, beyond]) == ""
+    assert detokenizer.push_all([end, *hello, beyond]) == "Hello"
+
+
+@pytest.mark.parametrize("text", TEXTS)
 def test_pieces_add_up_to_the_text_and_hold_whole_characters(byte_level, text):
     trained = byte_level.encode(text).ids
     for token_ids in (trained, byte_tokens(byte_level, text.encode())):

@@ -11,6 +11,7 @@ from support.fake_engine import finished, token
 from gralora.v1 import generation_pb2
 from gralora_runtime.errors import DeadlineExceededError
 from gralora_runtime.request import Delta, Started
+from gralora_runtime.stream import RequestStream
 from gralora_server.delivery import collect, deliver, merged
 from gralora_server.errors import StalledClientError
 
@@ -91,3 +92,36 @@ async def test_collecting_joins_everything() -> None:
     assert whole.token_ids == (1, 2)
     assert whole.started is STARTED.started
     assert whole.finished.output_tokens == 2
+
+
+async def everybody_else() -> None:
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+
+async def test_messages_hold_more_tokens_while_the_client_is_behind_and_one_when_there_is_room() -> None:
+    """Nothing is lost and nothing changes places; the engine never waits."""
+    tokens = RequestStream("r1", lambda _: None)
+    sizes: list[int] = []
+    received: list[int] = []
+    room = asyncio.Event()
+
+    async def write(message: generation_pb2.StreamGenerateResponse) -> None:
+        await room.wait()
+        sizes.append(len(message.token_ids))
+        received.extend(message.token_ids)
+
+    delivering = asyncio.create_task(deliver(tokens, write, request_id="r1", min_tokens=1, write_timeout_s=10))
+    for index in range(10):  # the first is being written, which takes as long as these
+        tokens.put(token(index))
+        await everybody_else()
+    room.set()
+    for index in range(10, 15):
+        await everybody_else()
+        tokens.put(token(index))
+    await everybody_else()
+    tokens.put(finished())
+    await delivering
+
+    assert received == list(range(15))
+    assert sizes == [1, 9, *[1] * 5, 0]
