@@ -144,6 +144,8 @@ def assemble(config: EngineConfig, base: BaseModel | None = None) -> EngineParts
         from gralora_runtime.stepping.device_executor import OnDevice
 
         sampler = DeviceSampler(vocab_size=vocab_size, max_rows=config.max_num_seqs, device=device)
+        if device.type == "cuda":
+            sampler.warm_up(torch.float32)  # what programs return
         executor = OnDevice(runner, sampler, observation)
     elif pipelined:
         executor = Beside(runner, observation, prepare_thread)

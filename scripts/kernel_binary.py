@@ -15,7 +15,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from gralora_kernels.triton_ops import activation, attention_launch, norm, product, rotary
+from gralora_kernels.triton_ops import activation, attention_launch, norm, product, rotary, sampling_launch, tokens
 from gralora_kernels.triton_ops.adapters.launch import variants as adapter_variants
 from gralora_kernels.triton_ops.variant import ELEMENT_NAMES, Variant
 
@@ -33,7 +33,9 @@ KERNELS = (
     rotary.variants,
     attention_launch.variants,
     activation.variants,
+    tokens.variants,
     product.variants,
+    sampling_launch.variants,
 )
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -14,12 +15,14 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu_check import Check
-from benchmarks.gpu_check.clock import device
+from benchmarks.gpu_check.clock import device, device_ms, kernel_us
 from gralora_kernels.dispatch import resolve_backend
 from gralora_kernels.grouping import Grouping
 from gralora_kernels.reference import rows as twins
+from gralora_kernels.reference import sampling as sampling_twin
 from gralora_kernels.reference.adapters import ReferenceBackend
 from gralora_kernels.reference.attention import attention_in_rows
+from gralora_kernels.sampling_rules import Rules, SamplingRules, rule, with_biases
 from gralora_kernels.tables import ALIGNMENT, ARENA_SLACK, Entry, GroupTable
 from gralora_kernels.triton_ops import attention_launch
 from gralora_kernels.triton_ops.activation import gated_activation
@@ -28,6 +31,7 @@ from gralora_kernels.triton_ops.attention_launch import AttentionShape, PagedAtt
 from gralora_kernels.triton_ops.norm import add_rms_norm, rms_norm_rows
 from gralora_kernels.triton_ops.product import linear
 from gralora_kernels.triton_ops.rotary import rotate_and_store
+from gralora_kernels.triton_ops.sampling_launch import RowSampler
 from gralora_kernels.work import plan_work
 
 BOUNDS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}  # RMS error over RMS
@@ -82,6 +86,10 @@ def checks(dtype: torch.dtype) -> Iterator[Check]:
         yield f"attention {kind} {heads}, soft cap", partial(_attention, heads, dtype, (0, 5), 30.0)
     yield f"norm, rotary, activation {kind}", partial(_rows, dtype)
     yield f"batch-invariant product {kind}", partial(_product, dtype)
+    for vocab in (128256, 50257) if on_gpu else (257,):
+        yield f"sampling {kind} of {vocab} against its twin", partial(_sampling, vocab, dtype)
+    if dtype == torch.bfloat16:
+        yield f"sampling {kind}, 128 rows of 128256: times", partial(_sampling_times, 128, 128256, dtype)
     if dtype == torch.float32:
         yield "lists made by the device", _lists
 
@@ -299,6 +307,77 @@ def _product(dtype: torch.dtype) -> str:
     for out in results:
         _assert_same(out, results[-1][: len(out)], f"{len(out)} rows depend on their number")
     return f"RMS error {worst:.1e}; {BITS} of a row do not depend on how many there are"
+
+
+PENALTIES: dict[str, Any] = {"repetition_penalty": 1.3, "frequency_penalty": 0.2, "presence_penalty": 0.5}
+FILTERS: dict[str, Any] = {"temperature": 0.8, "top_k": 50, "top_p": 0.95, "min_p": 0.02}
+RULES: list[dict[str, Any]] = [
+    {}, {"temperature": 1.0}, {"temperature": 1.0, "top_k": 40}, {"temperature": 2.0, "top_p": 0.9},
+    {"temperature": 0.7, "min_p": 0.05}, FILTERS, PENALTIES, {**FILTERS, **PENALTIES},
+    {"temperature": 30.0, "top_p": 0.5},
+]  # fmt: skip
+NUDGE = 1e-5  # of a random number: exponentials differ in their last bits
+
+
+def _sampling(vocab: int, dtype: torch.dtype) -> str:
+    """Rows of every kind side by side, on logits that are often equal."""
+    count = 4 if torch.cuda.is_available() else 1
+    rows = np.concatenate([rule(**one, num_top=i % 2 * 6 - 1) for i, one in enumerate(RULES * count)])
+    random = np.random.default_rng(0)
+    rows["uniform"], rows["history_slot"] = random.random(len(rows)), np.arange(len(rows))[::-1]
+    biases = [{3: 5.0, vocab - 1: 6.0, 7: -np.inf} if i % 3 else {} for i in range(len(rows))]
+    logits = _random(len(rows), vocab, dtype=torch.float32).mul(3).to(dtype)
+    history = torch.randint(-9, 4, (len(rows), vocab), dtype=torch.int32, device=device()).clamp(min=0)
+    before, sampler = history.clone().cpu(), RowSampler(vocab, len(rows), device())
+    found = sampler.sample(logits, with_biases(rows, biases), history)
+    tokens, differing = found.tokens.cpu(), 0
+    low, middle, high = (_twins(logits, rows, biases, before, nudge) for nudge in (-NUDGE, 0, NUDGE))
+    added = history.cpu() - before
+    logprobs = torch.log_softmax(logits.cpu().double(), -1)
+    for row, (token, expected) in enumerate(zip(tokens.tolist(), middle, strict=True)):
+        assert low[row].token <= token <= high[row].token, f"row {row}: {token}, the twin's is {expected.token}"
+        differing += token != expected.token
+        ends = float(found.peaks[row]), float(found.bests[row])
+        assert ends == (float(expected.peak), float(expected.best)), f"row {row}: largest logit and score {ends}"
+        slot = int(rows["history_slot"][row])
+        assert int(added[slot].sum()) == int(added[slot, token]) == 2, f"row {row}: history"
+        if expected.logprob is not None:
+            ids, values = zip(*expected.top, strict=True)
+            assert list(ids) == found.top_ids[row, : len(ids)].tolist(), f"row {row}: the likeliest tokens"
+            wanted = torch.tensor([*values, float(logprobs[row, token])])
+            actual = torch.cat([found.top_logprobs[row, : len(ids)].cpu(), found.logprobs[row : row + 1].cpu()])
+            torch.testing.assert_close(actual, wanted, rtol=1e-5, atol=1e-4)
+    return f"{len(rows)} rows; {differing} tokens differ, within {NUDGE:g} of a boundary"
+
+
+def _twins(
+    logits: Tensor, rows: Rules, biases: list[dict[int, float]], history: Tensor, nudge: float
+) -> list[sampling_twin.SampledRow]:
+    rows = rows.copy()
+    rows["uniform"] = np.clip(rows["uniform"] + nudge, 0, 1 - 2**-53)
+    return sampling_twin.sample(logits, with_biases(rows, biases), history.clone())
+
+
+def _sampling_times(rows: int, vocab: int, dtype: torch.dtype) -> str:
+    """Microseconds of the device, beside those of reading logits, and histories where there are any, once. Other parts
+    run meanwhile: all of it is slower than alone, the floor too."""
+    logits = _random(rows, vocab, dtype=torch.float32).mul(3).to(dtype)
+    history = torch.randint(-9, 4, (rows, vocab), dtype=torch.int32, device=device()).clamp(min=0)
+    sampler, numbers = RowSampler(vocab, rows, device()), torch.zeros(1 << 28, device=device())
+    read_us = 1e3 * device_ms(numbers.sum, 10) / numbers.nbytes
+    found = []
+    kinds = {"greedy": {}, "filters": FILTERS, "everything": {**FILTERS, **PENALTIES, "num_top": 5}}
+    for name, one in kinds.items():
+        rules = np.repeat(rule(**one), rows)
+        rules["uniform"] = np.random.default_rng(0).random(rows)
+        rules["history_slot"] = np.arange(rows) if name == "everything" else -1
+        numel_bytes = logits.nbytes + (history.nbytes if name == "everything" else 0)
+        work = partial(sampler.sample, logits, SamplingRules(rules), history)
+        work()
+        kernels = {kernel.split("_")[0]: us for kernel, (_, us) in kernel_us(work).items() if "_kernel" in kernel}
+        parts = ", ".join(f"{kernel} {us:.0f}" for kernel, us in kernels.items())
+        found.append(f"{name} {sum(kernels.values()):.0f} us (floor {read_us * numel_bytes:.0f}): {parts}")
+    return "; ".join(found)
 
 
 def _lists() -> str:

@@ -88,6 +88,15 @@ class DeviceSampler:
         """int32 [max_rows], on the device: what the rows of the last step chose."""
         return self._rows.sampled.tokens
 
+    def warm_up(self, dtype: torch.dtype) -> None:
+        """Compile every kernel, so that no request waits for it."""
+        logits = torch.zeros(1, self._shape[1], dtype=dtype, device=self._device)
+        history = torch.zeros(1, self._shape[1], dtype=torch.int32, device=self._device)
+        everything = rule(temperature=1.0, top_k=5, repetition_penalty=1.1, num_top=1)
+        everything["history_slot"] = 0
+        self._rows.sample(logits, SamplingRules(rule()))
+        self._rows.sample(logits, SamplingRules(everything), history)
+
     def sample(self, logits: Tensor, states: Sequence[SamplerState], seats: Sequence[int]) -> Results:
         """Row i of `logits` [rows, vocab] by `states[i]`, which has `seats[i]` to itself."""
         for state, seat in zip(states, seats, strict=True):

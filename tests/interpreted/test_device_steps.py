@@ -50,9 +50,7 @@ def test_tokens_follow_where_they_are_unknown_and_only_there():
 @pytest.mark.parametrize("build", ["llama", "gpt2"])
 def test_pipelined_steps_choose_on_the_device_what_the_host_chooses_step_after_step(build, tmp_path):
     """For GPT-2 by transformers' forward pass."""
-    with serving(
-        build, tmp_path / "model", tmp_path / "adapters", cuda_graphs=(2, 4), pipeline="on", **SIZES
-    ) as served:
+    with serving(build, tmp_path / "model", tmp_path / "adapters", cuda_graphs=(2, 4), **SIZES) as served:
         on_device = served.parts.engine
         assert isinstance(on_device.executor, OnDevice)
         assert on_device.pipelined

@@ -24,6 +24,7 @@ for variant in {variant.function: variant for variant in kernel_binary.variants(
     print(compiled.asm["ptx"])
 """
 EARLY = {"norm_kernel", "rotate_and_store_kernel", "attention_kernel", "merge_kernel", "gated_activation_kernel"}
+EARLY |= {"scan_kernel", "weigh_kernel", "gather_kernel", "choose_kernel", "tops_kernel", "report_kernel"}
 
 
 def test_nothing_is_read_or_written_before_the_kernel_before_has_ended():
