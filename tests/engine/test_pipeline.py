@@ -338,9 +338,9 @@ def test_so_does_a_thread_beside_whose_steps_take_any_time(schedule: tuple[Wante
     check(schedule, beside, run(schedule, pipelined=False, num_pages=12))
 
 
-def ending(reason: FinishReason, *, stop_string: bool = False, least: int = 3) -> Wanted:
+def ending(reason: FinishReason, *, stop_string: bool = False, least: int = 3, step: int = 1) -> Wanted:
     """A request that ends so, not at once."""
-    for number in range(600):
+    for number in range(0, 600, step):
         answer = undisturbed(Wanted(number))
         has_string = getattr(answer.end, "stop_string", None) is not None
         is_early = len(answer.tokens) < 1 + number % 9 or reason is FinishReason.LENGTH
@@ -415,7 +415,8 @@ def test_a_slot_is_cleared_behind_the_step_that_was_launched_for_nobody() -> Non
 
 
 def test_an_id_that_is_used_again_at_once_gets_nothing_of_the_row_before() -> None:
-    first, second = ending(FinishReason.STOP), ending(FinishReason.LENGTH)
+    # The second has no adapter, and so waits for no slot.
+    first, second = ending(FinishReason.STOP), ending(FinishReason.LENGTH, step=4)
     engines = Engines(pipelined=True)
     engines.add(first, "same")
     while "same" in engines.open:
