@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--no-grpc", action="store_true", help="in process alone")
     parser.add_argument("--json", type=Path, help="where to write the result")
     options = parser.parse_args()
-    console = Console()
+    console = Console(width=150)
     result: dict[str, Any] = {"machine": facts(), "busy_share_before": busy_share(), "T_ms": options.step_ms}
     result["rows"] = in_process(options.rows, options.step_ms, options.rounds)
     show(console, "In process", result["rows"])
