@@ -138,21 +138,31 @@ def assemble(config: EngineConfig, base: BaseModel | None = None) -> EngineParts
         _use_threads(num_threads, device)
 
     observation = StepObservation()
-    executor: Executor
-    if backend.name == "triton":
-        from gralora_runtime.sampling.device import DeviceSampler
-        from gralora_runtime.stepping.device_executor import OnDevice
-
-        sampler = DeviceSampler(vocab_size=vocab_size, max_rows=config.max_num_seqs, device=device)
-        if device.type == "cuda":
-            sampler.warm_up(torch.float32)  # what programs return
-        executor = OnDevice(runner, sampler, observation)
-    elif pipelined:
-        executor = Beside(runner, observation, prepare_thread)
-    else:
-        executor = InTurn(runner, observation)
+    executor = _device_executor(runner, observation, info, device, backend)
+    if executor is None:
+        pipelined = pipelined and device.type == "cpu"
+        executor = Beside(runner, observation, prepare_thread) if pipelined else InTurn(runner, observation)
     engine = Engine(scheduler, batch, executor, observation, fence, pipelined=pipelined)
     return EngineParts(engine, runner, adapters, base, prompts, info, prepare_thread)
+
+
+def _device_executor(
+    runner: Runner, observation: StepObservation, info: EngineInfo, device: torch.device, backend: AdapterBackend
+) -> Executor | None:
+    """None where sampling is the host's."""
+    if backend.name != "triton":
+        return None
+    from gralora_kernels.triton_ops.sampling_launch import MAX_VOCAB
+    from gralora_runtime.sampling.device import DeviceSampler
+    from gralora_runtime.stepping.device_executor import OnDevice
+
+    if info.vocab_size > MAX_VOCAB:
+        logger.warning("sampled on the host, step after step: %d tokens are more than %d", info.vocab_size, MAX_VOCAB)
+        return None
+    sampler = DeviceSampler(vocab_size=info.vocab_size, max_rows=info.max_num_seqs, device=device)
+    if device.type == "cuda":
+        sampler.warm_up(torch.float32)  # what programs return
+    return OnDevice(runner, sampler, observation)
 
 
 def resolve_device(name: str) -> torch.device:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from support.served import Served, serving
 
+from gralora_kernels.triton_ops import sampling_launch
 from gralora_kernels.triton_ops.tokens import follow
 from gralora_runtime.assemble import EngineParts
 from gralora_runtime.detokenizer import Detokenizer
@@ -70,6 +71,17 @@ def test_pipelined_steps_choose_on_the_device_what_the_host_chooses_step_after_s
             assert [pair[0] for pair in one.top] == [pair[0] for pair in other.top]
             assert other.logprob == pytest.approx(one.logprob, abs=1e-4)
     assert len(logprobs(expected["1"])) == len(tokens(expected["1"]))
+
+
+def test_a_vocabulary_that_is_too_large_for_the_device_is_sampled_on_the_host(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(sampling_launch, "MAX_VOCAB", 100)
+    with serving("llama", tmp_path / "model", tmp_path / "adapters", cuda_graphs=(), **SIZES) as served:
+        found = answers(served, served.parts.engine)
+        served.parts.engine.close()
+
+    assert not isinstance(served.parts.engine.executor, OnDevice)
+    assert "sampled on the host, step after step: " in caplog.text
+    assert len(tokens(found["0"])) == 5
 
 
 def answers(served: Served, engine: Engine) -> dict[str, list[Delta]]:

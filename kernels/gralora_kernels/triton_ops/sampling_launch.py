@@ -25,6 +25,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "hip": {"num_warps": 8, "enable_fp_fusion": False},
 }
 SPLITS, OCTAVES, TOPS = (size.value for size in (kernels.SPLITS, kernels.OCTAVES, kernels.TOPS))
+MAX_VOCAB = SPLIT * SPLITS
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +48,8 @@ class RowSampler:
     """Samples steps of at most `max_rows` rows. Calls belong on one stream."""
 
     def __init__(self, vocab: int, max_rows: int, device: torch.device) -> None:
-        if vocab > SPLIT * SPLITS:
-            raise ValueError(f"a vocabulary of {vocab} tokens is too large for sampling, which takes {SPLIT * SPLITS}")
+        if vocab > MAX_VOCAB:
+            raise ValueError(f"a vocabulary of {vocab} tokens is too large for sampling, which takes {MAX_VOCAB}")
         self._vocab = vocab
         self._max_rows = max_rows
         self._device = device
