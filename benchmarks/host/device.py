@@ -167,6 +167,6 @@ class _Nothing:
 @contextmanager
 def _nothing_is_launched() -> Iterator[None]:
     """Triton's backend works without a GPU only under the interpreter, whose launches would be the host's."""
-    runtime = triton.knobs.runtime
-    with mock.patch.object(launch, "list_kernel", _Nothing()), mock.patch.object(runtime, "interpret", True):
+    with mock.patch.object(launch, "list_kernel", _Nothing()), triton.knobs.runtime.scope():
+        triton.knobs.runtime.interpret = True
         yield

@@ -81,7 +81,7 @@ def no_steps() -> None:
     """For whoever computes none, or none that has not ended when it returns."""
 
 
-def transfer_to(device: torch.device, wait_for_steps: Callable[[], None]) -> Transfer:
+def transfer_to(device: torch.device, wait_for_steps: Callable[[], None] = no_steps) -> Transfer:
     """The one way in which a device is filled. `wait_for_steps` returns when those that are on their way have ended."""
     if device.type == "cpu":
         return HostTransfer(wait_for_steps)
