@@ -110,9 +110,11 @@ def test_graphs_compute_what_launches_compute_while_rows_come_and_go(decoding, m
     replayed, launched = [], []
     replay, launch = GpuRunner._replay, GpuRunner._launch
     monkeypatch.setattr(
-        GpuRunner, "_replay", lambda self, step, rung: replayed.append(rung) or replay(self, step, rung)
+        GpuRunner, "_replay", lambda self, step, rung, newest: replayed.append(rung) or replay(self, step, rung, newest)
     )
-    monkeypatch.setattr(GpuRunner, "_launch", lambda self, step: launched.append(self) or launch(self, step))
+    monkeypatch.setattr(
+        GpuRunner, "_launch", lambda self, step, newest: launched.append(self) or launch(self, step, newest)
+    )
     for count in (1, 3, 2, 5, 4, 3, 1, 2):
         decoding.come_and_go(count)
         one, other = decoding.logits()

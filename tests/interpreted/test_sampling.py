@@ -346,8 +346,8 @@ def test_many_biases_reach_their_tokens_in_any_split():
 def test_a_step_without_rows_and_a_vocabulary_that_is_too_large():
     RowSampler(257, 4, CPU).sample(torch.empty(0, 257), SamplingRules(np.empty(0, RULE)))
 
-    with pytest.raises(ValueError, match="a vocabulary of 8193 tokens is too large for sampling, which takes 8192"):
-        RowSampler(8193, 4, CPU)
+    with pytest.raises(ValueError, match="a vocabulary of 262145 tokens is too large for sampling, which takes 262144"):
+        RowSampler(262_145, 4, CPU)
 
 
 def test_memory_that_is_reserved_does_not_grow():
