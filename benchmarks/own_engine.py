@@ -10,13 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.measurement import Answer, Run
+from benchmarks.sequences import make_sequence
 from benchmarks.workload import Request
 from gralora_runtime.adapters.lease import AdapterLease
 from gralora_runtime.assemble import assemble
 from gralora_runtime.config import EngineConfig
 from gralora_runtime.detokenizer import Detokenizer
-from gralora_runtime.request import Delta, ResponseParams, SamplingParams, StoppingParams
-from gralora_runtime.sampling.state import SamplerState
+from gralora_runtime.request import Delta, ResponseParams
 from gralora_runtime.sequence import Sequence as EngineSequence
 
 Deltas = dict[str, list[tuple[float, Delta]]]  # by request, with when each came
@@ -109,30 +109,16 @@ class OwnEngine:
         self.parts.adapters.close()
 
     def _sequence(self, request: Request, lease: AdapterLease, response: ResponseParams) -> EngineSequence:
-        sampling, stopping = SamplingParams(temperature=0.0), StoppingParams(ignore_eos=True)
         base = self.parts.base
-        state = SamplerState(
-            sampling,
-            stopping,
-            response,
-            seed=0,
-            prompt_token_ids=request.prompt,
-            eos_token_ids=base.eos_token_ids,
-            vocab_size=self.parts.info.vocab_size,
-        )
-        return EngineSequence(
-            request_id=f"bench-{next(self._ids)}",
-            adapter_name=lease.name,
-            tokens=list(request.prompt),
-            num_prompt=len(request.prompt),
+        return make_sequence(
+            f"bench-{next(self._ids)}",
+            list(request.prompt),
+            lease,
             max_tokens=request.max_tokens,
-            stopping=stopping,
+            vocab_size=self.parts.info.vocab_size,
             eos_token_ids=base.eos_token_ids,
-            lease=lease,
-            sampler=state,
+            response=response,
             detokenizer=Detokenizer(base.tokenizer),
-            arrival_s=time.monotonic(),
-            seed=0,
         )
 
 

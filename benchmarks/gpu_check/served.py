@@ -7,13 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
-import itertools
-import os
-import sys
 import threading
 import time
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -23,12 +20,13 @@ import numpy as np
 from benchmarks.gpu_check.clock import step_times
 from benchmarks.gpu_check.engines import CheckedEngine, Kind
 from benchmarks.gpu_check.speed import DTYPE, ON_GPU, engine_sizes
+from benchmarks.host.streams import ask, clients_of, window
+from benchmarks.sequences import GREEDY, Everybody, make_sequence
 from benchmarks.worker import Worker
-from gralora_runtime.adapters.lease import BASE_LEASE, AdapterLease
+from gralora_runtime.adapters.lease import AdapterLease
 from gralora_runtime.async_engine import AsyncEngine
 from gralora_runtime.config import EngineConfig
-from gralora_runtime.request import ResponseParams, SamplingParams, StoppingParams
-from gralora_runtime.sampling.state import SamplerState
+from gralora_runtime.request import SamplingParams
 from gralora_runtime.sequence import Sequence as EngineSequence
 
 SHAPE = "llama-3-8b" if ON_GPU else "tiny"
@@ -53,9 +51,9 @@ def served(_: object) -> Iterator[Case]:
     if missing := [name for name in CLIENTS_NEED if importlib.util.find_spec(name.split(".")[0]) is None]:
         yield {"what": "skipped", "shape": "served behind gRPC", "reason": f"needs {', '.join(missing)}"}
         return
-    with _Service(engine, kinds) as ask:
+    with _Service(engine, kinds) as address, clients_of(address, CLIENTS) as clients:
         for count in counts:
-            yield _case("gRPC", count, bounds[count], ask(count))
+            yield _case("gRPC", count, bounds[count], _through_grpc(engine, clients, count))
     engine.close()
 
 
@@ -69,9 +67,6 @@ def _case(way: str, streams: int, step_ms: float, tokens_per_s: float) -> Case:
 def _step_ms(engine: CheckedEngine, rows: int, kinds: list[Kind]) -> float:
     plan = engine.plan(list(range(rows)), kinds, context=PROMPT + TOKENS // 2)
     return step_times(partial(engine.runner.execute, engine.batch.build(plan)))["step_ms"]
-
-
-_serials = itertools.count(1)
 
 
 def _lease(engine: CheckedEngine, slot: int, kinds: list[Kind]) -> AdapterLease:
@@ -99,93 +94,60 @@ def _in_process(engine: CheckedEngine, rows: int, kinds: list[Kind]) -> float:
     return tokens / taken_s
 
 
+def _through_grpc(engine: CheckedEngine, clients: Sequence[Worker], streams: int) -> float:
+    """The same of streams of clients in other processes."""
+    asked = [
+        {"token_ids": _prompt(engine, number), "adapter": str(number), "max_tokens": TOKENS}
+        for number in range(streams)
+    ]  # fmt: skip
+    answers = ask(clients, asked)
+    if any(len(answer["tokens"]) != TOKENS for answer in answers):
+        raise AssertionError("a stream ended early")
+    return window(answers).tokens_per_s
+
+
 def _sequence(engine: CheckedEngine, number: int, lease: AdapterLease) -> EngineSequence:
-    prompt = np.random.default_rng(number).integers(0, engine.vocab_size, PROMPT).tolist()
-    sampling = SamplingParams(temperature=0.0) if number % 2 == 0 else SamplingParams(temperature=0.8, top_p=0.95)
-    stopping = StoppingParams(ignore_eos=True)
-    return EngineSequence(
-        request_id=f"check-{next(_serials)}", adapter_name=lease.name, tokens=prompt, num_prompt=PROMPT,
-        max_tokens=2 * TOKENS, stopping=stopping, eos_token_ids=frozenset({1}), lease=lease,
-        sampler=SamplerState(
-            sampling, stopping, ResponseParams(), seed=number, prompt_token_ids=prompt, eos_token_ids=(1,),
-            vocab_size=engine.vocab_size,
-        ),
-        detokenizer=None, arrival_s=time.monotonic(), seed=number,
-    )  # fmt: skip
+    sampling = GREEDY if number % 2 == 0 else SamplingParams(temperature=0.8, top_p=0.95)
+    return make_sequence(
+        f"check-{number}",
+        _prompt(engine, number),
+        lease,
+        max_tokens=2 * TOKENS,
+        vocab_size=engine.vocab_size,
+        eos_token_ids=engine.parts.base.eos_token_ids,
+        sampling=sampling,
+        seed=number,
+    )
 
 
-class _Filled:
-    """In the place of the adapters' manager: slots that were filled, named by their numbers."""
-
-    def __init__(self, engine: CheckedEngine, kinds: list[Kind]) -> None:
-        self._engine, self._kinds = engine, kinds
-
-    def acquire(self, name: str) -> Future[AdapterLease]:
-        future: Future[AdapterLease] = Future()
-        future.set_result(_lease(self._engine, int(name), self._kinds) if name else BASE_LEASE)
-        return future
-
-    def abandon(self, acquired: Future[AdapterLease]) -> None:
-        """Nothing was taken."""
-
-    def close(self) -> None:
-        """The engine's own manager is closed by whoever made it."""
+def _prompt(engine: CheckedEngine, number: int) -> list[int]:
+    found: list[int] = np.random.default_rng(number).integers(0, engine.vocab_size, PROMPT).tolist()
+    return found
 
 
 class _Service:
-    """The real service on a thread of this process. `with` gives what asks it for streams and says tokens a second."""
+    """The real service on a thread of this process. `with` gives its address."""
 
     def __init__(self, engine: CheckedEngine, kinds: list[Kind]) -> None:
         self._engine, self._kinds = engine, kinds
         self._address: Future[str] = Future()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()))
 
-    def __enter__(self) -> Any:
+    def __enter__(self) -> str:
         self._thread.start()
-        address = self._address.result(60)
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-        command = [sys.executable, "-m", "benchmarks.host.client", address]
-        self._clients = [Worker(command, environment=environment) for _ in range(CLIENTS)]
-        return self._ask
+        return self._address.result(60)
 
     def __exit__(self, *_: object) -> None:
-        for client in self._clients:
-            client.__exit__(None, None, None)
         self._loop.call_soon_threadsafe(self._done.set)
         self._thread.join()
-
-    def _ask(self, streams: int) -> Any:
-        asked = [
-            {
-                "token_ids": np.random.default_rng(number).integers(0, self._engine.vocab_size, PROMPT).tolist(),
-                "adapter": str(number),
-                "max_tokens": TOKENS,
-            }
-            for number in range(streams)
-        ]
-        with ThreadPoolExecutor(CLIENTS) as threads:
-            parts = list(
-                threads.map(lambda n: self._clients[n].ask({"streams": asked[n::CLIENTS]})["streams"], range(CLIENTS))
-            )
-        answers = [answer for part in parts for answer in part]
-        if any(len(answer["tokens"]) != TOKENS for answer in answers):
-            raise AssertionError("a stream ended early")
-        begin_s = max(answer["times_s"][0] for answer in answers)
-        end_s = min(answer["times_s"][-1] for answer in answers)
-        tokens = sum(
-            count
-            for answer in answers
-            for time_s, count in zip(answer["times_s"], answer["counts"], strict=True)
-            if begin_s < time_s <= end_s
-        )
-        return tokens / (end_s - begin_s)
 
     async def _serve(self) -> None:
         from gralora_server.config import ServerConfig
         from gralora_server.service import GrpcServer
 
         self._loop, self._done = asyncio.get_running_loop(), asyncio.Event()
-        parts = replace(self._engine.parts, adapters=_Filled(self._engine, self._kinds))  # type: ignore[arg-type]
+        adapters = Everybody(lambda name: _lease(self._engine, int(name), self._kinds))
+        parts = replace(self._engine.parts, adapters=adapters)  # type: ignore[arg-type]
         sizes = {"max_num_seqs": parts.info.max_num_seqs, "max_num_batched_tokens": parts.info.max_num_batched_tokens}
         served = AsyncEngine(parts, EngineConfig(model=parts.info.model, **sizes))  # type: ignore[arg-type]
         server = GrpcServer(ServerConfig(port=0))

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 import triton
 
-from gralora_kernels.grouping import Grouping
 from gralora_kernels.tables import ALIGNMENT, Entry, TableSet
 from gralora_kernels.triton_ops.adapters import launch
 from gralora_kernels.triton_ops.adapters.launch import TritonBackend
@@ -32,6 +31,7 @@ VOCAB = 49152  # of the tokenizer that makes the text
 LAYERS, HIDDEN, INTERMEDIATE, KV = 32, 4096, 14336, 1024  # Llama-3-8B's
 KINDS = ((16, 4), (16, 1), (8, 2), (32, 4), (64, 1))  # r, k of customers' adapters
 MAX_WIDTH = 512
+EOS = frozenset({2})
 
 
 def next_token(token: Any, position: Any, slot: Any) -> Any:
@@ -70,8 +70,9 @@ class Programs:
                 for tile in (1, 16)
             }
 
-    def prepare(self, tensors: StepTensors, grouping: Grouping) -> None:
+    def prepare(self, tensors: StepTensors) -> None:
         """As `GpuRunner` does before it launches or replays."""
+        grouping = tensors.grouping
         is_decode = tensors.max_query_len == 1
         attention = self._frozen_attention if is_decode else self._attention
         if grouping.num_adapted:
@@ -100,6 +101,7 @@ class Device:
         self.step_s = step_s
         self.idle_s = 0.0
         self.ends_s: list[float] = []  # of each step
+        self.first_steps: dict[int, int] = {}  # by adapter slot: the step that made its newest request's first token
         self._free_s = time.perf_counter()
 
     def launch(self) -> float:
@@ -114,12 +116,14 @@ class Device:
 class PretendExecutor:
     """Launches at once; whoever waits sleeps until the step has ended. Tokens are those of `next_token`."""
 
-    def __init__(self, device: Device, programs: Programs, observation: StepObservation) -> None:
+    def __init__(self, device: Device, programs: Programs, observation: StepObservation, *, num_prompt: int) -> None:
+        """`num_prompt`: tokens of every prompt."""
         self._device, self._programs, self._observation = device, programs, observation
+        self._last_of_prompt = num_prompt - 1
         self._newest = np.zeros(0, np.int64)
 
     def launch(self, tensors: StepTensors, states: Sequence[SamplerState], seats: Sequence[int]) -> Waiting:  # noqa: ARG002
-        self._observation.timed(Phase.FORWARD, self._programs.prepare, tensors, tensors.grouping)
+        self._observation.timed(Phase.FORWARD, self._programs.prepare, tensors)
         ends_s = self._device.launch()
         self._newest = self._tokens(tensors)
         for state in states:
@@ -137,8 +141,10 @@ class PretendExecutor:
         slots = np.full(len(ids), -1)
         grouping = tensors.grouping
         slots[grouping.order] = np.repeat(grouping.slots, np.diff(grouping.starts))
-        index = tensors.logits_index.numpy()
-        return next_token(ids, tensors.position_ids[0].numpy(), slots)[index]
+        index, positions = tensors.logits_index.numpy(), tensors.position_ids[0].numpy()
+        for slot in slots[index][positions[index] == self._last_of_prompt].tolist():
+            self._device.first_steps[slot] = len(self._device.ends_s) - 1
+        return next_token(ids, positions, slots)[index]
 
 
 class Waiting:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from benchmarks.host.device import MAX_WIDTH, VOCAB, Device, PretendExecutor, Programs, next_token
+from benchmarks.host.device import EOS, MAX_WIDTH, VOCAB, Device, PretendExecutor, Programs, next_token
+from benchmarks.sequences import make_sequence
 from gralora_runtime.adapters.lease import BASE_LEASE, AdapterLease
 from gralora_runtime.observation.steps import Phase, StepObservation
 from gralora_runtime.pages import PagePool
-from gralora_runtime.request import ResponseParams, SamplingParams, StoppingParams
-from gralora_runtime.sampling.state import SamplerState
 from gralora_runtime.scheduler import Scheduler
 from gralora_runtime.sequence import Sequence as EngineSequence
 from gralora_runtime.stepping.batch import BatchBuilder
@@ -40,7 +38,7 @@ def make_engine(rows: int, step_s: float, *, pipelined: bool) -> tuple[Engine, D
         now_s=time.monotonic,
     )
     batch = BatchBuilder(max_num_tokens=max_tokens, page_size=PAGE_SIZE, slot_generation=lambda _: 1)
-    executor = PretendExecutor(device, programs, observation)
+    executor = PretendExecutor(device, programs, observation, num_prompt=PROMPT)
     return Engine(scheduler, batch, executor, observation, StepFence(), pipelined=pipelined), device
 
 
@@ -115,29 +113,23 @@ def check(tokens: Sequence[int], num_prompt: int, slot: int) -> None:
         assert tokens[position + 1] == expected, f"token {position + 1} is {tokens[position + 1]}, not {expected}"
 
 
-_serials = itertools.count(1)
+def lease_of(slot: int) -> AdapterLease:
+    """Of an adapter that is nothing but its slot; -1 is the base model."""
+    if slot < 0:
+        return BASE_LEASE
+    return AdapterLease(str(slot), str(slot), slot, generation=1, width=MAX_WIDTH // 4, serial=0)
+
+
+def prompt_of(number: int) -> list[int]:
+    return np.random.default_rng(number).integers(0, VOCAB, PROMPT).tolist()  # type: ignore[no-any-return]
 
 
 def _sequence(number: int, slot: int, steps: int) -> EngineSequence:
-    prompt = np.random.default_rng(number).integers(0, VOCAB, PROMPT).tolist()
-    stopping = StoppingParams(ignore_eos=True)
-    lease = BASE_LEASE
-    if slot >= 0:
-        lease = AdapterLease(str(slot), str(slot), slot, generation=1, width=MAX_WIDTH // 4, serial=next(_serials))
-    return EngineSequence(
-        request_id=f"r{number}",
-        adapter_name=lease.name,
-        tokens=prompt,
-        num_prompt=PROMPT,
+    return make_sequence(
+        f"r{number}",
+        prompt_of(number),
+        lease_of(slot),
         max_tokens=steps + 64,
-        stopping=stopping,
-        eos_token_ids=frozenset({2}),
-        lease=lease,
-        sampler=SamplerState(
-            SamplingParams(temperature=0.0), stopping, ResponseParams(), seed=0, prompt_token_ids=prompt,
-            eos_token_ids=(2,), vocab_size=VOCAB,
-        ),
-        detokenizer=None,
-        arrival_s=time.monotonic(),
-        seed=0,
-    )  # fmt: skip
+        vocab_size=VOCAB,
+        eos_token_ids=EOS,
+    )

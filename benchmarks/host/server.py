@@ -1,7 +1,7 @@
 """The real service over the pretended device, in a process of its own: `python -m benchmarks.host.server ROWS STEP_MS`.
 
-Prints its address as a line of JSON. To each line on stdin it answers with what the device and the engine did since the
-line before. Ends with stdin. A request for adapter `7` has slot 7; no weights are behind it.
+Prints its address as a line of JSON. To each line on stdin it answers with when each step ended until now, and which
+one made each adapter's first token. Ends with stdin. A request for adapter `7` has slot 7; no weights are behind it.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
-from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -17,9 +16,9 @@ from typing import Any, cast
 import uvloop
 from tokenizers import Tokenizer
 
-from benchmarks.host.device import MAX_WIDTH, VOCAB
-from benchmarks.host.engine import MAX_MODEL_LEN, make_engine
-from gralora_runtime.adapters.lease import BASE_LEASE, AdapterLease
+from benchmarks.host.device import EOS, VOCAB
+from benchmarks.host.engine import MAX_MODEL_LEN, lease_of, make_engine
+from benchmarks.sequences import Everybody
 from gralora_runtime.assemble import EngineParts
 from gralora_runtime.async_engine import AsyncEngine
 from gralora_runtime.config import EngineConfig
@@ -28,24 +27,6 @@ from gralora_runtime.model.tokenization import PromptTokenizer
 from gralora_server.config import ServerConfig
 from gralora_server.model_fetch import ensure_default_model
 from gralora_server.service import GrpcServer, spare_collector
-
-
-class Everybody:
-    """In the place of the adapters' manager: each adapter is there, and stays."""
-
-    def acquire(self, name: str) -> Future[AdapterLease]:
-        future: Future[AdapterLease] = Future()
-        lease = (
-            AdapterLease(name, name, int(name), generation=1, width=MAX_WIDTH // 4, serial=0) if name else BASE_LEASE
-        )
-        future.set_result(lease)
-        return future
-
-    def abandon(self, acquired: Future[AdapterLease]) -> None:
-        """Nothing was taken."""
-
-    def close(self) -> None:
-        """Nothing is open."""
 
 
 async def main(rows: int, step_s: float) -> None:
@@ -58,9 +39,10 @@ async def main(rows: int, step_s: float) -> None:
         max_model_len=MAX_MODEL_LEN, max_num_seqs=rows, max_num_batched_tokens=4096, page_size=16, num_pages=0,
         vocab_size=VOCAB, adapter_pool_bytes=0, max_adapter_slots=rows, version="0",
     )  # fmt: skip
-    base = SimpleNamespace(tokenizer=tokenizer, eos_token_ids=frozenset({2}))
+    base = SimpleNamespace(tokenizer=tokenizer, eos_token_ids=EOS)
+    everybody = Everybody(lambda name: lease_of(int(name)))
     parts = EngineParts(
-        engine, cast("Any", None), cast("Any", Everybody()), cast("Any", base), PromptTokenizer(tokenizer, None, VOCAB),
+        engine, cast("Any", None), cast("Any", everybody), cast("Any", base), PromptTokenizer(tokenizer, None, VOCAB),
         info, lambda: None,
     )  # fmt: skip
     served = AsyncEngine(parts, EngineConfig(model=Path(), max_num_seqs=rows, max_num_batched_tokens=4096))
@@ -71,9 +53,7 @@ async def main(rows: int, step_s: float) -> None:
     print(json.dumps({"address": f"127.0.0.1:{port}"}), flush=True)
     loop = asyncio.get_running_loop()
     while await loop.run_in_executor(None, sys.stdin.readline):
-        ends_s, device.ends_s = device.ends_s, []
-        idle_s, device.idle_s = device.idle_s, 0.0
-        print(json.dumps({"ends_s": ends_s, "idle_s": idle_s}), flush=True)
+        print(json.dumps({"ends_s": device.ends_s, "first_steps": device.first_steps}), flush=True)
     await served.close()
     await server.stop()
 

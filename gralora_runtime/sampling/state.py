@@ -12,15 +12,13 @@ from collections.abc import Collection, Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from gralora_kernels.sampling_rules import SMALLEST_TEMPERATURE, float32
 from gralora_runtime.errors import InvalidRequestError
 from gralora_runtime.request import ResponseParams, SamplingParams, StoppingParams, TokenLogprob
 from gralora_runtime.sampling.outcome import SampledToken, SamplingFailure
 
 FloatRow = npt.NDArray[np.float32]
 IdRow = npt.NDArray[np.int64]
-
-SMALLEST_TEMPERATURE = float(np.finfo(np.float32).tiny)  # below it the float32 quotient would be 0 / 0
-LARGEST = float(np.finfo(np.float32).max)
 
 
 class SamplerState:
@@ -111,7 +109,7 @@ class SamplerState:
 
     def _draw(self, below_peak: FloatRow) -> int:
         """By inverse CDF over the surviving tokens in the order of their ids; `below_peak` is at most 0."""
-        weights = np.exp(below_peak / _float32(max(self.params.temperature, SMALLEST_TEMPERATURE)))
+        weights = np.exp(below_peak / float32(max(self.params.temperature, SMALLEST_TEMPERATURE)))
         token_ids, weights = _survivors(weights, self.params)
         cumulative = weights.cumsum(dtype=np.float64)  # [survivors]
         # The number is below 1, so the product is below the last entry, and a token of weight 0 is never hit.
@@ -154,21 +152,16 @@ class TokenHistory:
         if params.repetition_penalty != 1:
             seen = np.flatnonzero(self._seen)
             before = scores[seen]
-            factor = _float32(params.repetition_penalty)
+            factor = float32(params.repetition_penalty)
             scores[seen] = np.where(before < 0, before * factor, before / factor)
         if params.frequency_penalty or params.presence_penalty:
             written = np.flatnonzero(self._counts)
-            scores[written] -= self._counts[written] * _float32(params.frequency_penalty)
-            scores[written] -= _float32(params.presence_penalty)
+            scores[written] -= self._counts[written] * float32(params.frequency_penalty)
+            scores[written] -= float32(params.presence_penalty)
 
 
 def _has_penalties(params: SamplingParams) -> bool:
     return params.repetition_penalty != 1 or bool(params.presence_penalty or params.frequency_penalty)
-
-
-def _float32(value: float) -> np.float32:
-    """The nearest finite number of float32: an infinite parameter would make NaN of a score that is infinite or 0."""
-    return np.float32(min(max(value, -LARGEST), LARGEST))
 
 
 def _below(logit: np.float32, peak: np.float32) -> float:
@@ -182,7 +175,7 @@ def _bias_rows(logit_bias: Mapping[int, float], vocab_size: int) -> tuple[IdRow,
         if not 0 <= token_id < vocab_size:
             raise InvalidRequestError("sampling.logit_bias", token_id, f"token ids must be in 0..{vocab_size - 1}")
     ids = sorted(logit_bias)
-    return np.array(ids, dtype=np.int64), np.array([_float32(logit_bias[i]) for i in ids], dtype=np.float32)
+    return np.array(ids, dtype=np.int64), np.array([float32(logit_bias[i]) for i in ids], dtype=np.float32)
 
 
 def _survivors(weights: FloatRow, params: SamplingParams) -> tuple[IdRow, FloatRow]:

@@ -54,16 +54,17 @@ def rule(
 ) -> Rules:
     """[1], with all that is computed in float32 rounded to it, and finite there."""
     row = np.zeros(1, RULE)
-    row["temperature"] = _float32(max(temperature, SMALLEST_TEMPERATURE)) if temperature > 0 else 0
+    row["temperature"] = float32(max(temperature, SMALLEST_TEMPERATURE)) if temperature > 0 else 0
     row["top_p"], row["min_p"] = top_p, np.float32(min(min_p, 1))
-    row["repetition_penalty"] = _float32(repetition_penalty)
-    row["frequency_penalty"] = _float32(frequency_penalty)
-    row["presence_penalty"] = _float32(presence_penalty)
+    row["repetition_penalty"] = float32(repetition_penalty)
+    row["frequency_penalty"] = float32(frequency_penalty)
+    row["presence_penalty"] = float32(presence_penalty)
     row["top_k"], row["num_top"], row["history_slot"] = top_k, num_top, -1
     return row
 
 
-def _float32(value: float) -> np.float32:
+def float32(value: float) -> np.float32:
+    """The nearest finite number of float32: an infinite parameter would make NaN of a score that is infinite or 0."""
     return np.float32(min(max(value, -LARGEST), LARGEST))
 
 

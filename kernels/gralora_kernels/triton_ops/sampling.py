@@ -73,6 +73,13 @@ def _merged(parts, row, vocab, SPLIT: tl.constexpr):
 
 
 @triton.jit
+def _best(part_peaks, part_bests, row, vocab, SPLIT: tl.constexpr):
+    """A row's largest score; not finite where the row gets no token."""
+    peak = _merged(part_peaks, row, vocab, SPLIT)
+    return tl.where(_is_finite(peak), _merged(part_bests, row, vocab, SPLIT), peak)
+
+
+@triton.jit
 def _biased(x, c, bias_ids, biases, first, count, begin, end):
     """x with the biases of those ids that are in begin..end. Ids ascend."""
     below = 0
@@ -183,8 +190,8 @@ def weigh_kernel(
     row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     if tl.load(numbers + row * RULE + TEMPERATURE) == 0:
         return
-    best = _merged(part_bests, row, vocab, SPLIT)
-    if not (_is_finite(best) & _is_finite(_merged(part_peaks, row, vocab, SPLIT))):
+    best = _best(part_peaks, part_bests, row, vocab, SPLIT)
+    if not _is_finite(best):
         return
     weights = _weights(logits, scores, numbers, integers, row, _columns(split, SPLIT, ALIGN), vocab, stride, best)
     tl.store(masses + row * SPLITS + split, tl.sum(weights.to(tl.float64), 0))
@@ -246,8 +253,8 @@ def gather_kernel(
     row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     if (tl.load(numbers + row * RULE + TEMPERATURE) == 0) | (not _is_filtered(numbers, integers, row)):
         return
-    best = _merged(part_bests, row, vocab, SPLIT)
-    if not (_is_finite(best) & _is_finite(_merged(part_peaks, row, vocab, SPLIT))):
+    best = _best(part_peaks, part_bests, row, vocab, SPLIT)
+    if not _is_finite(best):
         return
     last, counts = _candidates(masses, octaves, numbers, integers, row, vocab, SPLIT)
     start = tl.sum(tl.where(tl.arange(0, SPLITS) < split, counts, 0), 0)
@@ -256,6 +263,11 @@ def gather_kernel(
     is_candidate = (_octaves(weights) <= last) & (c < vocab)
     place = start + tl.cumsum(is_candidate.to(tl.int32), 0) - 1
     tl.store(candidates + row * vocab + place, weights.to(tl.int32, bitcast=True), mask=is_candidate)
+
+
+@triton.jit
+def _value(bits):
+    return bits.to(tl.float32, bitcast=True).to(tl.float64)
 
 
 @triton.jit
@@ -273,8 +285,7 @@ def _threshold(p_candidates, num_candidates, target, floor, BY_MASS: tl.constexp
             b_bits = tl.load(p_candidates + i, mask=i < num_candidates, other=0)
             is_above = b_bits[:, None] >= edges[None, :]
             if BY_MASS:
-                mass = b_bits.to(tl.float32, bitcast=True).to(tl.float64)
-                reached += tl.sum(tl.where(is_above, mass[:, None], 0.0), 0)
+                reached += tl.sum(tl.where(is_above, _value(b_bits)[:, None], 0.0), 0)
             else:
                 reached += tl.sum(is_above.to(tl.int32), 0)
         is_enough = (reached >= target) | (edges <= floor)
@@ -291,13 +302,8 @@ def _above(p_candidates, num_candidates, threshold, BLOCK: tl.constexpr):
         b_bits = tl.load(p_candidates + i, mask=i < num_candidates, other=0)
         is_above = b_bits > threshold
         count += is_above.to(tl.int32)
-        mass += tl.where(is_above, b_bits.to(tl.float32, bitcast=True).to(tl.float64), 0.0)
+        mass += tl.where(is_above, _value(b_bits), 0.0)
     return tl.sum(count, 0), tl.sum(mass, 0)
-
-
-@triton.jit
-def _value(bits):
-    return bits.to(tl.float32, bitcast=True).to(tl.float64)
 
 
 @triton.jit
@@ -520,7 +526,7 @@ def report_kernel(
     row, s, t = tl.program_id(0).to(tl.int64), tl.arange(0, SPLITS), tl.arange(0, TOPS)
     num_top = tl.load(integers + row * RULE + NUM_TOP).to(tl.int32)
     peak = _merged(part_peaks, row, vocab, SPLIT)
-    if (num_top < 0) | (not (_is_finite(peak) & _is_finite(_merged(part_bests, row, vocab, SPLIT)))):
+    if (num_top < 0) | (not _is_finite(_best(part_peaks, part_bests, row, vocab, SPLIT))):
         return
     b_sums = tl.load(sums + row * SPLITS + s, mask=s * SPLIT < vocab, other=0.0)
     log_total = tl.log(tl.sum(b_sums, 0))
