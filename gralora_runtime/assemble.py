@@ -139,8 +139,9 @@ def assemble(config: EngineConfig, base: BaseModel | None = None) -> EngineParts
 
     observation = StepObservation()
     executor = _device_executor(runner, observation, info, device, backend)
+    if executor is None and device.type == "cuda":
+        pipelined = False  # what samples on the host waits for each step
     if executor is None:
-        pipelined = pipelined and device.type == "cpu"
         executor = Beside(runner, observation, prepare_thread) if pipelined else InTurn(runner, observation)
     engine = Engine(scheduler, batch, executor, observation, fence, pipelined=pipelined)
     return EngineParts(engine, runner, adapters, base, prompts, info, prepare_thread)
