@@ -32,13 +32,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gralora_kernels.packing import ROW_MAJOR, place_a, place_b
-from gralora_runtime.adapters import loader
-from gralora_runtime.adapters.loader import ARRAYS, Packer
+from gralora_runtime.adapters.checkpoint import loader
+from gralora_runtime.adapters.checkpoint.loader import ARRAYS, Packer
+from gralora_runtime.adapters.checkpoint.spec import ModuleShape
+from gralora_runtime.adapters.checkpoint.tensors import WEIGHTS_FILE
 from gralora_runtime.adapters.manager import AdapterManager
-from gralora_runtime.adapters.pool import AdapterPool
-from gralora_runtime.adapters.spec import ModuleShape
-from gralora_runtime.adapters.tensors import WEIGHTS_FILE
-from gralora_runtime.adapters.transfer import COPY_BYTES
+from gralora_runtime.adapters.residency.pool import AdapterPool
+from gralora_runtime.adapters.residency.transfer import COPY_BYTES
 from gralora_server.loadtest.synthetic import AdapterKind, make_adapters
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}

@@ -12,7 +12,7 @@ from pathlib import Path
 from benchmarks.measurement import Answer, Run
 from benchmarks.sequences import make_sequence
 from benchmarks.workload import Request
-from gralora_runtime.adapters.lease import AdapterLease
+from gralora_runtime.adapters.residency.lease import AdapterLease
 from gralora_runtime.assemble import assemble
 from gralora_runtime.config import EngineConfig
 from gralora_runtime.detokenizer import Detokenizer

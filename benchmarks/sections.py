@@ -16,7 +16,7 @@ from benchmarks.record import FIRST_LAST, STEP, Ratio, Row, Section
 from benchmarks.rivals import generate
 from benchmarks.serve import serving
 from benchmarks.workload import Request, make_prompts
-from gralora_runtime.adapters.siblings import group_siblings
+from gralora_runtime.adapters.residency.shared_inputs import group_siblings
 from gralora_runtime.model.adaptable import adaptable_modules
 from gralora_runtime.request import ResponseParams
 

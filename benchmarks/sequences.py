@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Collection
 from concurrent.futures import Future
 
-from gralora_runtime.adapters.lease import AdapterLease
+from gralora_runtime.adapters.residency.lease import AdapterLease
 from gralora_runtime.detokenizer import Detokenizer
 from gralora_runtime.request import ResponseParams, SamplingParams, StoppingParams
 from gralora_runtime.sampling.state import SamplerState

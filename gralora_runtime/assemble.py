@@ -16,7 +16,7 @@ from gralora_kernels.cpu import threads as cpu_threads
 from gralora_kernels.dispatch import AdapterBackend, resolve_backend
 from gralora_kernels.packing import Packing
 from gralora_runtime.adapters.manager import AdapterManager
-from gralora_runtime.adapters.transfer import no_steps
+from gralora_runtime.adapters.residency.transfer import no_steps
 from gralora_runtime.config import EngineConfig
 from gralora_runtime.errors import ConfigError
 from gralora_runtime.info import EngineInfo

@@ -13,8 +13,8 @@ import time
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
-from gralora_runtime.adapters.lease import AdapterLease
 from gralora_runtime.adapters.manager import AdapterManager
+from gralora_runtime.adapters.residency.lease import AdapterLease
 from gralora_runtime.assemble import EngineParts, assemble
 from gralora_runtime.config import EngineConfig
 from gralora_runtime.detokenizer import Detokenizer
@@ -29,9 +29,9 @@ from gralora_runtime.errors import (
 )
 from gralora_runtime.failure import request_failed
 from gralora_runtime.info import EngineInfo, EngineLoad, TokenizeResult
-from gralora_runtime.observation.accounts import OTHER
 from gralora_runtime.observation.requests import RequestMeter, RequestObservation, outcome_of
 from gralora_runtime.observation.snapshot import EngineSnapshot
+from gralora_runtime.observation.usage import OTHER
 from gralora_runtime.request import GenerationRequest, Prompt
 from gralora_runtime.sampling.state import SamplerState
 from gralora_runtime.scheduler import StepOutput

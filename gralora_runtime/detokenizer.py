@@ -108,7 +108,7 @@ class TextStream:
         return piece
 
     def _settle_broken(self, text: str) -> str:
-        """Bytes that form no character must not be held, and decoded again, for ever: settle all but the last few.
+        """Bytes that form no character must not be held, and decoded again, for ever: answers all but the last few.
 
         Exact for byte-level tokenizers. A byte-fallback one that spells six or more literal U+FFFD in a row as byte
         tokens gets too many of them: until its last byte, such a run decodes like a broken one.

@@ -6,7 +6,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from enum import Enum
 
-from gralora_runtime.adapters.lease import AdapterLease
+from gralora_runtime.adapters.residency.lease import AdapterLease
 from gralora_runtime.detokenizer import Detokenizer
 from gralora_runtime.pages import PageKey, root_key
 from gralora_runtime.plan import AdapterUse

@@ -146,10 +146,10 @@ def fuzz(corpus: Path, seconds: int, artifacts: Path) -> None:
     import atheris
 
     with atheris.instrument_imports(include=["gralora_runtime.adapters"]):
-        from gralora_runtime.adapters import checkpoint
+        from gralora_runtime.adapters.checkpoint.header import inspect as read_header
     from support.measured_inspection import peak_bytes, reset_peak
 
-    from gralora_runtime.adapters.spec import ModuleShape
+    from gralora_runtime.adapters.checkpoint.spec import ModuleShape
     from gralora_runtime.errors import AdapterRejectedError
 
     modules = [ModuleShape(*shape) for shape in MODULES]
@@ -161,7 +161,7 @@ def fuzz(corpus: Path, seconds: int, artifacts: Path) -> None:
         reset_peak()
         before_bytes, started_s = peak_bytes(), time.process_time()
         try:
-            header = checkpoint.inspect(folder, root=folder.parent)
+            header = read_header(folder, root=folder.parent)
             header.fitting_plan(modules)
             header.summary(modules)
         except AdapterRejectedError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import tomllib
 from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
@@ -26,7 +27,7 @@ CONFINED = {
     "grpc_health": ["gralora_server/*"],
     "grpc_reflection": ["gralora_server/*"],
     "google": ["gralora_server/*"],
-    "prometheus_client": ["gralora_server/metrics/*", "gralora_server/loadtest/story.py"],
+    "prometheus_client": ["gralora_server/metrics/*", "gralora_server/loadtest/metrics_page.py"],
     "transformers": ["gralora_runtime/model/*"],
     "safetensors": [
         "gralora_server/loadtest/headers.py",
@@ -34,7 +35,7 @@ CONFINED = {
     ],
     "triton": ["gralora_kernels/triton_ops/*"],
     "numba": ["gralora_kernels/cpu/*"],
-    "regex": ["gralora_runtime/adapters/targets.py"],
+    "regex": ["gralora_runtime/adapters/checkpoint/targets.py"],
     "argparse": [],
     "typer": ["gralora_server/cli*"],
     "peft": [],
@@ -50,12 +51,12 @@ NO_TORCH = [
     "gralora_runtime/config.py",
     "gralora_runtime/sampling/outcome.py",
     "gralora_runtime/sampling/state.py",
-    "gralora_runtime/adapters/arena.py",
-    "gralora_runtime/adapters/lease.py",
-    "gralora_runtime/adapters/spec.py",
-    "gralora_runtime/adapters/store.py",
+    "gralora_runtime/adapters/residency/arena.py",
+    "gralora_runtime/adapters/residency/lease.py",
+    "gralora_runtime/adapters/checkpoint/spec.py",
+    "gralora_runtime/adapters/catalogue/store.py",
     "gralora_runtime/observation/histogram.py",
-    "gralora_runtime/observation/accounts.py",
+    "gralora_runtime/observation/usage.py",
     "gralora_runtime/observation/requests.py",
     "gralora_runtime/observation/steps.py",
 ]
@@ -94,6 +95,18 @@ def test_imports_point_one_way_and_libraries_stay_in_their_place(place: str, pat
 def test_policy_files_exist() -> None:
     """A renamed policy file must not slip out of the rule above."""
     assert set(NO_TORCH) <= {place for place, _ in sources()}
+
+
+def test_every_package_of_the_tree_is_in_the_distribution() -> None:
+    """An editable install finds what a wheel would lack."""
+    declared = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
+    there = {
+        ".".join((package, *init.parent.relative_to(folder).parts))
+        for package, folder in PACKAGES.items()
+        for init in folder.rglob("__init__.py")
+    }
+
+    assert {name for name in declared if name.partition(".")[0] in PACKAGES} == there
 
 
 def test_folders_that_would_shadow_a_library_are_no_packages() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from benchmarks.gpu_check import Check
 from benchmarks.gpu_check.engines import CheckedEngine, Kind, base_of, random_model
-from gralora_runtime.adapters.lease import AdapterLease
+from gralora_runtime.adapters.residency.lease import AdapterLease
 from gralora_runtime.model.selfcheck import check_runner, expected_logits
 from gralora_runtime.plan import AdapterUse, RowPlan, StepPlan
 from gralora_server.loadtest.synthetic import AdapterKind, make_adapters

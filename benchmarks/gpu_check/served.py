@@ -23,7 +23,7 @@ from benchmarks.gpu_check.speed import DTYPE, ON_GPU, engine_sizes
 from benchmarks.host.streams import ask, clients_of, window
 from benchmarks.sequences import GREEDY, Everybody, make_sequence
 from benchmarks.worker import Worker
-from gralora_runtime.adapters.lease import AdapterLease
+from gralora_runtime.adapters.residency.lease import AdapterLease
 from gralora_runtime.async_engine import AsyncEngine
 from gralora_runtime.config import EngineConfig
 from gralora_runtime.request import SamplingParams

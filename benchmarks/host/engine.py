@@ -10,7 +10,7 @@ import numpy as np
 
 from benchmarks.host.device import EOS, MAX_WIDTH, VOCAB, Device, PretendExecutor, Programs, next_token
 from benchmarks.sequences import make_sequence
-from gralora_runtime.adapters.lease import BASE_LEASE, AdapterLease
+from gralora_runtime.adapters.residency.lease import BASE_LEASE, AdapterLease
 from gralora_runtime.observation.steps import Phase, StepObservation
 from gralora_runtime.pages import PagePool
 from gralora_runtime.scheduler import Scheduler

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from gralora_runtime.adapters.checkpoint import AdapterSummary
-from gralora_runtime.adapters.store import AdapterState
+from gralora_runtime.adapters.catalogue.store import AdapterState
+from gralora_runtime.adapters.checkpoint.header import AdapterSummary
 from gralora_runtime.observation.histogram import HistogramCounts
 
 

@@ -19,19 +19,19 @@ from typing import Any
 import torch
 
 from gralora_kernels.packing import ROW_MAJOR, Packing
-from gralora_runtime.adapters.cache import HostCache
-from gralora_runtime.adapters.checkpoint import AdapterSummary, inspect
+from gralora_runtime.adapters.answers import Answers
+from gralora_runtime.adapters.catalogue.names import check_name, resolve_source
+from gralora_runtime.adapters.catalogue.scan import Found, Scan, adapter_directories
+from gralora_runtime.adapters.catalogue.store import AdapterRecord, AdapterState, AdapterStore, Waiter
+from gralora_runtime.adapters.checkpoint.header import AdapterSummary, inspect
+from gralora_runtime.adapters.checkpoint.loader import LoadedAdapter, check_width
+from gralora_runtime.adapters.checkpoint.spec import ModuleShape
 from gralora_runtime.adapters.info import AdapterInfo, AdapterResidency, AdapterStats, Residence, UnloadResult
-from gralora_runtime.adapters.lease import BASE_LEASE, AdapterLease
-from gralora_runtime.adapters.loader import LoadedAdapter, check_width
-from gralora_runtime.adapters.mover import Mover, log_if_unexpected
-from gralora_runtime.adapters.names import check_name, resolve_source
-from gralora_runtime.adapters.pool import AdapterPool, Resident
-from gralora_runtime.adapters.scan import Found, Scan, adapter_directories
-from gralora_runtime.adapters.settlement import Settlement
-from gralora_runtime.adapters.spec import ModuleShape
-from gralora_runtime.adapters.store import AdapterRecord, AdapterState, AdapterStore, Waiter
-from gralora_runtime.adapters.transfer import no_steps
+from gralora_runtime.adapters.residency.host_cache import HostCache
+from gralora_runtime.adapters.residency.lease import BASE_LEASE, AdapterLease
+from gralora_runtime.adapters.residency.mover import Mover, log_if_unexpected
+from gralora_runtime.adapters.residency.pool import AdapterPool, Resident
+from gralora_runtime.adapters.residency.transfer import no_steps
 from gralora_runtime.errors import (
     AdapterBusyError,
     AdapterExistsError,
@@ -88,7 +88,7 @@ class AdapterManager:
             modules=self._modules,
             max_width=max_width,
             root=self._adapters_dir,
-            settling=self._settling,
+            answering=self._answering,
             serve=self._serve,
         )
         for source in adapter_directories(self._adapters_dir) if self._adapters_dir else ():
@@ -105,15 +105,15 @@ class AdapterManager:
             done.set_result(BASE_LEASE)
             return done
         check_name("adapter", name)
-        with self._settling() as settle:
+        with self._answering() as answers:
             self._refuse_when_closed()
-            return self._enter(self._store.get(name), Waiter(future=Future(), wants_lease=True), settle)
+            return self._enter(self._store.get(name), Waiter(future=Future(), wants_lease=True), answers)
 
     def release(self, lease: AdapterLease) -> None:
         """Give a lease back, exactly once."""
         if lease.slot == BASE_LEASE.slot:
             return
-        with self._settling() as settle:
+        with self._answering() as answers:
             held = self._leases.pop(lease.serial, None)
             if held is None:
                 raise RuntimeError(f"{lease} is not held: it was released before")
@@ -121,7 +121,7 @@ class AdapterManager:
             record.leases -= 1
             resident.leases -= 1
             if resident.leases == 0 and self._mover.num_waiting:
-                self._mover.wake(settle)
+                self._mover.wake(answers)
 
     def abandon(self, acquired: Future[AdapterLease]) -> None:
         """Give up an `acquire`, answered or not. For a task that was cancelled and cannot know which of the two."""
@@ -138,25 +138,25 @@ class AdapterManager:
         check_name("name", name)
         source = resolve_source(self._adapters_dir, path or Path(name))
         waiter = Waiter(future=Future(), wants_lease=False, pin=pin)
-        with self._settling() as settle:
+        with self._answering() as answers:
             self._refuse_when_closed()
             record = self._store.find(name)
             if record is None:
                 record = AdapterRecord(name=name, source=source, provisional=True)
                 self._store.add(record)
             elif record.digest:
-                self._mover.read(record, source, partial(self._on_compared, record, waiter), settle)
+                self._mover.read(record, source, partial(self._on_compared, record, waiter), answers)
                 return waiter.future
             elif source != record.source.resolve():
                 if record.error is None:
                     raise AdapterExistsError(name, f"not known yet, from {record.source.name}")
                 record.source = source
-            return self._enter(record, waiter, settle)
+            return self._enter(record, waiter, answers)
 
     def unload(self, name: str) -> UnloadResult:
         """Forget a name; its weights go too, and leave zeros, unless another name has the same content."""
         check_name("name", name)
-        with self._settling() as settle:
+        with self._answering() as answers:
             record = self._store.get(name)
             if record.in_flight:
                 raise AdapterBusyError(name, record.in_flight)
@@ -167,10 +167,10 @@ class AdapterManager:
             pool_bytes = self._pool_bytes(resident.layout.numel) if resident and is_last else 0
             if resident and not is_last:
                 self._mover.refresh_pin(resident)
-                self._mover.wake(settle)
+                self._mover.wake(answers)
             if resident and is_last and not resident.leaving:
                 self.pool.withdraw(resident)
-                settle.later(partial(self._mover.erase, resident))
+                answers.later(partial(self._mover.erase, resident))
         return UnloadResult(
             name=name,
             digest=record.digest,
@@ -181,7 +181,7 @@ class AdapterManager:
     def pin(self, name: str, pinned: bool) -> AdapterInfo:
         """Keep an adapter in the pool, or no longer. One that is not there is loaded in the background."""
         check_name("name", name)
-        with self._settling() as settle:
+        with self._answering() as answers:
             self._refuse_when_closed()
             record = self._store.get(name)
             resident = self.pool.find(record.digest)
@@ -191,8 +191,8 @@ class AdapterManager:
             if resident is not None:
                 self._mover.refresh_pin(resident)
             if pinned and (resident is None or resident.leaving):
-                self._enter(record, Waiter(future=Future(), wants_lease=False), settle)
-            self._mover.wake(settle)
+                self._enter(record, Waiter(future=Future(), wants_lease=False), answers)
+            self._mover.wake(answers)
             return self._info(record)
 
     def get(self, name: str) -> AdapterInfo:
@@ -262,48 +262,48 @@ class AdapterManager:
 
     def close(self) -> None:
         """Answer everybody who waits, and stop the threads."""
-        with self._settling() as settle:
+        with self._answering() as answers:
             self._closed = True
             self._scan.stop()
-            self._mover.close(settle)
+            self._mover.close(answers)
         self._mover.join()
 
     # Below: with the lock held, but for those that take it.
 
     @contextmanager
-    def _settling(self) -> Iterator[Settlement]:
+    def _answering(self) -> Iterator[Answers]:
         """Takes the lock; what was settled under it is delivered after it."""
-        settlement = Settlement(self.release)
+        answers = Answers(self.release)
         try:
             with self._lock:
-                yield settlement
+                yield answers
         finally:
-            settlement.deliver()
+            answers.deliver()
 
     def _refuse_when_closed(self) -> None:
         if self._closed:
             raise DrainingError
 
-    def _enter(self, record: AdapterRecord, waiter: Waiter, settle: Settlement) -> Future[Any]:
+    def _enter(self, record: AdapterRecord, waiter: Waiter, answers: Answers) -> Future[Any]:
         """Serve the waiter at once, or let it wait for a load that is under way or begins now."""
         resident = self.pool.find(record.digest)
         if resident is not None and resident.open:
-            self._serve(record, resident, waiter, settle)
+            self._serve(record, resident, waiter, answers)
             return waiter.future
-        settle.later(partial(waiter.future.add_done_callback, partial(self._on_answered, record, waiter)))
+        answers.later(partial(waiter.future.add_done_callback, partial(self._on_answered, record, waiter)))
         record.waiters.append(waiter)
         if not record.loading:
-            self._mover.start(record, settle)
+            self._mover.start(record, answers)
         return waiter.future
 
-    def _serve(self, record: AdapterRecord, resident: Resident, waiter: Waiter, settle: Settlement) -> None:
+    def _serve(self, record: AdapterRecord, resident: Resident, waiter: Waiter, answers: Answers) -> None:
         resident.last_used = next(self._clock)
         record.last_used_s = time.time()
         if waiter.pin:
             record.pinned = True
             self._mover.refresh_pin(resident)
         if not waiter.wants_lease:
-            settle.result(waiter.future, self._info(record))
+            answers.result(waiter.future, self._info(record))
             return
         lease = AdapterLease(
             name=record.name,
@@ -316,7 +316,7 @@ class AdapterManager:
         self._leases[lease.serial] = (record, resident)
         record.leases += 1
         resident.leases += 1
-        settle.result(waiter.future, lease)
+        answers.result(waiter.future, lease)
 
     def _pool_bytes(self, numel: int) -> int:
         return numel * self.pool.arena.element_size()
@@ -366,11 +366,11 @@ class AdapterManager:
         """When it was cancelled rather than answered: nobody waits there any more."""
         if not future.cancelled():
             return
-        with self._settling() as settle:
+        with self._answering() as answers:
             if waiter in record.waiters:
                 record.waiters.remove(waiter)
                 if not record.waiters:
-                    self._mover.forget(record, settle)
+                    self._mover.forget(record, answers)
 
     def _release_answer(self, acquired: Future[AdapterLease]) -> None:
         if not acquired.cancelled() and acquired.exception() is None:
@@ -384,7 +384,7 @@ class AdapterManager:
         log_if_unexpected(record.name, error)
         if not waiter.future.set_running_or_notify_cancel():
             return
-        with self._settling() as settle:
+        with self._answering() as answers:
             if self._closed:
                 error = DrainingError()
             elif self._store.find(record.name) is not record:
@@ -392,7 +392,7 @@ class AdapterManager:
             elif error is None and read.result().digest != record.digest:
                 error = AdapterExistsError(record.name, record.digest)
             if error is not None:
-                settle.error(waiter.future, error)
+                answers.error(waiter.future, error)
                 return
             self._mover.keep(read.result())
-            self._enter(record, waiter, settle)
+            self._enter(record, waiter, answers)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from gralora_runtime.adapters.spec import ModuleShape
+from gralora_runtime.adapters.checkpoint.spec import ModuleShape
 
 
 def adaptable_modules(model: PreTrainedModel) -> Iterator[tuple[ModuleShape, nn.Module]]:

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 from gralora_kernels.reference.adapters import gralora, unpack_a, unpack_b
 from gralora_kernels.tables import Entry
-from gralora_runtime.adapters.loader import LoadedAdapter
+from gralora_runtime.adapters.checkpoint.loader import LoadedAdapter
 from gralora_runtime.model.adaptable import adaptable_modules, weight_and_bias
 
 

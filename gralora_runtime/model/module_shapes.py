@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from gralora_runtime.adapters.spec import ModuleShape
+from gralora_runtime.adapters.checkpoint.spec import ModuleShape
 from gralora_runtime.errors import ModelUnsupportedError
 from gralora_runtime.model.adaptable import adaptable_modules
 from gralora_runtime.model.kv_pool import kv_shape

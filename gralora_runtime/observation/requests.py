@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from gralora_runtime.errors import GraloraError
-from gralora_runtime.observation.accounts import AdapterAccounts, Tally
 from gralora_runtime.observation.histogram import REQUEST_S, TOKEN_S, Histogram, HistogramCounts
+from gralora_runtime.observation.usage import AdapterAccounts, Tally
 from gralora_runtime.request import Delta
 
 

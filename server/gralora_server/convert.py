@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict
 
 from gralora.v1 import adapters_pb2, generation_pb2, server_pb2
+from gralora_runtime.adapters.catalogue.store import AdapterState
 from gralora_runtime.adapters.info import AdapterInfo, UnloadResult
-from gralora_runtime.adapters.store import AdapterState
 from gralora_runtime.info import EngineInfo, EngineLoad
 from gralora_runtime.request import (
     ChatMessage,

@@ -10,7 +10,7 @@ import re
 from collections.abc import Collection, Iterable, Sequence
 
 from gralora.v1 import adapters_pb2, generation_pb2, server_pb2
-from gralora_runtime.adapters.names import check_name
+from gralora_runtime.adapters.catalogue.names import check_name
 from gralora_runtime.errors import InvalidRequestError
 
 AnyGenerateRequest = generation_pb2.GenerateRequest | generation_pb2.StreamGenerateRequest

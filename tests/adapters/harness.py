@@ -14,11 +14,11 @@ import pytest
 import torch
 from support.checkpoints import MODULES, write_gralora
 
-from gralora_runtime.adapters import mover
-from gralora_runtime.adapters.checkpoint import inspect
-from gralora_runtime.adapters.lease import AdapterLease
+from gralora_runtime.adapters.checkpoint.header import inspect
 from gralora_runtime.adapters.manager import AdapterManager
-from gralora_runtime.adapters.mover import NUM_READERS
+from gralora_runtime.adapters.residency import mover
+from gralora_runtime.adapters.residency.lease import AdapterLease
+from gralora_runtime.adapters.residency.mover import NUM_READERS
 
 WAIT_S = 20.0  # for what must happen; a test that fails waits so long
 UNIT_BYTES = 4 * sum(4 * (module.in_features + module.out_features) for module in MODULES)  # an adapter of rank 4

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from gralora_runtime.adapters.arena import ArenaAllocator
+from gralora_runtime.adapters.residency.arena import ArenaAllocator
 
 
 def test_ranges_begin_at_the_alignment_and_round_up_to_it() -> None:

@@ -21,16 +21,16 @@ from support.checkpoints import (
     write_lora,
 )
 
-from gralora_runtime.adapters import tensors as tensors_module
-from gralora_runtime.adapters.checkpoint import (
+from gralora_runtime.adapters.checkpoint import tensors as tensors_module
+from gralora_runtime.adapters.checkpoint.header import (
     CONFIG_FILE,
     MAX_CONFIG_BYTES,
     PICKLE_FILE,
     AdapterSummary,
     inspect,
 )
-from gralora_runtime.adapters.spec import MAX_PROBLEMS, Dialect, ModuleShape
-from gralora_runtime.adapters.tensors import WEIGHTS_FILE
+from gralora_runtime.adapters.checkpoint.spec import MAX_PROBLEMS, Dialect, ModuleShape
+from gralora_runtime.adapters.checkpoint.tensors import WEIGHTS_FILE
 from gralora_runtime.errors import AdapterRejectedError
 
 Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -362,7 +362,7 @@ def test_dtypes_that_are_no_weights_are_refused(tmp_path: Path, dtype: torch.dty
 
 
 def test_a_long_list_of_problems_is_cut_in_the_error(tmp_path: Path) -> None:
-    from gralora_runtime.adapters.loader import load
+    from gralora_runtime.adapters.checkpoint.loader import load
 
     path = write_checkpoint(tmp_path / "a", lora_config(), {})
     with pytest.raises(AdapterRejectedError) as caught:

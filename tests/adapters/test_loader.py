@@ -27,10 +27,10 @@ from support.checkpoints import (
 
 from gralora_kernels.packing import Packing
 from gralora_kernels.reference.adapters import DTYPES, pack_a, pack_b
-from gralora_runtime.adapters import loader
-from gralora_runtime.adapters.loader import LoadedAdapter
-from gralora_runtime.adapters.spec import ModuleShape
-from gralora_runtime.adapters.tensors import WEIGHTS_FILE
+from gralora_runtime.adapters.checkpoint import loader
+from gralora_runtime.adapters.checkpoint.loader import LoadedAdapter
+from gralora_runtime.adapters.checkpoint.spec import ModuleShape
+from gralora_runtime.adapters.checkpoint.tensors import WEIGHTS_FILE
 from gralora_runtime.errors import AdapterRejectedError
 
 MODULE = MODULES[2]  # 48 -> 32

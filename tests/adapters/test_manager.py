@@ -22,11 +22,11 @@ from adapters.harness import (
 )
 from support.checkpoints import MODULES, edit_config, edit_tensors, write_gralora, write_lora
 
-from gralora_runtime.adapters.checkpoint import CONFIG_FILE
-from gralora_runtime.adapters.lease import BASE_LEASE
-from gralora_runtime.adapters.loader import load
-from gralora_runtime.adapters.store import AdapterState
-from gralora_runtime.adapters.tensors import WEIGHTS_FILE
+from gralora_runtime.adapters.catalogue.store import AdapterState
+from gralora_runtime.adapters.checkpoint.header import CONFIG_FILE
+from gralora_runtime.adapters.checkpoint.loader import load
+from gralora_runtime.adapters.checkpoint.tensors import WEIGHTS_FILE
+from gralora_runtime.adapters.residency.lease import BASE_LEASE
 from gralora_runtime.errors import (
     AdapterBusyError,
     AdapterCapacityError,
@@ -209,7 +209,7 @@ def test_a_slow_read_does_not_hold_up_another(tmp_path: Path, gate: Gate, monkey
         gate.shut()
         slow = manager.acquire("slow")
         gate.wait_for_a_read()
-        monkeypatch.setattr("gralora_runtime.adapters.mover.load", gate._load)
+        monkeypatch.setattr("gralora_runtime.adapters.residency.mover.load", gate._load)
         manager.release(lease(manager, "fast"))
 
         assert not slow.done()
@@ -261,7 +261,7 @@ def test_a_bug_in_the_loader_reaches_the_waiter_and_not_the_threads(
 
     with managing(tmp_path) as manager:
         with monkeypatch.context() as patch:
-            patch.setattr("gralora_runtime.adapters.mover.load", explode)
+            patch.setattr("gralora_runtime.adapters.residency.mover.load", explode)
             with pytest.raises(ZeroDivisionError):
                 lease(manager, "a")
         assert "loading adapter 'a' failed" in caplog.text

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from gralora_runtime.adapters.names import check_name, resolve_inside, resolve_source
+from gralora_runtime.adapters.catalogue.names import check_name, resolve_inside, resolve_source
 from gralora_runtime.errors import InvalidRequestError
 
 

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.hostile import HOSTILE_PATTERNS
 
-from gralora_runtime.adapters.targets import (
+from gralora_runtime.adapters.checkpoint.targets import (
     ANY_LAYER_NUMBER,
     LAYER_NUMBER,
     MAX_PATTERN_LENGTH,

@@ -18,10 +18,10 @@ from transformers.pytorch_utils import Conv1D
 
 from gralora_kernels.grouping import Grouping
 from gralora_kernels.reference.adapters import ReferenceBackend
-from gralora_runtime.adapters.loader import load
-from gralora_runtime.adapters.pool import AdapterPool
-from gralora_runtime.adapters.spec import ModuleShape
-from gralora_runtime.adapters.tensors import WEIGHTS_FILE
+from gralora_runtime.adapters.checkpoint.loader import load
+from gralora_runtime.adapters.checkpoint.spec import ModuleShape
+from gralora_runtime.adapters.checkpoint.tensors import WEIGHTS_FILE
+from gralora_runtime.adapters.residency.pool import AdapterPool
 
 CPU = torch.device("cpu")
 ARCHITECTURES = ("llama", "gpt2", "phi3")

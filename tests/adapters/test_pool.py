@@ -11,8 +11,8 @@ from support.checkpoints import MODULES, edit_tensors, write_gralora, write_lora
 
 from gralora_kernels.packing import Packing
 from gralora_kernels.tables import Storage
-from gralora_runtime.adapters.loader import LoadedAdapter, load
-from gralora_runtime.adapters.pool import AdapterPool, Resident
+from gralora_runtime.adapters.checkpoint.loader import LoadedAdapter, load
+from gralora_runtime.adapters.residency.pool import AdapterPool, Resident
 
 CPU = torch.device("cpu")
 

@@ -11,9 +11,11 @@ import pytest
 from adapters.harness import WAIT_S, Gate, lease, managing, quiesce, use, write_units
 from support.checkpoints import edit_config, write_gralora
 
-from gralora_runtime.adapters import checkpoint, manager, scan
-from gralora_runtime.adapters.checkpoint import CONFIG_FILE
-from gralora_runtime.adapters.store import AdapterState
+from gralora_runtime.adapters import manager
+from gralora_runtime.adapters.catalogue import scan
+from gralora_runtime.adapters.catalogue.store import AdapterState
+from gralora_runtime.adapters.checkpoint import header
+from gralora_runtime.adapters.checkpoint.header import CONFIG_FILE
 from gralora_runtime.errors import AdapterRejectedError
 
 
@@ -22,7 +24,7 @@ class Slow:
 
     def __init__(self, patch: pytest.MonkeyPatch, name: str) -> None:
         self.go_on = threading.Event()
-        self._name, self._inspect = name, checkpoint.inspect
+        self._name, self._inspect = name, header.inspect
         patch.setattr(manager, "inspect", self._slowly)
 
     def _slowly(self, path: Path, *, name: str, **options: Any) -> Any:
@@ -72,7 +74,7 @@ def test_a_bug_met_in_one_directory_is_told_there_and_keeps_no_other_from_being_
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_units(tmp_path, ["a", "b"])
-    inspect = checkpoint.inspect
+    inspect = header.inspect
 
     def broken(path: Path, *, name: str, **options: Any) -> Any:
         if name == "a":

@@ -9,8 +9,8 @@ import pytest
 from peft import GraloraConfig, LoraConfig
 from support.checkpoints import GRALORA_DEFAULTS, LORA_DEFAULTS, MODULES, gralora_config, lora_config
 
-from gralora_runtime.adapters.spec import MAX_PROBLEMS, Dialect, Part, parse_config
-from gralora_runtime.adapters.targets import MatchingBudget
+from gralora_runtime.adapters.checkpoint.spec import MAX_PROBLEMS, Dialect, Part, parse_config
+from gralora_runtime.adapters.checkpoint.targets import MatchingBudget
 from gralora_runtime.errors import AdapterRejectedError
 
 Q0 = MODULES[0].name

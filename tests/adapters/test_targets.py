@@ -10,8 +10,8 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 from support.checkpoints import lora_config
 
-from gralora_runtime.adapters.spec import parse_config
-from gralora_runtime.adapters.targets import (
+from gralora_runtime.adapters.checkpoint.spec import parse_config
+from gralora_runtime.adapters.checkpoint.targets import (
     MatchingBudget,
     PatternTable,
     compile_key,

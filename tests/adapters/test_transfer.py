@@ -18,10 +18,11 @@ from support.checkpoints import MODULES, write_gralora, write_lora
 from torch import Tensor
 
 from gralora_kernels.tables import TableSet
-from gralora_runtime.adapters import loader, transfer
-from gralora_runtime.adapters.loader import LoadedAdapter, load
-from gralora_runtime.adapters.pool import AdapterPool, Resident
-from gralora_runtime.adapters.transfer import DeviceTransfer, HostTransfer, serially, transfer_to
+from gralora_runtime.adapters.checkpoint import loader
+from gralora_runtime.adapters.checkpoint.loader import LoadedAdapter, load
+from gralora_runtime.adapters.residency import transfer
+from gralora_runtime.adapters.residency.pool import AdapterPool, Resident
+from gralora_runtime.adapters.residency.transfer import DeviceTransfer, HostTransfer, serially, transfer_to
 
 CPU = torch.device("cpu")
 WAIT_S = 20.0

@@ -13,13 +13,13 @@ import torch
 from adapters.harness import WAIT_S, Gate, is_pending, lease, managing, quiesce, use, weights, write_units
 from support.checkpoints import MODULES
 
-from gralora_runtime.adapters.lease import AdapterLease
-from gralora_runtime.adapters.loader import LoadedAdapter, load
+from gralora_runtime.adapters.answers import Answers
+from gralora_runtime.adapters.catalogue.store import AdapterState
+from gralora_runtime.adapters.checkpoint.loader import LoadedAdapter, load
 from gralora_runtime.adapters.manager import AdapterManager
-from gralora_runtime.adapters.mover import READ_AHEAD
-from gralora_runtime.adapters.pool import Resident
-from gralora_runtime.adapters.settlement import Settlement
-from gralora_runtime.adapters.store import AdapterState
+from gralora_runtime.adapters.residency.lease import AdapterLease
+from gralora_runtime.adapters.residency.mover import READ_AHEAD
+from gralora_runtime.adapters.residency.pool import Resident
 from gralora_runtime.errors import AdapterBusyError, AdapterCapacityError, AdapterNotFoundError, DrainingError
 
 
@@ -186,13 +186,13 @@ def test_what_is_unloaded_while_it_moves_in_leaves_nothing(tmp_path: Path, monke
 def test_a_lease_whose_future_was_cancelled_meanwhile_is_taken_back() -> None:
     """Between the decision under the lock and the delivery outside of it the waiter may give up."""
     taken: list[AdapterLease] = []
-    settlement, kept, cancelled = Settlement(taken.append), Future[AdapterLease](), Future[AdapterLease]()
+    answers, kept, cancelled = Answers(taken.append), Future[AdapterLease](), Future[AdapterLease]()
     leases = [AdapterLease(f"{i}", "d", slot=i, generation=1, width=1, serial=i) for i in range(2)]
-    settlement.result(kept, leases[0])
-    settlement.result(cancelled, leases[1])
-    settlement.error(cancelled, DrainingError())
+    answers.result(kept, leases[0])
+    answers.result(cancelled, leases[1])
+    answers.error(cancelled, DrainingError())
     assert cancelled.cancel()
-    settlement.deliver()
+    answers.deliver()
 
     assert kept.result() is leases[0]
     assert taken == [leases[1]]

@@ -11,7 +11,7 @@ from support.checkpoints import write_gralora, write_lora
 from support.hostile import write_hostile
 from support.tiny_models import tiny_config, tiny_model
 
-from gralora_runtime.adapters.spec import ModuleShape
+from gralora_runtime.adapters.checkpoint.spec import ModuleShape
 from gralora_runtime.errors import ModelUnsupportedError
 from gralora_runtime.model.adaptable import adaptable_modules
 from gralora_runtime.model.module_shapes import module_shapes

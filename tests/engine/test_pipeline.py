@@ -32,7 +32,7 @@ from hypothesis import strategies as st
 from support.fakes import Clock, FakeDetokenizer
 from support.pipelined import PIPELINE
 
-from gralora_runtime.adapters.lease import BASE_LEASE, AdapterLease
+from gralora_runtime.adapters.residency.lease import BASE_LEASE, AdapterLease
 from gralora_runtime.detokenizer import StopScanner, TextDelta
 from gralora_runtime.errors import GraloraError, StepFailedError
 from gralora_runtime.observation.steps import StepObservation

@@ -16,7 +16,7 @@ from support.peft_adapters import gralora_config, in_authors_dialect, lora_confi
 from support.tiny_models import tiny_model
 from support.workspaces import save_workspace
 
-from gralora_runtime.adapters.loader import load
+from gralora_runtime.adapters.checkpoint.loader import load
 from gralora_runtime.assemble import EngineParts
 from gralora_runtime.async_engine import AsyncEngine
 from gralora_runtime.config import EngineConfig

@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel
 from support.tiny_models import save_tiny_model, tiny_model
 
-from gralora_runtime.adapters.loader import load
+from gralora_runtime.adapters.checkpoint.loader import load
 from gralora_runtime.errors import ConfigError
 from gralora_runtime.model.adaptable import adaptable_modules
 from gralora_runtime.model.merging import merge_adapter

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from gralora_kernels.tables import GroupTable
-from gralora_runtime.adapters.siblings import group_siblings
-from gralora_runtime.adapters.spec import ModuleShape
+from gralora_runtime.adapters.checkpoint.spec import ModuleShape
+from gralora_runtime.adapters.residency.shared_inputs import group_siblings
 from gralora_runtime.model.adaptable import joined_weight_and_bias
 from gralora_runtime.model.programs.transformers.adapted_linear import AdaptedGroup, AdaptedLinear, DenseLinear
 from gralora_runtime.model.programs.transformers.context import StepContext

@@ -8,7 +8,7 @@ import pytest
 from support.fake_engine import INFO, LOAD, adapter_info
 
 from gralora.v1 import adapters_pb2, generation_pb2, server_pb2
-from gralora_runtime.adapters.store import AdapterState
+from gralora_runtime.adapters.catalogue.store import AdapterState
 from gralora_runtime.info import EngineInfo, EngineLoad
 from gralora_runtime.request import (
     ChatMessage,

@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from gralora_runtime.adapters.checkpoint import CONFIG_FILE
-from gralora_runtime.adapters.spec import ModuleShape
-from gralora_runtime.adapters.tensors import WEIGHTS_FILE
+from gralora_runtime.adapters.checkpoint.header import CONFIG_FILE
+from gralora_runtime.adapters.checkpoint.spec import ModuleShape
+from gralora_runtime.adapters.checkpoint.tensors import WEIGHTS_FILE
 
 # Two layers of a toy model: widths that k = 2 and 4 divide, and that differ between input and output.
 MODULES = (

@@ -7,10 +7,10 @@ import concurrent.futures
 import threading
 from pathlib import Path
 
-from gralora_runtime.adapters.checkpoint import AdapterSummary
+from gralora_runtime.adapters.catalogue.store import AdapterState
+from gralora_runtime.adapters.checkpoint.header import AdapterSummary
+from gralora_runtime.adapters.checkpoint.spec import Dialect
 from gralora_runtime.adapters.info import AdapterInfo, AdapterResidency, AdapterStats, Residence, UnloadResult
-from gralora_runtime.adapters.spec import Dialect
-from gralora_runtime.adapters.store import AdapterState
 from gralora_runtime.errors import AdapterNotFoundError, DrainingError, EngineDeadError, InvalidRequestError
 from gralora_runtime.info import EngineInfo, EngineLoad, TokenizeResult
 from gralora_runtime.observation.histogram import REQUEST_S, Histogram

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from gralora_runtime.adapters.lease import AdapterLease
+from gralora_runtime.adapters.residency.lease import AdapterLease
 from gralora_runtime.detokenizer import TextDelta
 from gralora_runtime.pages import PagePool
 from gralora_runtime.plan import StepPlan

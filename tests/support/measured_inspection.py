@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from gralora_runtime.adapters.spec import ModuleShape
+from gralora_runtime.adapters.checkpoint.spec import ModuleShape
 from gralora_runtime.errors import AdapterRejectedError
 
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -29,7 +29,7 @@ def reset_peak() -> None:
 def measure(folder: Path, modules: list[ModuleShape]) -> dict[str, object]:
     import torch
 
-    from gralora_runtime.adapters.loader import load
+    from gralora_runtime.adapters.checkpoint.loader import load
 
     reset_peak()
     before_bytes, started_s = peak_bytes(), time.process_time()

@@ -14,7 +14,7 @@ from support.device import DEVICE, ON_GPU
 from support.peft_adapters import gralora_config, in_authors_dialect, lora_config, save_adapter
 from support.tiny_models import save_tiny_model, tiny_model
 
-from gralora_runtime.adapters.lease import AdapterLease
+from gralora_runtime.adapters.residency.lease import AdapterLease
 from gralora_runtime.assemble import EngineParts, assemble
 from gralora_runtime.config import EngineConfig
 from gralora_runtime.plan import AdapterUse, RowPlan, StepPlan

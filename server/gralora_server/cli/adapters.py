@@ -18,8 +18,8 @@ from gralora_server.cli.output import CommandError, ExitCode, human_bytes, print
 from gralora_server.cli.remote import needs_server
 
 if TYPE_CHECKING:
-    from gralora_runtime.adapters.checkpoint import AdapterHeader
-    from gralora_runtime.adapters.spec import ModuleShape
+    from gralora_runtime.adapters.checkpoint.header import AdapterHeader
+    from gralora_runtime.adapters.checkpoint.spec import ModuleShape
     from gralora_server.client import Adapter, Client
 
 MAX_LINES = 40  # of one row of a table
@@ -88,9 +88,9 @@ def inspect(
     json: Json = False,
 ) -> None:
     """Say what an adapter on disk is, from its headers alone, and whether it fits a base model."""
-    from gralora_runtime.adapters import checkpoint
+    from gralora_runtime.adapters.checkpoint.header import inspect as read_header
 
-    header = checkpoint.inspect(path)
+    header = read_header(path)
     modules = None if model is None else _module_shapes(model)
     problems = [] if modules is None else header.fits(modules)
     facts = _facts(header, modules, problems)

@@ -4,8 +4,8 @@ with Client("localhost:50051") as client:
     print(client.generate("Tell me about the sea.", adapter="pirate", max_tokens=64).text)
 """
 
+from gralora_runtime.adapters.catalogue.store import AdapterState
 from gralora_runtime.adapters.info import UnloadResult
-from gralora_runtime.adapters.store import AdapterState
 from gralora_runtime.info import EngineLoad, TokenizeResult
 from gralora_runtime.request import ChatMessage, Finished, FinishReason, Started, TokenLogprob
 from gralora_server.client.aio import AsyncClient, AsyncGenerationStream

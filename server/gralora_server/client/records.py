@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import datetime
 
-from gralora_runtime.adapters.store import AdapterState
+from gralora_runtime.adapters.catalogue.store import AdapterState
 from gralora_runtime.info import EngineInfo
 from gralora_runtime.request import Delta, FinishReason, TokenLogprob
 

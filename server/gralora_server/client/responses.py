@@ -9,8 +9,8 @@ from datetime import UTC
 from typing import Any, TypeVar
 
 from gralora.v1 import adapters_pb2, generation_pb2, server_pb2
+from gralora_runtime.adapters.catalogue.store import AdapterState
 from gralora_runtime.adapters.info import UnloadResult
-from gralora_runtime.adapters.store import AdapterState
 from gralora_runtime.info import EngineLoad, TokenizeResult
 from gralora_runtime.request import Delta, Finished, FinishReason, Started, TokenLogprob
 from gralora_runtime.stream import merge_deltas

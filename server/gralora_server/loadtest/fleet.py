@@ -19,7 +19,7 @@ from types import TracebackType
 
 import torch
 
-from gralora_runtime.adapters.loader import load
+from gralora_runtime.adapters.checkpoint.loader import load
 from gralora_runtime.adapters.manager import AdapterManager
 from gralora_runtime.assemble import EngineParts, assemble
 from gralora_runtime.async_engine import AsyncEngine

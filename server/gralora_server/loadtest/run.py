@@ -11,8 +11,8 @@ from gralora_server.client import AsyncClient
 from gralora_server.client.connection import Connection
 from gralora_server.loadtest.churn import Churn
 from gralora_server.loadtest.driver import Driver, DriverResult, Progress
+from gralora_server.loadtest.metrics_page import Page, story
 from gralora_server.loadtest.result import RunResult, Sample
-from gralora_server.loadtest.story import Page, story
 from gralora_server.loadtest.summary import Slo, Window, generator_health, summarise
 from gralora_server.loadtest.trace import Trace
 

@@ -10,9 +10,9 @@ from importlib.metadata import version
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from gralora_runtime.adapters.store import AdapterState
-from gralora_runtime.observation.accounts import BASE
+from gralora_runtime.adapters.catalogue.store import AdapterState
 from gralora_runtime.observation.snapshot import EngineSnapshot
+from gralora_runtime.observation.usage import BASE
 from gralora_server.gate import Gate, Phase
 from gralora_server.metrics import series
 

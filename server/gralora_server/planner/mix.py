@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from itertools import cycle, islice
 from pathlib import Path
 
-from gralora_runtime.adapters.checkpoint import inspect
+from gralora_runtime.adapters.checkpoint.header import inspect
 from gralora_runtime.model.module_shapes import kv_token_numel, module_shapes
 
 ELEMENT_BYTES = 4  # of keys and values: planned for the CPU, where they are fp32

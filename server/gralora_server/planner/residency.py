@@ -6,7 +6,7 @@ import heapq
 from collections import OrderedDict
 from collections.abc import Sequence
 
-from gralora_runtime.adapters.lease import BASE_LEASE, AdapterLease
+from gralora_runtime.adapters.residency.lease import BASE_LEASE, AdapterLease
 
 
 class Residency:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Iterator
 
-from gralora_runtime.adapters.checkpoint import ALIGNMENT, aligned
+from gralora_runtime.adapters.checkpoint.header import ALIGNMENT, aligned
 
 
 class ArenaAllocator:

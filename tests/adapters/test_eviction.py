@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from gralora_runtime.adapters.window import Segment, Window, choose_window
+from gralora_runtime.adapters.residency.eviction import Segment, Window, choose_window
 
 
 def segments(*pieces: tuple[str | None, int, int, bool]) -> list[Segment[str]]:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from gralora_runtime.adapters.names import resolve_inside
+from gralora_runtime.adapters.catalogue.names import resolve_inside
 
 MAX_DIGITS = 64  # of a number; integers of 64 bits have 20, floats that are written in full up to 24
 

@@ -1,6 +1,6 @@
 """Brings adapters from disk and host memory into the pool, in its own threads. Knows records, not requests.
 
-Methods that take a `Settlement` are called with the manager's lock held; the others must not be.
+Methods that take a `Answers` are called with the manager's lock held; the others must not be.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 
-from gralora_runtime.adapters.cache import HostCache
-from gralora_runtime.adapters.checkpoint import files_stamp
-from gralora_runtime.adapters.loader import LoadedAdapter, load
-from gralora_runtime.adapters.placement import Placement, PlacementQueue
-from gralora_runtime.adapters.pool import AdapterPool, Resident
-from gralora_runtime.adapters.settlement import Settlement
-from gralora_runtime.adapters.spec import ModuleShape, rejected, to_keep
-from gralora_runtime.adapters.store import AdapterRecord, AdapterStore, Waiter
-from gralora_runtime.adapters.window import Window
+from gralora_runtime.adapters.answers import Answers
+from gralora_runtime.adapters.catalogue.store import AdapterRecord, AdapterStore, Waiter
+from gralora_runtime.adapters.checkpoint.header import files_stamp
+from gralora_runtime.adapters.checkpoint.loader import LoadedAdapter, load
+from gralora_runtime.adapters.checkpoint.spec import ModuleShape, rejected, to_keep
+from gralora_runtime.adapters.residency.eviction import Window
+from gralora_runtime.adapters.residency.host_cache import HostCache
+from gralora_runtime.adapters.residency.placement import Placement, PlacementQueue
+from gralora_runtime.adapters.residency.pool import AdapterPool, Resident
 from gralora_runtime.errors import AdapterCapacityError, AdapterRejectedError, DrainingError, GraloraError
 from gralora_runtime.observation.histogram import REQUEST_S, Histogram
 
@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 NUM_READERS = 2  # a slow disk holds up at most so many loads before the others wait
 READ_AHEAD = 16  # adapters in memory on their way to the pool: what waits beyond that waits on disk
 
-Serve = Callable[[AdapterRecord, Resident, Waiter, Settlement], None]
+Serve = Callable[[AdapterRecord, Resident, Waiter, Answers], None]
 
 
 class Mover:
@@ -46,7 +46,7 @@ class Mover:
         modules: Sequence[ModuleShape],
         max_width: int,
         root: Path | None,
-        settling: Callable[[], AbstractContextManager[Settlement]],
+        answering: Callable[[], AbstractContextManager[Answers]],
         serve: Serve,
     ) -> None:
         self.loads = self.load_failures = self.placements = self.evictions = 0
@@ -57,7 +57,7 @@ class Mover:
         self._modules = tuple(modules)
         self._max_width = max_width
         self._root = root
-        self._settling = settling  # takes the lock
+        self._answering = answering  # takes the lock
         self._serve = serve  # what a waiter gets once its adapter is there
         self._to_read: deque[AdapterRecord] = deque()
         self._num_reading = 0
@@ -67,29 +67,29 @@ class Mover:
         self._readers = ThreadPoolExecutor(NUM_READERS, thread_name_prefix="adapter-reader")
         self._placer = ThreadPoolExecutor(1, thread_name_prefix="adapter-placer")
 
-    def start(self, record: AdapterRecord, settle: Settlement) -> None:
+    def start(self, record: AdapterRecord, answers: Answers) -> None:
         """Fetch the adapter from wherever it is: the pool (on its way out), host memory or disk."""
         record.loading = True
         record.error = None
         if problem := self.capacity_problem(record):
-            self.fail(record, problem, settle)
+            self.fail(record, problem, answers)
             return
         cached = self._cache.pop(record.digest)
         resident = self._pool.find(record.digest)
         if cached is not None:
-            self._wait_for_room(record, cached, settle)
+            self._wait_for_room(record, cached, answers)
         elif resident is not None:
-            self._join(record, Placement(digest=record.digest, numel=resident.layout.numel, adapter=None), settle)
+            self._join(record, Placement(digest=record.digest, numel=resident.layout.numel, adapter=None), answers)
         else:
             self._to_read.append(record)
-            self._read_more(settle)
+            self._read_more(answers)
 
     def read(
-        self, record: AdapterRecord, source: Path, on_done: Callable[[Future[LoadedAdapter]], None], settle: Settlement
+        self, record: AdapterRecord, source: Path, on_done: Callable[[Future[LoadedAdapter]], None], answers: Answers
     ) -> None:
-        settle.later(partial(self._readers.submit(self._load, record, source).add_done_callback, on_done))
+        answers.later(partial(self._readers.submit(self._load, record, source).add_done_callback, on_done))
 
-    def forget(self, record: AdapterRecord, settle: Settlement) -> None:
+    def forget(self, record: AdapterRecord, answers: Answers) -> None:
         """Nobody waits for this name any more: unless it is being moved in, it gives up its place."""
         placement = self._queue.find(record.digest)
         if placement is None or record not in placement.records or placement.moving:
@@ -98,7 +98,7 @@ class Mover:
         record.loading = False
         if not placement.records:
             self._take_out(placement)
-        self.wake(settle)
+        self.wake(answers)
 
     def keep(self, adapter: LoadedAdapter) -> None:
         """Into the host cache, unless the weights are somewhere else or nobody's any more."""
@@ -106,14 +106,14 @@ class Mover:
         if elsewhere is None and next(self._store.sharing(adapter.digest), None) is not None:
             self._cache.put(adapter)
 
-    def fail(self, record: AdapterRecord, error: BaseException, settle: Settlement) -> None:
+    def fail(self, record: AdapterRecord, error: BaseException, answers: Answers) -> None:
         """The load is over. Room and shutting down are not the adapter's fault, so they leave no mark on it."""
         record.loading = False
         if not isinstance(error, (AdapterCapacityError, DrainingError)):
             record.error = error
         waiters, record.waiters = record.waiters, []
         for waiter in waiters:
-            settle.error(waiter.future, error)
+            answers.error(waiter.future, error)
         if record.provisional:
             self._store.remove(record)
 
@@ -134,18 +134,18 @@ class Mover:
         """Adapters that wait for room."""
         return len(self._queue)
 
-    def wake(self, settle: Settlement) -> None:
+    def wake(self, answers: Answers) -> None:
         """Something changed that could let somebody move in."""
         if not (self._is_awake or self._closed):
             self._is_awake = True
-            settle.later(partial(self._placer.submit(self._pump).add_done_callback, self._on_pumped))
+            answers.later(partial(self._placer.submit(self._pump).add_done_callback, self._on_pumped))
 
-    def close(self, settle: Settlement) -> None:
+    def close(self, answers: Answers) -> None:
         """Start nothing more, and tell everybody who waits. `join` afterwards."""
         self._closed = True
         self._to_read.clear()
         for record in tuple(self._store):
-            self.fail(record, DrainingError(), settle)
+            self.fail(record, DrainingError(), answers)
         for placement in self._queue:
             if not placement.moving:
                 self._queue.remove(placement)
@@ -158,9 +158,9 @@ class Mover:
     def erase(self, resident: Resident) -> None:
         """Zero what nobody can find any more, then give its room back."""
         self._pool.clear(resident)
-        with self._settling() as settle:
+        with self._answering() as answers:
             self._pool.release(resident)
-            self.wake(settle)
+            self.wake(answers)
 
     def _load(self, record: AdapterRecord, source: Path) -> LoadedAdapter:
         """In a reader. Files that were refused are not read again until they change: a customer who asks for a broken
@@ -186,42 +186,42 @@ class Mover:
             record.refused = (stamp, to_keep(error))
             raise
         finally:
-            with self._settling():
+            with self._answering():
                 self.load_s.observe(time.perf_counter() - started_s)
                 self.load_failures += failures
         return adapter
 
-    def _read_more(self, settle: Settlement) -> None:
+    def _read_more(self, answers: Answers) -> None:
         """Read on, in order of arrival, while little enough waits for room. Nobody's wish any more: not read at all."""
         while self._to_read and self._num_reading + len(self._queue) < READ_AHEAD:
             record = self._to_read.popleft()
             if record.waiters:
                 self._num_reading += 1
-                self.read(record, record.source, partial(self._on_read, record), settle)
+                self.read(record, record.source, partial(self._on_read, record), answers)
             else:
                 record.loading = False
 
-    def _wait_for_room(self, record: AdapterRecord, adapter: LoadedAdapter, settle: Settlement) -> None:
+    def _wait_for_room(self, record: AdapterRecord, adapter: LoadedAdapter, answers: Answers) -> None:
         if not self._queue.possible(adapter.layout.numel):
-            self.fail(record, self._no_room(record, adapter.layout.numel), settle)
+            self.fail(record, self._no_room(record, adapter.layout.numel), answers)
             self.keep(adapter)
             return
-        self._join(record, Placement(digest=adapter.digest, numel=adapter.layout.numel, adapter=adapter), settle)
+        self._join(record, Placement(digest=adapter.digest, numel=adapter.layout.numel, adapter=adapter), answers)
 
-    def _join(self, record: AdapterRecord, placement: Placement, settle: Settlement) -> None:
+    def _join(self, record: AdapterRecord, placement: Placement, answers: Answers) -> None:
         """Queue for the pool, behind the name that brought the same content first if there is one."""
         queued = self._queue.find(placement.digest)
         if queued is None:
             self._queue.add(placement)
         (queued or placement).records.append(record)
-        self.wake(settle)
+        self.wake(answers)
 
-    def _arrive(self, record: AdapterRecord, resident: Resident, settle: Settlement) -> None:
+    def _arrive(self, record: AdapterRecord, resident: Resident, answers: Answers) -> None:
         """The load is over, everybody is served."""
         record.loading = record.provisional = False
         waiters, record.waiters = record.waiters, []
         for waiter in waiters:
-            self._serve(record, resident, waiter, settle)
+            self._serve(record, resident, waiter, answers)
 
     def _take_out(self, placement: Placement) -> None:
         """It will not move in."""
@@ -232,32 +232,32 @@ class Mover:
     def _no_room(self, record: AdapterRecord, numel: int) -> AdapterCapacityError:
         return AdapterCapacityError(record.name, numel * self._pool.arena.element_size(), self._pool.total_bytes)
 
-    def _take_in(self, record: AdapterRecord, adapter: LoadedAdapter, settle: Settlement) -> None:
+    def _take_in(self, record: AdapterRecord, adapter: LoadedAdapter, answers: Answers) -> None:
         """Weights came from disk. Another name may have brought the same ones already."""
         self.loads += 1
         record.digest = adapter.digest
         record.summary = adapter.layout.summary
         resident = self._pool.find(adapter.digest)
         if resident is not None and resident.open:
-            self._arrive(record, resident, settle)
+            self._arrive(record, resident, answers)
         elif record.waiters:
-            self._wait_for_room(record, adapter, settle)
+            self._wait_for_room(record, adapter, answers)
         else:
             record.loading = record.provisional = False
             self.keep(adapter)
 
-    def _settle_in_place(self, settle: Settlement) -> bool:
+    def _serve_in_place(self, answers: Answers) -> bool:
         """Whether somebody could be served, or sent away, without moving anything."""
         for position, placement in enumerate(self._queue):
             resident = self._pool.find(placement.digest)
             if resident is not None and resident.open:  # it was to leave, but may stay after all
                 self._queue.remove(placement)
                 for record in placement.records:
-                    self._arrive(record, resident, settle)
+                    self._arrive(record, resident, answers)
                 return True
             if position == 0 and resident is None and not self._queue.possible(placement.numel):
                 for record in placement.records:
-                    self.fail(record, self._no_room(record, placement.numel), settle)
+                    self.fail(record, self._no_room(record, placement.numel), answers)
                 self._take_out(placement)
                 return True
         return False
@@ -267,18 +267,18 @@ class Mover:
             return
         error = read.exception()
         log_if_unexpected(record.name, error)
-        with self._settling() as settle:
+        with self._answering() as answers:
             self._num_reading -= 1
-            self.wake(settle)
+            self.wake(answers)
             if self._store.find(record.name) is not record or self._closed:
                 return
             if error is None and record.digest not in ("", read.result().digest):
                 changed = f"its files changed from digest {record.digest} to {read.result().digest}"
                 error = rejected(record.name, [f"{changed} after it was loaded: unload it, then load it again"])
             if error is not None:
-                self.fail(record, error, settle)
+                self.fail(record, error, answers)
                 return
-            self._take_in(record, read.result(), settle)
+            self._take_in(record, read.result(), answers)
 
     def _pump(self) -> None:
         """In the placer: move adapters in until the next one has to wait."""
@@ -289,19 +289,19 @@ class Mover:
             self._place(placement, window)
 
     def _next_move(self) -> tuple[Placement, Window[Resident]] | None:
-        with self._settling() as settle:
+        with self._answering() as answers:
             move = self._queue.pick()
-            while move is None and self._settle_in_place(settle):
+            while move is None and self._serve_in_place(answers):
                 move = self._queue.pick()
             self._is_awake = move is not None
             if not self._closed:
-                self._read_more(settle)
+                self._read_more(answers)
             return move
 
     def _evict(self, victim: Resident) -> None:
         adapter = self._pool.read(victim)
         self._pool.clear(victim)
-        with self._settling():
+        with self._answering():
             self._pool.withdraw(victim)
             self._pool.release(victim)
             self.evictions += 1
@@ -313,20 +313,20 @@ class Mover:
 
     def _place(self, placement: Placement, window: Window[Resident]) -> None:
         assert placement.adapter is not None
-        with self._settling():
+        with self._answering():
             resident = self._pool.reserve(placement.adapter.layout, window.offset)
         self._pool.fill(resident, placement.adapter)
-        with self._settling() as settle:
+        with self._answering() as answers:
             self._pool.publish(resident)
             self._queue.remove(placement)
             self.placements += 1
             self.refresh_pin(resident)
             for record in placement.records:
-                self._arrive(record, resident, settle)
+                self._arrive(record, resident, answers)
             is_orphan = next(self._store.sharing(placement.digest), None) is None
             if is_orphan:  # unloaded while it moved in
                 self._pool.withdraw(resident)
-                settle.later(partial(self.erase, resident))
+                answers.later(partial(self.erase, resident))
 
     def _on_pumped(self, pumped: Future[None]) -> None:
         """A pump that raises is our bug: nobody may be left waiting for it."""
@@ -334,12 +334,12 @@ class Mover:
         if error is None:
             return
         log.critical("placing an adapter failed", exc_info=error)
-        with self._settling() as settle:
+        with self._answering() as answers:
             self._is_awake = False
             for placement in self._queue:
                 self._queue.remove(placement)
                 for record in placement.records:
-                    self.fail(record, error, settle)
+                    self.fail(record, error, answers)
 
 
 def log_if_unexpected(name: str, error: BaseException | None) -> None:

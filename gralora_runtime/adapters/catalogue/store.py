@@ -9,7 +9,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from gralora_runtime.adapters.checkpoint import AdapterSummary
+from gralora_runtime.adapters.checkpoint.header import AdapterSummary
 from gralora_runtime.errors import AdapterNotFoundError, AdapterRejectedError
 
 

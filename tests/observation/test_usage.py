@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 
-from gralora_runtime.observation.accounts import BASE, LEAD, MEMORY, OTHER, AdapterAccounts
+from gralora_runtime.observation.usage import BASE, LEAD, MEMORY, OTHER, AdapterAccounts
 
 
 def requests(accounts: AdapterAccounts) -> dict[str, int]:

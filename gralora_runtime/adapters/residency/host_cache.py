@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
-from gralora_runtime.adapters.loader import LoadedAdapter
+from gralora_runtime.adapters.checkpoint.loader import LoadedAdapter
 
 
 class HostCache:

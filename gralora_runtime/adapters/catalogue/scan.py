@@ -8,10 +8,10 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from gralora_runtime.adapters.checkpoint import AdapterSummary
-from gralora_runtime.adapters.names import is_name
-from gralora_runtime.adapters.spec import rejected, to_keep
-from gralora_runtime.adapters.store import AdapterRecord
+from gralora_runtime.adapters.catalogue.names import is_name
+from gralora_runtime.adapters.catalogue.store import AdapterRecord
+from gralora_runtime.adapters.checkpoint.header import AdapterSummary
+from gralora_runtime.adapters.checkpoint.spec import rejected, to_keep
 from gralora_runtime.errors import AdapterRejectedError
 
 log = logging.getLogger(__name__)

@@ -7,10 +7,10 @@ from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from typing import Any
 
-from gralora_runtime.adapters.lease import AdapterLease
+from gralora_runtime.adapters.residency.lease import AdapterLease
 
 
-class Settlement:
+class Answers:
     """Collects results, errors and calls; `deliver` hands them out in that order, once."""
 
     def __init__(self, take_back: Callable[[AdapterLease], None]) -> None:

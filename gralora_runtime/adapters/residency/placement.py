@@ -10,10 +10,10 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 
-from gralora_runtime.adapters.loader import LoadedAdapter
-from gralora_runtime.adapters.pool import AdapterPool, Resident
-from gralora_runtime.adapters.store import AdapterRecord
-from gralora_runtime.adapters.window import Window, choose_window
+from gralora_runtime.adapters.catalogue.store import AdapterRecord
+from gralora_runtime.adapters.checkpoint.loader import LoadedAdapter
+from gralora_runtime.adapters.residency.eviction import Window, choose_window
+from gralora_runtime.adapters.residency.pool import AdapterPool, Resident
 
 # How many adapters behind a waiting one are tried per change in the pool: bounds the search, which holds a lock.
 LOOKAHEAD = 4

@@ -15,12 +15,12 @@ import torch
 
 from gralora_kernels.packing import ROW_MAJOR, Packing
 from gralora_kernels.tables import ARENA_SLACK, GroupTable, ModuleTable, TableSet
-from gralora_runtime.adapters.arena import ArenaAllocator
-from gralora_runtime.adapters.loader import AdapterLayout, LoadedAdapter
-from gralora_runtime.adapters.siblings import group_siblings
-from gralora_runtime.adapters.spec import ModuleShape
-from gralora_runtime.adapters.transfer import Spread, Transfer, no_steps, transfer_to
-from gralora_runtime.adapters.window import Segment
+from gralora_runtime.adapters.checkpoint.loader import AdapterLayout, LoadedAdapter
+from gralora_runtime.adapters.checkpoint.spec import ModuleShape
+from gralora_runtime.adapters.residency.arena import ArenaAllocator
+from gralora_runtime.adapters.residency.eviction import Segment
+from gralora_runtime.adapters.residency.shared_inputs import group_siblings
+from gralora_runtime.adapters.residency.transfer import Spread, Transfer, no_steps, transfer_to
 from gralora_runtime.memory import lazy_zeros
 
 

@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
-from gralora_runtime.adapters.file import MalformedError, open_regular, parse_object, read_at_most
-from gralora_runtime.adapters.spec import AdapterSpec, Dialect, ModuleShape, Part, parse_config, rejected
-from gralora_runtime.adapters.targets import MATCHING_BUDGET_S, MatchingBudget, SlowPatternError
-from gralora_runtime.adapters.tensors import DTYPES, WEIGHTS_FILE, TensorInfo, parse_header, read_header
+from gralora_runtime.adapters.checkpoint.file import MalformedError, open_regular, parse_object, read_at_most
+from gralora_runtime.adapters.checkpoint.spec import AdapterSpec, Dialect, ModuleShape, Part, parse_config, rejected
+from gralora_runtime.adapters.checkpoint.targets import MATCHING_BUDGET_S, MatchingBudget, SlowPatternError
+from gralora_runtime.adapters.checkpoint.tensors import DTYPES, WEIGHTS_FILE, TensorInfo, parse_header, read_header
 
 CONFIG_FILE = "adapter_config.json"
 PICKLE_FILE = "adapter_model.bin"

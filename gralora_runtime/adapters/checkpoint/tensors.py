@@ -12,7 +12,7 @@ from functools import lru_cache
 from types import MappingProxyType
 from typing import Any, BinaryIO
 
-from gralora_runtime.adapters.file import MalformedError, parse_object, read_at_most, unique_keys
+from gralora_runtime.adapters.checkpoint.file import MalformedError, parse_object, read_at_most, unique_keys
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 DTYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from gralora_runtime.adapters.targets import (
+from gralora_runtime.adapters.checkpoint.targets import (
     ALL_LINEAR,
     ANY_LAYER_NUMBER,
     LAYER_NUMBER,

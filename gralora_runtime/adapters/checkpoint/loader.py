@@ -23,11 +23,11 @@ from torch import Tensor
 
 from gralora_kernels.packing import ROW_MAJOR, Array, Packing, place_a, place_b
 from gralora_kernels.tables import Entry, Storage
-from gralora_runtime.adapters.checkpoint import AdapterHeader, AdapterSummary, Plan, inspect
-from gralora_runtime.adapters.file import MalformedError, open_regular, read_at_most
-from gralora_runtime.adapters.spec import ModuleShape, rejected
-from gralora_runtime.adapters.tensors import DTYPES, WEIGHTS_FILE, TensorInfo
-from gralora_runtime.adapters.transfer import Spread, serial_pieces, serially
+from gralora_runtime.adapters.checkpoint.file import MalformedError, open_regular, read_at_most
+from gralora_runtime.adapters.checkpoint.header import AdapterHeader, AdapterSummary, Plan, inspect
+from gralora_runtime.adapters.checkpoint.spec import ModuleShape, rejected
+from gralora_runtime.adapters.checkpoint.tensors import DTYPES, WEIGHTS_FILE, TensorInfo
+from gralora_runtime.adapters.residency.transfer import Spread, serial_pieces, serially
 
 __all__ = ["AdapterLayout", "LoadedAdapter", "inspect", "load"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from gralora_runtime.adapters.spec import ModuleShape
+from gralora_runtime.adapters.checkpoint.spec import ModuleShape
 
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from gralora_runtime.adapters.cache import HostCache
-from gralora_runtime.adapters.checkpoint import AdapterSummary
-from gralora_runtime.adapters.loader import AdapterLayout, LoadedAdapter
-from gralora_runtime.adapters.spec import Dialect
+from gralora_runtime.adapters.checkpoint.header import AdapterSummary
+from gralora_runtime.adapters.checkpoint.loader import AdapterLayout, LoadedAdapter
+from gralora_runtime.adapters.checkpoint.spec import Dialect
+from gralora_runtime.adapters.residency.host_cache import HostCache
 
 SUMMARY = AdapterSummary(
     dialect=Dialect.LORA,
