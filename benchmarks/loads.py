@@ -32,6 +32,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gralora_kernels.packing import ROW_MAJOR, place_a, place_b
+from gralora_runtime.adapters.catalogue.sources.directory import DirectorySource
 from gralora_runtime.adapters.checkpoint import loader
 from gralora_runtime.adapters.checkpoint.loader import ARRAYS, Packer
 from gralora_runtime.adapters.checkpoint.spec import ModuleShape
@@ -240,7 +241,7 @@ def _managing(
         pool_bytes=pool_bytes * 2,  # float32 of what is stored in 16 bits
         max_slots=4,
         host_cache_bytes=0,
-        adapters_dir=folder,
+        sources=[DirectorySource(folder)],
         base_model="",
         max_width=MAX_WIDTH,
     )

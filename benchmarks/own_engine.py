@@ -14,7 +14,7 @@ from benchmarks.sequences import make_sequence
 from benchmarks.workload import Request
 from gralora_runtime.adapters.residency.lease import AdapterLease
 from gralora_runtime.assemble import assemble
-from gralora_runtime.config import EngineConfig
+from gralora_runtime.config import EngineConfig, in_directory
 from gralora_runtime.detokenizer import Detokenizer
 from gralora_runtime.request import Delta, ResponseParams
 from gralora_runtime.sequence import Sequence as EngineSequence
@@ -36,7 +36,7 @@ class OwnEngine:
     ) -> None:
         config = EngineConfig(
             model=model_dir,
-            adapters_dir=adapters_dir,
+            adapters=in_directory(adapters_dir),
             max_num_seqs=max_num_seqs,
             adapter_pool_bytes=adapter_pool_bytes,
             kv_cache_bytes=kv_cache_bytes,

@@ -15,6 +15,7 @@ import torch
 from gralora_kernels.cpu import threads as cpu_threads
 from gralora_kernels.dispatch import AdapterBackend, resolve_backend
 from gralora_kernels.packing import Packing
+from gralora_runtime.adapters.catalogue.sources.choice import open_source
 from gralora_runtime.adapters.manager import AdapterManager
 from gralora_runtime.adapters.residency.transfer import no_steps
 from gralora_runtime.config import EngineConfig
@@ -210,7 +211,11 @@ def _adapter_manager(
         pool_bytes=pool_bytes,
         max_slots=config.max_adapter_slots,
         host_cache_bytes=config.host_cache_bytes,
-        adapters_dir=config.adapters_dir,
+        sources=[
+            open_source(source.uri, allow_roots=config.allow_roots, follows=source.follows)
+            for source in config.adapters
+        ],
+        watch=config.watch,
         base_model=base.name,
         max_width=config.max_adapter_rank,
         packing=packing,

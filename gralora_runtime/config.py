@@ -9,8 +9,22 @@ from gralora_runtime.errors import ConfigError
 
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+WATCHES = ("auto", "poll", "off")
 PIPELINES = ("auto", "on", "off")
 KERNEL_BACKENDS = ("auto", "reference", "cpu", "triton")
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterSource:
+    """Where adapters come from: a directory, or what `catalogue/sources/choice.py` knows besides."""
+
+    uri: str
+    follows: bool = True  # its newest content is served by itself; otherwise it waits for a promotion
+
+
+def in_directory(path: Path | None) -> tuple[AdapterSource, ...]:
+    """The adapters of one directory, or none."""
+    return () if path is None else (AdapterSource(str(path)),)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,7 +32,9 @@ class EngineConfig:
     """Sizes are bytes, tokens or counts as their names say; None means: derived from the model and free memory."""
 
     model: Path
-    adapters_dir: Path | None = None
+    adapters: tuple[AdapterSource, ...] = ()  # asked in this order
+    allow_roots: tuple[Path, ...] = ()  # links in adapter directories may end below these too
+    watch: str = "auto"  # whether directories are watched: auto (by the system's events), poll, or off
     device: str = "auto"
     dtype: str = "auto"  # auto: float32 on the CPU, the checkpoint's own on a GPU
     kernel_backend: str = "auto"
@@ -45,6 +61,7 @@ class EngineConfig:
             ("dtype", DTYPES),
             ("kernel_backend", KERNEL_BACKENDS),
             ("pipeline", PIPELINES),
+            ("watch", WATCHES),
         ):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")

@@ -4,7 +4,8 @@
     +-- InvalidRequestError      a field of the request is wrong: names the field and the value
     +-- AdapterError             names the adapter
     |   +-- AdapterNotFoundError      no adapter of that name is registered
-    |   +-- AdapterExistsError        the name is taken by different content
+    |   +-- AdapterVersionNotFoundError   the name has no such version
+    |   +-- AdapterVersionLostError       it had, but its files are gone or others, and no copy is kept
     |   +-- AdapterRejectedError      the checkpoint is broken or asks for what we do not implement: all reasons at once
     |   +-- AdapterBusyError          requests hold it, so it cannot be unloaded
     |   +-- AdapterCapacityError      it does not fit beside those in use
@@ -73,17 +74,41 @@ class AdapterNotFoundError(AdapterError):
 
     reason = "ADAPTER_NOT_FOUND"
 
-    def __init__(self, name: str) -> None:
-        super().__init__(name, f"no adapter named {name!r} is registered")
+    def __init__(self, name: str, similar: str = "") -> None:
+        self.similar = similar
+        meant = f"; did you mean {similar!r}?" if similar else ""
+        super().__init__(name, f"no adapter named {name!r} is registered{meant}")
+
+    def again(self) -> AdapterNotFoundError:
+        """The same for somebody else: an error that is raised twice keeps the tracebacks of both."""
+        return AdapterNotFoundError(self.name, self.similar)
 
 
-class AdapterExistsError(AdapterError):
-    """The name is already taken by an adapter with other content."""
+class AdapterVersionNotFoundError(AdapterNotFoundError):
+    """The adapter has no version of that number or content."""
 
-    reason = "ADAPTER_EXISTS"
+    reason = "ADAPTER_VERSION_NOT_FOUND"
 
-    def __init__(self, name: str, digest: str) -> None:
-        super().__init__(name, f"an adapter named {name!r} with other content is already registered (digest {digest})")
+    def __init__(self, name: str, version: str, numbers: Sequence[int]) -> None:
+        self.version = version
+        known = ", ".join(map(str, numbers[-10:]))
+        AdapterError.__init__(self, name, f"adapter {name!r} has no version {version} (it has {known})")
+
+    def metadata(self) -> dict[str, str]:
+        return {"adapter": self.name, "version": self.version}
+
+
+class AdapterVersionLostError(AdapterError):
+    """The version was served before, but its files have other content now or are gone, and there is no copy."""
+
+    reason = "ADAPTER_VERSION_LOST"
+
+    def __init__(self, name: str, number: int, problem: str) -> None:
+        self.number = number
+        super().__init__(name, f"version {number} of adapter {name!r} can no longer be read: {problem}")
+
+    def metadata(self) -> dict[str, str]:
+        return {"adapter": self.name, "version": str(self.number)}
 
 
 class AdapterRejectedError(AdapterError):

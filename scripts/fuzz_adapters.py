@@ -161,7 +161,7 @@ def fuzz(corpus: Path, seconds: int, artifacts: Path) -> None:
         reset_peak()
         before_bytes, started_s = peak_bytes(), time.process_time()
         try:
-            header = read_header(folder, root=folder.parent)
+            header = read_header(folder, roots=(folder.parent,))
             header.fitting_plan(modules)
             header.summary(modules)
         except AdapterRejectedError as error:

@@ -35,6 +35,7 @@ CONFINED = {
     ],
     "triton": ["gralora_kernels/triton_ops/*"],
     "numba": ["gralora_kernels/cpu/*"],
+    "watchfiles": ["gralora_runtime/adapters/catalogue/watcher.py"],
     "regex": ["gralora_runtime/adapters/checkpoint/targets.py"],
     "argparse": [],
     "typer": ["gralora_server/cli*"],

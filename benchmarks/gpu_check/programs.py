@@ -16,6 +16,7 @@ from torch import Tensor
 from benchmarks.gpu_check import Check
 from benchmarks.gpu_check.engines import CheckedEngine, Kind, base_of, random_model
 from gralora_runtime.adapters.residency.lease import AdapterLease
+from gralora_runtime.config import in_directory
 from gralora_runtime.model.selfcheck import check_runner, expected_logits
 from gralora_runtime.plan import AdapterUse, RowPlan, StepPlan
 from gralora_server.loadtest.synthetic import AdapterKind, make_adapters
@@ -106,7 +107,7 @@ def _soak() -> str:
         random_model("tiny", HALF).save_pretrained(Path(folder, "model"))
         kinds = [AdapterKind(8, 2), AdapterKind(16, 4), AdapterKind(4, 1), AdapterKind(32, 1)]
         names = make_adapters(Path(folder, "model"), Path(folder, "adapters"), kinds, ADAPTERS)
-        settings = SIZES | {"adapters_dir": Path(folder, "adapters"), "batch_invariant": True}
+        settings = SIZES | {"adapters": in_directory(Path(folder, "adapters")), "batch_invariant": True}
         expected = _expected(names, settings)
         # Half of the adapters fit into host memory: the others come from their files again.
         settings |= {"max_adapter_slots": SLOTS, "host_cache_bytes": ADAPTERS * (32 << 10)}

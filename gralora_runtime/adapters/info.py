@@ -11,10 +11,33 @@ from gralora_runtime.observation.histogram import HistogramCounts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class VersionInfo:
+    """One version of an adapter as an operator sees it."""
+
+    number: int
+    digest: str  # "" until it was first read
+    state: AdapterState
+    pinned: bool
+    in_flight: int
+    created_s: float  # seconds since the epoch
+    last_used_s: float
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
+class CanaryInfo:
+    """The version that gets a share of a name's requests."""
+
+    number: int
+    share: float  # 0 to 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterInfo:
-    """One adapter as an operator sees it."""
+    """One adapter as an operator sees it: its name, and the version that the name stands for."""
 
     name: str
+    version: int
     state: AdapterState
     digest: str  # "" until it was first loaded
     source: str  # directory
@@ -24,6 +47,19 @@ class AdapterInfo:
     pool_bytes: int  # what it takes in the pool, there or not; 0: unknown
     error: str  # why the last attempt to load it failed; "": it did not
     summary: AdapterSummary | None  # None: its header could not be read
+    previous: int  # the version that a rollback returns to; 0: none
+    follows: bool  # new content of its source is promoted by itself
+    canary: CanaryInfo | None
+    versions: tuple[VersionInfo, ...]  # by number
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterPage:
+    """Some of a list, by name."""
+
+    adapters: tuple[AdapterInfo, ...]
+    next_after: str  # where the next page begins; "": this is the last one
+    total: int  # names that the list's prefix fits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,6 +1,7 @@
 """The only part of the adapter code that the rest of the runtime talks to: names in, leases out, from any thread.
 
-Reading from disk, moving weights and zeroing are the mover's, in its threads; the lock is held for bookkeeping only.
+Reading from disk, moving weights and zeroing are the mover's, in its threads; which version a name stands for is the
+catalogue's to say. The lock is held for bookkeeping only.
 """
 
 from __future__ import annotations
@@ -8,7 +9,6 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -20,25 +20,21 @@ import torch
 
 from gralora_kernels.packing import ROW_MAJOR, Packing
 from gralora_runtime.adapters.answers import Answers
-from gralora_runtime.adapters.catalogue.names import check_name, resolve_source
-from gralora_runtime.adapters.catalogue.scan import Found, Scan, adapter_directories
-from gralora_runtime.adapters.catalogue.store import AdapterRecord, AdapterState, AdapterStore, Waiter
-from gralora_runtime.adapters.checkpoint.header import AdapterSummary, inspect
-from gralora_runtime.adapters.checkpoint.loader import LoadedAdapter, check_width
+from gralora_runtime.adapters.catalogue.catalogue import RETENTION, Catalogue, Retention
+from gralora_runtime.adapters.catalogue.names import Reference, check_name, parse_reference
+from gralora_runtime.adapters.catalogue.sources.source import Source
+from gralora_runtime.adapters.catalogue.store import AdapterState, AdapterStore, AdapterVersion, Alias, Waiter
+from gralora_runtime.adapters.checkpoint.loader import LoadedAdapter
 from gralora_runtime.adapters.checkpoint.spec import ModuleShape
-from gralora_runtime.adapters.info import AdapterInfo, AdapterResidency, AdapterStats, Residence, UnloadResult
+from gralora_runtime.adapters.descriptions import Descriptions
+from gralora_runtime.adapters.discovery import Discovery
+from gralora_runtime.adapters.info import AdapterInfo, AdapterPage, AdapterResidency, AdapterStats, UnloadResult
 from gralora_runtime.adapters.residency.host_cache import HostCache
 from gralora_runtime.adapters.residency.lease import BASE_LEASE, AdapterLease
-from gralora_runtime.adapters.residency.mover import Mover, log_if_unexpected
+from gralora_runtime.adapters.residency.mover import Mover
 from gralora_runtime.adapters.residency.pool import AdapterPool, Resident
 from gralora_runtime.adapters.residency.transfer import no_steps
-from gralora_runtime.errors import (
-    AdapterBusyError,
-    AdapterExistsError,
-    AdapterNotFoundError,
-    ConfigError,
-    DrainingError,
-)
+from gralora_runtime.errors import AdapterBusyError, DrainingError, InvalidRequestError
 
 
 class AdapterManager:
@@ -53,14 +49,14 @@ class AdapterManager:
         pool_bytes: int,
         max_slots: int,
         host_cache_bytes: int,
-        adapters_dir: Path | None,
+        sources: Sequence[Source] = (),
         base_model: str,
         max_width: int,
         packing: Packing = ROW_MAJOR,
         wait_for_steps: Callable[[], None] = no_steps,
+        retention: Retention = RETENTION,
+        watch: str = "off",
     ) -> None:
-        if adapters_dir is not None and not adapters_dir.is_dir():
-            raise ConfigError(f"adapters_dir: there is no directory {str(adapters_dir)!r}")
         self.pool = AdapterPool(
             modules=modules,
             device=device,
@@ -71,13 +67,12 @@ class AdapterManager:
             wait_for_steps=wait_for_steps,
         )
         self.base_model = base_model
-        self._modules = tuple(modules)
-        self._max_width = max_width
-        self._adapters_dir = adapters_dir.resolve() if adapters_dir else None
         self._lock = threading.Lock()
         self._store = AdapterStore()
+        self._removed: list[AdapterVersion] = []  # whose memory nobody has given back yet
+        self._catalogue = Catalogue(self._store, retention, self._on_changed, self._removed.append)
         self._cache = HostCache(host_cache_bytes)
-        self._leases: dict[int, tuple[AdapterRecord, Resident]] = {}  # by serial
+        self._leases: dict[int, tuple[AdapterVersion, Resident]] = {}  # by serial
         self._serials = itertools.count(1)
         self._clock = itertools.count(1)  # orders uses of residents
         self._closed = False
@@ -85,29 +80,47 @@ class AdapterManager:
             pool=self.pool,
             store=self._store,
             cache=self._cache,
-            modules=self._modules,
+            modules=modules,
             max_width=max_width,
-            root=self._adapters_dir,
             answering=self._answering,
             serve=self._serve,
+            changed=self._on_files_changed,
+            forget=self._forget_provisional,
         )
-        for source in adapter_directories(self._adapters_dir) if self._adapters_dir else ():
-            self._store.add(AdapterRecord(name=source.name, source=source))
-        self._scan = Scan(tuple(self._store), self._summarize, self._on_looked_into)
-        self._scan.run()
+        self._descriptions = Descriptions(self._lock, self._store, self.pool, self._cache)
+        self._discovery = Discovery(
+            sources=sources,
+            store=self._store,
+            catalogue=self._catalogue,
+            answering=self._answering,
+            read=self._mover.fetch,
+            household=self,
+            modules=modules,
+            max_width=max_width,
+            keeps_16_bit=self.pool.packing.keeps_16_bit,
+            watch=watch,
+        )
+        self._discovery.begin()
 
     # For requests.
 
-    def acquire(self, name: str) -> Future[AdapterLease]:
-        """A lease on the adapter, once it is in the pool. Cancelling the future withdraws the wish."""
-        if name == "":
-            done: Future[AdapterLease] = Future()
-            done.set_result(BASE_LEASE)
-            return done
-        check_name("adapter", name)
+    def acquire(self, adapter: str, key: str = "") -> Future[AdapterLease]:
+        """A lease on the adapter, once it is in the pool. Cancelling the future withdraws the wish.
+
+        `adapter`: see `parse_reference`. Requests of one `key` all get the canary, or none of them does.
+        """
+        waiter = Waiter(future=Future(), wants_lease=True)
+        if adapter == "":
+            waiter.future.set_result(BASE_LEASE)
+            return waiter.future
+        waiter.reference = parse_reference("adapter", adapter)
         with self._answering() as answers:
             self._refuse_when_closed()
-            return self._enter(self._store.get(name), Waiter(future=Future(), wants_lease=True), answers)
+            alias = self._store.find(waiter.reference.name)
+            if alias is not None:
+                return self.enter(alias.select(waiter.reference, key), waiter, answers)
+        self._discovery.request(waiter.reference.name, key, waiter)
+        return waiter.future
 
     def release(self, lease: AdapterLease) -> None:
         """Give a lease back, exactly once."""
@@ -117,8 +130,8 @@ class AdapterManager:
             held = self._leases.pop(lease.serial, None)
             if held is None:
                 raise RuntimeError(f"{lease} is not held: it was released before")
-            record, resident = held
-            record.leases -= 1
+            version, resident = held
+            version.leases -= 1
             resident.leases -= 1
             if resident.leases == 0 and self._mover.num_waiting:
                 self._mover.wake(answers)
@@ -131,87 +144,119 @@ class AdapterManager:
     # For operators.
 
     def load(self, name: str, path: Path | None = None, *, pin: bool = False) -> Future[AdapterInfo]:
-        """Register a directory below the adapters directory and bring it into the pool.
+        """Find the adapter in the sources, or at `path` in one of them, read it anew and bring it into the pool.
 
-        For a known name the files are read again: the same content is fine, other content needs an `unload` first.
+        Content that the name has not had is a new version, which is promoted unless its source waits for that.
         """
         check_name("name", name)
-        source = resolve_source(self._adapters_dir, path or Path(name))
         waiter = Waiter(future=Future(), wants_lease=False, pin=pin)
-        with self._answering() as answers:
+        with self._lock:
             self._refuse_when_closed()
-            record = self._store.find(name)
-            if record is None:
-                record = AdapterRecord(name=name, source=source, provisional=True)
-                self._store.add(record)
-            elif record.digest:
-                self._mover.read(record, source, partial(self._on_compared, record, waiter), answers)
-                return waiter.future
-            elif source != record.source.resolve():
-                if record.error is None:
-                    raise AdapterExistsError(name, f"not known yet, from {record.source.name}")
-                record.source = source
-            return self._enter(record, waiter, answers)
+        self._discovery.load(name, path, waiter)
+        return waiter.future
+
+    def refresh(self, name: str) -> None:
+        """Files of this name came or changed. From any thread; what follows is not waited for."""
+        self._discovery.refresh(name)
 
     def unload(self, name: str) -> UnloadResult:
-        """Forget a name; its weights go too, and leave zeros, unless another name has the same content."""
-        check_name("name", name)
+        """Forget a name and all its versions, or one version that it does not stand for.
+
+        Weights go too, and leave zeros, unless another name has the same content. No request brings the name back.
+        """
+        reference = parse_reference("name", name)
         with self._answering() as answers:
-            record = self._store.get(name)
-            if record.in_flight:
-                raise AdapterBusyError(name, record.in_flight)
-            self._store.remove(record)
-            resident = self.pool.find(record.digest)
-            is_last = next(self._store.sharing(record.digest), None) is None
-            cached = self._cache.pop(record.digest) if is_last else None
-            pool_bytes = self._pool_bytes(resident.layout.numel) if resident and is_last else 0
-            if resident and not is_last:
-                self._mover.refresh_pin(resident)
-                self._mover.wake(answers)
-            if resident and is_last and not resident.leaving:
-                self.pool.withdraw(resident)
-                answers.later(partial(self._mover.erase, resident))
-        return UnloadResult(
-            name=name,
-            digest=record.digest,
-            pool_bytes_freed=pool_bytes,
-            host_bytes_freed=cached.num_bytes if cached else 0,
-        )
+            alias = self._store.get(reference.name)
+            version = alias.select(reference, "")
+            if version.number == alias.promoted and reference.is_exact and len(alias.versions) > 1:
+                raise InvalidRequestError("name", name, "is the promoted version: promote another one first")
+            whole = not reference.is_exact or len(alias.versions) == 1
+            in_flight = alias.in_flight if whole else version.in_flight
+            if in_flight:
+                raise AdapterBusyError(name, in_flight)
+            if whole:
+                self._discovery.forget(alias)
+            else:
+                self._catalogue.remove_version(alias, version)
+            pool_bytes, host_bytes = self._give_back(answers)
+        return UnloadResult(name=name, digest=version.digest, pool_bytes_freed=pool_bytes, host_bytes_freed=host_bytes)
 
     def pin(self, name: str, pinned: bool) -> AdapterInfo:
-        """Keep an adapter in the pool, or no longer. One that is not there is loaded in the background."""
+        """Keep an adapter in the pool, or no longer: whatever the name stands for, or one version.
+
+        One that is not there is loaded in the background.
+        """
+        reference = parse_reference("name", name)
+        with self._answering() as answers:
+            self._refuse_when_closed()
+            alias = self._store.get(reference.name)
+            version = alias.select(reference, "")
+            resident = self.pool.find(version.digest)
+            if pinned and resident is None and (problem := self._mover.capacity_problem(version)):
+                raise problem
+            if reference.is_exact:
+                version.pinned = pinned
+            else:
+                alias.pinned = pinned
+            self._on_changed(alias)
+            self._keep_pins(alias, answers)
+            return self._descriptions.info(alias)
+
+    def promote(self, name: str, version: str = "") -> AdapterInfo:
+        """Let a name stand for one of its versions ("3", "sha256:..."), or for its newest. Streams end on theirs."""
+        reference = parse_reference("version", f"{name}@{version}") if version else None
+        with self._answering() as answers:
+            self._refuse_when_closed()
+            alias = self._store.get(name)
+            self._catalogue.promote(alias, reference or Reference(name=name, number=alias.newest))
+            return self.settle(alias, answers)
+
+    def roll_back(self, name: str) -> AdapterInfo:
+        """Let a name stand for what it stood for before its last promotion."""
         check_name("name", name)
         with self._answering() as answers:
             self._refuse_when_closed()
-            record = self._store.get(name)
-            resident = self.pool.find(record.digest)
-            if pinned and resident is None and (problem := self._mover.capacity_problem(record)):
-                raise problem
-            record.pinned = pinned
-            if resident is not None:
-                self._mover.refresh_pin(resident)
-            if pinned and (resident is None or resident.leaving):
-                self._enter(record, Waiter(future=Future(), wants_lease=False), answers)
-            self._mover.wake(answers)
-            return self._info(record)
+            alias = self._store.get(name)
+            self._catalogue.roll_back(alias)
+            return self.settle(alias, answers)
+
+    def set_canary(self, name: str, version: str, share: float) -> AdapterInfo:
+        """Give a version a share of the name's requests, 0 to 1. 0 ends it."""
+        reference = parse_reference("version", f"{name}@{version}" if version else name)
+        with self._answering() as answers:
+            self._refuse_when_closed()
+            alias = self._store.get(reference.name)
+            self._catalogue.set_canary(alias, reference, share)
+            return self.settle(alias, answers)
 
     def get(self, name: str) -> AdapterInfo:
         check_name("name", name)
         with self._lock:
-            return self._info(self._store.get(name))
+            return self._descriptions.info(self._store.get(name))
 
     def list(self) -> tuple[AdapterInfo, ...]:
         """All adapters by name. The lock is not held while thousands of them are described."""
-        with self._lock:
-            records = tuple(self._store)
-        return tuple(self._info(record) for record in sorted(records, key=lambda record: record.name))
+        return self._descriptions.all()
+
+    def page(
+        self, *, size: int, after: str = "", prefix: str = "", states: Collection[AdapterState] = ()
+    ) -> AdapterPage:
+        """At most `size` adapters by name: those behind `after` that begin with `prefix` and are in one of `states`.
+
+        No states: in any.
+        """
+        return self._descriptions.page(size=size, after=after, prefix=prefix, states=states)
+
+    def residency(self, limit: int, first: Collection[str] = ()) -> AdapterResidency:
+        """Where all adapters are, and by name at most `limit` that are in memory: `first`, then the last used ones."""
+        return self._descriptions.residency(limit, first)
 
     def stats(self) -> AdapterStats:
         with self._lock:
             return AdapterStats(
                 adapters=len(self._store),
                 leases=len(self._leases),
-                waiting=sum(len(record.waiters) for record in self._store),
+                waiting=sum(len(version.waiters) for version in self._store.versions()),
                 slots_used=self.pool.max_slots - self.pool.num_free_slots,
                 slots_total=self.pool.max_slots,
                 pool_bytes_used=self.pool.used_bytes,
@@ -225,54 +270,38 @@ class AdapterManager:
                 evictions=self._mover.evictions,
             )
 
-    def residency(self, limit: int, first: Collection[str] = ()) -> AdapterResidency:
-        """Where all adapters are, and by name at most `limit` that are in memory: `first`, then the last used ones.
-
-        The lock is not held while thousands of them are gone through.
-        """
-        with self._lock:
-            records = tuple(self._store)
-        states = [(record, self._state(record)) for record in records]
-        here = [(r, state) for r, state in states if state in (AdapterState.RESIDENT, AdapterState.HOST)]
-        here.sort(key=lambda found: (found[0].name not in first, -found[0].last_used_s, found[0].name))
-        counts = Counter(state for _, state in states)
-        return AdapterResidency(
-            {state: counts[state] for state in AdapterState},
-            tuple(
-                Residence(record.name, state, self._pool_bytes(record.summary.packed_numel))
-                for record, state in here[:limit]
-                if record.summary is not None
-            ),
-        )
-
     def check_integrity(self) -> None:
         """Every slot, element and lease is accounted for once, at any moment; raises AssertionError when not."""
         with self._lock:
             self.pool.check_integrity()
             self._cache.check_integrity()
-            of_records = sum(record.leases for record in self._store)
-            assert self.pool.num_leases == of_records == len(self._leases), "leases"
-            for record, resident in self._leases.values():
-                assert self.pool.find(record.digest) is resident, f"a lease on {record.name} lost its slot"
-            for record in self._store:
-                assert record.loading or not record.waiters, f"{record.name} has waiters and nobody loads it"
-                resident_or_none = self.pool.find(record.digest)
-                both = resident_or_none is not None and record.digest in self._cache
-                assert not both, f"{record.name} is in the pool and in the cache"
+            of_versions = sum(version.leases for version in self._store.versions())
+            assert self.pool.num_leases == of_versions == len(self._leases), "leases"
+            assert not self._removed, "versions were removed and their memory kept"
+            for version, resident in self._leases.values():
+                assert self.pool.find(version.digest) is resident, f"a lease on {version.label} lost its slot"
+            for alias in self._store.aliases():
+                assert alias.promoted in alias.versions, f"{alias.name} stands for no version"
+            for version in self._store.versions():
+                assert version.loading or not version.waiters, f"{version.label} has waiters and nobody loads it"
+                resident_or_none = self.pool.find(version.digest)
+                both = resident_or_none is not None and version.digest in self._cache
+                assert not both, f"{version.label} is in the pool and in the cache"
 
     def close(self) -> None:
         """Answer everybody who waits, and stop the threads."""
         with self._answering() as answers:
             self._closed = True
-            self._scan.stop()
+            self._discovery.stop()
             self._mover.close(answers)
+        self._discovery.close()
         self._mover.join()
 
     # Below: with the lock held, but for those that take it.
 
     @contextmanager
     def _answering(self) -> Iterator[Answers]:
-        """Takes the lock; what was settled under it is delivered after it."""
+        """Takes the lock; what was decided under it is delivered after it."""
         answers = Answers(self.release)
         try:
             with self._lock:
@@ -284,115 +313,129 @@ class AdapterManager:
         if self._closed:
             raise DrainingError
 
-    def _enter(self, record: AdapterRecord, waiter: Waiter, answers: Answers) -> Future[Any]:
+    def enter(self, version: AdapterVersion, waiter: Waiter, answers: Answers) -> Future[Any]:
         """Serve the waiter at once, or let it wait for a load that is under way or begins now."""
-        resident = self.pool.find(record.digest)
+        resident = self.pool.find(version.digest)
         if resident is not None and resident.open:
-            self._serve(record, resident, waiter, answers)
+            self._serve(version, resident, waiter, answers)
             return waiter.future
-        answers.later(partial(waiter.future.add_done_callback, partial(self._on_answered, record, waiter)))
-        record.waiters.append(waiter)
-        if not record.loading:
-            self._mover.start(record, answers)
+        self._stand_in_line(version, waiter, answers)
+        if not version.loading:
+            self._mover.start(version, answers)
         return waiter.future
 
-    def _serve(self, record: AdapterRecord, resident: Resident, waiter: Waiter, answers: Answers) -> None:
+    def _serve(self, version: AdapterVersion, resident: Resident, waiter: Waiter, answers: Answers) -> None:
+        alias = self._store.get(version.name)
+        if waiter.reference is not None and not resident.layout.digest.startswith(waiter.reference.digest):
+            answers.error(waiter.future, alias.lacks(waiter.reference))
+            return
         resident.last_used = next(self._clock)
-        record.last_used_s = time.time()
+        version.last_used_s = time.time()
         if waiter.pin:
-            record.pinned = True
+            alias.pinned = True
+            self._on_changed(alias)
             self._mover.refresh_pin(resident)
         if not waiter.wants_lease:
-            answers.result(waiter.future, self._info(record))
+            answers.result(waiter.future, self._descriptions.info(alias))
             return
         lease = AdapterLease(
-            name=record.name,
+            name=version.name,
+            version=version.number,
             digest=resident.layout.digest,
             slot=resident.slot,
             generation=resident.generation,
             width=resident.layout.width,
             serial=next(self._serials),
         )
-        self._leases[lease.serial] = (record, resident)
-        record.leases += 1
+        self._leases[lease.serial] = (version, resident)
+        version.leases += 1
         resident.leases += 1
         answers.result(waiter.future, lease)
+
+    def settle(self, alias: Alias, answers: Answers) -> AdapterInfo:
+        """After the catalogue changed what a name stands for."""
+        self._keep_pins(alias, answers)
+        self._give_back(answers)
+        return self._descriptions.info(alias)
+
+    def _keep_pins(self, alias: Alias, answers: Answers) -> None:
+        """Residents are pinned as the catalogue says now, and what is pinned and not there is brought."""
+        for version in tuple(alias.versions.values()):
+            resident = self.pool.find(version.digest)
+            if resident is not None:
+                self._mover.refresh_pin(resident)
+            if alias.keeps_pinned(version) and (resident is None or resident.leaving) and not version.loading:
+                self.enter(version, Waiter(future=Future(), wants_lease=False), answers)
+        self._mover.wake(answers)
+
+    def _give_back(self, answers: Answers) -> tuple[int, int]:
+        """The memory of removed versions, unless others have their content. Returns bytes of the pool, of the cache."""
+        pool_bytes = host_bytes = 0
+        for version in self._removed:
+            resident = self.pool.find(version.digest)
+            if self._store.sharing(version.digest):
+                if resident is not None:
+                    self._mover.refresh_pin(resident)
+                continue
+            cached = self._cache.pop(version.digest)
+            host_bytes += cached.num_bytes if cached else 0
+            if resident is not None:
+                pool_bytes += self._pool_bytes(resident.layout.numel)
+                if not resident.leaving:
+                    self.pool.withdraw(resident)
+                    answers.later(partial(self._mover.erase, resident))
+        if self._removed:
+            self._mover.wake(answers)
+        self._removed.clear()
+        return pool_bytes, host_bytes
+
+    def _on_changed(self, alias: Alias) -> None:
+        """What the catalogue says of a name is different now."""
+
+    def bring(
+        self, version: AdapterVersion, adapter: LoadedAdapter, waiters: Sequence[Waiter], answers: Answers
+    ) -> None:
+        """Weights that were read for this version go where somebody waits for them, or into the host cache."""
+        for waiter in waiters:
+            self._stand_in_line(version, waiter, answers)
+        if waiters and not version.loading:
+            version.loading = True
+            self._mover.take_in(version, adapter, answers)
+        else:
+            self._mover.keep(adapter)
+
+    def fail(self, version: AdapterVersion, error: BaseException, answers: Answers) -> None:
+        self._mover.fail(version, error, answers)
+
+    def _on_files_changed(self, version: AdapterVersion, adapter: LoadedAdapter, answers: Answers) -> None:
+        self._discovery.on_files_changed(version, adapter, answers)
+
+    def _stand_in_line(self, version: AdapterVersion, waiter: Waiter, answers: Answers) -> None:
+        if waiter.version is None:
+            answers.later(partial(waiter.future.add_done_callback, partial(self._on_answered, waiter)))
+        waiter.version = version
+        version.waiters.append(waiter)
+
+    def _forget_provisional(self, version: AdapterVersion, answers: Answers) -> None:
+        alias = self._store.alias_of(version)
+        if alias is not None:
+            self._catalogue.remove(alias)
+            self._give_back(answers)
 
     def _pool_bytes(self, numel: int) -> int:
         return numel * self.pool.arena.element_size()
 
-    def _info(self, record: AdapterRecord) -> AdapterInfo:
-        return AdapterInfo(
-            name=record.name,
-            state=self._state(record),
-            digest=record.digest,
-            source=str(record.source),
-            pinned=record.pinned,
-            in_flight=record.in_flight,
-            last_used_s=record.last_used_s,
-            pool_bytes=self._pool_bytes(record.summary.packed_numel) if record.summary else 0,
-            error=str(record.error) if record.error else "",
-            summary=record.summary,
-        )
-
-    def _state(self, record: AdapterRecord) -> AdapterState:
-        resident = self.pool.find(record.digest)
-        if resident is not None and resident.open:
-            return AdapterState.RESIDENT
-        if record.loading:
-            return AdapterState.LOADING
-        if record.error is not None:
-            return AdapterState.FAILED
-        return AdapterState.HOST if record.digest in self._cache or resident else AdapterState.REGISTERED
-
-    def _summarize(self, name: str, source: Path) -> AdapterSummary:
-        header = inspect(source, name=name, root=self._adapters_dir)
-        header.fitting_plan(self._modules)
-        summary = header.summary(self._modules, keeps_16_bit=self.pool.packing.keeps_16_bit)
-        check_width(name, summary.equivalent_rank, self._max_width)
-        return summary
-
-    def _on_looked_into(self, record: AdapterRecord, found: Found) -> None:
-        """In a thread of the scan. A request may have been faster, or an operator; what they found is newer."""
-        with self._lock:
-            if record.summary or record.error or record.loading or self._store.find(record.name) is not record:
-                return
-            if isinstance(found, AdapterSummary):
-                record.summary = found
-            else:
-                record.error = found
-
-    def _on_answered(self, record: AdapterRecord, waiter: Waiter, future: Future[Any]) -> None:
+    def _on_answered(self, waiter: Waiter, future: Future[Any]) -> None:
         """When it was cancelled rather than answered: nobody waits there any more."""
         if not future.cancelled():
             return
         with self._answering() as answers:
-            if waiter in record.waiters:
-                record.waiters.remove(waiter)
-                if not record.waiters:
-                    self._mover.forget(record, answers)
+            version = waiter.version
+            if version is not None and waiter in version.waiters:
+                version.waiters.remove(waiter)
+                if not version.waiters:
+                    self._mover.forget(version, answers)
 
     def _release_answer(self, acquired: Future[AdapterLease]) -> None:
         if not acquired.cancelled() and acquired.exception() is None:
             self.release(acquired.result())
-
-    def _on_compared(self, record: AdapterRecord, waiter: Waiter, read: Future[LoadedAdapter]) -> None:
-        if read.cancelled():
-            waiter.future.cancel()
-            return
-        error = read.exception()
-        log_if_unexpected(record.name, error)
-        if not waiter.future.set_running_or_notify_cancel():
-            return
-        with self._answering() as answers:
-            if self._closed:
-                error = DrainingError()
-            elif self._store.find(record.name) is not record:
-                error = AdapterNotFoundError(record.name)
-            elif error is None and read.result().digest != record.digest:
-                error = AdapterExistsError(record.name, record.digest)
-            if error is not None:
-                answers.error(waiter.future, error)
-                return
-            self._mover.keep(read.result())
-            self._enter(record, waiter, answers)

@@ -20,9 +20,9 @@ from gralora_runtime.errors import (
     AdapterBusyError,
     AdapterCapacityError,
     AdapterError,
-    AdapterExistsError,
     AdapterNotFoundError,
     AdapterRejectedError,
+    AdapterVersionLostError,
     DeadlineExceededError,
     DrainingError,
     GraloraError,
@@ -47,8 +47,8 @@ MAX_VALUE_BYTES = 300
 CODES: dict[type[GraloraError], grpc.StatusCode] = {
     InvalidRequestError: grpc.StatusCode.INVALID_ARGUMENT,
     AdapterNotFoundError: grpc.StatusCode.NOT_FOUND,
-    AdapterExistsError: grpc.StatusCode.ALREADY_EXISTS,
     AdapterRejectedError: grpc.StatusCode.FAILED_PRECONDITION,
+    AdapterVersionLostError: grpc.StatusCode.FAILED_PRECONDITION,
     AdapterBusyError: grpc.StatusCode.FAILED_PRECONDITION,
     # Not RESOURCE_EXHAUSTED: trying again does not help until an operator unpins, unloads or enlarges the pool.
     AdapterCapacityError: grpc.StatusCode.FAILED_PRECONDITION,

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from adapters.harness import Gate
 
 
 @pytest.fixture(autouse=True)
@@ -15,3 +16,8 @@ def one_torch_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> Gate:
+    return Gate(monkeypatch)

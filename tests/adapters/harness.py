@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ import pytest
 import torch
 from support.checkpoints import MODULES, write_gralora
 
+from gralora_runtime.adapters.catalogue.sources.directory import DirectorySource
 from gralora_runtime.adapters.checkpoint.header import inspect
 from gralora_runtime.adapters.manager import AdapterManager
 from gralora_runtime.adapters.residency import mover
@@ -39,7 +41,7 @@ def manager_of(root: Path | None, *, units: float = 2, slots: int = 8, host_unit
         "pool_bytes": int(units * UNIT_BYTES),
         "max_slots": slots,
         "host_cache_bytes": int(host_units * UNIT_BYTES),
-        "adapters_dir": root,
+        "sources": [DirectorySource(root)] if root else [],
         "base_model": "toy",
         "max_width": 256,
     }
@@ -75,6 +77,7 @@ def quiesce(manager: AdapterManager) -> None:
         for future in [manager._mover._readers.submit(barrier.wait) for _ in range(NUM_READERS)]:
             future.result(WAIT_S)
         manager._mover._placer.submit(int).result(WAIT_S)
+        manager._discovery._refresher.submit(int).result(WAIT_S)
     manager.check_integrity()
 
 
@@ -117,3 +120,11 @@ class Gate:
         self.begun.release()
         assert self._open.wait(WAIT_S)
         return self._load(name, *args, **options)
+
+
+def until(condition: Callable[[], object]) -> None:
+    """For what other threads and the file system do when they come to it."""
+    deadline_s = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.005)

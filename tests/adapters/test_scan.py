@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from adapters.harness import WAIT_S, Gate, lease, managing, quiesce, use, write_units
+from adapters.harness import WAIT_S, Gate, lease, managing, quiesce, until, use, write_units
 from support.checkpoints import edit_config, write_gralora
 
-from gralora_runtime.adapters import manager
+from gralora_runtime.adapters import discovery
 from gralora_runtime.adapters.catalogue import scan
 from gralora_runtime.adapters.catalogue.store import AdapterState
 from gralora_runtime.adapters.checkpoint import header
@@ -25,7 +24,7 @@ class Slow:
     def __init__(self, patch: pytest.MonkeyPatch, name: str) -> None:
         self.go_on = threading.Event()
         self._name, self._inspect = name, header.inspect
-        patch.setattr(manager, "inspect", self._slowly)
+        patch.setattr(discovery, "inspect", self._slowly)
 
     def _slowly(self, path: Path, *, name: str, **options: Any) -> Any:
         if name == self._name:
@@ -33,18 +32,11 @@ class Slow:
         return self._inspect(path, name=name, **options)
 
 
-def until(condition: Any) -> None:
-    deadline_s = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < deadline_s
-        time.sleep(0.005)
-
-
 def test_serving_begins_while_a_directory_is_still_being_looked_into(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_units(tmp_path, ["a", "b", "c"])
-    monkeypatch.setattr(scan.Scan.run, "__defaults__", (0.1,))
+    monkeypatch.setattr(scan.Scan.wait, "__defaults__", (0.1,))
     slow = Slow(monkeypatch, "a")
     with managing(tmp_path) as adapters:
         until(lambda: adapters.get("b").summary and adapters.get("c").summary)
@@ -52,20 +44,20 @@ def test_serving_begins_while_a_directory_is_still_being_looked_into(
         assert use(adapters, "a").name == "a"  # a request does not wait for it
         loaded = adapters.get("a").summary
         slow.go_on.set()
-        until(lambda: not any(thread.is_alive() for thread in adapters._scan._threads))
+        until(lambda: not adapters._discovery._scan._threads)
         assert adapters.get("a").summary is loaded is not None
 
 
 def test_what_the_scan_finds_too_late_does_not_overrule_a_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The directory was broken when the server started, and has been mended since."""
     write_units(tmp_path, ["a"])
-    monkeypatch.setattr(scan.Scan.run, "__defaults__", (0.05,))
+    monkeypatch.setattr(scan.Scan.wait, "__defaults__", (0.05,))
     slow = Slow(monkeypatch, "a")
     with managing(tmp_path) as adapters:
         use(adapters, "a")
         edit_config(tmp_path / "a", gralora_k=3)
         slow.go_on.set()
-        until(lambda: not any(thread.is_alive() for thread in adapters._scan._threads))
+        until(lambda: not adapters._discovery._scan._threads)
         assert adapters.get("a").state is AdapterState.RESIDENT
         assert adapters.get("a").error == ""
 
@@ -81,7 +73,7 @@ def test_a_bug_met_in_one_directory_is_told_there_and_keeps_no_other_from_being_
             raise MemoryError
         return inspect(path, name=name, **options)
 
-    monkeypatch.setattr(manager, "inspect", broken)
+    monkeypatch.setattr(discovery, "inspect", broken)
     with managing(tmp_path) as adapters:
         assert "looking into it failed (MemoryError" in adapters.get("a").error
         assert adapters.get("b").summary is not None
@@ -104,14 +96,14 @@ def test_what_is_known_of_a_broken_adapter_is_a_sentence_and_not_its_files(tmp_p
     """Thousands of them, each with a header of megabytes in the frames of its error, would fill the memory."""
     (write_gralora(tmp_path / "a", r=4) / CONFIG_FILE).write_bytes(b"{")
     with managing(tmp_path) as adapters:
-        record = adapters._store.get("a")
+        record = adapters._store.get("a").current
         assert files_of(record.error) == set()
         for _ in range(3):
             with pytest.raises(AdapterRejectedError, match="is not JSON"):
                 lease(adapters, "a")
         kept = files_of(record.error)
         assert "mover.py" in kept
-        assert not kept & {"checkpoint.py", "file.py", "loader.py", "spec.py", "tensors.py"}
+        assert not kept & {"header.py", "file.py", "loader.py", "spec.py", "tensors.py"}
 
 
 def test_refused_files_are_read_again_only_when_they_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -280,11 +280,6 @@ def test_little_is_read_ahead_of_the_room(tmp_path: Path, gate: Gate) -> None:
         assert 1 + len(names) == len(gate.names)
 
 
-@pytest.fixture
-def gate(monkeypatch: pytest.MonkeyPatch) -> Gate:
-    return Gate(monkeypatch)
-
-
 @pytest.mark.parametrize("host_units", [0, 3, 50])
 def test_a_storm_of_threads_gets_the_right_weights_and_leaves_the_books_in_order(
     tmp_path: Path, host_units: int
@@ -301,16 +296,13 @@ def test_a_storm_of_threads_gets_the_right_weights_and_leaves_the_books_in_order
             rng, served = random.Random(seed), 0
             for _ in range(60):
                 name = rng.choice(names)
-                try:
-                    acquired = manager.acquire(name)
-                except AdapterNotFoundError:  # an operator is between unload and load
-                    continue
+                acquired = manager.acquire(name)
                 if rng.random() < 0.2:
                     manager.abandon(acquired)
                     continue
                 try:
                     held = acquired.result(WAIT_S)
-                except AdapterCapacityError:  # too much is pinned just now
+                except (AdapterCapacityError, AdapterNotFoundError):  # too much is pinned, or it is being loaded anew
                     continue
                 assert torch.equal(blobs[name], weights(manager, held)), "another adapter's weights"
                 manager.release(held)

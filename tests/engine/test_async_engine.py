@@ -18,7 +18,7 @@ from support.workspaces import save_workspace
 from torch import Tensor
 
 from gralora_runtime.async_engine import AsyncEngine
-from gralora_runtime.config import EngineConfig
+from gralora_runtime.config import EngineConfig, in_directory
 from gralora_runtime.errors import (
     AdapterNotFoundError,
     DeadlineExceededError,
@@ -65,7 +65,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def config(workspace: Path) -> EngineConfig:
     return EngineConfig(
         model=workspace / "model",
-        adapters_dir=workspace / "adapters",
+        adapters=in_directory(workspace / "adapters"),
         device=DEVICE,
         max_num_seqs=32,
         max_num_batched_tokens=48,
@@ -203,7 +203,7 @@ def test_a_reloaded_adapter_is_never_answered_from_its_predecessors_pages(
     """Same name, same path, same prompt, other weights: the prefix cache and the slot must both notice."""
     folder = tmp_path / "adapters"
     shutil.copytree(workspace / "adapters" / "g0", folder / "customer")
-    config = replace(config, adapters_dir=folder)
+    config = replace(config, adapters=in_directory(folder))
 
     async def both(engine: AsyncEngine) -> tuple[Delta, Delta]:
         old = await finish(engine, request("r#0", "customer"))

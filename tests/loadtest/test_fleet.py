@@ -19,7 +19,7 @@ from support.workspaces import save_workspace
 from gralora_runtime.adapters.checkpoint.loader import load
 from gralora_runtime.assemble import EngineParts
 from gralora_runtime.async_engine import AsyncEngine
-from gralora_runtime.config import EngineConfig
+from gralora_runtime.config import EngineConfig, in_directory
 from gralora_runtime.errors import AdapterNotFoundError
 from gralora_runtime.model.adaptable import adaptable_modules
 from gralora_runtime.model.merging import merge_adapter
@@ -45,7 +45,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def config(workspace: Path) -> EngineConfig:
     return EngineConfig(
         model=workspace / "model",
-        adapters_dir=workspace / "adapters",
+        adapters=in_directory(workspace / "adapters"),
         device="cpu",
         max_num_seqs=8,
         max_num_batched_tokens=48,

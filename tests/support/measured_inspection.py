@@ -34,7 +34,7 @@ def measure(folder: Path, modules: list[ModuleShape]) -> dict[str, object]:
     reset_peak()
     before_bytes, started_s = peak_bytes(), time.process_time()
     try:
-        load(folder.name, folder, modules, torch.float32, max_width=256, root=folder.parent)
+        load(folder.name, folder, modules, torch.float32, max_width=256, roots=(folder.parent,))
         refused = ""
     except AdapterRejectedError as error:
         refused = str(error)

@@ -16,7 +16,7 @@ from support.tiny_models import save_tiny_model, tiny_model
 
 from gralora_runtime.adapters.residency.lease import AdapterLease
 from gralora_runtime.assemble import EngineParts, assemble
-from gralora_runtime.config import EngineConfig
+from gralora_runtime.config import EngineConfig, in_directory
 from gralora_runtime.plan import AdapterUse, RowPlan, StepPlan
 
 PROMPT = [5, 250, 17, 99, 3, 280, 41, 8, 120, 77, 301, 12, 64, 200, 9, 33, 150, 71, 222, 18, 90, 45, 263, 31, 7, 180]
@@ -105,7 +105,7 @@ def serving(
         folder = save_adapter(model, config, adapters_dir / name, seed=seed)
         if name.endswith("-authors"):
             in_authors_dialect(folder)
-    parts = assemble(replace(CONFIG, model=model_dir, adapters_dir=adapters_dir, **changes))
+    parts = assemble(replace(CONFIG, model=model_dir, adapters=in_directory(adapters_dir), **changes))
     yield Served(parts, model_dir, adapters_dir)
     parts.adapters.check_integrity()
     parts.adapters.close()

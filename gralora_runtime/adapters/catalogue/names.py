@@ -1,14 +1,42 @@
-"""Which strings may name an adapter, and which paths may hold one. Knows neither checkpoints nor the catalogue."""
+"""What a request may call an adapter: a name, and perhaps which version of it. Knows no files and no catalogue."""
 
 from __future__ import annotations
 
 import re
-from pathlib import Path
+from dataclasses import dataclass
 
 from gralora_runtime.errors import InvalidRequestError
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-_NAME_RULE = "must be 1 to 128 letters, digits, '.', '_' or '-', and begin with a letter or a digit"
+MIN_DIGEST_DIGITS = 12  # of a prefix: 48 bits tell a thousand versions apart, and nobody types fewer by mistake
+
+_PART = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
+_ONE_PART = re.compile(_PART)
+_REVISION = re.compile(rf"@(?!\d+\Z){_PART}\Z")  # digits alone are a version's number
+_NAME = re.compile(rf"{_PART}(?:/{_PART})?(?:@(?!\d+\Z){_PART})?")
+_NAME_RULE = (
+    "must be 1 to 128 letters, digits, '.', '_' or '-' that begin with a letter or a digit; "
+    "an organisation and '/' may stand before it, '@' and a revision behind"
+)
+_VERSION = re.compile(r"@(\d{1,9})\Z")
+_DIGEST = re.compile(r"@sha256:([0-9a-f]*)\Z")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reference:
+    """What a request asks for: the version that is promoted, one by its number, or one by its content."""
+
+    name: str
+    number: int | None = None
+    digest: str = ""  # the first 12 digits or more of the content's SHA-256
+
+    @property
+    def is_exact(self) -> bool:
+        return self.number is not None or self.digest != ""
+
+
+def is_part(text: str) -> bool:
+    """A name without an organisation and a revision: what one directory may be called."""
+    return _ONE_PART.fullmatch(text) is not None
 
 
 def is_name(text: str) -> bool:
@@ -21,22 +49,26 @@ def check_name(field: str, name: str) -> None:
         raise InvalidRequestError(field, name, _NAME_RULE)
 
 
-def resolve_inside(root: Path | None, path: Path) -> Path | None:
-    """`path` with every link followed; None: that is outside of `root`, if there is one, or links go in a circle."""
-    try:
-        resolved = path.resolve()
-        return resolved if root is None or resolved.is_relative_to(root.resolve()) else None
-    except (OSError, RuntimeError):
-        return None
+def parse_reference(field: str, text: str) -> Reference:
+    """`name`, `name@3` or `name@sha256:0123456789ab`; the name itself may be `org/name@revision`."""
+    if found := _DIGEST.search(text):
+        if not MIN_DIGEST_DIGITS <= len(found[1]) <= 64:
+            raise InvalidRequestError(field, text, f"a digest has {MIN_DIGEST_DIGITS} to 64 hexadecimal digits")
+        reference = Reference(name=text[: found.start()], digest=found[1])
+    elif found := _VERSION.search(text):
+        reference = Reference(name=text[: found.start()], number=int(found[1]))
+    else:
+        reference = Reference(name=text)
+    check_name(field, reference.name)
+    return reference
 
 
-def resolve_source(root: Path | None, path: Path) -> Path:
-    """The directory that `path` names below `root`: where the operator keeps adapters, and nowhere else."""
-    if root is None:
-        raise InvalidRequestError("path", str(path), "the server was started without an adapters directory")
-    if "\0" in str(path):
-        raise InvalidRequestError("path", str(path), "contains a NUL character")
-    source = resolve_inside(root, root / path)
-    if source is None:
-        raise InvalidRequestError("path", str(path), "leaves the adapters directory")
-    return source
+def split_revision(name: str) -> tuple[str, str]:
+    """`org/name` and the revision behind it, "" if there is none."""
+    found = _REVISION.search(name)
+    return (name[: found.start()], found[0][1:]) if found else (name, "")
+
+
+def numbered(name: str, number: int) -> str:
+    """How logs, metrics and lists call one version."""
+    return f"{name}@{number}"

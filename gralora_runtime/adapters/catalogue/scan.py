@@ -1,15 +1,14 @@
-"""Looks into all adapter directories when the server starts: side by side, and beside serving if it takes long."""
+"""Looks into adapter directories: all that are there at start, beside serving if it takes long, then what comes."""
 
 from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 
-from gralora_runtime.adapters.catalogue.names import is_name
-from gralora_runtime.adapters.catalogue.store import AdapterRecord
+from gralora_runtime.adapters.catalogue.store import AdapterVersion
 from gralora_runtime.adapters.checkpoint.header import AdapterSummary
 from gralora_runtime.adapters.checkpoint.spec import rejected, to_keep
 from gralora_runtime.errors import AdapterRejectedError
@@ -17,65 +16,63 @@ from gralora_runtime.errors import AdapterRejectedError
 log = logging.getLogger(__name__)
 
 NUM_THREADS = 2  # Python's, so more would not be faster; one directory that takes its whole budget delays no other
-WAIT_S = 5.0  # then serving begins: a request does not need what a scan finds
+WAIT_S = 1.0  # then serving begins: a request does not need what a scan finds
 
-Found = AdapterSummary | AdapterRejectedError
-
-
-def adapter_directories(root: Path) -> Iterator[Path]:
-    """Every directory in `root` that has an adapter's name."""
-    for source in sorted(root.iterdir()):
-        try:
-            if is_name(source.name) and source.is_dir():
-                yield source
-        except OSError as cause:
-            log.warning("%s is passed over: %s", source, cause)
+Seen = AdapterSummary | AdapterRejectedError
 
 
 class Scan:
-    """Tells what each directory holds. Its threads end by themselves, and never keep the process from ending."""
+    """Tells what each directory holds. Its threads end when nothing is left, and never keep the process from ending."""
 
     def __init__(
         self,
-        records: Iterable[AdapterRecord],
-        summarize: Callable[[str, Path], AdapterSummary],
-        tell: Callable[[AdapterRecord, Found], None],
+        summarize: Callable[[AdapterVersion], AdapterSummary],
+        tell: Callable[[AdapterVersion, Seen], None],
     ) -> None:
-        self._left = deque(records)
+        self._left: deque[AdapterVersion] = deque()
         self._summarize = summarize
         self._tell = tell
-        self._threads = [
-            threading.Thread(target=self._work, name="adapter-scan", daemon=True) for _ in range(NUM_THREADS)
-        ]
+        self._lock = threading.Lock()
+        self._threads: set[threading.Thread] = set()
+        self._stopped = False
 
-    def run(self, wait_s: float = WAIT_S) -> None:
-        """Start, and wait for the end for so long at most."""
-        num_directories = len(self._left)
-        for thread in self._threads:
-            thread.start()
-        for thread in self._threads:
-            thread.join(wait_s / NUM_THREADS)
-        if any(thread.is_alive() for thread in self._threads):
-            left = len(self._left)
-            log.warning("%d of %d adapter directories are still being looked into", left, num_directories)
+    def add(self, version: AdapterVersion) -> None:
+        """Look into its directory soon."""
+        with self._lock:
+            self._left.append(version)
+            if len(self._threads) < NUM_THREADS and not self._stopped:
+                thread = threading.Thread(target=self._work, name="adapter-scan", daemon=True)
+                self._threads.add(thread)
+                thread.start()
+
+    def wait(self, wait_s: float = WAIT_S) -> None:
+        """Wait until all have been looked into, for so long at most."""
+        until_s = time.monotonic() + wait_s
+        for thread in tuple(self._threads):
+            thread.join(max(0.0, until_s - time.monotonic()))
+        if left := len(self._left):
+            log.warning("%d adapter directories are still being looked into", left)
 
     def stop(self) -> None:
         """Look into no more directories."""
-        self._left.clear()
+        with self._lock:
+            self._stopped = True
+            self._left.clear()
 
     def _work(self) -> None:
         while True:
-            try:
-                record = self._left.popleft()
-            except IndexError:
-                return
-            self._tell(record, self._look_into(record))
+            with self._lock:
+                if not self._left:
+                    self._threads.discard(threading.current_thread())
+                    return
+                version = self._left.popleft()
+            self._tell(version, self._look_into(version))
 
-    def _look_into(self, record: AdapterRecord) -> Found:
+    def _look_into(self, version: AdapterVersion) -> Seen:
         try:
-            return self._summarize(record.name, record.source)
+            return self._summarize(version)
         except AdapterRejectedError as error:
             return to_keep(error)
         except Exception as error:
-            log.exception("looking into adapter %r failed", record.name)
-            return rejected(record.name, [f"looking into it failed ({type(error).__name__}: see the server's log)"])
+            log.exception("looking into adapter %r failed", version.name)
+            return rejected(version.name, [f"looking into it failed ({type(error).__name__}: see the server's log)"])

@@ -1,7 +1,13 @@
-"""The catalogue: one record per adapter name, one index. Knows what is registered, not where it is. No torch."""
+"""What is registered: names, the versions behind each, and which of them share content. Knows not where bytes are.
+
+A name stands for one version at a time, the promoted one; a canary may have a share of its requests. Whoever names a
+version by its number or its content gets that one. No torch.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -9,8 +15,9 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from gralora_runtime.adapters.catalogue.names import Reference, numbered
 from gralora_runtime.adapters.checkpoint.header import AdapterSummary
-from gralora_runtime.errors import AdapterNotFoundError, AdapterRejectedError
+from gralora_runtime.errors import AdapterNotFoundError, AdapterRejectedError, AdapterVersionNotFoundError
 
 
 class AdapterState(StrEnum):
@@ -30,21 +37,27 @@ class Waiter:
     future: Future[Any]
     wants_lease: bool
     pin: bool = False
+    reference: Reference | None = None  # of a request: what it asked for
+    version: AdapterVersion | None = None  # in whose line it stands
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
-class AdapterRecord:
-    """All that is known about one name."""
+class AdapterVersion:
+    """One content that a name has had, or has, and who uses it. What it is, is known when it was first read."""
 
     name: str
-    source: Path
+    number: int
+    source: Path  # the directory that it is, or was, read from
+    roots: tuple[Path, ...]  # links in it may end below these
     summary: AdapterSummary | None = None
-    digest: str = ""  # of what was last loaded; a name keeps its content until it is unloaded
+    digest: str = ""  # set by `AdapterStore.identify`, once
+    copy: Path | None = None  # in the content store: what it was, whatever becomes of its source
+    created_s: float = field(default_factory=time.time)
     error: BaseException | None = None  # why the last attempt failed
     refused: tuple[tuple[Path, object], AdapterRejectedError] | None = None  # directory and stamp of its files, and why
     provisional: bool = False  # registered by a load that has not succeeded yet: forgotten if it fails
     loading: bool = False
-    pinned: bool = False
+    pinned: bool = False  # this version, whatever the name stands for
     leases: int = 0
     waiters: list[Waiter] = field(default_factory=list)
     last_used_s: float = 0.0  # seconds since the epoch; 0: never
@@ -53,35 +66,165 @@ class AdapterRecord:
     def in_flight(self) -> int:
         return self.leases + len(self.waiters)
 
+    @property
+    def label(self) -> str:
+        return numbered(self.name, self.number)
+
+    @property
+    def place(self) -> tuple[Path, tuple[Path, ...]]:
+        """The directory to read it from, and where links in it may end."""
+        return (self.source, self.roots) if self.copy is None else (self.copy, (self.copy,))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Canary:
+    """A version that gets a share of a name's requests before it is promoted."""
+
+    number: int
+    share: float  # 0 to 1
+
+    def takes(self, name: str, key: str) -> bool:
+        """The same answer for the same key, as long as the version stays: a customer's user does not flap."""
+        drawn = hashlib.blake2b(f"{name}\0{self.number}\0{key}".encode(), digest_size=8).digest()
+        return int.from_bytes(drawn) < self.share * 2**64
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Alias:
+    """A name, and the versions that it has had."""
+
+    name: str
+    follows: bool = True  # new content of its source is promoted by itself
+    versions: dict[int, AdapterVersion] = field(default_factory=dict)  # by number, ascending
+    promoted: int = 0  # 0: none yet
+    previous: int = 0  # what a rollback returns to
+    newest: int = 0  # the version whose content the source had when it was last read
+    canary: Canary | None = None
+    pinned: bool = False  # whichever version is promoted
+    error: BaseException | None = None  # why the source's newest files are no version
+    stamp: object = None  # of the files that the newest version was read from
+    refreshing: bool = False  # its files are being read anew
+    again: bool = False  # they changed meanwhile
+
+    @property
+    def current(self) -> AdapterVersion:
+        """The version that the name stands for."""
+        return self.versions[self.promoted]
+
+    @property
+    def is_known(self) -> bool:
+        """Somebody has read one of its versions."""
+        return any(version.digest for version in self.versions.values())
+
+    @property
+    def next_number(self) -> int:
+        return max(self.versions, default=0) + 1
+
+    @property
+    def in_flight(self) -> int:
+        return sum(version.in_flight for version in self.versions.values())
+
+    def select(self, reference: Reference, key: str) -> AdapterVersion:
+        """The version that a request gets. One whose content nobody has read yet may be any content."""
+        if reference.number is not None:
+            found = self.versions.get(reference.number)
+        elif reference.digest:
+            ordered = sorted(self.versions.values(), key=lambda version: version.digest == "")
+            found = next((v for v in ordered if v.digest.startswith(reference.digest) or not v.digest), None)
+        elif self.canary is not None and self.canary.takes(self.name, key):
+            found = self.versions[self.canary.number]
+        else:
+            found = self.current
+        if found is None:
+            raise self.lacks(reference)
+        return found
+
+    def lacks(self, reference: Reference) -> AdapterVersionNotFoundError:
+        wanted = f"sha256:{reference.digest}" if reference.digest else str(reference.number)
+        return AdapterVersionNotFoundError(self.name, wanted, tuple(self.versions))
+
+    def keeps_pinned(self, version: AdapterVersion) -> bool:
+        return version.pinned or (self.pinned and version.number == self.promoted)
+
 
 class AdapterStore:
-    """Records by name. Looking up a name that is not there leaves no trace."""
+    """Aliases by name, versions by content. Looking up a name that is not there leaves no trace."""
 
     def __init__(self) -> None:
-        self._records: dict[str, AdapterRecord] = {}
-
-    def __iter__(self) -> Iterator[AdapterRecord]:
-        return iter(self._records.values())
+        self._aliases: dict[str, Alias] = {}
+        self._by_digest: dict[str, dict[AdapterVersion, None]] = {}  # a dictionary keeps the order of arrival
 
     def __len__(self) -> int:
-        return len(self._records)
+        return len(self._aliases)
 
-    def add(self, record: AdapterRecord) -> None:
-        assert record.name not in self._records, record.name
-        self._records[record.name] = record
+    def aliases(self) -> Iterator[Alias]:
+        return iter(self._aliases.values())
 
-    def find(self, name: str) -> AdapterRecord | None:
-        return self._records.get(name)
+    def names(self) -> Iterator[str]:
+        return iter(self._aliases)
 
-    def get(self, name: str) -> AdapterRecord:
-        record = self._records.get(name)
-        if record is None:
+    def versions(self) -> Iterator[AdapterVersion]:
+        return (version for alias in self._aliases.values() for version in alias.versions.values())
+
+    def find(self, name: str) -> Alias | None:
+        return self._aliases.get(name)
+
+    def get(self, name: str) -> Alias:
+        alias = self._aliases.get(name)
+        if alias is None:
             raise AdapterNotFoundError(name)
-        return record
+        return alias
 
-    def remove(self, record: AdapterRecord) -> None:
-        del self._records[record.name]
+    def alias_of(self, version: AdapterVersion) -> Alias | None:
+        """None: it was removed."""
+        alias = self._aliases.get(version.name)
+        return alias if alias is not None and alias.versions.get(version.number) is version else None
 
-    def sharing(self, digest: str) -> Iterator[AdapterRecord]:
-        """The records whose content is this one."""
-        return (record for record in self._records.values() if record.digest == digest)
+    def add(self, alias: Alias) -> None:
+        assert alias.name not in self._aliases, alias.name
+        self._aliases[alias.name] = alias
+        for version in alias.versions.values():
+            self._file(version)
+
+    def add_version(self, alias: Alias, version: AdapterVersion) -> None:
+        assert version.number not in alias.versions, version.label
+        alias.versions[version.number] = version
+        self._file(version)
+
+    def remove(self, alias: Alias) -> None:
+        del self._aliases[alias.name]
+        for version in alias.versions.values():
+            self._unfile(version)
+
+    def remove_version(self, alias: Alias, version: AdapterVersion) -> None:
+        del alias.versions[version.number]
+        self._unfile(version)
+
+    def identify(self, version: AdapterVersion, digest: str) -> None:
+        """From now on it is known what this version is, and that never changes."""
+        assert version.digest in ("", digest), version.label
+        version.digest = digest
+        self._file(version)
+
+    def sharing(self, digest: str) -> tuple[AdapterVersion, ...]:
+        """The versions whose content is this one, of any name."""
+        return tuple(self._by_digest.get(digest, ()))
+
+    def pinned(self, digest: str) -> bool:
+        """Whether any name keeps this content in the pool."""
+        return any(
+            alias.keeps_pinned(version)
+            for version in self._by_digest.get(digest, ())
+            if (alias := self.alias_of(version)) is not None
+        )
+
+    def _file(self, version: AdapterVersion) -> None:
+        if version.digest:
+            self._by_digest.setdefault(version.digest, {})[version] = None
+
+    def _unfile(self, version: AdapterVersion) -> None:
+        sharing = self._by_digest.get(version.digest)
+        if sharing is not None:
+            sharing.pop(version, None)
+            if not sharing:
+                del self._by_digest[version.digest]

@@ -9,11 +9,11 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from gralora_runtime.adapters.catalogue.names import resolve_inside
+from gralora_runtime.adapters.checkpoint.containment import resolve_inside
 
 MAX_DIGITS = 64  # of a number; integers of 64 bits have 20, floats that are written in full up to 24
 
@@ -22,11 +22,11 @@ class MalformedError(ValueError):
     """A file that cannot be read, whoever's it is. The message is a sentence for its owner."""
 
 
-def open_regular(directory: Path, file: str, root: Path | None) -> BinaryIO:
-    """The file, opened to be read. One that leaves `root` through a link is refused, and so is all that is no file."""
-    path = resolve_inside(root, directory / file)
+def open_regular(directory: Path, file: str, roots: Sequence[Path]) -> BinaryIO:
+    """The file, opened to be read. One that leaves `roots` through a link is refused, and so is all that is no file."""
+    path = resolve_inside(roots, directory / file)
     if path is None:
-        raise MalformedError(f"{file} leaves the adapters directory")
+        raise MalformedError(f"{file} leaves the adapters directory through a link (--allow-root permits more)")
     try:
         # Opening a pipe would wait for a writer without O_NONBLOCK; a link that was put there a moment ago is no file.
         opened = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)

@@ -225,13 +225,13 @@ class AdapterHeader:
                 yield f"tensor {name} is surplus: the config asks for no such tensor"
 
 
-def inspect(path: Path, *, name: str = "", root: Path | None = None) -> AdapterHeader:
-    """Read an adapter directory's config and header. Files that leave `root` through a link are refused."""
+def inspect(path: Path, *, name: str = "", roots: Sequence[Path] = ()) -> AdapterHeader:
+    """Read an adapter directory's config and header. Files that leave `roots` through a link are refused."""
     name = name or path.name
     try:
-        config = _read_config(path, root)
+        config = _read_config(path, roots)
         spec = parse_config(name, parse_object(CONFIG_FILE, config, max_values=MAX_CONFIG_VALUES))
-        header, file_bytes = _read_header(path, root)
+        header, file_bytes = _read_header(path, roots)
         tensors = parse_header(header, file_bytes)
     except MalformedError as cause:
         raise rejected(name, [str(cause)]) from cause
@@ -254,18 +254,18 @@ def aligned(numel: int) -> int:
     return -(-numel // ALIGNMENT) * ALIGNMENT
 
 
-def _read_config(path: Path, root: Path | None) -> bytes:
-    with open_regular(path, CONFIG_FILE, root) as opened:
+def _read_config(path: Path, roots: Sequence[Path]) -> bytes:
+    with open_regular(path, CONFIG_FILE, roots) as opened:
         text = read_at_most(opened, CONFIG_FILE, MAX_CONFIG_BYTES + 1)
     if len(text) > MAX_CONFIG_BYTES:
         raise MalformedError(f"{CONFIG_FILE} has more than {MAX_CONFIG_BYTES} bytes")
     return text
 
 
-def _read_header(path: Path, root: Path | None) -> tuple[bytes, int]:
+def _read_header(path: Path, roots: Sequence[Path]) -> tuple[bytes, int]:
     """The raw header, and how many bytes the file has."""
     try:
-        opened = open_regular(path, WEIGHTS_FILE, root)
+        opened = open_regular(path, WEIGHTS_FILE, roots)
     except MalformedError as cause:
         if (path / PICKLE_FILE).exists():
             problem = f"{PICKLE_FILE} is a pickle, which can run code: save the adapter as safetensors"

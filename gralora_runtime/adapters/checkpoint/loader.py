@@ -77,7 +77,7 @@ def load(
     dtype: torch.dtype,
     *,
     max_width: int,
-    root: Path | None = None,
+    roots: Sequence[Path] = (),
     packing: Packing = ROW_MAJOR,
     spread: Spread = serially,
 ) -> LoadedAdapter:
@@ -86,12 +86,12 @@ def load(
     `packing` is how the kernels want matrices to lie. The digest depends neither on it nor on `dtype`.
     """
     assert dtype == torch.float32 or not packing.keeps_16_bit, "only an fp32 pool holds matrices of 16 bits as they are"
-    header = inspect(path, name=name, root=root)
+    header = inspect(path, name=name, roots=roots)
     plan = header.fitting_plan(modules)
     width = max(module.width for module in plan)
     check_width(name, width, max_width)
     try:
-        with open_regular(path, WEIGHTS_FILE, root) as opened:
+        with open_regular(path, WEIGHTS_FILE, roots) as opened:
             check_unchanged(opened, header)
             packer = Packer(plan, header, dtype, packing)
             facts = packer.pack(opened.fileno(), spread)

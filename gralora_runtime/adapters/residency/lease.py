@@ -15,6 +15,7 @@ class AdapterLease:
     generation: int  # of the slot; a lease is stale when the pool has another one
     width: int  # columns of intermediate result: r * k + hybrid_r, the largest of its modules
     serial: int  # tells leases of one adapter apart, so that each is released exactly once
+    version: int = 0  # of the name; 0: the base model, which has none
 
 
 BASE_LEASE = AdapterLease(name="", digest="", slot=-1, generation=0, width=0, serial=0)

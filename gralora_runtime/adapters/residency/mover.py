@@ -1,4 +1,4 @@
-"""Brings adapters from disk and host memory into the pool, in its own threads. Knows records, not requests.
+"""Brings adapters from disk and host memory into the pool, in its own threads. Knows versions, not requests.
 
 Methods that take a `Answers` are called with the manager's lock held; the others must not be.
 """
@@ -12,13 +12,12 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from functools import partial
-from pathlib import Path
 
 from gralora_runtime.adapters.answers import Answers
-from gralora_runtime.adapters.catalogue.store import AdapterRecord, AdapterStore, Waiter
+from gralora_runtime.adapters.catalogue.store import AdapterStore, AdapterVersion, Waiter
 from gralora_runtime.adapters.checkpoint.header import files_stamp
 from gralora_runtime.adapters.checkpoint.loader import LoadedAdapter, load
-from gralora_runtime.adapters.checkpoint.spec import ModuleShape, rejected, to_keep
+from gralora_runtime.adapters.checkpoint.spec import ModuleShape, to_keep
 from gralora_runtime.adapters.residency.eviction import Window
 from gralora_runtime.adapters.residency.host_cache import HostCache
 from gralora_runtime.adapters.residency.placement import Placement, PlacementQueue
@@ -31,7 +30,9 @@ log = logging.getLogger(__name__)
 NUM_READERS = 2  # a slow disk holds up at most so many loads before the others wait
 READ_AHEAD = 16  # adapters in memory on their way to the pool: what waits beyond that waits on disk
 
-Serve = Callable[[AdapterRecord, Resident, Waiter, Answers], None]
+Serve = Callable[[AdapterVersion, Resident, Waiter, Answers], None]
+Changed = Callable[[AdapterVersion, LoadedAdapter, Answers], None]
+Forget = Callable[[AdapterVersion, Answers], None]
 
 
 class Mover:
@@ -45,9 +46,10 @@ class Mover:
         cache: HostCache,
         modules: Sequence[ModuleShape],
         max_width: int,
-        root: Path | None,
         answering: Callable[[], AbstractContextManager[Answers]],
         serve: Serve,
+        changed: Changed,
+        forget: Forget,
     ) -> None:
         self.loads = self.load_failures = self.placements = self.evictions = 0
         self.load_s = Histogram(REQUEST_S)  # observed under the lock: there are several readers
@@ -56,10 +58,11 @@ class Mover:
         self._cache = cache
         self._modules = tuple(modules)
         self._max_width = max_width
-        self._root = root
         self._answering = answering  # takes the lock
         self._serve = serve  # what a waiter gets once its adapter is there
-        self._to_read: deque[AdapterRecord] = deque()
+        self._changed = changed  # a version's files hold other content than it had
+        self._forget = forget  # a version that came with a load which failed
+        self._to_read: deque[AdapterVersion] = deque()
         self._num_reading = 0
         self._queue = PlacementQueue(pool)
         self._is_awake = False
@@ -67,67 +70,66 @@ class Mover:
         self._readers = ThreadPoolExecutor(NUM_READERS, thread_name_prefix="adapter-reader")
         self._placer = ThreadPoolExecutor(1, thread_name_prefix="adapter-placer")
 
-    def start(self, record: AdapterRecord, answers: Answers) -> None:
+    def start(self, version: AdapterVersion, answers: Answers) -> None:
         """Fetch the adapter from wherever it is: the pool (on its way out), host memory or disk."""
-        record.loading = True
-        record.error = None
-        if problem := self.capacity_problem(record):
-            self.fail(record, problem, answers)
+        version.loading = True
+        version.error = None
+        if problem := self.capacity_problem(version):
+            self.fail(version, problem, answers)
             return
-        cached = self._cache.pop(record.digest)
-        resident = self._pool.find(record.digest)
+        cached = self._cache.pop(version.digest)
+        resident = self._pool.find(version.digest)
         if cached is not None:
-            self._wait_for_room(record, cached, answers)
+            self._wait_for_room(version, cached, answers)
         elif resident is not None:
-            self._join(record, Placement(digest=record.digest, numel=resident.layout.numel, adapter=None), answers)
+            self._join(version, Placement(digest=version.digest, numel=resident.layout.numel, adapter=None), answers)
         else:
-            self._to_read.append(record)
+            self._to_read.append(version)
             self._read_more(answers)
 
-    def read(
-        self, record: AdapterRecord, source: Path, on_done: Callable[[Future[LoadedAdapter]], None], answers: Answers
-    ) -> None:
-        answers.later(partial(self._readers.submit(self._load, record, source).add_done_callback, on_done))
+    def read(self, version: AdapterVersion, on_done: Callable[[Future[LoadedAdapter]], None], answers: Answers) -> None:
+        """In a reader. `version` need not be anybody's: then it only says where to read."""
+        answers.later(partial(self._readers.submit(self.fetch, version).add_done_callback, on_done))
 
-    def forget(self, record: AdapterRecord, answers: Answers) -> None:
+    def forget(self, version: AdapterVersion, answers: Answers) -> None:
         """Nobody waits for this name any more: unless it is being moved in, it gives up its place."""
-        placement = self._queue.find(record.digest)
-        if placement is None or record not in placement.records or placement.moving:
+        placement = self._queue.find(version.digest)
+        if placement is None or version not in placement.versions or placement.moving:
             return
-        placement.records.remove(record)
-        record.loading = False
-        if not placement.records:
+        placement.versions.remove(version)
+        version.loading = False
+        if not placement.versions:
             self._take_out(placement)
         self.wake(answers)
 
     def keep(self, adapter: LoadedAdapter) -> None:
         """Into the host cache, unless the weights are somewhere else or nobody's any more."""
         elsewhere = self._pool.find(adapter.digest) or self._queue.find(adapter.digest)
-        if elsewhere is None and next(self._store.sharing(adapter.digest), None) is not None:
+        if elsewhere is None and self._store.sharing(adapter.digest):
             self._cache.put(adapter)
 
-    def fail(self, record: AdapterRecord, error: BaseException, answers: Answers) -> None:
+    def fail(self, version: AdapterVersion, error: BaseException, answers: Answers) -> None:
         """The load is over. Room and shutting down are not the adapter's fault, so they leave no mark on it."""
-        record.loading = False
+        version.loading = False
         if not isinstance(error, (AdapterCapacityError, DrainingError)):
-            record.error = error
-        waiters, record.waiters = record.waiters, []
+            version.error = error
+        waiters, version.waiters = version.waiters, []
         for waiter in waiters:
             answers.error(waiter.future, error)
-        if record.provisional:
-            self._store.remove(record)
+        if version.provisional:
+            self._forget(version, answers)
 
     def refresh_pin(self, resident: Resident) -> None:
-        resident.pinned = any(record.pinned for record in self._store.sharing(resident.layout.digest))
+        resident.pinned = self._store.pinned(resident.layout.digest)
 
-    def capacity_problem(self, record: AdapterRecord) -> AdapterCapacityError | None:
+    def capacity_problem(self, version: AdapterVersion) -> AdapterCapacityError | None:
         """What is known before reading. Content not read yet may turn out to be in the pool under another name."""
-        if record.summary is None:
+        if version.summary is None:
             return None
-        numel = record.summary.packed_numel
-        elsewhere = not record.digest or self._pool.find(record.digest) is not None
+        numel = version.summary.packed_numel
+        elsewhere = not version.digest or self._pool.find(version.digest) is not None
         fits = numel <= self._pool.ranges.numel if elsewhere else self._queue.possible(numel)
-        return None if fits else self._no_room(record, numel)
+        return None if fits else self._no_room(version, numel)
 
     @property
     def num_waiting(self) -> int:
@@ -144,8 +146,8 @@ class Mover:
         """Start nothing more, and tell everybody who waits. `join` afterwards."""
         self._closed = True
         self._to_read.clear()
-        for record in tuple(self._store):
-            self.fail(record, DrainingError(), answers)
+        for version in tuple(self._store.versions()):
+            self.fail(version, DrainingError(), answers)
         for placement in self._queue:
             if not placement.moving:
                 self._queue.remove(placement)
@@ -162,28 +164,31 @@ class Mover:
             self._pool.release(resident)
             self.wake(answers)
 
-    def _load(self, record: AdapterRecord, source: Path) -> LoadedAdapter:
-        """In a reader. Files that were refused are not read again until they change: a customer who asks for a broken
-        adapter again and again must not keep the others' from being read.
+    def fetch(self, version: AdapterVersion) -> LoadedAdapter:
+        """Read and check its files, in the calling thread.
+
+        Files that were refused are not read again until they change: a customer who asks for a broken adapter again
+        and again must not keep the others' from being read.
         """
+        source, roots = version.place
         stamp = (source, files_stamp(source))
-        if record.refused is not None and record.refused[0] == stamp:
-            raise to_keep(record.refused[1])  # or its traceback would grow by each raise
+        if version.refused is not None and version.refused[0] == stamp:
+            raise to_keep(version.refused[1])  # or its traceback would grow by each raise
         started_s, failures = time.perf_counter(), 1
         try:
             adapter = load(
-                record.name,
+                version.name,
                 source,
                 self._modules,
                 self._pool.arena.dtype,
                 max_width=self._max_width,
-                root=self._root,
+                roots=roots,
                 packing=self._pool.packing,
                 spread=self._pool.spread,
             )
             failures = 0
         except AdapterRejectedError as error:
-            record.refused = (stamp, to_keep(error))
+            version.refused = (stamp, to_keep(error))
             raise
         finally:
             with self._answering():
@@ -194,34 +199,34 @@ class Mover:
     def _read_more(self, answers: Answers) -> None:
         """Read on, in order of arrival, while little enough waits for room. Nobody's wish any more: not read at all."""
         while self._to_read and self._num_reading + len(self._queue) < READ_AHEAD:
-            record = self._to_read.popleft()
-            if record.waiters:
+            version = self._to_read.popleft()
+            if version.waiters:
                 self._num_reading += 1
-                self.read(record, record.source, partial(self._on_read, record), answers)
+                self.read(version, partial(self._on_read, version), answers)
             else:
-                record.loading = False
+                version.loading = False
 
-    def _wait_for_room(self, record: AdapterRecord, adapter: LoadedAdapter, answers: Answers) -> None:
+    def _wait_for_room(self, version: AdapterVersion, adapter: LoadedAdapter, answers: Answers) -> None:
         if not self._queue.possible(adapter.layout.numel):
-            self.fail(record, self._no_room(record, adapter.layout.numel), answers)
+            self.fail(version, self._no_room(version, adapter.layout.numel), answers)
             self.keep(adapter)
             return
-        self._join(record, Placement(digest=adapter.digest, numel=adapter.layout.numel, adapter=adapter), answers)
+        self._join(version, Placement(digest=adapter.digest, numel=adapter.layout.numel, adapter=adapter), answers)
 
-    def _join(self, record: AdapterRecord, placement: Placement, answers: Answers) -> None:
+    def _join(self, version: AdapterVersion, placement: Placement, answers: Answers) -> None:
         """Queue for the pool, behind the name that brought the same content first if there is one."""
         queued = self._queue.find(placement.digest)
         if queued is None:
             self._queue.add(placement)
-        (queued or placement).records.append(record)
+        (queued or placement).versions.append(version)
         self.wake(answers)
 
-    def _arrive(self, record: AdapterRecord, resident: Resident, answers: Answers) -> None:
+    def _arrive(self, version: AdapterVersion, resident: Resident, answers: Answers) -> None:
         """The load is over, everybody is served."""
-        record.loading = record.provisional = False
-        waiters, record.waiters = record.waiters, []
+        version.loading = version.provisional = False
+        waiters, version.waiters = version.waiters, []
         for waiter in waiters:
-            self._serve(record, resident, waiter, answers)
+            self._serve(version, resident, waiter, answers)
 
     def _take_out(self, placement: Placement) -> None:
         """It will not move in."""
@@ -229,21 +234,22 @@ class Mover:
         if placement.adapter is not None:
             self.keep(placement.adapter)
 
-    def _no_room(self, record: AdapterRecord, numel: int) -> AdapterCapacityError:
-        return AdapterCapacityError(record.name, numel * self._pool.arena.element_size(), self._pool.total_bytes)
+    def _no_room(self, version: AdapterVersion, numel: int) -> AdapterCapacityError:
+        return AdapterCapacityError(version.name, numel * self._pool.arena.element_size(), self._pool.total_bytes)
 
-    def _take_in(self, record: AdapterRecord, adapter: LoadedAdapter, answers: Answers) -> None:
-        """Weights came from disk. Another name may have brought the same ones already."""
+    def take_in(self, version: AdapterVersion, adapter: LoadedAdapter, answers: Answers) -> None:
+        """A version's weights came from disk. Another name may have brought the same ones already."""
         self.loads += 1
-        record.digest = adapter.digest
-        record.summary = adapter.layout.summary
+        self._cache.pop(adapter.digest)  # read although it was there: whoever asked wanted to see the files
+        self._store.identify(version, adapter.digest)
+        version.summary = adapter.layout.summary
         resident = self._pool.find(adapter.digest)
         if resident is not None and resident.open:
-            self._arrive(record, resident, answers)
-        elif record.waiters:
-            self._wait_for_room(record, adapter, answers)
+            self._arrive(version, resident, answers)
+        elif version.waiters:
+            self._wait_for_room(version, adapter, answers)
         else:
-            record.loading = record.provisional = False
+            version.loading = version.provisional = False
             self.keep(adapter)
 
     def _serve_in_place(self, answers: Answers) -> bool:
@@ -252,33 +258,33 @@ class Mover:
             resident = self._pool.find(placement.digest)
             if resident is not None and resident.open:  # it was to leave, but may stay after all
                 self._queue.remove(placement)
-                for record in placement.records:
-                    self._arrive(record, resident, answers)
+                for version in placement.versions:
+                    self._arrive(version, resident, answers)
                 return True
             if position == 0 and resident is None and not self._queue.possible(placement.numel):
-                for record in placement.records:
-                    self.fail(record, self._no_room(record, placement.numel), answers)
+                for version in placement.versions:
+                    self.fail(version, self._no_room(version, placement.numel), answers)
                 self._take_out(placement)
                 return True
         return False
 
-    def _on_read(self, record: AdapterRecord, read: Future[LoadedAdapter]) -> None:
+    def _on_read(self, version: AdapterVersion, read: Future[LoadedAdapter]) -> None:
         if read.cancelled():
             return
         error = read.exception()
-        log_if_unexpected(record.name, error)
+        log_if_unexpected(version.name, error)
         with self._answering() as answers:
             self._num_reading -= 1
             self.wake(answers)
-            if self._store.find(record.name) is not record or self._closed:
+            if self._store.alias_of(version) is None or self._closed:
                 return
-            if error is None and record.digest not in ("", read.result().digest):
-                changed = f"its files changed from digest {record.digest} to {read.result().digest}"
-                error = rejected(record.name, [f"{changed} after it was loaded: unload it, then load it again"])
             if error is not None:
-                self.fail(record, error, answers)
+                self.fail(version, error, answers)
                 return
-            self._take_in(record, read.result(), answers)
+            if version.digest not in ("", read.result().digest):
+                self._changed(version, read.result(), answers)
+                return
+            self.take_in(version, read.result(), answers)
 
     def _pump(self) -> None:
         """In the placer: move adapters in until the next one has to wait."""
@@ -321,9 +327,9 @@ class Mover:
             self._queue.remove(placement)
             self.placements += 1
             self.refresh_pin(resident)
-            for record in placement.records:
-                self._arrive(record, resident, answers)
-            is_orphan = next(self._store.sharing(placement.digest), None) is None
+            for version in placement.versions:
+                self._arrive(version, resident, answers)
+            is_orphan = not self._store.sharing(placement.digest)
             if is_orphan:  # unloaded while it moved in
                 self._pool.withdraw(resident)
                 answers.later(partial(self.erase, resident))
@@ -338,8 +344,8 @@ class Mover:
             self._is_awake = False
             for placement in self._queue:
                 self._queue.remove(placement)
-                for record in placement.records:
-                    self.fail(record, error, answers)
+                for version in placement.versions:
+                    self.fail(version, error, answers)
 
 
 def log_if_unexpected(name: str, error: BaseException | None) -> None:

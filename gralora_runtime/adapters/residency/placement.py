@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 
-from gralora_runtime.adapters.catalogue.store import AdapterRecord
+from gralora_runtime.adapters.catalogue.store import AdapterVersion
 from gralora_runtime.adapters.checkpoint.loader import LoadedAdapter
 from gralora_runtime.adapters.residency.eviction import Window, choose_window
 from gralora_runtime.adapters.residency.pool import AdapterPool, Resident
@@ -26,7 +26,7 @@ class Placement:
     digest: str
     numel: int
     adapter: LoadedAdapter | None  # None: the weights are still in the pool, on their way out
-    records: list[AdapterRecord] = field(default_factory=list)
+    versions: list[AdapterVersion] = field(default_factory=list)
     moving: bool = False
 
 

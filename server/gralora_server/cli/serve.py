@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gralora_runtime.config import DEVICES, DTYPES, KERNEL_BACKENDS, PIPELINES, EngineConfig
+from gralora_runtime.config import DEVICES, DTYPES, KERNEL_BACKENDS, PIPELINES, EngineConfig, in_directory
 from gralora_server.cli.environment import limit_spinning
 from gralora_server.cli.logs import LEVELS, configure
 from gralora_server.cli.model import default_model
@@ -128,7 +128,7 @@ def serve(
     limit_spinning()
     engine_config = EngineConfig(
         model=model if model is not None else default_model(),
-        adapters_dir=adapters,
+        adapters=in_directory(adapters),
         device=device,
         dtype=dtype,
         kernel_backend=kernel_backend,

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from gralora_runtime.config import EngineConfig
+from gralora_runtime.config import EngineConfig, in_directory
 from gralora_server.cli.environment import limit_spinning
 from gralora_server.cli.logs import configure
 from gralora_server.cli.options import DEFAULT_ADDRESS, Json, default_of, parse_address, parse_bytes
@@ -41,7 +41,9 @@ def serve_fleet(
     from gralora_server.service import serve
 
     host, port = parse_address(address)
-    config = EngineConfig(model=model, adapters_dir=adapters, max_num_seqs=max_num_seqs, kv_cache_bytes=kv_cache_bytes)
+    config = EngineConfig(
+        model=model, adapters=in_directory(adapters), max_num_seqs=max_num_seqs, kv_cache_bytes=kv_cache_bytes
+    )
 
     async def start() -> Engine:
         return await FleetEngine.start(config, max_models, preload or ())

@@ -79,7 +79,7 @@ class FleetEngine:
         self.dead = base.dead
         self._base = base
         self._weights = weights  # as loaded: what adapters are merged into copies of
-        self._config = replace(config, adapters_dir=None, adapter_pool_bytes=POOL_BYTES)
+        self._config = replace(config, adapters=(), adapter_pool_bytes=POOL_BYTES)
         self._turn = turn
         self._max_models = max_models
         self._models: OrderedDict[str, AsyncEngine] = OrderedDict()  # the least recently asked for first

@@ -1,0 +1,318 @@
+"""How names and new content come into the catalogue: at start, when a request asks, an operator loads, files change.
+
+Sources are asked in their threads, changed files are read in a thread of its own, so that however much changes, the
+mover's readers bring what requests wait for. What was found is entered with the manager's lock held.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from functools import partial
+from pathlib import Path
+from typing import Protocol
+
+from gralora_runtime.adapters.answers import Answers
+from gralora_runtime.adapters.catalogue.catalogue import Catalogue
+from gralora_runtime.adapters.catalogue.resolver import Resolved, Resolver
+from gralora_runtime.adapters.catalogue.scan import Scan, Seen
+from gralora_runtime.adapters.catalogue.similar import similar_name
+from gralora_runtime.adapters.catalogue.sources.directory import DirectorySource
+from gralora_runtime.adapters.catalogue.sources.source import Found, Source
+from gralora_runtime.adapters.catalogue.store import AdapterStore, AdapterVersion, Alias, Waiter
+from gralora_runtime.adapters.catalogue.watcher import Watcher
+from gralora_runtime.adapters.checkpoint.header import AdapterSummary, files_stamp, inspect
+from gralora_runtime.adapters.checkpoint.loader import LoadedAdapter, check_width
+from gralora_runtime.adapters.checkpoint.spec import ModuleShape, to_keep
+from gralora_runtime.adapters.residency.mover import log_if_unexpected
+from gralora_runtime.errors import (
+    AdapterNotFoundError,
+    AdapterRejectedError,
+    AdapterVersionLostError,
+    DrainingError,
+    InvalidRequestError,
+)
+
+log = logging.getLogger(__name__)
+
+
+class Household(Protocol):
+    """What the manager does with what was found. Called with its lock held."""
+
+    def enter(self, version: AdapterVersion, waiter: Waiter, answers: Answers) -> object:
+        """Serve the waiter, or let it wait for the version."""
+
+    def bring(
+        self, version: AdapterVersion, adapter: LoadedAdapter, waiters: Sequence[Waiter], answers: Answers
+    ) -> None:
+        """These weights were read for these waiters, if there are any."""
+
+    def settle(self, alias: Alias, answers: Answers) -> object:
+        """What the name stands for may have changed."""
+
+    def fail(self, version: AdapterVersion, error: BaseException, answers: Answers) -> None:
+        """Nobody will get this version."""
+
+
+class Discovery:
+    """Finds, registers, and takes note. Knows when files changed, not where weights are."""
+
+    def __init__(
+        self,
+        *,
+        sources: Sequence[Source],
+        store: AdapterStore,
+        catalogue: Catalogue,
+        answering: Callable[[], AbstractContextManager[Answers]],
+        read: Callable[[AdapterVersion], LoadedAdapter],
+        household: Household,
+        modules: Sequence[ModuleShape],
+        max_width: int,
+        keeps_16_bit: bool,
+        watch: str,
+    ) -> None:
+        """`watch`: see `EngineConfig`."""
+        self._sources = tuple(sources)
+        self._store = store
+        self._catalogue = catalogue
+        self._answering = answering
+        self._read = read
+        self._household = household
+        self._modules = tuple(modules)
+        self._max_width = max_width
+        self._keeps_16_bit = keeps_16_bit
+        self._unloaded: set[str] = set()  # by an operator: no request brings them back
+        self._closed = False
+        self._resolver = Resolver(self._sources, similar=self._similar)
+        self._refresher = ThreadPoolExecutor(1, thread_name_prefix="adapter-refresh")
+        self._scan = Scan(self._summarize, self._on_looked_into)
+        directories = [source for source in self._sources if isinstance(source, DirectorySource)]
+        # Before anything is looked at, so that no change falls between the two.
+        self._watcher = (
+            Watcher(directories, self.refresh, poll=watch == "poll") if directories and watch != "off" else None
+        )
+
+    def begin(self) -> None:
+        """Register what sources can name at once. Headers are read beside serving, weights when somebody asks."""
+        for source in self._sources:
+            for name in source.names():
+                found = source.find(name)
+                with self._answering():
+                    if found is not None and self._store.find(name) is None:
+                        self._register(name, Resolved(source, found))
+        self._scan.wait()
+
+    def request(self, name: str, key: str, waiter: Waiter) -> None:
+        """Somebody wants a name that the catalogue does not have. Without the lock."""
+        if name in self._unloaded or not self._sources:
+            waiter.future.set_exception(AdapterNotFoundError(name))
+            return
+        self._resolver.resolve(name).add_done_callback(partial(self._on_requested, name, key, waiter))
+
+    def load(self, name: str, path: Path | None, waiter: Waiter) -> None:
+        """An operator wants the files to be read, whatever is known of the name. Without the lock."""
+        if path is not None or not self._sources:
+            self._load_from(name, self._locate(path or Path(name)), waiter)
+            return
+        self._resolver.appeared(name)
+        self._resolver.resolve(name).add_done_callback(partial(self._on_found_to_load, name, waiter))
+
+    def refresh(self, name: str) -> None:
+        """Files of this name came or changed. Without the lock; what follows is not waited for."""
+        self._resolver.appeared(name)
+        with self._answering():
+            alias = self._store.find(name)
+            if self._closed or name in self._unloaded:
+                return
+            if alias is not None and alias.refreshing:
+                alias.again = True
+                return
+            if alias is not None:
+                alias.refreshing = True
+        self._resolver.resolve(name).add_done_callback(partial(self._on_found_again, name))
+
+    def forget(self, alias: Alias) -> None:
+        """An operator unloads it. With the lock held."""
+        self._catalogue.remove(alias)
+        self._unloaded.add(alias.name)
+
+    def on_files_changed(self, version: AdapterVersion, adapter: LoadedAdapter, answers: Answers) -> None:
+        """A version was to be read again, and its files have become another one. With the lock held.
+
+        Who asked for the name gets that, if the name stands for it now; who asked for the version hears of its end.
+        """
+        alias = self._store.get(version.name)
+        now = self._take_note(alias, adapter, Found(directory=version.source, roots=version.roots, revision=""))
+        moved = [w for w in version.waiters if now is alias.current and not (w.reference and w.reference.is_exact)]
+        version.waiters = [waiter for waiter in version.waiters if waiter not in moved]
+        problem = f"its files have other content since (version {now.number})"
+        self._household.fail(version, AdapterVersionLostError(version.name, version.number, problem), answers)
+        self._household.bring(now, adapter, moved, answers)
+        self._household.settle(alias, answers)
+
+    def stop(self) -> None:
+        """Begin nothing more. With the lock held; `close` afterwards."""
+        self._closed = True
+        self._scan.stop()
+
+    def close(self) -> None:
+        """Answer everybody, and wait for the threads."""
+        if self._watcher is not None:
+            self._watcher.close()
+        self._resolver.close()
+        self._refresher.shutdown(cancel_futures=True)
+
+    def _register(self, name: str, resolved: Resolved) -> None:
+        self._scan.add(self._catalogue.register(name, resolved.found, follows=resolved.source.follows).current)
+
+    def _locate(self, path: Path) -> Resolved:
+        """The directory that an operator names: where a source keeps adapters, and nowhere else."""
+        for source in self._sources:
+            if (found := source.locate(path)) is not None:
+                return Resolved(source, found)
+        problem = "leaves the adapters directory" if self._sources else "the server was started without adapters"
+        raise InvalidRequestError("path", str(path), problem)
+
+    def _on_requested(self, name: str, key: str, waiter: Waiter, resolving: Future[Resolved]) -> None:
+        """Somebody else may have registered the name meanwhile, or unloaded it."""
+        with self._answering() as answers:
+            try:
+                alias = self._alias_for(name, resolving)
+                assert waiter.reference is not None
+                version = alias.select(waiter.reference, key)
+            except BaseException as error:
+                answers.error(waiter.future, error)
+                return
+            if not waiter.future.cancelled():
+                self._household.enter(version, waiter, answers)
+
+    def _alias_for(self, name: str, resolving: Future[Resolved]) -> Alias:
+        resolved = resolving.result()
+        if self._closed:
+            raise DrainingError
+        if name in self._unloaded:
+            raise AdapterNotFoundError(name)
+        alias = self._store.find(name)
+        return alias or self._catalogue.register(name, resolved.found, follows=resolved.source.follows)
+
+    def _on_found_to_load(self, name: str, waiter: Waiter, resolving: Future[Resolved]) -> None:
+        if (error := resolving.exception()) is None:
+            self._load_from(name, resolving.result(), waiter)
+        elif waiter.future.set_running_or_notify_cancel():
+            waiter.future.set_exception(error)
+
+    def _load_from(self, name: str, resolved: Resolved, waiter: Waiter) -> None:
+        found = resolved.found
+        with self._answering() as answers:
+            if self._closed:
+                answers.error(waiter.future, DrainingError())
+                return
+            self._unloaded.discard(name)
+            alias = self._store.find(name)
+            if alias is None:
+                alias = self._catalogue.register(name, found, follows=resolved.source.follows, provisional=True)
+                self._household.enter(alias.current, waiter, answers)
+            elif not alias.is_known:
+                self._point(alias.current, found)
+                self._household.enter(alias.current, waiter, answers)
+            else:
+                alias.refreshing = True
+                self._read_anew(alias, found, waiter, answers)
+
+    def _on_found_again(self, name: str, resolving: Future[Resolved]) -> None:
+        """Of a name that nobody has read yet only the headers are looked at anew."""
+        error = resolving.exception()
+        with self._answering() as answers:
+            alias = self._store.find(name)
+            if alias is None:
+                if error is None and not self._closed and name not in self._unloaded:
+                    self._register(name, resolving.result())
+                return
+            found = None if error else resolving.result().found
+            if found is None or self._closed or alias.stamp == files_stamp(found.directory):
+                self._end_refresh(alias, answers)
+            elif alias.is_known:
+                self._read_anew(alias, found, None, answers)
+            else:
+                self._point(alias.current, found)
+                self._scan.add(alias.current)
+                self._end_refresh(alias, answers)
+
+    @staticmethod
+    def _point(version: AdapterVersion, found: Found) -> None:
+        """Nobody has read it yet: it is whatever lies there now."""
+        version.source, version.roots = found.directory, found.roots
+        if not version.loading:
+            version.summary = version.error = None
+
+    def _read_anew(self, alias: Alias, found: Found, waiter: Waiter | None, answers: Answers) -> None:
+        files = AdapterVersion(name=alias.name, number=0, source=found.directory, roots=found.roots)
+        stamp = files_stamp(found.directory)
+
+        def begin() -> None:
+            reading = self._refresher.submit(self._read, files)
+            reading.add_done_callback(partial(self._on_read_anew, alias, found, stamp, waiter))
+
+        answers.later(begin)
+
+    def _on_read_anew(
+        self, alias: Alias, found: Found, stamp: object, waiter: Waiter | None, reading: Future[LoadedAdapter]
+    ) -> None:
+        if reading.cancelled():
+            if waiter is not None:
+                waiter.future.cancel()
+            return
+        error = reading.exception()
+        log_if_unexpected(alias.name, error)
+        with self._answering() as answers:
+            self._end_refresh(alias, answers)
+            if self._closed:
+                error = DrainingError()
+            elif self._store.find(alias.name) is not alias:
+                error = AdapterNotFoundError(alias.name)
+            elif error is not None:
+                alias.error = to_keep(error) if isinstance(error, AdapterRejectedError) else error
+                log.warning("the newest files of adapter %r are not served: %s", alias.name, error)
+            if error is None:
+                alias.stamp = stamp
+                version = self._take_note(alias, reading.result(), found)
+                self._household.bring(version, reading.result(), [waiter] if waiter else [], answers)
+                self._household.settle(alias, answers)
+            elif waiter is not None:
+                answers.error(waiter.future, error)
+
+    def _take_note(self, alias: Alias, adapter: LoadedAdapter, found: Found) -> AdapterVersion:
+        version = self._catalogue.take_note(alias, adapter.digest, found)
+        version.summary, version.error = adapter.layout.summary, None
+        return version
+
+    def _end_refresh(self, alias: Alias, answers: Answers) -> None:
+        alias.refreshing = False
+        if alias.again:
+            alias.again = False
+            answers.later(partial(self.refresh, alias.name))
+
+    def _similar(self, name: str) -> str:
+        with self._answering():
+            names = tuple(self._store.names())
+        return similar_name(name, names)
+
+    def _summarize(self, version: AdapterVersion) -> AdapterSummary:
+        directory, roots = version.place
+        header = inspect(directory, name=version.name, roots=roots)
+        header.fitting_plan(self._modules)
+        summary = header.summary(self._modules, keeps_16_bit=self._keeps_16_bit)
+        check_width(version.name, summary.equivalent_rank, self._max_width)
+        return summary
+
+    def _on_looked_into(self, version: AdapterVersion, seen: Seen) -> None:
+        """In a thread of the scan. A request may have been faster, or an operator; what they found is newer."""
+        with self._answering():
+            if version.summary or version.error or version.loading or self._store.alias_of(version) is None:
+                return
+            if isinstance(seen, AdapterSummary):
+                version.summary = seen
+            else:
+                version.error = seen
