@@ -13,6 +13,7 @@ import time
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
+from gralora_runtime.adapters.catalogue.names import numbered
 from gralora_runtime.adapters.manager import AdapterManager
 from gralora_runtime.adapters.residency.lease import AdapterLease
 from gralora_runtime.assemble import EngineParts, assemble
@@ -50,6 +51,7 @@ class _Entry:
     meter: RequestMeter
     aborted: asyncio.Event  # wakes a submission that still waits for its adapter
     queued: bool = False  # the scheduler has it
+    served: str = ""  # the adapter and its version
     given_up: str | None = None  # the outcome, when an output could not be delivered: what comes after is not heard
 
 
@@ -102,7 +104,7 @@ class AsyncEngine:
         except BaseException:
             self._leave(request.request_id)
             raise
-        entry.meter.admit(request.adapter, sequence.num_prompt)
+        entry.meter.admit(entry.served, sequence.num_prompt)
         entry.queued = True
         self._thread.post(request.request_id, lambda scheduler: scheduler.add(sequence))
         return entry.stream
@@ -158,7 +160,7 @@ class AsyncEngine:
         engine, requests = self._parts.engine, self.requests.read()
         running, waiting = engine.scheduler.adapters()
         coming = {entry.adapter for entry in self._entries.copy().values() if not entry.queued}
-        named = requests.adapters.keys() - {OTHER}
+        named = {label.rpartition("@")[0] for label in requests.adapters.keys() - {OTHER}}
         return EngineSnapshot(
             info=self.info(),
             load=self.load(),
@@ -249,7 +251,7 @@ class AsyncEngine:
         lease = await self._acquire(request, entry, deadline_s)
         return Sequence(
             request_id=request.request_id,
-            adapter_name=request.adapter,
+            adapter_name=lease.name,
             tokens=tokens,
             num_prompt=len(tokens),
             max_tokens=max_tokens,
@@ -287,7 +289,7 @@ class AsyncEngine:
 
     async def _acquire(self, request: GenerationRequest, entry: _Entry, deadline_s: float | None) -> AdapterLease:
         """Wait for the adapter, the deadline or an abort, whichever comes first; never lose a lease."""
-        future = self.adapters.acquire(request.adapter)
+        future = self.adapters.acquire(request.adapter, request.canary_key or request.request_id)
         waiter = asyncio.ensure_future(_settled(future))
         aborted = asyncio.ensure_future(entry.aborted.wait())
         asked_s = time.monotonic()
@@ -300,6 +302,7 @@ class AsyncEngine:
                 raise DeadlineExceededError(request.request_id)
             lease = future.result()
             kept = True
+            entry.served = numbered(lease.name, lease.version) if lease.version else lease.name
             if request.adapter:
                 self.requests.adapter_wait.observe(time.monotonic() - asked_s)
         finally:

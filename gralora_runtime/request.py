@@ -65,7 +65,8 @@ class GenerationRequest:
 
     request_id: str
     prompt: Prompt
-    adapter: str = ""
+    adapter: str = ""  # a name, or one version: see `adapters/catalogue/names.py`
+    canary_key: str = ""  # requests of one key get the same version; "": drawn by request_id
     sampling: SamplingParams = field(default_factory=SamplingParams)
     stopping: StoppingParams = field(default_factory=StoppingParams)
     response: ResponseParams = field(default_factory=ResponseParams)
@@ -101,6 +102,7 @@ class Started:
     adapter: str
     adapter_digest: str  # "" for the base model
     prompt_token_ids: tuple[int, ...] = ()
+    adapter_version: int = 0  # 0 for the base model
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -90,6 +90,7 @@ class Sequence:
                 seed=self.seed,
                 adapter=self.adapter_name,
                 adapter_digest=self.lease.digest,
+                adapter_version=self.lease.version,
                 prompt_token_ids=tuple(self.tokens[: self.num_prompt]) if self.echo_prompt_token_ids else (),
             )
 

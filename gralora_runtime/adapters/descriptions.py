@@ -52,7 +52,7 @@ class Descriptions:
 
     def state(self, version: AdapterVersion) -> AdapterState:
         resident = self._pool.find(version.digest)
-        if resident is not None and resident.open:
+        if resident is not None and not resident.leaving:
             return AdapterState.RESIDENT
         if version.loading:
             return AdapterState.LOADING
@@ -87,7 +87,7 @@ class Descriptions:
         return AdapterResidency(
             {state: counts[state] for state in AdapterState},
             tuple(
-                Residence(version.name, state, self._pool_bytes(version))
+                Residence(version.name, version.number, state, self._pool_bytes(version))
                 for version, state in here[:limit]
                 if version.summary is not None
             ),

@@ -97,6 +97,7 @@ class Residence:
     """An adapter in memory. Names with the same content share one place, and each is told its whole size."""
 
     name: str
+    version: int
     state: AdapterState  # RESIDENT or HOST
     bytes: int
 

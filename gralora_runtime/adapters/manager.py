@@ -21,6 +21,7 @@ import torch
 from gralora_kernels.packing import ROW_MAJOR, Packing
 from gralora_runtime.adapters.answers import Answers
 from gralora_runtime.adapters.catalogue.catalogue import RETENTION, Catalogue, Retention
+from gralora_runtime.adapters.catalogue.changes import Changes
 from gralora_runtime.adapters.catalogue.names import Reference, check_name, parse_reference
 from gralora_runtime.adapters.catalogue.sources.source import Source
 from gralora_runtime.adapters.catalogue.store import AdapterState, AdapterStore, AdapterVersion, Alias, Waiter
@@ -34,6 +35,7 @@ from gralora_runtime.adapters.residency.lease import BASE_LEASE, AdapterLease
 from gralora_runtime.adapters.residency.mover import Mover
 from gralora_runtime.adapters.residency.pool import AdapterPool, Resident
 from gralora_runtime.adapters.residency.transfer import no_steps
+from gralora_runtime.adapters.watch import AdapterWatch
 from gralora_runtime.errors import AdapterBusyError, DrainingError, InvalidRequestError
 
 
@@ -69,9 +71,10 @@ class AdapterManager:
         self.base_model = base_model
         self._lock = threading.Lock()
         self._store = AdapterStore()
+        self._changes = Changes()
         self._removed: list[AdapterVersion] = []  # whose memory nobody has given back yet
         self._catalogue = Catalogue(self._store, retention, self._on_changed, self._removed.append)
-        self._cache = HostCache(host_cache_bytes)
+        self._cache = HostCache(host_cache_bytes, self._on_dropped)
         self._leases: dict[int, tuple[AdapterVersion, Resident]] = {}  # by serial
         self._serials = itertools.count(1)
         self._clock = itertools.count(1)  # orders uses of residents
@@ -86,6 +89,7 @@ class AdapterManager:
             serve=self._serve,
             changed=self._on_files_changed,
             forget=self._forget_provisional,
+            moved=self._changes.touch,
         )
         self._descriptions = Descriptions(self._lock, self._store, self.pool, self._cache)
         self._discovery = Discovery(
@@ -133,6 +137,7 @@ class AdapterManager:
             version, resident = held
             version.leases -= 1
             resident.leases -= 1
+            self._changes.touch(version.name)
             if resident.leases == 0 and self._mover.num_waiting:
                 self._mover.wake(answers)
 
@@ -247,6 +252,16 @@ class AdapterManager:
         """
         return self._descriptions.page(size=size, after=after, prefix=prefix, states=states)
 
+    def watch(self, prefix: str, wake: Callable[[], None]) -> AdapterWatch:
+        """Hear of all adapters whose names begin so, and then of each change. Close it when done.
+
+        `wake` is called from any thread, when there is something to `take` after there was nothing.
+        """
+        listener = self._changes.listen(prefix, wake)
+        with self._lock:
+            names = sorted(name for name in self._store.names() if name.startswith(prefix))
+        return AdapterWatch(names, listener, self._changes, self._find)
+
     def residency(self, limit: int, first: Collection[str] = ()) -> AdapterResidency:
         """Where all adapters are, and by name at most `limit` that are in memory: `first`, then the last used ones."""
         return self._descriptions.residency(limit, first)
@@ -309,6 +324,12 @@ class AdapterManager:
         finally:
             answers.deliver()
 
+    def _find(self, name: str) -> AdapterInfo | None:
+        """Takes the lock."""
+        with self._lock:
+            alias = self._store.find(name)
+            return None if alias is None else self._descriptions.info(alias)
+
     def _refuse_when_closed(self) -> None:
         if self._closed:
             raise DrainingError
@@ -350,6 +371,7 @@ class AdapterManager:
         self._leases[lease.serial] = (version, resident)
         version.leases += 1
         resident.leases += 1
+        self._changes.touch(version.name)
         answers.result(waiter.future, lease)
 
     def settle(self, alias: Alias, answers: Answers) -> AdapterInfo:
@@ -391,6 +413,12 @@ class AdapterManager:
 
     def _on_changed(self, alias: Alias) -> None:
         """What the catalogue says of a name is different now."""
+        self._changes.touch(alias.name)
+
+    def _on_dropped(self, digest: str) -> None:
+        """The host cache had no room for it any more."""
+        for version in self._store.sharing(digest):
+            self._changes.touch(version.name)
 
     def bring(
         self, version: AdapterVersion, adapter: LoadedAdapter, waiters: Sequence[Waiter], answers: Answers

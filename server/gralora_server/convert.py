@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict
 
 from gralora.v1 import adapters_pb2, generation_pb2, server_pb2
 from gralora_runtime.adapters.catalogue.store import AdapterState
-from gralora_runtime.adapters.info import AdapterInfo, UnloadResult
+from gralora_runtime.adapters.info import AdapterInfo, UnloadResult, VersionInfo
+from gralora_runtime.adapters.watch import AdapterNews
 from gralora_runtime.info import EngineInfo, EngineLoad
 from gralora_runtime.request import (
     ChatMessage,
@@ -47,6 +49,7 @@ def from_generate_request(request: AnyGenerateRequest, *, timeout_s: float | Non
         request_id=request.request_id,
         prompt=from_prompt(request),
         adapter=request.adapter,
+        canary_key=request.canary_key,
         sampling=from_sampling(request.sampling),
         stopping=from_stopping(request.stopping),
         response=from_response(request.response),
@@ -166,9 +169,15 @@ def to_adapter(info: AdapterInfo) -> adapters_pb2.Adapter:
         in_flight=info.in_flight,
         pool_bytes=info.pool_bytes,
         error=clip(info.error, MAX_TEXT_BYTES),
+        version=info.version,
+        previous_version=info.previous,
+        follows=info.follows,
+        versions=[to_version(version) for version in info.versions],
     )
     if info.last_used_s:
         message.last_used.FromNanoseconds(int(info.last_used_s * 1e9))
+    if info.canary is not None:
+        message.canary_version, message.canary_share = info.canary.number, info.canary.share
     if info.summary is not None:
         message.kind = info.summary.dialect
         message.rank = info.summary.rank
@@ -179,6 +188,32 @@ def to_adapter(info: AdapterInfo) -> adapters_pb2.Adapter:
         message.num_modules = info.summary.num_modules
         message.base_model = info.summary.base_model
     return message
+
+
+def to_version(info: VersionInfo) -> adapters_pb2.AdapterVersion:
+    message = adapters_pb2.AdapterVersion(
+        number=info.number,
+        digest=info.digest,
+        state=_STATES[info.state],
+        pinned=info.pinned,
+        in_flight=info.in_flight,
+        error=clip(info.error, MAX_TEXT_BYTES),
+    )
+    message.created.FromNanoseconds(int(info.created_s * 1e9))
+    if info.last_used_s:
+        message.last_used.FromNanoseconds(int(info.last_used_s * 1e9))
+    return message
+
+
+def to_news(news: AdapterNews) -> adapters_pb2.WatchAdaptersResponse:
+    return adapters_pb2.WatchAdaptersResponse(
+        adapters=[to_adapter(info) for info in news.adapters], removed=news.removed, synced=news.synced
+    )
+
+
+def from_states(states: Iterable[adapters_pb2.AdapterState.ValueType]) -> frozenset[AdapterState]:
+    wire = {value: state for state, value in _STATES.items()}
+    return frozenset(wire[state] for state in states)
 
 
 def to_unloaded(result: UnloadResult) -> adapters_pb2.UnloadAdapterResponse:

@@ -30,6 +30,7 @@ class Gate:
         self._engine: Engine | None = None
         self._inside: set[asyncio.Task[object]] = set()
         self._evicted_by: GraloraError | None = None
+        self._listening: set[asyncio.Event] = set()
 
     @property
     def engine(self) -> Engine:
@@ -65,6 +66,16 @@ class Gate:
         finally:
             self._inside.discard(task)
 
+    @contextmanager
+    def listen(self) -> Iterator[asyncio.Event]:
+        """For calls that only tell what happens. The event is set when draining begins; they end then, at once."""
+        woken = asyncio.Event()
+        self._listening.add(woken)
+        try:
+            yield woken
+        finally:
+            self._listening.discard(woken)
+
     def open(self, engine: Engine) -> None:
         assert self.phase is Phase.STARTING
         self._engine = engine
@@ -74,11 +85,17 @@ class Gate:
         if self.phase is Phase.DEAD:
             return
         self.phase = Phase.DRAINING
+        self._wake_listeners()
         if self._engine is not None:
             self._engine.begin_drain()
 
     def declare_dead(self) -> None:
         self.phase = Phase.DEAD
+        self._wake_listeners()
+
+    def _wake_listeners(self) -> None:
+        for woken in self._listening:
+            woken.set()
 
     async def wait_empty(self, timeout_s: float) -> bool:
         """Whether all that was inside ended in time, statuses included."""

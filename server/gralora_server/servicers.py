@@ -23,11 +23,15 @@ from gralora.v1 import (
     server_pb2,
     server_pb2_grpc,
 )
-from gralora_runtime.errors import DeadlineExceededError
+from gralora_runtime.errors import DeadlineExceededError, DrainingError
 from gralora_runtime.stream import RequestStream
 from gralora_server import convert, validation
 from gralora_server.delivery import collect, deliver
-from gralora_server.gate import Gate
+from gralora_server.gate import Gate, Phase
+
+DEFAULT_PAGE_SIZE = 500
+WATCHED_AT_ONCE = 100  # adapters in one message
+WATCH_PAUSE_S = 0.05  # what changes meanwhile is one change
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -81,10 +85,23 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
         self._gate = gate
 
     async def ListAdapters(
-        self, _request: adapters_pb2.ListAdaptersRequest, _context: Context
+        self, request: adapters_pb2.ListAdaptersRequest, _context: Context
     ) -> adapters_pb2.ListAdaptersResponse:
-        infos = await asyncio.to_thread(self._gate.engine.adapters.list)
-        return adapters_pb2.ListAdaptersResponse(adapters=[convert.to_adapter(info) for info in infos])
+        validation.validate_list(request)
+        return await asyncio.to_thread(self._page, request)
+
+    def _page(self, request: adapters_pb2.ListAdaptersRequest) -> adapters_pb2.ListAdaptersResponse:
+        page = self._gate.engine.adapters.page(
+            size=request.page_size or DEFAULT_PAGE_SIZE,
+            after=request.page_token,
+            prefix=request.prefix,
+            states=convert.from_states(request.states),
+        )
+        return adapters_pb2.ListAdaptersResponse(
+            adapters=[convert.to_adapter(info) for info in page.adapters],
+            next_page_token=page.next_after,
+            total_size=page.total,
+        )
 
     async def GetAdapter(
         self, request: adapters_pb2.GetAdapterRequest, _context: Context
@@ -116,6 +133,55 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
         validation.validate_name(request.name)
         info = await asyncio.to_thread(self._gate.engine.adapters.pin, request.name, request.pinned)
         return adapters_pb2.PinAdapterResponse(adapter=convert.to_adapter(info))
+
+    async def PromoteAdapter(
+        self, request: adapters_pb2.PromoteAdapterRequest, _context: Context
+    ) -> adapters_pb2.PromoteAdapterResponse:
+        validation.validate_version(request.name, request.version)
+        info = await asyncio.to_thread(self._gate.engine.adapters.promote, request.name, request.version)
+        return adapters_pb2.PromoteAdapterResponse(adapter=convert.to_adapter(info))
+
+    async def RollbackAdapter(
+        self, request: adapters_pb2.RollbackAdapterRequest, _context: Context
+    ) -> adapters_pb2.RollbackAdapterResponse:
+        validation.validate_name(request.name)
+        info = await asyncio.to_thread(self._gate.engine.adapters.roll_back, request.name)
+        return adapters_pb2.RollbackAdapterResponse(adapter=convert.to_adapter(info))
+
+    async def SetAdapterCanary(
+        self, request: adapters_pb2.SetAdapterCanaryRequest, _context: Context
+    ) -> adapters_pb2.SetAdapterCanaryResponse:
+        validation.validate_version(request.name, request.version)
+        info = await asyncio.to_thread(
+            self._gate.engine.adapters.set_canary, request.name, request.version, request.share
+        )
+        return adapters_pb2.SetAdapterCanaryResponse(adapter=convert.to_adapter(info))
+
+    async def WatchAdapters(  # type: ignore[override]  # the stubs know generators only
+        self, request: adapters_pb2.WatchAdaptersRequest, context: Context
+    ) -> None:
+        """Ends when the client leaves or the server drains."""
+        validation.validate_prefix(request.prefix)
+        loop, adapters = asyncio.get_running_loop(), self._gate.engine.adapters
+
+        def wake() -> None:
+            loop.call_soon_threadsafe(woken.set)
+
+        with self._gate.listen() as woken:
+            watch = await asyncio.to_thread(adapters.watch, request.prefix, wake)
+            try:
+                while self._gate.phase is Phase.SERVING:
+                    woken.clear()
+                    news = await asyncio.to_thread(watch.take, WATCHED_AT_ONCE)
+                    if news is None:
+                        await woken.wait()
+                        continue
+                    await context.write(convert.to_news(news))
+                    if news.synced:
+                        await asyncio.sleep(WATCH_PAUSE_S)
+            finally:
+                watch.close()
+        raise DrainingError
 
 
 class ServerServicer(server_pb2_grpc.ServerServiceServicer):

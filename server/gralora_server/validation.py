@@ -20,6 +20,10 @@ MAX_PROMPT_TOKEN_IDS = 1 << 20
 MAX_MESSAGES = 4096
 MAX_ROLE_CHARS = 64
 MAX_NAME_CHARS = 256
+MAX_REFERENCE_CHARS = 512  # an organisation, a name, a revision and a digest
+MAX_VERSION_CHARS = 80
+MAX_PAGE_SIZE = 1000
+MAX_STATES = 16
 MAX_PATH_CHARS = 4096
 MAX_REQUEST_ID_CHARS = 128
 MAX_STOP_STRINGS = 16
@@ -39,7 +43,8 @@ REQUEST_ID = re.compile(r"[!-~]*")
 
 def validate_generate(request: AnyGenerateRequest) -> None:
     validate_request_id(request.request_id)
-    _validate_length("adapter", request.adapter, MAX_NAME_CHARS)
+    _validate_length("adapter", request.adapter, MAX_REFERENCE_CHARS)
+    _validate_length("canary_key", request.canary_key, MAX_NAME_CHARS)
     _validate_prompt(request)
     validate_sampling(request.sampling)
     validate_stopping(request.stopping)
@@ -60,7 +65,28 @@ def validate_name(name: str) -> None:
     """Which characters a name may have is the catalogue's to say: one that breaks its rules is an unknown one."""
     if not name:
         raise InvalidRequestError("name", name, "must not be empty")
-    _validate_length("name", name, MAX_NAME_CHARS)
+    _validate_length("name", name, MAX_REFERENCE_CHARS)
+
+
+def validate_list(request: adapters_pb2.ListAdaptersRequest) -> None:
+    if not 0 <= request.page_size <= MAX_PAGE_SIZE:
+        raise InvalidRequestError("page_size", request.page_size, f"must be 0 to {MAX_PAGE_SIZE}")
+    _validate_length("page_token", request.page_token, MAX_REFERENCE_CHARS)
+    validate_prefix(request.prefix)
+    if len(request.states) > MAX_STATES:
+        raise InvalidRequestError("states", len(request.states), f"must be at most {MAX_STATES}")
+    for state in request.states:
+        if state == adapters_pb2.ADAPTER_STATE_UNSPECIFIED or state not in adapters_pb2.AdapterState.values():
+            raise InvalidRequestError("states", state, "is not a state")
+
+
+def validate_prefix(prefix: str) -> None:
+    _validate_length("prefix", prefix, MAX_REFERENCE_CHARS)
+
+
+def validate_version(name: str, version: str) -> None:
+    check_name("name", name)
+    _validate_length("version", version, MAX_VERSION_CHARS)
 
 
 def validate_load(request: adapters_pb2.LoadAdapterRequest) -> None:

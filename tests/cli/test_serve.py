@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from gralora_runtime.config import EngineConfig
+from gralora_runtime.config import AdapterSource, EngineConfig
 from gralora_server.cli import serve
 from gralora_server.cli.app import run
 from gralora_server.cli.options import parse_address, parse_bytes, parse_graphs
@@ -38,15 +38,15 @@ def test_without_options_the_configurations_are_the_defaults(configured, monkeyp
 
 def test_every_option_reaches_its_configuration(configured) -> None:
     options = {
-        "--model": "/m", "--adapters": "/a", "--address": "0.0.0.0:0", "--device": "cpu", "--dtype": "bfloat16",
+        "--model": "/m", "--adapters": "/a,hold", "--address": "0.0.0.0:0", "--device": "cpu", "--dtype": "bfloat16",
         "--kernel-backend": "reference", "--threads": "3", "--max-num-seqs": "5", "--max-num-batched-tokens": "7",
         "--max-model-len": "11", "--max-queue": "13", "--max-adapter-rank": "17", "--max-adapter-slots": "19",
         "--page-size": "23", "--kv-cache-bytes": "1GiB", "--adapter-pool-bytes": "2m", "--host-cache-bytes": "29",
         "--token-file": "/t", "--tls-cert": "/c", "--tls-key": "/k", "--tls-client-ca": "/ca",
-        "--cuda-graphs": "4,2,4", "--pipeline": "on",
+        "--allow-root": "/r", "--watch": "poll", "--cuda-graphs": "4,2,4", "--pipeline": "on",
         "--max-request-s": "31", "--grace-s": "37", "--metrics-address": "[::1]:41", "--metrics-max-adapters": "43",
     }  # fmt: skip
-    words = [word for pair in options.items() for word in pair]
+    words = [word for pair in options.items() for word in pair] + ["--adapters", "/b"]
     assert run(["serve", *words, "--no-prefix-cache", "--batch-invariant", "--no-reflection", "--json"]) == ExitCode.OK
     ((server, engine, as_json),) = configured
 
@@ -62,7 +62,9 @@ def test_every_option_reaches_its_configuration(configured) -> None:
     )
     assert engine == EngineConfig(
         model=Path("/m"),
-        adapters_dir=Path("/a"),
+        adapters=(AdapterSource("/a", follows=False), AdapterSource("/b")),
+        allow_roots=(Path("/r"),),
+        watch="poll",
         device="cpu",
         dtype="bfloat16",
         kernel_backend="reference",

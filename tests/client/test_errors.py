@@ -13,16 +13,16 @@ from support.grpc_harness import served
 
 from gralora_runtime.errors import (
     AdapterCapacityError,
-    AdapterExistsError,
     AdapterNotFoundError,
     AdapterRejectedError,
+    AdapterVersionLostError,
+    AdapterVersionNotFoundError,
     InvalidRequestError,
     QueueFullError,
     SlowConsumerError,
 )
 from gralora_server.client import (
     AccessDeniedError,
-    AlreadyExistsError,
     ClientTls,
     FailedPreconditionError,
     FieldViolation,
@@ -43,7 +43,20 @@ TOKEN = "a-token-of-enough-characters"
 
 TABLE = [
     (AdapterNotFoundError("p"), NotFoundError, Code.NOT_FOUND, "ADAPTER_NOT_FOUND", {"adapter": "p"}),
-    (AdapterExistsError("p", "d"), AlreadyExistsError, Code.ALREADY_EXISTS, "ADAPTER_EXISTS", {"adapter": "p"}),
+    (
+        AdapterVersionNotFoundError("p", "4", (1, 2)),
+        NotFoundError,
+        Code.NOT_FOUND,
+        "ADAPTER_VERSION_NOT_FOUND",
+        {"adapter": "p", "version": "4"},
+    ),
+    (
+        AdapterVersionLostError("p", 4, "gone"),
+        FailedPreconditionError,
+        Code.FAILED_PRECONDITION,
+        "ADAPTER_VERSION_LOST",
+        {"adapter": "p", "version": "4"},
+    ),
     (
         AdapterRejectedError("p", ["no", "never"]),
         FailedPreconditionError,

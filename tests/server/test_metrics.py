@@ -105,7 +105,7 @@ async def test_numbers_go_where_their_names_say() -> None:
         "gralora_adapter_load_failures_total": {(): 12.0},
         "gralora_adapter_placements_total": {(): 13.0},
         "gralora_adapter_evictions_total": {(): 14.0},
-        "gralora_adapter_resident_bytes": {("poet", "pool"): 1200.0, ("bard", "host"): 1300.0},
+        "gralora_adapter_resident_bytes": {("poet", "pool", "1"): 1200.0, ("bard", "host", "2"): 1300.0},
         "vllm:num_requests_running": {(): 1.0},
         "vllm:num_requests_waiting": {(): 5.0},
         "vllm:kv_cache_usage_perc": {(): 0.3},
@@ -136,7 +136,7 @@ async def test_no_name_can_break_out_of_its_label() -> None:
     observed.accounts.use(name)
     page = page_of(snapshot(observed, running_adapters=frozenset({name})))
 
-    assert samples(page, "gralora_adapter_requests_total")[name,] == 1
+    assert samples(page, "gralora_adapter_requests_total")[name, ""] == 1
     assert not any(line.startswith("evil") for line in page.splitlines())
     assert [labels[1] for labels in samples(page, "vllm:lora_requests_info")] == [name]
 
@@ -144,12 +144,15 @@ async def test_no_name_can_break_out_of_its_label() -> None:
 async def test_the_page_stays_small_with_ten_thousand_adapters() -> None:
     observed = RequestObservation(100)
     for index in range(10_000):
-        observed.accounts.use(f"a{index}")
+        observed.accounts.use(f"acme/a{index}@main@3")
     counted = samples(page_of(snapshot(observed)), "gralora_adapter_requests_total")
 
     assert len(counted) == 100 + 2
     assert sum(counted.values()) == 10_000
-    assert counted["other",] == 10_000 - 100
+    assert counted["other", ""] == 10_000 - 100
+    assert {labels for labels in counted if labels[0].startswith("acme/")} <= {
+        (f"acme/a{i}@main", "3") for i in range(10_000)
+    }
 
 
 async def test_the_page_is_there_while_the_model_loads_while_it_drains_and_no_longer() -> None:

@@ -61,7 +61,8 @@ WRONG = [
     ("request_id", request(request_id="a b")),
     ("request_id", request(request_id="a\n")),
     ("request_id", request(request_id="é")),
-    ("adapter", request(adapter="a" * 257)),
+    ("adapter", request(adapter="a" * 513)),
+    ("canary_key", request(canary_key="a" * 257)),
     *(("sampling.temperature", sampling(temperature=value)) for value in (-0.1, 3.5e38, 1e39, NAN, INF, -INF)),
     *(("sampling.top_p", sampling(top_p=value)) for value in (0, -0.5, 1.0001, NAN, INF)),
     ("sampling.top_k", sampling(top_k=-1)),
@@ -92,7 +93,7 @@ RIGHT = [
     request(token_ids=ids(0)),
     request(messages=turns(("system", ""), ("user", "hi"))),
     request(text="x" * (4 << 20)),
-    request(request_id="!~" * 64, adapter="a" * 256),
+    request(request_id="!~" * 64, adapter="a" * 512, canary_key="a" * 256),
     sampling(temperature=0, top_p=1, top_k=0, min_p=0, repetition_penalty=1),
     sampling(temperature=1e-30, top_p=1e-9, top_k=1 << 30, min_p=1, repetition_penalty=10),
     sampling(temperature=FLOAT32_MAX, top_p=SMALLEST, min_p=SMALLEST, repetition_penalty=1.2e-38),
@@ -161,7 +162,7 @@ def test_tokenize_needs_a_prompt(field: str, wrong: server_pb2.TokenizeRequest) 
     assert field == caught.value.field
 
 
-@pytest.mark.parametrize("name", ["", "../x", "a/b", "a b", ".hidden", "x" * 129, "é"])
+@pytest.mark.parametrize("name", ["", "../x", "a/b/c", "a@3", "a b", ".hidden", "x" * 129, "é"])
 def test_an_adapter_gets_no_name_that_could_be_a_path(name: str) -> None:
     with pytest.raises(InvalidRequestError) as caught:
         validation.validate_load(adapters_pb2.LoadAdapterRequest(name=name))

@@ -5,12 +5,24 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import threading
+from collections.abc import Callable, Collection
 from pathlib import Path
 
+from gralora_runtime.adapters.catalogue.changes import Changes
 from gralora_runtime.adapters.catalogue.store import AdapterState
 from gralora_runtime.adapters.checkpoint.header import AdapterSummary
 from gralora_runtime.adapters.checkpoint.spec import Dialect
-from gralora_runtime.adapters.info import AdapterInfo, AdapterResidency, AdapterStats, Residence, UnloadResult
+from gralora_runtime.adapters.info import (
+    AdapterInfo,
+    AdapterPage,
+    AdapterResidency,
+    AdapterStats,
+    CanaryInfo,
+    Residence,
+    UnloadResult,
+    VersionInfo,
+)
+from gralora_runtime.adapters.watch import AdapterWatch
 from gralora_runtime.errors import AdapterNotFoundError, DrainingError, EngineDeadError, InvalidRequestError
 from gralora_runtime.info import EngineInfo, EngineLoad, TokenizeResult
 from gralora_runtime.observation.histogram import REQUEST_S, Histogram
@@ -97,7 +109,7 @@ def snapshot(observed: RequestObservation | None = None, **changes: object) -> E
         "adapters": STATS,
         "residency": AdapterResidency(
             dict.fromkeys(AdapterState, 0) | {AdapterState.RESIDENT: 2},
-            (Residence("poet", AdapterState.RESIDENT, 1200), Residence("bard", AdapterState.HOST, 1300)),
+            (Residence("poet", 1, AdapterState.RESIDENT, 1200), Residence("bard", 2, AdapterState.HOST, 1300)),
         ),
         "running_adapters": frozenset({"poet", "bard"}),
         "waiting_adapters": frozenset({"cold"}),
@@ -135,13 +147,21 @@ class FakeAdapters:
 
     def __init__(self) -> None:
         self.infos = {"poet": adapter_info("poet")}
+        self.changes = Changes()
         self.error: Exception | None = None
         self.calls: list[tuple[object, ...]] = []
         self.called = threading.Semaphore(0)  # once for each of `calls`, which come from other threads
         self.loading: concurrent.futures.Future[AdapterInfo] | None = None  # set: `load` hands it out
 
-    def list(self) -> list[AdapterInfo]:
-        return sorted(self.infos.values(), key=lambda info: info.name)
+    def page(self, *, size: int, after: str, prefix: str, states: Collection[AdapterState]) -> AdapterPage:
+        names = sorted(name for name in self.infos if name.startswith(prefix))
+        left = [name for name in names if name > after]
+        page = tuple(self.infos[name] for name in left[:size])
+        return AdapterPage(adapters=page, next_after=page[-1].name if len(left) > size else "", total=len(names))
+
+    def watch(self, prefix: str, wake: Callable[[], None]) -> AdapterWatch:
+        names = sorted(name for name in self.infos if name.startswith(prefix))
+        return AdapterWatch(names, self.changes.listen(prefix, wake), self.changes, self.infos.get)
 
     def get(self, name: str) -> AdapterInfo:
         if name not in self.infos:
@@ -164,6 +184,18 @@ class FakeAdapters:
         self._change("pin", name, pinned)
         self.get(name)
         return adapter_info(name, pinned=pinned)
+
+    def promote(self, name: str, version: str) -> AdapterInfo:
+        self._change("promote", name, version)
+        return self.get(name)
+
+    def roll_back(self, name: str) -> AdapterInfo:
+        self._change("roll_back", name)
+        return self.get(name)
+
+    def set_canary(self, name: str, version: str, share: float) -> AdapterInfo:
+        self._change("set_canary", name, version, share)
+        return self.get(name)
 
     def _change(self, *call: object) -> None:
         self.calls.append(call)
@@ -261,4 +293,22 @@ def adapter_info(name: str, *, pinned: bool = False) -> AdapterInfo:
         pool_bytes=1200,
         error="",
         summary=summary,
+        version=2,
+        previous=1,
+        follows=True,
+        canary=CanaryInfo(3, 0.25),
+        versions=tuple(version_info(number) for number in (1, 2, 3)),
+    )
+
+
+def version_info(number: int) -> VersionInfo:
+    return VersionInfo(
+        number=number,
+        digest=f"{number:x}" * 64,
+        state=AdapterState.RESIDENT,
+        pinned=number == 2,
+        in_flight=number,
+        created_s=1_600_000_000.0 + number,
+        last_used_s=0.0 if number == 3 else 1_700_000_000.5,
+        error="",
     )

@@ -113,6 +113,7 @@ class Catalogue:
     def remove(self, alias: Alias) -> None:
         """The name and all its versions."""
         self._store.remove(alias)
+        self._changed(alias)
         for version in alias.versions.values():
             self._removed(version)
 

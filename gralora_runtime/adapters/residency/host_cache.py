@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 
 from gralora_runtime.adapters.checkpoint.loader import LoadedAdapter
 
@@ -10,9 +11,11 @@ from gralora_runtime.adapters.checkpoint.loader import LoadedAdapter
 class HostCache:
     """At most `capacity_bytes` of packed weights. An adapter moves between here and the pool; it is never in both."""
 
-    def __init__(self, capacity_bytes: int) -> None:
+    def __init__(self, capacity_bytes: int, dropped: Callable[[str], None] = lambda _: None) -> None:
+        """`dropped` hears of each digest that had to go."""
         self.capacity_bytes = capacity_bytes
         self.used_bytes = 0
+        self._dropped = dropped
         self._adapters: OrderedDict[str, LoadedAdapter] = OrderedDict()  # by digest, the stalest first
 
     def __contains__(self, digest: str) -> bool:
@@ -30,8 +33,9 @@ class HostCache:
         if not self.accepts(adapter.num_bytes):
             return
         while self.used_bytes + adapter.num_bytes > self.capacity_bytes:
-            _, stalest = self._adapters.popitem(last=False)
+            digest, stalest = self._adapters.popitem(last=False)
             self.used_bytes -= stalest.num_bytes
+            self._dropped(digest)
         self._adapters[adapter.digest] = adapter
         self.used_bytes += adapter.num_bytes
 

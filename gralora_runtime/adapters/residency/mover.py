@@ -50,6 +50,7 @@ class Mover:
         serve: Serve,
         changed: Changed,
         forget: Forget,
+        moved: Callable[[str], None],
     ) -> None:
         self.loads = self.load_failures = self.placements = self.evictions = 0
         self.load_s = Histogram(REQUEST_S)  # observed under the lock: there are several readers
@@ -61,6 +62,7 @@ class Mover:
         self._answering = answering  # takes the lock
         self._serve = serve  # what a waiter gets once its adapter is there
         self._changed = changed  # a version's files hold other content than it had
+        self._moved = moved  # something is different about where a name's weights are
         self._forget = forget  # a version that came with a load which failed
         self._to_read: deque[AdapterVersion] = deque()
         self._num_reading = 0
@@ -74,6 +76,7 @@ class Mover:
         """Fetch the adapter from wherever it is: the pool (on its way out), host memory or disk."""
         version.loading = True
         version.error = None
+        self._moved(version.name)
         if problem := self.capacity_problem(version):
             self.fail(version, problem, answers)
             return
@@ -107,10 +110,12 @@ class Mover:
         elsewhere = self._pool.find(adapter.digest) or self._queue.find(adapter.digest)
         if elsewhere is None and self._store.sharing(adapter.digest):
             self._cache.put(adapter)
+            self._moved_all(adapter.digest)
 
     def fail(self, version: AdapterVersion, error: BaseException, answers: Answers) -> None:
         """The load is over. Room and shutting down are not the adapter's fault, so they leave no mark on it."""
         version.loading = False
+        self._moved(version.name)
         if not isinstance(error, (AdapterCapacityError, DrainingError)):
             version.error = error
         waiters, version.waiters = version.waiters, []
@@ -234,6 +239,10 @@ class Mover:
         if placement.adapter is not None:
             self.keep(placement.adapter)
 
+    def _moved_all(self, digest: str) -> None:
+        for version in self._store.sharing(digest):
+            self._moved(version.name)
+
     def _no_room(self, version: AdapterVersion, numel: int) -> AdapterCapacityError:
         return AdapterCapacityError(version.name, numel * self._pool.arena.element_size(), self._pool.total_bytes)
 
@@ -311,6 +320,7 @@ class Mover:
             self._pool.withdraw(victim)
             self._pool.release(victim)
             self.evictions += 1
+            self._moved_all(adapter.digest)
             placement = self._queue.find(adapter.digest)
             if placement is not None:
                 placement.adapter = adapter
@@ -326,6 +336,7 @@ class Mover:
             self._pool.publish(resident)
             self._queue.remove(placement)
             self.placements += 1
+            self._moved_all(placement.digest)
             self.refresh_pin(resident)
             for version in placement.versions:
                 self._arrive(version, resident, answers)

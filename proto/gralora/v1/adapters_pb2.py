@@ -25,37 +25,55 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19gralora/v1/adapters.proto\x12\ngralora.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xe2\x02\n\x07\x41\x64\x61pter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06source\x18\x02 \x01(\t\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12\'\n\x05state\x18\x04 \x01(\x0e\x32\x18.gralora.v1.AdapterState\x12\x0e\n\x06pinned\x18\x05 \x01(\x08\x12\x11\n\tin_flight\x18\x06 \x01(\x05\x12\x0c\n\x04kind\x18\x07 \x01(\t\x12\x0c\n\x04rank\x18\x08 \x01(\x05\x12\t\n\x01k\x18\t \x01(\x05\x12\x13\n\x0bhybrid_rank\x18\n \x01(\x05\x12\x17\n\x0f\x65quivalent_rank\x18\x0b \x01(\x05\x12\r\n\x05scale\x18\x0c \x01(\x01\x12\x13\n\x0bnum_modules\x18\r \x01(\x05\x12\x12\n\npool_bytes\x18\x0e \x01(\x03\x12\x12\n\nbase_model\x18\x0f \x01(\t\x12-\n\tlast_used\x18\x10 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05\x65rror\x18\x11 \x01(\t\"\x15\n\x13ListAdaptersRequest\"=\n\x14ListAdaptersResponse\x12%\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x13.gralora.v1.Adapter\"!\n\x11GetAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\":\n\x12GetAdapterResponse\x12$\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x13.gralora.v1.Adapter\"=\n\x12LoadAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\x0b\n\x03pin\x18\x03 \x01(\x08\";\n\x13LoadAdapterResponse\x12$\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x13.gralora.v1.Adapter\"$\n\x14UnloadAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"i\n\x15UnloadAdapterResponse\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x18\n\x10pool_bytes_freed\x18\x03 \x01(\x03\x12\x18\n\x10host_bytes_freed\x18\x04 \x01(\x03\"1\n\x11PinAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06pinned\x18\x02 \x01(\x08\":\n\x12PinAdapterResponse\x12$\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x13.gralora.v1.Adapter*\xb4\x01\n\x0c\x41\x64\x61pterState\x12\x1d\n\x19\x41\x44\x41PTER_STATE_UNSPECIFIED\x10\x00\x12\x1c\n\x18\x41\x44\x41PTER_STATE_REGISTERED\x10\x01\x12\x19\n\x15\x41\x44\x41PTER_STATE_LOADING\x10\x02\x12\x16\n\x12\x41\x44\x41PTER_STATE_HOST\x10\x03\x12\x1a\n\x16\x41\x44\x41PTER_STATE_RESIDENT\x10\x04\x12\x18\n\x14\x41\x44\x41PTER_STATE_FAILED\x10\x05\x32\xa3\x03\n\x0e\x41\x64\x61pterService\x12Q\n\x0cListAdapters\x12\x1f.gralora.v1.ListAdaptersRequest\x1a .gralora.v1.ListAdaptersResponse\x12K\n\nGetAdapter\x12\x1d.gralora.v1.GetAdapterRequest\x1a\x1e.gralora.v1.GetAdapterResponse\x12N\n\x0bLoadAdapter\x12\x1e.gralora.v1.LoadAdapterRequest\x1a\x1f.gralora.v1.LoadAdapterResponse\x12T\n\rUnloadAdapter\x12 .gralora.v1.UnloadAdapterRequest\x1a!.gralora.v1.UnloadAdapterResponse\x12K\n\nPinAdapter\x12\x1d.gralora.v1.PinAdapterRequest\x1a\x1e.gralora.v1.PinAdapterResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19gralora/v1/adapters.proto\x12\ngralora.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xe7\x01\n\x0e\x41\x64\x61pterVersion\x12\x0e\n\x06number\x18\x01 \x01(\x05\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\'\n\x05state\x18\x03 \x01(\x0e\x32\x18.gralora.v1.AdapterState\x12\x0e\n\x06pinned\x18\x04 \x01(\x08\x12\x11\n\tin_flight\x18\x05 \x01(\x05\x12+\n\x07\x63reated\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12-\n\tlast_used\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05\x65rror\x18\x08 \x01(\t\"\xfa\x03\n\x07\x41\x64\x61pter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06source\x18\x02 \x01(\t\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12\'\n\x05state\x18\x04 \x01(\x0e\x32\x18.gralora.v1.AdapterState\x12\x0e\n\x06pinned\x18\x05 \x01(\x08\x12\x11\n\tin_flight\x18\x06 \x01(\x05\x12\x0c\n\x04kind\x18\x07 \x01(\t\x12\x0c\n\x04rank\x18\x08 \x01(\x05\x12\t\n\x01k\x18\t \x01(\x05\x12\x13\n\x0bhybrid_rank\x18\n \x01(\x05\x12\x17\n\x0f\x65quivalent_rank\x18\x0b \x01(\x05\x12\r\n\x05scale\x18\x0c \x01(\x01\x12\x13\n\x0bnum_modules\x18\r \x01(\x05\x12\x12\n\npool_bytes\x18\x0e \x01(\x03\x12\x12\n\nbase_model\x18\x0f \x01(\t\x12-\n\tlast_used\x18\x10 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05\x65rror\x18\x11 \x01(\t\x12\x0f\n\x07version\x18\x12 \x01(\x05\x12\x18\n\x10previous_version\x18\x13 \x01(\x05\x12\x0f\n\x07\x66ollows\x18\x14 \x01(\x08\x12\x16\n\x0e\x63\x61nary_version\x18\x15 \x01(\x05\x12\x14\n\x0c\x63\x61nary_share\x18\x16 \x01(\x01\x12,\n\x08versions\x18\x17 \x03(\x0b\x32\x1a.gralora.v1.AdapterVersion\"v\n\x13ListAdaptersRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\x12\x0e\n\x06prefix\x18\x03 \x01(\t\x12(\n\x06states\x18\x04 \x03(\x0e\x32\x18.gralora.v1.AdapterState\"j\n\x14ListAdaptersResponse\x12%\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x13.gralora.v1.Adapter\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\x12\x12\n\ntotal_size\x18\x03 \x01(\x05\"!\n\x11GetAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\":\n\x12GetAdapterResponse\x12$\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x13.gralora.v1.Adapter\"=\n\x12LoadAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\x0b\n\x03pin\x18\x03 \x01(\x08\";\n\x13LoadAdapterResponse\x12$\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x13.gralora.v1.Adapter\"$\n\x14UnloadAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"i\n\x15UnloadAdapterResponse\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x18\n\x10pool_bytes_freed\x18\x03 \x01(\x03\x12\x18\n\x10host_bytes_freed\x18\x04 \x01(\x03\"1\n\x11PinAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06pinned\x18\x02 \x01(\x08\":\n\x12PinAdapterResponse\x12$\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x13.gralora.v1.Adapter\"6\n\x15PromoteAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\">\n\x16PromoteAdapterResponse\x12$\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x13.gralora.v1.Adapter\"&\n\x16RollbackAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"?\n\x17RollbackAdapterResponse\x12$\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x13.gralora.v1.Adapter\"G\n\x17SetAdapterCanaryRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\r\n\x05share\x18\x03 \x01(\x01\"@\n\x18SetAdapterCanaryResponse\x12$\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x13.gralora.v1.Adapter\"&\n\x14WatchAdaptersRequest\x12\x0e\n\x06prefix\x18\x01 \x01(\t\"_\n\x15WatchAdaptersResponse\x12%\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x13.gralora.v1.Adapter\x12\x0f\n\x07removed\x18\x02 \x03(\t\x12\x0e\n\x06synced\x18\x03 \x01(\x08*\xb4\x01\n\x0c\x41\x64\x61pterState\x12\x1d\n\x19\x41\x44\x41PTER_STATE_UNSPECIFIED\x10\x00\x12\x1c\n\x18\x41\x44\x41PTER_STATE_REGISTERED\x10\x01\x12\x19\n\x15\x41\x44\x41PTER_STATE_LOADING\x10\x02\x12\x16\n\x12\x41\x44\x41PTER_STATE_HOST\x10\x03\x12\x1a\n\x16\x41\x44\x41PTER_STATE_RESIDENT\x10\x04\x12\x18\n\x14\x41\x44\x41PTER_STATE_FAILED\x10\x05\x32\x8f\x06\n\x0e\x41\x64\x61pterService\x12Q\n\x0cListAdapters\x12\x1f.gralora.v1.ListAdaptersRequest\x1a .gralora.v1.ListAdaptersResponse\x12K\n\nGetAdapter\x12\x1d.gralora.v1.GetAdapterRequest\x1a\x1e.gralora.v1.GetAdapterResponse\x12N\n\x0bLoadAdapter\x12\x1e.gralora.v1.LoadAdapterRequest\x1a\x1f.gralora.v1.LoadAdapterResponse\x12T\n\rUnloadAdapter\x12 .gralora.v1.UnloadAdapterRequest\x1a!.gralora.v1.UnloadAdapterResponse\x12K\n\nPinAdapter\x12\x1d.gralora.v1.PinAdapterRequest\x1a\x1e.gralora.v1.PinAdapterResponse\x12W\n\x0ePromoteAdapter\x12!.gralora.v1.PromoteAdapterRequest\x1a\".gralora.v1.PromoteAdapterResponse\x12Z\n\x0fRollbackAdapter\x12\".gralora.v1.RollbackAdapterRequest\x1a#.gralora.v1.RollbackAdapterResponse\x12]\n\x10SetAdapterCanary\x12#.gralora.v1.SetAdapterCanaryRequest\x1a$.gralora.v1.SetAdapterCanaryResponse\x12V\n\rWatchAdapters\x12 .gralora.v1.WatchAdaptersRequest\x1a!.gralora.v1.WatchAdaptersResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'gralora.v1.adapters_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ADAPTERSTATE']._serialized_start=993
-  _globals['_ADAPTERSTATE']._serialized_end=1173
-  _globals['_ADAPTER']._serialized_start=75
-  _globals['_ADAPTER']._serialized_end=429
-  _globals['_LISTADAPTERSREQUEST']._serialized_start=431
-  _globals['_LISTADAPTERSREQUEST']._serialized_end=452
-  _globals['_LISTADAPTERSRESPONSE']._serialized_start=454
-  _globals['_LISTADAPTERSRESPONSE']._serialized_end=515
-  _globals['_GETADAPTERREQUEST']._serialized_start=517
-  _globals['_GETADAPTERREQUEST']._serialized_end=550
-  _globals['_GETADAPTERRESPONSE']._serialized_start=552
-  _globals['_GETADAPTERRESPONSE']._serialized_end=610
-  _globals['_LOADADAPTERREQUEST']._serialized_start=612
-  _globals['_LOADADAPTERREQUEST']._serialized_end=673
-  _globals['_LOADADAPTERRESPONSE']._serialized_start=675
-  _globals['_LOADADAPTERRESPONSE']._serialized_end=734
-  _globals['_UNLOADADAPTERREQUEST']._serialized_start=736
-  _globals['_UNLOADADAPTERREQUEST']._serialized_end=772
-  _globals['_UNLOADADAPTERRESPONSE']._serialized_start=774
-  _globals['_UNLOADADAPTERRESPONSE']._serialized_end=879
-  _globals['_PINADAPTERREQUEST']._serialized_start=881
-  _globals['_PINADAPTERREQUEST']._serialized_end=930
-  _globals['_PINADAPTERRESPONSE']._serialized_start=932
-  _globals['_PINADAPTERRESPONSE']._serialized_end=990
-  _globals['_ADAPTERSERVICE']._serialized_start=1176
-  _globals['_ADAPTERSERVICE']._serialized_end=1595
+  _globals['_ADAPTERSTATE']._serialized_start=2022
+  _globals['_ADAPTERSTATE']._serialized_end=2202
+  _globals['_ADAPTERVERSION']._serialized_start=75
+  _globals['_ADAPTERVERSION']._serialized_end=306
+  _globals['_ADAPTER']._serialized_start=309
+  _globals['_ADAPTER']._serialized_end=815
+  _globals['_LISTADAPTERSREQUEST']._serialized_start=817
+  _globals['_LISTADAPTERSREQUEST']._serialized_end=935
+  _globals['_LISTADAPTERSRESPONSE']._serialized_start=937
+  _globals['_LISTADAPTERSRESPONSE']._serialized_end=1043
+  _globals['_GETADAPTERREQUEST']._serialized_start=1045
+  _globals['_GETADAPTERREQUEST']._serialized_end=1078
+  _globals['_GETADAPTERRESPONSE']._serialized_start=1080
+  _globals['_GETADAPTERRESPONSE']._serialized_end=1138
+  _globals['_LOADADAPTERREQUEST']._serialized_start=1140
+  _globals['_LOADADAPTERREQUEST']._serialized_end=1201
+  _globals['_LOADADAPTERRESPONSE']._serialized_start=1203
+  _globals['_LOADADAPTERRESPONSE']._serialized_end=1262
+  _globals['_UNLOADADAPTERREQUEST']._serialized_start=1264
+  _globals['_UNLOADADAPTERREQUEST']._serialized_end=1300
+  _globals['_UNLOADADAPTERRESPONSE']._serialized_start=1302
+  _globals['_UNLOADADAPTERRESPONSE']._serialized_end=1407
+  _globals['_PINADAPTERREQUEST']._serialized_start=1409
+  _globals['_PINADAPTERREQUEST']._serialized_end=1458
+  _globals['_PINADAPTERRESPONSE']._serialized_start=1460
+  _globals['_PINADAPTERRESPONSE']._serialized_end=1518
+  _globals['_PROMOTEADAPTERREQUEST']._serialized_start=1520
+  _globals['_PROMOTEADAPTERREQUEST']._serialized_end=1574
+  _globals['_PROMOTEADAPTERRESPONSE']._serialized_start=1576
+  _globals['_PROMOTEADAPTERRESPONSE']._serialized_end=1638
+  _globals['_ROLLBACKADAPTERREQUEST']._serialized_start=1640
+  _globals['_ROLLBACKADAPTERREQUEST']._serialized_end=1678
+  _globals['_ROLLBACKADAPTERRESPONSE']._serialized_start=1680
+  _globals['_ROLLBACKADAPTERRESPONSE']._serialized_end=1743
+  _globals['_SETADAPTERCANARYREQUEST']._serialized_start=1745
+  _globals['_SETADAPTERCANARYREQUEST']._serialized_end=1816
+  _globals['_SETADAPTERCANARYRESPONSE']._serialized_start=1818
+  _globals['_SETADAPTERCANARYRESPONSE']._serialized_end=1882
+  _globals['_WATCHADAPTERSREQUEST']._serialized_start=1884
+  _globals['_WATCHADAPTERSREQUEST']._serialized_end=1922
+  _globals['_WATCHADAPTERSRESPONSE']._serialized_start=1924
+  _globals['_WATCHADAPTERSRESPONSE']._serialized_end=2019
+  _globals['_ADAPTERSERVICE']._serialized_start=2205
+  _globals['_ADAPTERSERVICE']._serialized_end=2988
 # @@protoc_insertion_point(module_scope)

@@ -59,8 +59,62 @@ ADAPTER_STATE_FAILED: AdapterState.ValueType  # 5
 Global___AdapterState: _TypeAlias = AdapterState  # noqa: Y015
 
 @_typing.final
+class AdapterVersion(_message.Message):
+    """One content of an adapter."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUMBER_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    PINNED_FIELD_NUMBER: _builtins.int
+    IN_FLIGHT_FIELD_NUMBER: _builtins.int
+    CREATED_FIELD_NUMBER: _builtins.int
+    LAST_USED_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    number: _builtins.int
+    """1 and more. "name@3" asks for it."""
+    digest: _builtins.str
+    """Identifies its content. Empty until it has been read."""
+    state: Global___AdapterState.ValueType
+    """Where it is."""
+    pinned: _builtins.bool
+    """Whether it is kept in the pool."""
+    in_flight: _builtins.int
+    """Requests that hold it or wait for it."""
+    error: _builtins.str
+    """Why the last attempt to load it failed. Empty: it did not."""
+    @_builtins.property
+    def created(self) -> _timestamp_pb2.Timestamp:
+        """When it was first seen."""
+
+    @_builtins.property
+    def last_used(self) -> _timestamp_pb2.Timestamp:
+        """When a request last used it. Not set: none has."""
+
+    def __init__(
+        self,
+        *,
+        number: _builtins.int = ...,
+        digest: _builtins.str = ...,
+        state: Global___AdapterState.ValueType = ...,
+        pinned: _builtins.bool = ...,
+        in_flight: _builtins.int = ...,
+        created: _timestamp_pb2.Timestamp | None = ...,
+        last_used: _timestamp_pb2.Timestamp | None = ...,
+        error: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["created", b"created", "last_used", b"last_used"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["created", b"created", "digest", b"digest", "error", b"error", "in_flight", b"in_flight", "last_used", b"last_used", "number", b"number", "pinned", b"pinned", "state", b"state"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AdapterVersion: _TypeAlias = AdapterVersion  # noqa: Y015
+
+@_typing.final
 class Adapter(_message.Message):
-    """One adapter."""
+    """One adapter: a name, and the version that it stands for."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -81,6 +135,12 @@ class Adapter(_message.Message):
     BASE_MODEL_FIELD_NUMBER: _builtins.int
     LAST_USED_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    PREVIOUS_VERSION_FIELD_NUMBER: _builtins.int
+    FOLLOWS_FIELD_NUMBER: _builtins.int
+    CANARY_VERSION_FIELD_NUMBER: _builtins.int
+    CANARY_SHARE_FIELD_NUMBER: _builtins.int
+    VERSIONS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """What requests call it."""
     source: _builtins.str
@@ -115,9 +175,23 @@ class Adapter(_message.Message):
     """The base model that it was trained on, as its configuration says."""
     error: _builtins.str
     """Why the last attempt to load it failed. Empty: it did not."""
+    version: _builtins.int
+    """The number of the version that the name stands for."""
+    previous_version: _builtins.int
+    """The version that RollbackAdapter returns to. 0: none."""
+    follows: _builtins.bool
+    """Whether new content of its source is promoted by itself."""
+    canary_version: _builtins.int
+    """The version that gets a share of the requests. 0: none."""
+    canary_share: _builtins.float
+    """That share, from 0 to 1."""
     @_builtins.property
     def last_used(self) -> _timestamp_pb2.Timestamp:
         """When a request last used it. Not set: none has."""
+
+    @_builtins.property
+    def versions(self) -> _containers.RepeatedCompositeFieldContainer[Global___AdapterVersion]:
+        """All versions, by number."""
 
     def __init__(
         self,
@@ -139,10 +213,16 @@ class Adapter(_message.Message):
         base_model: _builtins.str = ...,
         last_used: _timestamp_pb2.Timestamp | None = ...,
         error: _builtins.str = ...,
+        version: _builtins.int = ...,
+        previous_version: _builtins.int = ...,
+        follows: _builtins.bool = ...,
+        canary_version: _builtins.int = ...,
+        canary_share: _builtins.float = ...,
+        versions: _abc.Iterable[Global___AdapterVersion] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["last_used", b"last_used"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "digest", b"digest", "equivalent_rank", b"equivalent_rank", "error", b"error", "hybrid_rank", b"hybrid_rank", "in_flight", b"in_flight", "k", b"k", "kind", b"kind", "last_used", b"last_used", "name", b"name", "num_modules", b"num_modules", "pinned", b"pinned", "pool_bytes", b"pool_bytes", "rank", b"rank", "scale", b"scale", "source", b"source", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "canary_share", b"canary_share", "canary_version", b"canary_version", "digest", b"digest", "equivalent_rank", b"equivalent_rank", "error", b"error", "follows", b"follows", "hybrid_rank", b"hybrid_rank", "in_flight", b"in_flight", "k", b"k", "kind", b"kind", "last_used", b"last_used", "name", b"name", "num_modules", b"num_modules", "pinned", b"pinned", "pool_bytes", b"pool_bytes", "previous_version", b"previous_version", "rank", b"rank", "scale", b"scale", "source", b"source", "state", b"state", "version", b"version", "versions", b"versions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -150,16 +230,35 @@ Global___Adapter: _TypeAlias = Adapter  # noqa: Y015
 
 @_typing.final
 class ListAdaptersRequest(_message.Message):
-    """Asks for the list."""
+    """Asks for a page of the list."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    PREFIX_FIELD_NUMBER: _builtins.int
+    STATES_FIELD_NUMBER: _builtins.int
+    page_size: _builtins.int
+    """Adapters at most. 0: 500. At most 1,000."""
+    page_token: _builtins.str
+    """The last page's `next_page_token`. Empty: the first page."""
+    prefix: _builtins.str
+    """Only names that begin so."""
+    @_builtins.property
+    def states(self) -> _containers.RepeatedScalarFieldContainer[Global___AdapterState.ValueType]:
+        """Only adapters in one of these states. Empty: in any."""
+
     def __init__(
         self,
+        *,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+        prefix: _builtins.str = ...,
+        states: _abc.Iterable[Global___AdapterState.ValueType] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_size", b"page_size", "page_token", b"page_token", "prefix", b"prefix", "states", b"states"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -167,23 +266,31 @@ Global___ListAdaptersRequest: _TypeAlias = ListAdaptersRequest  # noqa: Y015
 
 @_typing.final
 class ListAdaptersResponse(_message.Message):
-    """The list."""
+    """A page of the list."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     ADAPTERS_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    TOTAL_SIZE_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """Asks for the next page. Empty: this is the last one."""
+    total_size: _builtins.int
+    """Names that begin with the prefix, whatever their state."""
     @_builtins.property
     def adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___Adapter]:
-        """Every registered adapter, by name."""
+        """Adapters, by name."""
 
     def __init__(
         self,
         *,
         adapters: _abc.Iterable[Global___Adapter] | None = ...,
+        next_page_token: _builtins.str = ...,
+        total_size: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "next_page_token", b"next_page_token", "total_size", b"total_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -245,9 +352,11 @@ class LoadAdapterRequest(_message.Message):
     PATH_FIELD_NUMBER: _builtins.int
     PIN_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """The name that it gets. 1 to 128 letters, digits, "-", "_" and ".", beginning with a letter or a digit."""
+    """The name that it gets: 1 to 128 letters, digits, "-", "_" and ".", beginning with a letter or a digit. "org/name"
+    and "name@revision" are names, too.
+    """
     path: _builtins.str
-    """A directory below the server's adapters directory, absolute or relative to it. Empty: the name says it."""
+    """A directory below one of the server's adapters directories, absolute or relative to it. Empty: the name says it."""
     pin: _builtins.bool
     """Keep it in the pool."""
     def __init__(
@@ -297,7 +406,7 @@ class UnloadAdapterRequest(_message.Message):
 
     NAME_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """The adapter's name."""
+    """The adapter's name, or "name@3" for one version that the name does not stand for."""
     def __init__(
         self,
         *,
@@ -354,7 +463,7 @@ class PinAdapterRequest(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     PINNED_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """The adapter's name."""
+    """The adapter's name, for whichever version it stands for, or "name@3" for one version."""
     pinned: _builtins.bool
     """Whether to keep it in the pool."""
     def __init__(
@@ -394,3 +503,209 @@ class PinAdapterResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___PinAdapterResponse: _TypeAlias = PinAdapterResponse  # noqa: Y015
+
+@_typing.final
+class PromoteAdapterRequest(_message.Message):
+    """Promotes."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """The adapter's name."""
+    version: _builtins.str
+    """Which version: "3", or "sha256:0123456789ab" (12 digits or more). Empty: the newest."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        version: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PromoteAdapterRequest: _TypeAlias = PromoteAdapterRequest  # noqa: Y015
+
+@_typing.final
+class PromoteAdapterResponse(_message.Message):
+    """What the adapter is now."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def adapter(self) -> Global___Adapter:
+        """The adapter."""
+
+    def __init__(
+        self,
+        *,
+        adapter: Global___Adapter | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PromoteAdapterResponse: _TypeAlias = PromoteAdapterResponse  # noqa: Y015
+
+@_typing.final
+class RollbackAdapterRequest(_message.Message):
+    """Rolls back."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """The adapter's name."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RollbackAdapterRequest: _TypeAlias = RollbackAdapterRequest  # noqa: Y015
+
+@_typing.final
+class RollbackAdapterResponse(_message.Message):
+    """What the adapter is now."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def adapter(self) -> Global___Adapter:
+        """The adapter."""
+
+    def __init__(
+        self,
+        *,
+        adapter: Global___Adapter | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RollbackAdapterResponse: _TypeAlias = RollbackAdapterResponse  # noqa: Y015
+
+@_typing.final
+class SetAdapterCanaryRequest(_message.Message):
+    """Begins, changes or ends a canary."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    SHARE_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """The adapter's name."""
+    version: _builtins.str
+    """Which version: "3", or "sha256:0123456789ab" (12 digits or more). Of no effect where the share is 0."""
+    share: _builtins.float
+    """From 0 to 1. 0 ends the canary."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        version: _builtins.str = ...,
+        share: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "share", b"share", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetAdapterCanaryRequest: _TypeAlias = SetAdapterCanaryRequest  # noqa: Y015
+
+@_typing.final
+class SetAdapterCanaryResponse(_message.Message):
+    """What the adapter is now."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def adapter(self) -> Global___Adapter:
+        """The adapter."""
+
+    def __init__(
+        self,
+        *,
+        adapter: Global___Adapter | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetAdapterCanaryResponse: _TypeAlias = SetAdapterCanaryResponse  # noqa: Y015
+
+@_typing.final
+class WatchAdaptersRequest(_message.Message):
+    """Asks to be told."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PREFIX_FIELD_NUMBER: _builtins.int
+    prefix: _builtins.str
+    """Only names that begin so."""
+    def __init__(
+        self,
+        *,
+        prefix: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["prefix", b"prefix"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchAdaptersRequest: _TypeAlias = WatchAdaptersRequest  # noqa: Y015
+
+@_typing.final
+class WatchAdaptersResponse(_message.Message):
+    """What is so, or has changed."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTERS_FIELD_NUMBER: _builtins.int
+    REMOVED_FIELD_NUMBER: _builtins.int
+    SYNCED_FIELD_NUMBER: _builtins.int
+    synced: _builtins.bool
+    """From this message on everything has been told that was so when the watch began."""
+    @_builtins.property
+    def adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___Adapter]:
+        """Adapters as they are now."""
+
+    @_builtins.property
+    def removed(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Names that are registered no more."""
+
+    def __init__(
+        self,
+        *,
+        adapters: _abc.Iterable[Global___Adapter] | None = ...,
+        removed: _abc.Iterable[_builtins.str] | None = ...,
+        synced: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "removed", b"removed", "synced", b"synced"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchAdaptersResponse: _TypeAlias = WatchAdaptersResponse  # noqa: Y015

@@ -60,6 +60,26 @@ class AdapterServiceStub:
                 request_serializer=gralora_dot_v1_dot_adapters__pb2.PinAdapterRequest.SerializeToString,
                 response_deserializer=gralora_dot_v1_dot_adapters__pb2.PinAdapterResponse.FromString,
                 _registered_method=True)
+        self.PromoteAdapter = channel.unary_unary(
+                '/gralora.v1.AdapterService/PromoteAdapter',
+                request_serializer=gralora_dot_v1_dot_adapters__pb2.PromoteAdapterRequest.SerializeToString,
+                response_deserializer=gralora_dot_v1_dot_adapters__pb2.PromoteAdapterResponse.FromString,
+                _registered_method=True)
+        self.RollbackAdapter = channel.unary_unary(
+                '/gralora.v1.AdapterService/RollbackAdapter',
+                request_serializer=gralora_dot_v1_dot_adapters__pb2.RollbackAdapterRequest.SerializeToString,
+                response_deserializer=gralora_dot_v1_dot_adapters__pb2.RollbackAdapterResponse.FromString,
+                _registered_method=True)
+        self.SetAdapterCanary = channel.unary_unary(
+                '/gralora.v1.AdapterService/SetAdapterCanary',
+                request_serializer=gralora_dot_v1_dot_adapters__pb2.SetAdapterCanaryRequest.SerializeToString,
+                response_deserializer=gralora_dot_v1_dot_adapters__pb2.SetAdapterCanaryResponse.FromString,
+                _registered_method=True)
+        self.WatchAdapters = channel.unary_stream(
+                '/gralora.v1.AdapterService/WatchAdapters',
+                request_serializer=gralora_dot_v1_dot_adapters__pb2.WatchAdaptersRequest.SerializeToString,
+                response_deserializer=gralora_dot_v1_dot_adapters__pb2.WatchAdaptersResponse.FromString,
+                _registered_method=True)
 
 
 class AdapterServiceServicer:
@@ -67,7 +87,7 @@ class AdapterServiceServicer:
     """
 
     def ListAdapters(self, request, context):
-        """Lists every registered adapter, by name.
+        """Lists adapters by name, a page at a time.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -81,15 +101,16 @@ class AdapterServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def LoadAdapter(self, request, context):
-        """Registers an adapter and loads it. Loading the same content under the same name again changes nothing and succeeds;
-        other content is ALREADY_EXISTS.
+        """Reads an adapter's files, whatever is known of the name, and loads it. Content that the name has not had is a new
+        version, and the name stands for it from then on, unless its source waits for a promotion.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def UnloadAdapter(self, request, context):
-        """Removes an adapter from memory and from the list. FAILED_PRECONDITION while requests use it.
+        """Removes an adapter from memory and from the list, with all its versions or one of them. FAILED_PRECONDITION while
+        requests use it. No request brings it back, only LoadAdapter.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -97,6 +118,35 @@ class AdapterServiceServicer:
 
     def PinAdapter(self, request, context):
         """Keeps an adapter in the pool, or lets it be evicted again.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PromoteAdapter(self, request, context):
+        """Lets a name stand for another of its versions. Requests from then on get that one; streams end on theirs.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RollbackAdapter(self, request, context):
+        """Lets a name stand for what it stood for before. It stays there until the files of its source change again.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetAdapterCanary(self, request, context):
+        """Gives a version a share of a name's requests.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WatchAdapters(self, request, context):
+        """Tells where adapters are, and then every change of that, as long as the client listens. Changes that come faster
+        than it reads become one.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -129,6 +179,26 @@ def add_AdapterServiceServicer_to_server(servicer, server):
                     servicer.PinAdapter,
                     request_deserializer=gralora_dot_v1_dot_adapters__pb2.PinAdapterRequest.FromString,
                     response_serializer=gralora_dot_v1_dot_adapters__pb2.PinAdapterResponse.SerializeToString,
+            ),
+            'PromoteAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.PromoteAdapter,
+                    request_deserializer=gralora_dot_v1_dot_adapters__pb2.PromoteAdapterRequest.FromString,
+                    response_serializer=gralora_dot_v1_dot_adapters__pb2.PromoteAdapterResponse.SerializeToString,
+            ),
+            'RollbackAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.RollbackAdapter,
+                    request_deserializer=gralora_dot_v1_dot_adapters__pb2.RollbackAdapterRequest.FromString,
+                    response_serializer=gralora_dot_v1_dot_adapters__pb2.RollbackAdapterResponse.SerializeToString,
+            ),
+            'SetAdapterCanary': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetAdapterCanary,
+                    request_deserializer=gralora_dot_v1_dot_adapters__pb2.SetAdapterCanaryRequest.FromString,
+                    response_serializer=gralora_dot_v1_dot_adapters__pb2.SetAdapterCanaryResponse.SerializeToString,
+            ),
+            'WatchAdapters': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchAdapters,
+                    request_deserializer=gralora_dot_v1_dot_adapters__pb2.WatchAdaptersRequest.FromString,
+                    response_serializer=gralora_dot_v1_dot_adapters__pb2.WatchAdaptersResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -267,6 +337,114 @@ class AdapterService:
             '/gralora.v1.AdapterService/PinAdapter',
             gralora_dot_v1_dot_adapters__pb2.PinAdapterRequest.SerializeToString,
             gralora_dot_v1_dot_adapters__pb2.PinAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PromoteAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/gralora.v1.AdapterService/PromoteAdapter',
+            gralora_dot_v1_dot_adapters__pb2.PromoteAdapterRequest.SerializeToString,
+            gralora_dot_v1_dot_adapters__pb2.PromoteAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RollbackAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/gralora.v1.AdapterService/RollbackAdapter',
+            gralora_dot_v1_dot_adapters__pb2.RollbackAdapterRequest.SerializeToString,
+            gralora_dot_v1_dot_adapters__pb2.RollbackAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetAdapterCanary(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/gralora.v1.AdapterService/SetAdapterCanary',
+            gralora_dot_v1_dot_adapters__pb2.SetAdapterCanaryRequest.SerializeToString,
+            gralora_dot_v1_dot_adapters__pb2.SetAdapterCanaryResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchAdapters(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/gralora.v1.AdapterService/WatchAdapters',
+            gralora_dot_v1_dot_adapters__pb2.WatchAdaptersRequest.SerializeToString,
+            gralora_dot_v1_dot_adapters__pb2.WatchAdaptersResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -36,17 +36,29 @@ class AdapterServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> AdapterServiceAsyncStub: ...
     ListAdapters: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.ListAdaptersRequest, _adapters_pb2.ListAdaptersResponse]
-    """Lists every registered adapter, by name."""
+    """Lists adapters by name, a page at a time."""
     GetAdapter: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.GetAdapterRequest, _adapters_pb2.GetAdapterResponse]
     """Describes one adapter."""
     LoadAdapter: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.LoadAdapterRequest, _adapters_pb2.LoadAdapterResponse]
-    """Registers an adapter and loads it. Loading the same content under the same name again changes nothing and succeeds;
-    other content is ALREADY_EXISTS.
+    """Reads an adapter's files, whatever is known of the name, and loads it. Content that the name has not had is a new
+    version, and the name stands for it from then on, unless its source waits for a promotion.
     """
     UnloadAdapter: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.UnloadAdapterRequest, _adapters_pb2.UnloadAdapterResponse]
-    """Removes an adapter from memory and from the list. FAILED_PRECONDITION while requests use it."""
+    """Removes an adapter from memory and from the list, with all its versions or one of them. FAILED_PRECONDITION while
+    requests use it. No request brings it back, only LoadAdapter.
+    """
     PinAdapter: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.PinAdapterRequest, _adapters_pb2.PinAdapterResponse]
     """Keeps an adapter in the pool, or lets it be evicted again."""
+    PromoteAdapter: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.PromoteAdapterRequest, _adapters_pb2.PromoteAdapterResponse]
+    """Lets a name stand for another of its versions. Requests from then on get that one; streams end on theirs."""
+    RollbackAdapter: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.RollbackAdapterRequest, _adapters_pb2.RollbackAdapterResponse]
+    """Lets a name stand for what it stood for before. It stays there until the files of its source change again."""
+    SetAdapterCanary: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.SetAdapterCanaryRequest, _adapters_pb2.SetAdapterCanaryResponse]
+    """Gives a version a share of a name's requests."""
+    WatchAdapters: _grpc.UnaryStreamMultiCallable[_adapters_pb2.WatchAdaptersRequest, _adapters_pb2.WatchAdaptersResponse]
+    """Tells where adapters are, and then every change of that, as long as the client listens. Changes that come faster
+    than it reads become one.
+    """
 
 @_typing.type_check_only
 class AdapterServiceAsyncStub(AdapterServiceStub):
@@ -54,17 +66,29 @@ class AdapterServiceAsyncStub(AdapterServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     ListAdapters: _aio.UnaryUnaryMultiCallable[_adapters_pb2.ListAdaptersRequest, _adapters_pb2.ListAdaptersResponse]  # type: ignore[assignment]
-    """Lists every registered adapter, by name."""
+    """Lists adapters by name, a page at a time."""
     GetAdapter: _aio.UnaryUnaryMultiCallable[_adapters_pb2.GetAdapterRequest, _adapters_pb2.GetAdapterResponse]  # type: ignore[assignment]
     """Describes one adapter."""
     LoadAdapter: _aio.UnaryUnaryMultiCallable[_adapters_pb2.LoadAdapterRequest, _adapters_pb2.LoadAdapterResponse]  # type: ignore[assignment]
-    """Registers an adapter and loads it. Loading the same content under the same name again changes nothing and succeeds;
-    other content is ALREADY_EXISTS.
+    """Reads an adapter's files, whatever is known of the name, and loads it. Content that the name has not had is a new
+    version, and the name stands for it from then on, unless its source waits for a promotion.
     """
     UnloadAdapter: _aio.UnaryUnaryMultiCallable[_adapters_pb2.UnloadAdapterRequest, _adapters_pb2.UnloadAdapterResponse]  # type: ignore[assignment]
-    """Removes an adapter from memory and from the list. FAILED_PRECONDITION while requests use it."""
+    """Removes an adapter from memory and from the list, with all its versions or one of them. FAILED_PRECONDITION while
+    requests use it. No request brings it back, only LoadAdapter.
+    """
     PinAdapter: _aio.UnaryUnaryMultiCallable[_adapters_pb2.PinAdapterRequest, _adapters_pb2.PinAdapterResponse]  # type: ignore[assignment]
     """Keeps an adapter in the pool, or lets it be evicted again."""
+    PromoteAdapter: _aio.UnaryUnaryMultiCallable[_adapters_pb2.PromoteAdapterRequest, _adapters_pb2.PromoteAdapterResponse]  # type: ignore[assignment]
+    """Lets a name stand for another of its versions. Requests from then on get that one; streams end on theirs."""
+    RollbackAdapter: _aio.UnaryUnaryMultiCallable[_adapters_pb2.RollbackAdapterRequest, _adapters_pb2.RollbackAdapterResponse]  # type: ignore[assignment]
+    """Lets a name stand for what it stood for before. It stays there until the files of its source change again."""
+    SetAdapterCanary: _aio.UnaryUnaryMultiCallable[_adapters_pb2.SetAdapterCanaryRequest, _adapters_pb2.SetAdapterCanaryResponse]  # type: ignore[assignment]
+    """Gives a version a share of a name's requests."""
+    WatchAdapters: _aio.UnaryStreamMultiCallable[_adapters_pb2.WatchAdaptersRequest, _adapters_pb2.WatchAdaptersResponse]  # type: ignore[assignment]
+    """Tells where adapters are, and then every change of that, as long as the client listens. Changes that come faster
+    than it reads become one.
+    """
 
 class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
     """Manages adapters. Names are what GenerateRequest.adapter says."""
@@ -75,7 +99,7 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _adapters_pb2.ListAdaptersRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_adapters_pb2.ListAdaptersResponse, _abc.Awaitable[_adapters_pb2.ListAdaptersResponse]]:
-        """Lists every registered adapter, by name."""
+        """Lists adapters by name, a page at a time."""
 
     @_abc_1.abstractmethod
     def GetAdapter(
@@ -91,8 +115,8 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _adapters_pb2.LoadAdapterRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_adapters_pb2.LoadAdapterResponse, _abc.Awaitable[_adapters_pb2.LoadAdapterResponse]]:
-        """Registers an adapter and loads it. Loading the same content under the same name again changes nothing and succeeds;
-        other content is ALREADY_EXISTS.
+        """Reads an adapter's files, whatever is known of the name, and loads it. Content that the name has not had is a new
+        version, and the name stands for it from then on, unless its source waits for a promotion.
         """
 
     @_abc_1.abstractmethod
@@ -101,7 +125,9 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _adapters_pb2.UnloadAdapterRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_adapters_pb2.UnloadAdapterResponse, _abc.Awaitable[_adapters_pb2.UnloadAdapterResponse]]:
-        """Removes an adapter from memory and from the list. FAILED_PRECONDITION while requests use it."""
+        """Removes an adapter from memory and from the list, with all its versions or one of them. FAILED_PRECONDITION while
+        requests use it. No request brings it back, only LoadAdapter.
+        """
 
     @_abc_1.abstractmethod
     def PinAdapter(
@@ -110,5 +136,39 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_adapters_pb2.PinAdapterResponse, _abc.Awaitable[_adapters_pb2.PinAdapterResponse]]:
         """Keeps an adapter in the pool, or lets it be evicted again."""
+
+    @_abc_1.abstractmethod
+    def PromoteAdapter(
+        self,
+        request: _adapters_pb2.PromoteAdapterRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_adapters_pb2.PromoteAdapterResponse, _abc.Awaitable[_adapters_pb2.PromoteAdapterResponse]]:
+        """Lets a name stand for another of its versions. Requests from then on get that one; streams end on theirs."""
+
+    @_abc_1.abstractmethod
+    def RollbackAdapter(
+        self,
+        request: _adapters_pb2.RollbackAdapterRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_adapters_pb2.RollbackAdapterResponse, _abc.Awaitable[_adapters_pb2.RollbackAdapterResponse]]:
+        """Lets a name stand for what it stood for before. It stays there until the files of its source change again."""
+
+    @_abc_1.abstractmethod
+    def SetAdapterCanary(
+        self,
+        request: _adapters_pb2.SetAdapterCanaryRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_adapters_pb2.SetAdapterCanaryResponse, _abc.Awaitable[_adapters_pb2.SetAdapterCanaryResponse]]:
+        """Gives a version a share of a name's requests."""
+
+    @_abc_1.abstractmethod
+    def WatchAdapters(
+        self,
+        request: _adapters_pb2.WatchAdaptersRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_adapters_pb2.WatchAdaptersResponse], _abc.AsyncIterator[_adapters_pb2.WatchAdaptersResponse]]:
+        """Tells where adapters are, and then every change of that, as long as the client listens. Changes that come faster
+        than it reads become one.
+        """
 
 def add_AdapterServiceServicer_to_server(servicer: AdapterServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -8,7 +8,8 @@ of domain "gralora.dev"; its `reason` is stable and one of:
 
   INVALID_REQUEST     INVALID_ARGUMENT     BadRequest names the field by its path, e.g. "sampling.temperature"
   ADAPTER_NOT_FOUND   NOT_FOUND            ResourceInfo names the adapter
-  ADAPTER_EXISTS      ALREADY_EXISTS       ResourceInfo; the name is taken by other content
+  ADAPTER_VERSION_NOT_FOUND  NOT_FOUND     ResourceInfo; the adapter has no version of that number or content
+  ADAPTER_VERSION_LOST  FAILED_PRECONDITION  ResourceInfo; the version's files have other content now, and no copy is kept
   ADAPTER_REJECTED    FAILED_PRECONDITION  ResourceInfo; the checkpoint is broken or unsupported, all reasons at once
   ADAPTER_BUSY        FAILED_PRECONDITION  ResourceInfo; requests hold the adapter that was to be unloaded
   ADAPTER_CAPACITY    FAILED_PRECONDITION  ResourceInfo; the adapter does not fit until others are unpinned or removed
@@ -336,14 +337,21 @@ class GenerateRequest(_message.Message):
     SAMPLING_FIELD_NUMBER: _builtins.int
     STOPPING_FIELD_NUMBER: _builtins.int
     RESPONSE_FIELD_NUMBER: _builtins.int
+    CANARY_KEY_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Names the request in logs and for AbortRequest. At most 128 printable ASCII characters, no spaces, unique among the
     requests that are running. Empty: the server makes one.
     """
     adapter: _builtins.str
-    """The adapter's name. Empty: the base model."""
+    """The adapter's name: "pirate" or "acme/pirate", the version that it stands for. "pirate@3" and
+    "pirate@sha256:0123456789ab" (12 digits or more) are one version, whatever the name stands for. Empty: the base model.
+    """
     text: _builtins.str
     """Text, at most 4 MiB; the server tokenizes it."""
+    canary_key: _builtins.str
+    """While a version of the adapter is a canary, requests of one key all get it, or none of them does: a user's id, for
+    instance. At most 256 characters. Empty: each request is drawn for itself.
+    """
     @_builtins.property
     def token_ids(self) -> Global___TokenIds:
         """Tokens, used as they are: no beginning-of-sequence token is added."""
@@ -375,10 +383,11 @@ class GenerateRequest(_message.Message):
         sampling: Global___SamplingParams | None = ...,
         stopping: Global___StoppingParams | None = ...,
         response: Global___ResponseParams | None = ...,
+        canary_key: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["messages", b"messages", "prompt", b"prompt", "response", b"response", "sampling", b"sampling", "stopping", b"stopping", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "messages", b"messages", "prompt", b"prompt", "request_id", b"request_id", "response", b"response", "sampling", b"sampling", "stopping", b"stopping", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "canary_key", b"canary_key", "messages", b"messages", "prompt", b"prompt", "request_id", b"request_id", "response", b"response", "sampling", b"sampling", "stopping", b"stopping", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_prompt: _TypeAlias = _typing.Literal["text", "token_ids", "messages"]  # noqa: Y015
     _WhichOneofArgType_prompt: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015
@@ -400,14 +409,21 @@ class StreamGenerateRequest(_message.Message):
     SAMPLING_FIELD_NUMBER: _builtins.int
     STOPPING_FIELD_NUMBER: _builtins.int
     RESPONSE_FIELD_NUMBER: _builtins.int
+    CANARY_KEY_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Names the request in logs and for AbortRequest. At most 128 printable ASCII characters, no spaces, unique among the
     requests that are running. Empty: the server makes one.
     """
     adapter: _builtins.str
-    """The adapter's name. Empty: the base model."""
+    """The adapter's name: "pirate" or "acme/pirate", the version that it stands for. "pirate@3" and
+    "pirate@sha256:0123456789ab" (12 digits or more) are one version, whatever the name stands for. Empty: the base model.
+    """
     text: _builtins.str
     """Text, at most 4 MiB; the server tokenizes it."""
+    canary_key: _builtins.str
+    """While a version of the adapter is a canary, requests of one key all get it, or none of them does: a user's id, for
+    instance. At most 256 characters. Empty: each request is drawn for itself.
+    """
     @_builtins.property
     def token_ids(self) -> Global___TokenIds:
         """Tokens, used as they are: no beginning-of-sequence token is added."""
@@ -439,10 +455,11 @@ class StreamGenerateRequest(_message.Message):
         sampling: Global___SamplingParams | None = ...,
         stopping: Global___StoppingParams | None = ...,
         response: Global___ResponseParams | None = ...,
+        canary_key: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["messages", b"messages", "prompt", b"prompt", "response", b"response", "sampling", b"sampling", "stopping", b"stopping", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "messages", b"messages", "prompt", b"prompt", "request_id", b"request_id", "response", b"response", "sampling", b"sampling", "stopping", b"stopping", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "canary_key", b"canary_key", "messages", b"messages", "prompt", b"prompt", "request_id", b"request_id", "response", b"response", "sampling", b"sampling", "stopping", b"stopping", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_prompt: _TypeAlias = _typing.Literal["text", "token_ids", "messages"]  # noqa: Y015
     _WhichOneofArgType_prompt: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015
@@ -521,6 +538,7 @@ class Started(_message.Message):
     ADAPTER_FIELD_NUMBER: _builtins.int
     ADAPTER_DIGEST_FIELD_NUMBER: _builtins.int
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    ADAPTER_VERSION_FIELD_NUMBER: _builtins.int
     prompt_tokens: _builtins.int
     """Tokens of the prompt."""
     cached_tokens: _builtins.int
@@ -533,6 +551,8 @@ class Started(_message.Message):
     """The adapter that serves the request. Empty: the base model."""
     adapter_digest: _builtins.str
     """Identifies that adapter's content. Empty for the base model."""
+    adapter_version: _builtins.int
+    """Which version of the adapter that is. 0 for the base model."""
     @_builtins.property
     def prompt_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The prompt's token ids, when `echo_prompt_token_ids` asked for them."""
@@ -547,10 +567,11 @@ class Started(_message.Message):
         adapter: _builtins.str = ...,
         adapter_digest: _builtins.str = ...,
         prompt_token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        adapter_version: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "adapter_digest", b"adapter_digest", "cached_tokens", b"cached_tokens", "prompt_token_ids", b"prompt_token_ids", "prompt_tokens", b"prompt_tokens", "queue_time_s", b"queue_time_s", "seed", b"seed"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "adapter_digest", b"adapter_digest", "adapter_version", b"adapter_version", "cached_tokens", b"cached_tokens", "prompt_token_ids", b"prompt_token_ids", "prompt_tokens", b"prompt_tokens", "queue_time_s", b"queue_time_s", "seed", b"seed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

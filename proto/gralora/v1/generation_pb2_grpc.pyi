@@ -8,7 +8,8 @@ of domain "gralora.dev"; its `reason` is stable and one of:
 
   INVALID_REQUEST     INVALID_ARGUMENT     BadRequest names the field by its path, e.g. "sampling.temperature"
   ADAPTER_NOT_FOUND   NOT_FOUND            ResourceInfo names the adapter
-  ADAPTER_EXISTS      ALREADY_EXISTS       ResourceInfo; the name is taken by other content
+  ADAPTER_VERSION_NOT_FOUND  NOT_FOUND     ResourceInfo; the adapter has no version of that number or content
+  ADAPTER_VERSION_LOST  FAILED_PRECONDITION  ResourceInfo; the version's files have other content now, and no copy is kept
   ADAPTER_REJECTED    FAILED_PRECONDITION  ResourceInfo; the checkpoint is broken or unsupported, all reasons at once
   ADAPTER_BUSY        FAILED_PRECONDITION  ResourceInfo; requests hold the adapter that was to be unloaded
   ADAPTER_CAPACITY    FAILED_PRECONDITION  ResourceInfo; the adapter does not fit until others are unpinned or removed

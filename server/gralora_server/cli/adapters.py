@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,6 +14,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from gralora_runtime.adapters.catalogue.store import AdapterState
 from gralora_server.cli.options import Json
 from gralora_server.cli.output import CommandError, ExitCode, human_bytes, print_json, stdout
 from gralora_server.cli.remote import needs_server
@@ -22,6 +24,24 @@ if TYPE_CHECKING:
     from gralora_runtime.adapters.checkpoint.spec import ModuleShape
     from gralora_server.client import Adapter, Client
 
+
+class Order(StrEnum):
+    """What a list is sorted by."""
+
+    NAME = "name"
+    STATE = "state"
+    SIZE = "size"
+    USED = "used"
+    IN_FLIGHT = "in-flight"
+
+
+_ORDERS: dict[Order, Callable[[Adapter], Any]] = {
+    Order.NAME: lambda one: one.name,
+    Order.STATE: lambda one: (one.state.value, one.name),
+    Order.SIZE: lambda one: (-one.pool_bytes, one.name),
+    Order.USED: lambda one: (-one.last_used.timestamp() if one.last_used else 0.0, one.name),
+    Order.IN_FLIGHT: lambda one: (-one.in_flight, one.name),
+}
 MAX_LINES = 40  # of one row of a table
 
 app = typer.Typer(no_args_is_help=True, help="Manage the server's adapters, or inspect one on disk.")
@@ -31,9 +51,18 @@ Name = Annotated[str, typer.Argument(help="The adapter's name.")]
 
 @app.command("list")
 @needs_server
-def list_adapters(client: Client, *, json: Json = False) -> None:
-    """List every adapter that the server knows."""
-    adapters = client.adapters.list()
+def list_adapters(
+    client: Client,
+    *,
+    prefix: Annotated[str, typer.Argument(help="Only names that begin so.")] = "",
+    state: Annotated[
+        list[AdapterState] | None, typer.Option(help="Only adapters in this state; may be given several times.")
+    ] = None,
+    sort: Annotated[Order, typer.Option(help="By what.")] = Order.NAME,
+    json: Json = False,
+) -> None:
+    """List the adapters that the server knows."""
+    adapters = sorted(client.adapters.list(prefix, states=state or ()), key=_ORDERS[sort])
     if json:
         print_json({"adapters": [asdict(adapter) for adapter in adapters]})
     else:
@@ -69,10 +98,72 @@ def pin(
     _print_one(client.adapters.pin(name, pinned=not off), as_json=json)
 
 
+@app.command("promote")
+@needs_server
+def promote(
+    client: Client,
+    *,
+    name: Name,
+    version: Annotated[str, typer.Argument(help="A number, or sha256:DIGITS. Default: the newest.")] = "",
+    json: Json = False,
+) -> None:
+    """Let a name stand for one of its versions. Requests from now on get that; streams end on theirs."""
+    _print_one(client.adapters.promote(name, version), as_json=json)
+
+
+@app.command("rollback")
+@needs_server
+def rollback(client: Client, *, name: Name, json: Json = False) -> None:
+    """Let a name stand for what it stood for before."""
+    _print_one(client.adapters.rollback(name), as_json=json)
+
+
+@app.command("canary")
+@needs_server
+def canary(
+    client: Client,
+    *,
+    name: Name,
+    version: Annotated[str, typer.Argument(help="A number, or sha256:DIGITS.")] = "",
+    share: Annotated[float, typer.Option(help="Of the name's requests, 0 to 1; 0 ends the canary.")] = 0.0,
+    json: Json = False,
+) -> None:
+    """Give a version a share of a name's requests before it is promoted."""
+    _print_one(client.adapters.set_canary(name, version, share), as_json=json)
+
+
+@app.command("versions")
+@needs_server
+def versions(client: Client, *, name: Name, json: Json = False) -> None:
+    """List the versions of an adapter, and say which one its name stands for."""
+    adapter = client.adapters.get(name)
+    if json:
+        print_json(adapter)
+    else:
+        _print_versions(adapter)
+
+
+@app.command("watch")
+@needs_server
+def watch(
+    client: Client, *, prefix: Annotated[str, typer.Argument(help="Only names that begin so.")] = "", json: Json = False
+) -> None:
+    """Print where adapters are, and each change of it, until Ctrl-C."""
+    for news in client.adapters.watch(prefix):
+        if json:
+            print_json(news)
+            continue
+        for adapter in news.adapters:
+            line = f"{adapter.name}@{adapter.version} {adapter.state.value} {adapter.in_flight} in flight"
+            stdout().print(f"{line} {human_bytes(adapter.pool_bytes)} {adapter.digest[:12]}", markup=False)
+        for name in news.removed:
+            stdout().print(f"{name} removed", markup=False)
+
+
 @app.command("unload")
 @needs_server
 def unload(client: Client, *, name: Name, json: Json = False) -> None:
-    """Remove an adapter from memory and from the list. Refused while requests use it."""
+    """Remove an adapter, or NAME@3, from memory and from the list. Refused while requests use it."""
     freed = client.adapters.unload(name)
     if json:
         print_json(freed)
@@ -165,11 +256,12 @@ def _print_one(adapter: Adapter, *, as_json: bool) -> None:
 
 def _print_table(adapters: Sequence[Adapter]) -> None:
     table = Table(box=None)
-    for heading in ("name", "state", "kind", "rank", "size", "in flight", "pinned", "digest"):
+    for heading in ("name", "version", "state", "kind", "rank", "size", "in flight", "pinned", "digest"):
         table.add_column(heading, justify="right" if heading in ("size", "in flight") else "left", no_wrap=True)
     for one in adapters:
         table.add_row(
             one.name,
+            str(one.version),
             one.state.value,
             one.kind,
             _rank(one),
@@ -182,6 +274,28 @@ def _print_table(adapters: Sequence[Adapter]) -> None:
     for one in adapters:
         if one.error:
             stdout().print(f"{one.name}: {one.error}", style="red", markup=False, soft_wrap=True)
+
+
+def _print_versions(adapter: Adapter) -> None:
+    table = Table(box=None, title=Text(adapter.name, style="bold"), title_justify="left")
+    for heading in ("version", "", "state", "in flight", "pinned", "since", "digest"):
+        table.add_column(heading, justify="right" if heading == "in flight" else "left", no_wrap=True)
+    roles = {
+        adapter.canary_version: f"canary {adapter.canary_share:.0%}",
+        adapter.previous_version: "previous",
+        adapter.version: "promoted",
+    }
+    for one in adapter.versions:
+        table.add_row(
+            str(one.number),
+            roles.get(one.number, ""),
+            one.state.value,
+            str(one.in_flight),
+            "yes" if one.pinned else "",
+            f"{one.created:%Y-%m-%d %H:%M}",
+            one.digest[:12],
+        )
+    stdout().print(table)
 
 
 def _rank(adapter: Adapter) -> str:

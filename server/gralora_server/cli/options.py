@@ -8,6 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
+from gralora_runtime.config import AdapterSource
+from gralora_server.cli.output import CommandError, ExitCode
+
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
@@ -33,6 +36,14 @@ def parse_graphs(text: Any) -> tuple[int, ...] | None:
         return tuple(sorted({int(number) for number in words.split(",")}))
     except ValueError:
         raise typer.BadParameter(f"{text!r} is not on, off or numbers of rows (example: 1,2,4,8,16)") from None
+
+
+def parse_source(text: str) -> AdapterSource:
+    """SOURCE, or SOURCE,hold for one whose new content waits for a promotion."""
+    uri, _, policy = text.partition(",")
+    if policy not in ("", "hold") or not uri:
+        raise CommandError(ExitCode.USAGE, f"--adapters {text!r} is not SOURCE or SOURCE,hold")
+    return AdapterSource(uri, follows=policy != "hold")
 
 
 def parse_address(address: str) -> tuple[str, int]:

@@ -7,18 +7,26 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gralora_runtime.config import DEVICES, DTYPES, KERNEL_BACKENDS, PIPELINES, EngineConfig, in_directory
+from gralora_runtime.config import DEVICES, DTYPES, KERNEL_BACKENDS, PIPELINES, WATCHES, EngineConfig
 from gralora_server.cli.environment import limit_spinning
 from gralora_server.cli.logs import LEVELS, configure
 from gralora_server.cli.model import default_model
-from gralora_server.cli.options import DEFAULT_ADDRESS, Json, default_of, parse_address, parse_bytes, parse_graphs
+from gralora_server.cli.options import (
+    DEFAULT_ADDRESS,
+    Json,
+    default_of,
+    parse_address,
+    parse_bytes,
+    parse_graphs,
+    parse_source,
+)
 from gralora_server.cli.output import CommandError, ExitCode, announce
 from gralora_server.config import MetricsConfig, ServerConfig, TlsConfig
 
 if TYPE_CHECKING:
     from gralora_server.ports import Engine
 
-ENGINE, MEMORY, SERVER = "Engine", "Memory", "Server"
+ADAPTERS, ENGINE, MEMORY, SERVER = "Adapters", "Engine", "Memory", "Server"
 
 
 def _engine_option(name: str, text: str = "", *, panel: str = ENGINE, flag: str | None = None, **extra: Any) -> Any:
@@ -41,8 +49,19 @@ def serve(
         Path | None, typer.Option(help="A model directory. Default: SmolLM2-135M-Instruct, prepared once.")
     ] = None,
     adapters: Annotated[
-        Path | None, typer.Option(help="The directory that adapters are loaded from, one directory each.")
+        list[str] | None,
+        typer.Option(
+            metavar="SOURCE[,hold]",
+            help="Where adapters come from: a directory with one directory each, or the hub's cache. May be given "
+            "several times. With ,hold new content waits for a promotion.",
+        ),
     ] = None,
+    allow_root: Annotated[
+        list[Path] | None, typer.Option(help="Links in adapter directories may end below this directory, too.")
+    ] = None,
+    watch: str = _engine_option(
+        "watch", f"Whether directories are watched for changes: {', '.join(WATCHES)}.", panel=ADAPTERS
+    ),
     address: Annotated[
         str, typer.Option(help="HOST:PORT to listen on; port 0 lets the system choose.")
     ] = DEFAULT_ADDRESS,
@@ -128,7 +147,9 @@ def serve(
     limit_spinning()
     engine_config = EngineConfig(
         model=model if model is not None else default_model(),
-        adapters=in_directory(adapters),
+        adapters=tuple(map(parse_source, adapters or ())),
+        allow_roots=tuple(allow_root or ()),
+        watch=watch,
         device=device,
         dtype=dtype,
         kernel_backend=kernel_backend,

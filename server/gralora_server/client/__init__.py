@@ -12,7 +12,6 @@ from gralora_server.client.aio import AsyncClient, AsyncGenerationStream
 from gralora_server.client.connection import ClientTls, Timeouts
 from gralora_server.client.errors import (
     AccessDeniedError,
-    AlreadyExistsError,
     CallCancelledError,
     DeadlineError,
     FailedPreconditionError,
@@ -24,15 +23,24 @@ from gralora_server.client.errors import (
     ServerError,
     UnavailableError,
 )
-from gralora_server.client.records import Adapter, Generation, ServerInfo, StreamDelta, Usage
+from gralora_server.client.records import (
+    Adapter,
+    AdapterNews,
+    AdapterVersion,
+    Generation,
+    ServerInfo,
+    StreamDelta,
+    Usage,
+)
 from gralora_server.client.requests import GenerateOptions
 from gralora_server.client.sync import Client, GenerationStream
 
 __all__ = [
     "AccessDeniedError",
     "Adapter",
+    "AdapterNews",
     "AdapterState",
-    "AlreadyExistsError",
+    "AdapterVersion",
     "AsyncClient",
     "AsyncGenerationStream",
     "CallCancelledError",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
@@ -12,14 +12,15 @@ from typing import Any, Self, TypeVar, Unpack
 import grpc
 from grpc_health.v1 import health_pb2
 
-from gralora.v1 import generation_pb2
+from gralora.v1 import adapters_pb2, generation_pb2
+from gralora_runtime.adapters.catalogue.store import AdapterState
 from gralora_runtime.adapters.info import UnloadResult
 from gralora_runtime.info import EngineLoad, TokenizeResult
-from gralora_server.client import requests
+from gralora_server.client import requests, responses
 from gralora_server.client.base import ClientBase
 from gralora_server.client.connection import RECONNECT_PAUSE_S, ChannelOptions
 from gralora_server.client.errors import client_error, cut_short, not_ready, passing_problem
-from gralora_server.client.records import Adapter, Generation, ServerInfo, StreamDelta
+from gralora_server.client.records import Adapter, AdapterNews, Generation, ServerInfo, StreamDelta
 from gralora_server.client.requests import Call, GenerateOptions, Message, generate_fields
 from gralora_server.client.responses import Assembler
 
@@ -92,8 +93,14 @@ class AsyncAdapterClient:
     def __init__(self, client: AsyncClient) -> None:
         self._client = client
 
-    async def list(self) -> tuple[Adapter, ...]:
-        return await self._client.run(requests.list_adapters())
+    async def list(self, prefix: str = "", *, states: Iterable[AdapterState] = ()) -> tuple[Adapter, ...]:
+        """All whose names begin so and that are in one of the states; no states: in any."""
+        wanted = tuple(states)
+        found, token = await self._client.run(requests.list_adapters(prefix, wanted, ""))
+        while token:
+            more, token = await self._client.run(requests.list_adapters(prefix, wanted, token))
+            found += more
+        return found
 
     async def get(self, name: str) -> Adapter:
         return await self._client.run(requests.get_adapter(name))
@@ -107,6 +114,29 @@ class AsyncAdapterClient:
 
     async def pin(self, name: str, *, pinned: bool = True) -> Adapter:
         return await self._client.run(requests.pin_adapter(name, pinned))
+
+    async def promote(self, name: str, version: str = "") -> Adapter:
+        """Let the name stand for a version: "3" or "sha256:0123456789ab"; "": the newest."""
+        return await self._client.run(requests.promote_adapter(name, version))
+
+    async def rollback(self, name: str) -> Adapter:
+        """Let the name stand for what it stood for before."""
+        return await self._client.run(requests.rollback_adapter(name))
+
+    async def set_canary(self, name: str, version: str, share: float) -> Adapter:
+        """Give a version a share of the name's requests, 0 to 1. 0 ends it."""
+        return await self._client.run(requests.set_adapter_canary(name, version, share))
+
+    async def watch(self, prefix: str = "") -> AsyncIterator[AdapterNews]:
+        """What there is, then each change, until the server drains (UnavailableError) or you stop reading."""
+        call = self._client.watch(prefix)
+        try:
+            async for message in call:
+                yield responses.adapter_news(message)
+        except grpc.RpcError as error:
+            raise client_error(error) from error
+        finally:
+            call.cancel()
 
 
 def open_channel(target: str, credentials: grpc.ChannelCredentials | None, options: ChannelOptions) -> grpc.aio.Channel:
@@ -193,6 +223,12 @@ class AsyncClient(ClientBase[grpc.aio.Channel]):
                 watch.cancel()
             await asyncio.sleep(RECONNECT_PAUSE_S)
         raise not_ready(timeout_s, last)
+
+    def watch(self, prefix: str) -> Any:
+        """The raw call of `adapters.watch`."""
+        return self._stubs.adapters.WatchAdapters(
+            adapters_pb2.WatchAdaptersRequest(prefix=prefix), metadata=self._metadata
+        )
 
     async def run(self, call: Call[T]) -> T:
         try:

@@ -3,7 +3,6 @@
 GraloraClientError         code, reason, metadata, field_violations, retry_after_s
 +-- InvalidArgumentError       a field is wrong: see field_violations
 +-- NotFoundError              no adapter of that name
-+-- AlreadyExistsError         the name is taken by other content
 +-- FailedPreconditionError    the adapter is unsupported, in use, or does not fit
 +-- ResourceExhaustedError     the queue is full: see retry_after_s; or this client read too slowly
 +-- UnavailableError           nobody answers, or the server is starting or shutting down
@@ -67,10 +66,6 @@ class NotFoundError(GraloraClientError):
     """There is no such adapter."""
 
 
-class AlreadyExistsError(GraloraClientError):
-    """The adapter's name is taken by other content."""
-
-
 class FailedPreconditionError(GraloraClientError):
     """The adapter cannot be served, unloaded or placed as things stand."""
 
@@ -102,7 +97,6 @@ class ServerError(GraloraClientError):
 _KINDS: dict[grpc.StatusCode, type[GraloraClientError]] = {
     grpc.StatusCode.INVALID_ARGUMENT: InvalidArgumentError,
     grpc.StatusCode.NOT_FOUND: NotFoundError,
-    grpc.StatusCode.ALREADY_EXISTS: AlreadyExistsError,
     grpc.StatusCode.FAILED_PRECONDITION: FailedPreconditionError,
     grpc.StatusCode.RESOURCE_EXHAUSTED: ResourceExhaustedError,
     grpc.StatusCode.UNAVAILABLE: UnavailableError,

@@ -35,6 +35,7 @@ class Generation:
     usage: Usage
     adapter: str  # that really served it; "": the base model
     adapter_digest: str
+    adapter_version: int
     seed: int  # asked for, or drawn by the server: repeats the generation
     prompt_token_ids: tuple[int, ...]  # empty unless asked for
     queue_time_s: float
@@ -44,8 +45,34 @@ class Generation:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterVersion:
+    """One content that an adapter has had, or has."""
+
+    number: int
+    digest: str
+    state: AdapterState
+    pinned: bool
+    in_flight: int
+    created: datetime
+    last_used: datetime | None
+    error: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterNews:
+    """What a watch tells: adapters as they are now, and names that are registered no more."""
+
+    adapters: tuple[Adapter, ...]
+    removed: tuple[str, ...]
+    synced: bool  # all has been told that was so when the watch began
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Adapter:
-    """One adapter as the server sees it now. Numbers are 0 while its files cannot be read."""
+    """One adapter as the server sees it now: a name, and the version that it stands for.
+
+    Numbers are 0 while its files cannot be read.
+    """
 
     name: str
     source: str
@@ -64,6 +91,12 @@ class Adapter:
     base_model: str
     last_used: datetime | None
     error: str
+    version: int
+    previous_version: int  # that a rollback returns to; 0: none
+    follows: bool  # new content of its source is promoted by itself
+    canary_version: int  # 0: none
+    canary_share: float
+    versions: tuple[AdapterVersion, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypedDict, TypeVar
@@ -11,12 +11,15 @@ import grpc
 from grpc_health.v1 import health_pb2_grpc
 
 from gralora.v1 import adapters_pb2, adapters_pb2_grpc, generation_pb2, generation_pb2_grpc, server_pb2, server_pb2_grpc
+from gralora_runtime.adapters.catalogue.store import AdapterState
 from gralora_runtime.adapters.info import UnloadResult
 from gralora_runtime.info import EngineLoad, TokenizeResult
 from gralora_runtime.request import ChatMessage
 from gralora_server.client import responses
 from gralora_server.client.connection import Timeouts
 from gralora_server.client.records import Adapter, ServerInfo
+
+PAGE_SIZE = 500  # adapters in one answer to a list
 
 T = TypeVar("T")
 Message = ChatMessage | Mapping[str, str]
@@ -25,8 +28,9 @@ Message = ChatMessage | Mapping[str, str]
 class GenerateOptions(TypedDict, total=False):
     """Everything about a generation but its prompt. What is left out, or None, has the proto's default."""
 
-    adapter: str
+    adapter: str  # a name, "name@3" or "name@sha256:..."
     request_id: str
+    canary_key: str  # requests of one key get the same version while there is a canary
     # how the next token is chosen
     temperature: float | None
     top_p: float | None
@@ -68,7 +72,7 @@ def generate_fields(
     fields = prompt_fields(prompt, token_ids, messages)
     parts: dict[str, dict[str, object]] = {part: {} for part in _PARTS}
     for name, value in options.items():
-        if name in ("adapter", "request_id"):
+        if name in ("adapter", "request_id", "canary_key"):
             fields[name] = value
         elif name in _PART_OF:
             if value is not None:
@@ -117,11 +121,14 @@ class Call(Generic[T]):
     timeout_s: Callable[[Timeouts], float | None] = lambda timeouts: timeouts.other_s
 
 
-def list_adapters() -> Call[tuple[Adapter, ...]]:
+def list_adapters(prefix: str, states: Iterable[AdapterState], token: str) -> Call[tuple[tuple[Adapter, ...], str]]:
+    """One page, and the token of the next one."""
     return Call(
         rpc=lambda stubs: stubs.adapters.ListAdapters,
-        message=adapters_pb2.ListAdaptersRequest(),
-        convert=lambda answer: tuple(responses.adapter(one) for one in answer.adapters),
+        message=adapters_pb2.ListAdaptersRequest(
+            page_size=PAGE_SIZE, page_token=token, prefix=prefix, states=[responses.WIRE_STATES[one] for one in states]
+        ),
+        convert=responses.adapter_page,
     )
 
 
@@ -154,6 +161,30 @@ def pin_adapter(name: str, pinned: bool) -> Call[Adapter]:
     return Call(
         rpc=lambda stubs: stubs.adapters.PinAdapter,
         message=adapters_pb2.PinAdapterRequest(name=name, pinned=pinned),
+        convert=responses.described_adapter,
+    )
+
+
+def promote_adapter(name: str, version: str) -> Call[Adapter]:
+    return Call(
+        rpc=lambda stubs: stubs.adapters.PromoteAdapter,
+        message=adapters_pb2.PromoteAdapterRequest(name=name, version=version),
+        convert=responses.described_adapter,
+    )
+
+
+def rollback_adapter(name: str) -> Call[Adapter]:
+    return Call(
+        rpc=lambda stubs: stubs.adapters.RollbackAdapter,
+        message=adapters_pb2.RollbackAdapterRequest(name=name),
+        convert=responses.described_adapter,
+    )
+
+
+def set_adapter_canary(name: str, version: str, share: float) -> Call[Adapter]:
+    return Call(
+        rpc=lambda stubs: stubs.adapters.SetAdapterCanary,
+        message=adapters_pb2.SetAdapterCanaryRequest(name=name, version=version, share=share),
         convert=responses.described_adapter,
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import fields
-from datetime import UTC
+from datetime import UTC, datetime
 from typing import Any, TypeVar
 
 from gralora.v1 import adapters_pb2, generation_pb2, server_pb2
@@ -14,7 +14,15 @@ from gralora_runtime.adapters.info import UnloadResult
 from gralora_runtime.info import EngineLoad, TokenizeResult
 from gralora_runtime.request import Delta, Finished, FinishReason, Started, TokenLogprob
 from gralora_runtime.stream import merge_deltas
-from gralora_server.client.records import Adapter, Generation, ServerInfo, StreamDelta, Usage
+from gralora_server.client.records import (
+    Adapter,
+    AdapterNews,
+    AdapterVersion,
+    Generation,
+    ServerInfo,
+    StreamDelta,
+    Usage,
+)
 
 Record = TypeVar("Record")
 AnyGenerateResponse = generation_pb2.GenerateResponse | generation_pb2.StreamGenerateResponse
@@ -32,6 +40,9 @@ _STATES = {
     adapters_pb2.ADAPTER_STATE_RESIDENT: AdapterState.RESIDENT,
     adapters_pb2.ADAPTER_STATE_FAILED: AdapterState.FAILED,
 }
+
+
+WIRE_STATES = {state: value for value, state in _STATES.items()}
 
 
 class Assembler:
@@ -75,12 +86,44 @@ def delta(message: AnyGenerateResponse) -> StreamDelta:
 
 
 def adapter(message: adapters_pb2.Adapter) -> Adapter:
-    last_used = message.last_used.ToDatetime(UTC) if message.HasField("last_used") else None
-    return _record(Adapter, message, state=_STATES[message.state], last_used=last_used)
+    versions = tuple(_version(version) for version in message.versions)
+    return _record(Adapter, message, state=_STATES[message.state], last_used=_last_used(message), versions=versions)
+
+
+def adapter_page(message: adapters_pb2.ListAdaptersResponse) -> tuple[tuple[Adapter, ...], str]:
+    """A page, and the token of the next one."""
+    return tuple(adapter(one) for one in message.adapters), message.next_page_token
+
+
+def adapter_news(message: adapters_pb2.WatchAdaptersResponse) -> AdapterNews:
+    return AdapterNews(
+        adapters=tuple(adapter(one) for one in message.adapters),
+        removed=tuple(message.removed),
+        synced=message.synced,
+    )
+
+
+def _version(message: adapters_pb2.AdapterVersion) -> AdapterVersion:
+    return _record(
+        AdapterVersion,
+        message,
+        state=_STATES[message.state],
+        created=message.created.ToDatetime(UTC),
+        last_used=_last_used(message),
+    )
+
+
+def _last_used(message: adapters_pb2.Adapter | adapters_pb2.AdapterVersion) -> datetime | None:
+    return message.last_used.ToDatetime(UTC) if message.HasField("last_used") else None
 
 
 def described_adapter(
-    message: adapters_pb2.GetAdapterResponse | adapters_pb2.LoadAdapterResponse | adapters_pb2.PinAdapterResponse,
+    message: adapters_pb2.GetAdapterResponse
+    | adapters_pb2.LoadAdapterResponse
+    | adapters_pb2.PinAdapterResponse
+    | adapters_pb2.PromoteAdapterResponse
+    | adapters_pb2.RollbackAdapterResponse
+    | adapters_pb2.SetAdapterCanaryResponse,
 ) -> Adapter:
     return adapter(message.adapter)
 
@@ -147,6 +190,7 @@ def _generation(request_id: str, joined: Delta, *, ttft_s: float | None, total_s
         ),
         adapter=started.adapter,
         adapter_digest=started.adapter_digest,
+        adapter_version=started.adapter_version,
         seed=started.seed,
         prompt_token_ids=started.prompt_token_ids,
         queue_time_s=started.queue_time_s,

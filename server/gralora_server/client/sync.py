@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
@@ -11,14 +11,15 @@ from typing import Any, Self, TypeVar, Unpack
 import grpc
 from grpc_health.v1 import health_pb2
 
-from gralora.v1 import generation_pb2
+from gralora.v1 import adapters_pb2, generation_pb2
+from gralora_runtime.adapters.catalogue.store import AdapterState
 from gralora_runtime.adapters.info import UnloadResult
 from gralora_runtime.info import EngineLoad, TokenizeResult
-from gralora_server.client import requests
+from gralora_server.client import requests, responses
 from gralora_server.client.base import ClientBase
 from gralora_server.client.connection import RECONNECT_PAUSE_S, ChannelOptions
 from gralora_server.client.errors import client_error, cut_short, not_ready, passing_problem
-from gralora_server.client.records import Adapter, Generation, ServerInfo, StreamDelta
+from gralora_server.client.records import Adapter, AdapterNews, Generation, ServerInfo, StreamDelta
 from gralora_server.client.requests import Call, GenerateOptions, Message, generate_fields
 from gralora_server.client.responses import Assembler
 
@@ -84,8 +85,14 @@ class AdapterClient:
     def __init__(self, client: Client) -> None:
         self._client = client
 
-    def list(self) -> tuple[Adapter, ...]:
-        return self._client.run(requests.list_adapters())
+    def list(self, prefix: str = "", *, states: Iterable[AdapterState] = ()) -> tuple[Adapter, ...]:
+        """All whose names begin so and that are in one of the states; no states: in any."""
+        wanted = tuple(states)
+        found, token = self._client.run(requests.list_adapters(prefix, wanted, ""))
+        while token:
+            more, token = self._client.run(requests.list_adapters(prefix, wanted, token))
+            found += more
+        return found
 
     def get(self, name: str) -> Adapter:
         return self._client.run(requests.get_adapter(name))
@@ -99,6 +106,29 @@ class AdapterClient:
 
     def pin(self, name: str, *, pinned: bool = True) -> Adapter:
         return self._client.run(requests.pin_adapter(name, pinned))
+
+    def promote(self, name: str, version: str = "") -> Adapter:
+        """Let the name stand for a version: "3" or "sha256:0123456789ab"; "": the newest."""
+        return self._client.run(requests.promote_adapter(name, version))
+
+    def rollback(self, name: str) -> Adapter:
+        """Let the name stand for what it stood for before."""
+        return self._client.run(requests.rollback_adapter(name))
+
+    def set_canary(self, name: str, version: str, share: float) -> Adapter:
+        """Give a version a share of the name's requests, 0 to 1. 0 ends it."""
+        return self._client.run(requests.set_adapter_canary(name, version, share))
+
+    def watch(self, prefix: str = "") -> Iterator[AdapterNews]:
+        """What there is, then each change, until the server drains (UnavailableError) or you stop reading."""
+        call = self._client.watch(prefix)
+        try:
+            for message in call:
+                yield responses.adapter_news(message)
+        except grpc.RpcError as error:
+            raise client_error(error) from error
+        finally:
+            call.cancel()
 
 
 class Client(ClientBase[grpc.Channel]):
@@ -177,6 +207,12 @@ class Client(ClientBase[grpc.Channel]):
                 watch.cancel()
             time.sleep(RECONNECT_PAUSE_S)
         raise not_ready(timeout_s, last)
+
+    def watch(self, prefix: str) -> Any:
+        """The raw call of `adapters.watch`."""
+        return self._stubs.adapters.WatchAdapters(
+            adapters_pb2.WatchAdaptersRequest(prefix=prefix), metadata=self._metadata
+        )
 
     def run(self, call: Call[T]) -> T:
         try:

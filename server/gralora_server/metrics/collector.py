@@ -91,11 +91,21 @@ def _adapters(seen: EngineSnapshot) -> Iterator[Metric]:
 
 
 def _by_adapter(seen: EngineSnapshot) -> Iterator[Metric]:
-    tallies = {BASE_LABEL if name == BASE else name: tally for name, tally in seen.requests.adapters.items()}
-    yield series.BY_ADAPTER_REQUESTS.by({name: tally.requests for name, tally in tallies.items()})
-    yield series.BY_ADAPTER_PROMPT.by({name: tally.prompt_tokens for name, tally in tallies.items()})
-    yield series.BY_ADAPTER_GENERATED.by({name: tally.generated_tokens for name, tally in tallies.items()})
-    yield series.BY_ADAPTER_BYTES.by({(here.name, TIERS[here.state]): here.bytes for here in seen.residency.residences})
+    tallies = {_labels(account): tally for account, tally in seen.requests.adapters.items()}
+    yield series.BY_ADAPTER_REQUESTS.by({labels: tally.requests for labels, tally in tallies.items()})
+    yield series.BY_ADAPTER_PROMPT.by({labels: tally.prompt_tokens for labels, tally in tallies.items()})
+    yield series.BY_ADAPTER_GENERATED.by({labels: tally.generated_tokens for labels, tally in tallies.items()})
+    yield series.BY_ADAPTER_BYTES.by(
+        {(here.name, str(here.version), TIERS[here.state]): here.bytes for here in seen.residency.residences}
+    )
+
+
+def _labels(account: str) -> tuple[str, str]:
+    """The adapter and its version; neither the base model nor the account of all others has one."""
+    if account == BASE:
+        return BASE_LABEL, ""
+    name, _, version = account.rpartition("@")
+    return (name, version) if name else (account, "")
 
 
 def _for_gateways(seen: EngineSnapshot) -> Iterator[Metric]:

@@ -143,19 +143,28 @@ ADAPTER_LOAD = Series(
 
 # Adapters by name.
 BY_ADAPTER_REQUESTS = Series(
-    "gralora_adapter_requests_total", "counter", "Requests that were queued, by adapter.", ("adapter",)
+    "gralora_adapter_requests_total",
+    "counter",
+    "Requests that were queued, by adapter and version.",
+    ("adapter", "version"),
 )
 BY_ADAPTER_PROMPT = Series(
-    "gralora_adapter_prompt_tokens_total", "counter", "Prompt tokens of those requests, cached ones too.", ("adapter",)
+    "gralora_adapter_prompt_tokens_total",
+    "counter",
+    "Prompt tokens of those requests, cached ones too.",
+    ("adapter", "version"),
 )
 BY_ADAPTER_GENERATED = Series(
-    "gralora_adapter_generated_tokens_total", "counter", "Tokens delivered to those requests.", ("adapter",)
+    "gralora_adapter_generated_tokens_total",
+    "counter",
+    "Tokens delivered to those requests.",
+    ("adapter", "version"),
 )
 BY_ADAPTER_BYTES = Series(
     "gralora_adapter_resident_bytes",
     "gauge",
     "Memory of an adapter that is in the pool or host memory.",
-    ("adapter", "tier"),
+    ("adapter", "version", "tier"),
 )
 
 # What gateways scrape.
