@@ -19,6 +19,7 @@ from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-unty
 from gralora_runtime.errors import (
     AdapterBusyError,
     AdapterCapacityError,
+    AdapterConversionError,
     AdapterError,
     AdapterExistsError,
     AdapterNotFoundError,
@@ -49,6 +50,7 @@ CODES: dict[type[GraloraError], grpc.StatusCode] = {
     AdapterNotFoundError: grpc.StatusCode.NOT_FOUND,
     AdapterExistsError: grpc.StatusCode.ALREADY_EXISTS,
     AdapterRejectedError: grpc.StatusCode.FAILED_PRECONDITION,
+    AdapterConversionError: grpc.StatusCode.FAILED_PRECONDITION,
     AdapterBusyError: grpc.StatusCode.FAILED_PRECONDITION,
     # Not RESOURCE_EXHAUSTED: trying again does not help until an operator unpins, unloads or enlarges the pool.
     AdapterCapacityError: grpc.StatusCode.FAILED_PRECONDITION,

@@ -8,8 +8,25 @@ from typing import Annotated
 
 import typer
 
-from gralora_runtime.errors import AdapterCapacityError, AdapterRejectedError, ConfigError, GraloraError
-from gralora_server.cli import adapters, adapters_diff, generate, loadtest, model, plan, serve, serve_fleet, status
+from gralora_runtime.errors import (
+    AdapterCapacityError,
+    AdapterConversionError,
+    AdapterRejectedError,
+    ConfigError,
+    GraloraError,
+)
+from gralora_server.cli import (
+    adapters,
+    adapters_convert,
+    adapters_diff,
+    generate,
+    loadtest,
+    model,
+    plan,
+    serve,
+    serve_fleet,
+    status,
+)
 from gralora_server.cli.output import CommandError, ExitCode, print_error
 
 EXIT_CODES = (
@@ -35,6 +52,7 @@ app.command("serve-fleet", hidden=True)(serve_fleet.serve_fleet)
 app.command("generate")(generate.generate)
 app.command("plan")(plan.plan)
 app.command("status")(status.status)
+adapters.app.command("convert")(adapters_convert.convert)
 adapters.app.command("diff")(adapters_diff.diff)
 app.add_typer(adapters.app, name="adapters")
 app.add_typer(model.app, name="model")
@@ -78,6 +96,6 @@ def run(arguments: Sequence[str] | None = None) -> int:
 def _code(error: GraloraError) -> ExitCode:
     if isinstance(error, ConfigError):
         return ExitCode.USAGE
-    if isinstance(error, AdapterRejectedError | AdapterCapacityError):
+    if isinstance(error, AdapterRejectedError | AdapterCapacityError | AdapterConversionError):
         return ExitCode.UNFIT_ADAPTER
     return ExitCode.FAILED
