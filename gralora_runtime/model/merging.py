@@ -2,28 +2,107 @@
 
 from __future__ import annotations
 
-import torch
-from transformers import PreTrainedModel
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-from gralora_kernels.reference.adapters import gralora, unpack_a, unpack_b
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from gralora_kernels.reference.adapters import unpack_a, unpack_b
 from gralora_kernels.tables import Entry
 from gralora_runtime.adapters.checkpoint.loader import LoadedAdapter
+from gralora_runtime.adapters.checkpoint.spec import ModuleShape, rejected
+from gralora_runtime.adapters.checkpoint.update import LowRank, Update, dense
+from gralora_runtime.adapters.checkpoint.whole import read_whole
+from gralora_runtime.adapters.checkpoint.writer import new_directory
+from gralora_runtime.errors import ConfigError, ModelUnsupportedError
 from gralora_runtime.model.adaptable import adaptable_modules, weight_and_bias
+from gralora_runtime.model.module_shapes import module_shapes
+
+Report = Callable[[str, int, int | None], None]  # stage, done, total
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Merged:
+    """A merged model, as it was written."""
+
+    path: Path
+    adapter_digest: str
+    num_modules: int
+    dtype: str
+
+
+def write_merged(adapter: Path, model: Path, out: Path, report: Report) -> Merged:
+    """Merge an adapter into a model, in the model's own dtype, and write it to `out`, whole or not at all.
+
+    Raises AdapterRejectedError, ModelUnsupportedError, or ConfigError if a directory cannot be read or written.
+    """
+    whole = read_whole(adapter, module_shapes(model))
+    with new_directory(out) as fresh:
+        report("Reading the model", 0, None)
+        merged, tokenizer = _read(model)
+        problems = []
+        for done, (module, update, weight) in enumerate(_updated(merged, whole.updates())):
+            report("Merging", done, len(whole.plan))
+            add(weight, update)
+            if not weight.isfinite().all():
+                problems.append(f"merged into {module}, it makes values that are not finite in {weight.dtype}")
+        if problems:
+            raise rejected(whole.header.name, problems)
+        report("Writing safetensors", 0, None)
+        merged.save_pretrained(fresh)
+        tokenizer.save_pretrained(fresh)
+    return Merged(
+        path=out,
+        adapter_digest=whole.digest,
+        num_modules=len(whole.plan),
+        dtype=str(merged.dtype).removeprefix("torch."),
+    )
+
+
+def merge_adapter(model: PreTrainedModel, adapter: LoadedAdapter) -> None:
+    """Add every update to its weight, in place. `adapter` is packed row-major, in one dtype (`ROW_MAJOR`)."""
+    shapes = {shape.name: shape for shape, _ in adaptable_modules(model)}
+    updates = {
+        name: tuple(_unpacked(adapter.blob, entry, shapes[name]) for entry in entries)
+        for name, entries in adapter.layout.modules
+    }
+    for _, update, weight in _updated(model, updates):
+        add(weight, update)
 
 
 @torch.no_grad()
-def merge_adapter(model: PreTrainedModel, adapter: LoadedAdapter) -> None:
-    """Add every update to its weight, in place. `adapter` is packed row-major, in one dtype (`ROW_MAJOR`)."""
-    modules = {shape.name: (shape, module) for shape, module in adaptable_modules(model)}
-    for name, entries in adapter.layout.modules:
-        shape, module = modules[name]
-        weight, _ = weight_and_bias(module)  # [out, in]
-        for entry in entries:
-            weight += update(adapter.blob, entry, shape.in_features, shape.out_features).to(weight.dtype)
+def add(weight: Tensor, update: Update) -> None:
+    """weight [out, in] += update, summed in float32 and rounded once to the weight's dtype."""
+    total = dense(update[0])
+    for pair in update[1:]:
+        total += dense(pair)
+    weight += total
 
 
-def update(blob: torch.Tensor, entry: Entry, in_features: int, out_features: int) -> torch.Tensor:
-    """The dense [out, in] that an entry adds: the specification, applied to the identity."""
-    a = blob[entry.a_offset : entry.a_offset + entry.r * in_features].float().view(entry.r, -1)
-    b = blob[entry.b_offset : entry.b_offset + entry.r * out_features].float().view(entry.r, -1)
-    return gralora(torch.eye(in_features), unpack_a(a, entry.k), unpack_b(b, entry.k), entry.scale).T
+def _updated(model: PreTrainedModel, updates: dict[str, Update]) -> Iterable[tuple[str, Update, Tensor]]:
+    """Each update with the weight that it is for."""
+    modules = {shape.name: module for shape, module in adaptable_modules(model)}
+    return ((name, update, weight_and_bias(modules[name])[0]) for name, update in updates.items())
+
+
+def _unpacked(blob: Tensor, entry: Entry, shape: ModuleShape) -> LowRank:
+    a = blob[entry.a_offset : entry.a_offset + entry.r * shape.in_features].view(entry.r, -1)
+    b = blob[entry.b_offset : entry.b_offset + entry.r * shape.out_features].view(entry.r, -1)
+    return LowRank(unpack_a(a, entry.k), unpack_b(b, entry.k), entry.scale)
+
+
+def _read(model: Path) -> tuple[PreTrainedModel, Any]:
+    """A model as its directory has it, and its tokenizer."""
+    transformers_logging.disable_progress_bar()
+    try:
+        if getattr(AutoConfig.from_pretrained(model, local_files_only=True), "quantization_config", None):
+            raise ModelUnsupportedError(str(model), ["an update cannot be added to quantized weights"])
+        loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(model, dtype="auto", local_files_only=True)
+        return loaded, AutoTokenizer.from_pretrained(model, local_files_only=True)
+    except (OSError, ValueError) as cause:
+        raise ConfigError(f"the model {model} cannot be read: {cause}") from cause

@@ -19,6 +19,7 @@ from gralora_server.cli import (
     adapters,
     adapters_convert,
     adapters_diff,
+    adapters_merge,
     generate,
     loadtest,
     model,
@@ -54,6 +55,7 @@ app.command("plan")(plan.plan)
 app.command("status")(status.status)
 adapters.app.command("convert")(adapters_convert.convert)
 adapters.app.command("diff")(adapters_diff.diff)
+adapters.app.command("merge")(adapters_merge.merge)
 app.add_typer(adapters.app, name="adapters")
 app.add_typer(model.app, name="model")
 app.add_typer(loadtest.app, name="loadtest")
