@@ -19,6 +19,7 @@ from gralora_server.cli import (
     adapters,
     adapters_convert,
     adapters_diff,
+    adapters_golden,
     adapters_merge,
     generate,
     loadtest,
@@ -55,6 +56,7 @@ app.command("plan")(plan.plan)
 app.command("status")(status.status)
 adapters.app.command("convert")(adapters_convert.convert)
 adapters.app.command("diff")(adapters_diff.diff)
+adapters.app.command("golden")(adapters_golden.golden)
 adapters.app.command("merge")(adapters_merge.merge)
 app.add_typer(adapters.app, name="adapters")
 app.add_typer(model.app, name="model")
