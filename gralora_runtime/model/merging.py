@@ -5,22 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-from transformers.utils import logging as transformers_logging
+from transformers import PreTrainedModel
 
-from gralora_kernels.reference.adapters import unpack_a, unpack_b
-from gralora_kernels.tables import Entry
 from gralora_runtime.adapters.checkpoint.loader import LoadedAdapter
-from gralora_runtime.adapters.checkpoint.spec import ModuleShape, rejected
-from gralora_runtime.adapters.checkpoint.update import LowRank, Update, dense
+from gralora_runtime.adapters.checkpoint.spec import rejected
+from gralora_runtime.adapters.checkpoint.unpacking import updates_in
+from gralora_runtime.adapters.checkpoint.update import Update, dense
 from gralora_runtime.adapters.checkpoint.whole import read_whole
 from gralora_runtime.adapters.checkpoint.writer import new_directory
-from gralora_runtime.errors import ConfigError, ModelUnsupportedError
 from gralora_runtime.model.adaptable import adaptable_modules, weight_and_bias
+from gralora_runtime.model.loading import load_as_stored, load_tokenizer
 from gralora_runtime.model.module_shapes import module_shapes
 
 Report = Callable[[str, int, int | None], None]  # stage, done, total
@@ -44,7 +41,7 @@ def write_merged(adapter: Path, model: Path, out: Path, report: Report) -> Merge
     whole = read_whole(adapter, module_shapes(model))
     with new_directory(out) as fresh:
         report("Reading the model", 0, None)
-        merged, tokenizer = _read(model)
+        merged, tokenizer = load_as_stored(model), load_tokenizer(model)
         problems = []
         for done, (module, update, weight) in enumerate(_updated(merged, whole.updates())):
             report("Merging", done, len(whole.plan))
@@ -66,11 +63,7 @@ def write_merged(adapter: Path, model: Path, out: Path, report: Report) -> Merge
 
 def merge_adapter(model: PreTrainedModel, adapter: LoadedAdapter) -> None:
     """Add every update to its weight, in place. `adapter` is packed row-major, in one dtype (`ROW_MAJOR`)."""
-    shapes = {shape.name: shape for shape, _ in adaptable_modules(model)}
-    updates = {
-        name: tuple(_unpacked(adapter.blob, entry, shapes[name]) for entry in entries)
-        for name, entries in adapter.layout.modules
-    }
+    updates = updates_in(adapter, [shape for shape, _ in adaptable_modules(model)])
     for _, update, weight in _updated(model, updates):
         add(weight, update)
 
@@ -88,21 +81,3 @@ def _updated(model: PreTrainedModel, updates: dict[str, Update]) -> Iterable[tup
     """Each update with the weight that it is for."""
     modules = {shape.name: module for shape, module in adaptable_modules(model)}
     return ((name, update, weight_and_bias(modules[name])[0]) for name, update in updates.items())
-
-
-def _unpacked(blob: Tensor, entry: Entry, shape: ModuleShape) -> LowRank:
-    a = blob[entry.a_offset : entry.a_offset + entry.r * shape.in_features].view(entry.r, -1)
-    b = blob[entry.b_offset : entry.b_offset + entry.r * shape.out_features].view(entry.r, -1)
-    return LowRank(unpack_a(a, entry.k), unpack_b(b, entry.k), entry.scale)
-
-
-def _read(model: Path) -> tuple[PreTrainedModel, Any]:
-    """A model as its directory has it, and its tokenizer."""
-    transformers_logging.disable_progress_bar()
-    try:
-        if getattr(AutoConfig.from_pretrained(model, local_files_only=True), "quantization_config", None):
-            raise ModelUnsupportedError(str(model), ["an update cannot be added to quantized weights"])
-        loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(model, dtype="auto", local_files_only=True)
-        return loaded, AutoTokenizer.from_pretrained(model, local_files_only=True)
-    except (OSError, ValueError) as cause:
-        raise ConfigError(f"the model {model} cannot be read: {cause}") from cause
