@@ -93,6 +93,16 @@ def test_configs_differ_in_our_words_and_norms_are_of_the_dense_update(tmp_path:
     assert {(module["relative"], module["module"][:14]) for module in only_in_a} == {(1.0, "model.layers.1")}
 
 
+def test_targets_are_shown_as_patterns(tmp_path: Path, capsys) -> None:
+    a, b = write_lora(tmp_path / "a", MODULES[:2]), write_lora(tmp_path / "b", MODULES[:1])
+
+    assert run(["adapters", "diff", str(a), str(b)]) == ExitCode.DIFFERENT
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.strip().startswith("targets"))
+
+    assert line.count("model.layers.*.self_attn.q_proj (1)") == 2
+    assert line.count("model.layers.*") == 3
+
+
 def test_adapters_of_models_of_other_widths_have_no_difference_to_measure(tmp_path: Path, capsys) -> None:
     narrow = write_lora(tmp_path / "narrow", MODULES[:1], target_modules=["q_proj"])
     wide = tmp_path / "wide"

@@ -141,7 +141,7 @@ def _facts(
         "hybrid_r": header.hybrid_rank,
         "lora_equivalent_rank": header.equivalent_rank,
         "scale": header.spec.scale,
-        "targets": _patterns(header.targets),
+        "targets": patterns(header.targets),
         "num_modules": len(header.targets),
         "tensor_bytes": header.tensor_bytes,
         "base_model": header.spec.base_model,
@@ -156,7 +156,7 @@ def _facts(
     return facts
 
 
-def _patterns(targets: Sequence[str]) -> dict[str, int]:
+def patterns(targets: Sequence[str]) -> dict[str, int]:
     """Module names with their layer numbers as *, and how many modules each stands for."""
     return dict(Counter(re.sub(r"\.\d+\.", ".*.", target) for target in targets))
 

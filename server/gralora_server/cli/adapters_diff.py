@@ -10,6 +10,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from gralora_server.cli.adapters import patterns
 from gralora_server.cli.options import Json
 from gralora_server.cli.output import ExitCode, print_json, stdout
 
@@ -65,7 +66,9 @@ def _print(found: Difference) -> None:
         facts.add_column(heading)
     facts.add_row("digest", found.digest_a[:16], found.digest_b[:16] + (" (equal)" if found.equal else ""))
     for key, (of_a, of_b) in found.facts.items():
-        facts.add_row(key, Text(_shown(of_a)), Text(_shown(of_b)))  # Text: what a stranger wrote is not markup
+        facts.add_row(
+            key, Text(_shown(key, of_a)), Text(_shown(key, of_b))
+        )  # Text: what a stranger wrote is not markup
     stdout().print(facts)
     if not found.equal:
         stdout().print(_table(found))
@@ -90,6 +93,8 @@ def _numbers(module: ModuleDifference) -> list[str]:
     return [*norms, f"{module.difference:.4g}", f"{module.relative:.3g}"]
 
 
-def _shown(fact: object) -> str:
+def _shown(key: str, fact: Any) -> str:
+    if key == "targets":
+        fact = [f"{pattern} ({count})" for pattern, count in patterns(fact).items()]
     text = f"{fact:g}" if isinstance(fact, float) else ", ".join(fact) if isinstance(fact, list) else str(fact)
     return text if len(text) <= MAX_CHARS else text[: MAX_CHARS - 3] + "..."
