@@ -7,6 +7,7 @@
     |   +-- AdapterVersionNotFoundError   the name has no such version
     |   +-- AdapterVersionLostError       it had, but its files are gone or others, and no copy is kept
     |   +-- AdapterRejectedError      the checkpoint is broken or asks for what we do not implement: all reasons at once
+    |   +-- AdapterConversionError    it has no exact form in another dialect: all reasons at once
     |   +-- AdapterBusyError          requests hold it, so it cannot be unloaded
     |   +-- AdapterCapacityError      it does not fit beside those in use
     +-- QueueFullError           try again after `retry_after_s`
@@ -122,6 +123,17 @@ class AdapterRejectedError(AdapterError):
 
     def metadata(self) -> dict[str, str]:
         return {"adapter": self.name, "problems": "; ".join(self.problems)}
+
+
+class AdapterConversionError(AdapterError):
+    """The adapter cannot be written down exactly in the dialect that was asked for."""
+
+    reason = "ADAPTER_CONVERSION"
+
+    def __init__(self, name: str, to: str, problems: Sequence[str]) -> None:
+        self.to = to
+        self.problems = tuple(problems)
+        super().__init__(name, f"adapter {name!r} cannot be converted to {to}: " + "; ".join(self.problems))
 
 
 class AdapterBusyError(AdapterError):

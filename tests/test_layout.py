@@ -30,6 +30,7 @@ CONFINED = {
     "prometheus_client": ["gralora_server/metrics/*", "gralora_server/loadtest/metrics_page.py"],
     "transformers": ["gralora_runtime/model/*"],
     "safetensors": [
+        "gralora_runtime/adapters/checkpoint/writer.py",
         "gralora_server/loadtest/headers.py",
         "gralora_server/loadtest/synthetic.py",
     ],

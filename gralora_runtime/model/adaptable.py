@@ -31,6 +31,14 @@ def weight_and_bias(module: nn.Module) -> tuple[Tensor, Tensor | None]:
     return weight.t() if isinstance(module, Conv1D) else weight, bias if isinstance(bias, Tensor) else None
 
 
+def weight_norms(model: PreTrainedModel) -> dict[str, float]:
+    """The Frobenius norm of every weight that an adapter may be added to, by module."""
+    return {
+        shape.name: float(torch.linalg.vector_norm(weight_and_bias(module)[0].detach(), dtype=torch.float32))
+        for shape, module in adaptable_modules(model)
+    }
+
+
 def joined_weight_and_bias(modules: Sequence[nn.Module]) -> tuple[Tensor, Tensor | None]:
     """Linear layers that read the same input as one: weight [sum(out), in], and a bias if any has one."""
     weights, biases = zip(*map(weight_and_bias, modules), strict=True)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,6 +61,33 @@ def load_base_model(path: Path, *, device: torch.device, dtype: str) -> BaseMode
         max_positions=config.max_position_embeddings,
         **kv_shape(config),
     )
+
+
+def load_as_stored(path: Path) -> PreTrainedModel:
+    """A model in the dtype of its files: to be rewritten or looked at, and not to be served.
+
+    Raises `ConfigError` if the directory is not whole, `ModelUnsupportedError` if weights are no plain numbers.
+    """
+    transformers_logging.disable_progress_bar()
+    with _readable(path):
+        if getattr(AutoConfig.from_pretrained(path, local_files_only=True), "quantization_config", None):
+            raise ModelUnsupportedError(str(path), ["its weights are quantized"])
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, dtype="auto", local_files_only=True)
+    return model
+
+
+def load_tokenizer(path: Path) -> Any:
+    """transformers' own, to be saved beside a model. Raises `ConfigError` if there is none."""
+    with _readable(path):
+        return AutoTokenizer.from_pretrained(path, local_files_only=True)
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError) as cause:
+        raise ConfigError(f"the model {path} cannot be read: {cause}") from cause
 
 
 def unsupported_features(config: Any) -> list[str]:

@@ -2,28 +2,82 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from gralora_kernels.reference.adapters import gralora, unpack_a, unpack_b
-from gralora_kernels.tables import Entry
 from gralora_runtime.adapters.checkpoint.loader import LoadedAdapter
+from gralora_runtime.adapters.checkpoint.spec import rejected
+from gralora_runtime.adapters.checkpoint.unpacking import updates_in
+from gralora_runtime.adapters.checkpoint.update import Update, dense
+from gralora_runtime.adapters.checkpoint.whole import read_whole
+from gralora_runtime.adapters.checkpoint.writer import new_directory
 from gralora_runtime.model.adaptable import adaptable_modules, weight_and_bias
+from gralora_runtime.model.loading import load_as_stored, load_tokenizer
+from gralora_runtime.model.module_shapes import module_shapes
+
+Report = Callable[[str, int, int | None], None]  # stage, done, total
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Merged:
+    """A merged model, as it was written."""
+
+    path: Path
+    adapter_digest: str
+    num_modules: int
+    dtype: str
+
+
+def write_merged(adapter: Path, model: Path, out: Path, report: Report) -> Merged:
+    """Merge an adapter into a model, in the model's own dtype, and write it to `out`, whole or not at all.
+
+    Raises AdapterRejectedError, ModelUnsupportedError, or ConfigError if a directory cannot be read or written.
+    """
+    whole = read_whole(adapter, module_shapes(model))
+    with new_directory(out) as fresh:
+        report("Reading the model", 0, None)
+        merged, tokenizer = load_as_stored(model), load_tokenizer(model)
+        problems = []
+        for done, (module, update, weight) in enumerate(_updated(merged, whole.updates())):
+            report("Merging", done, len(whole.plan))
+            add(weight, update)
+            if not weight.isfinite().all():
+                problems.append(f"merged into {module}, it makes values that are not finite in {weight.dtype}")
+        if problems:
+            raise rejected(whole.header.name, problems)
+        report("Writing safetensors", 0, None)
+        merged.save_pretrained(fresh)
+        tokenizer.save_pretrained(fresh)
+    return Merged(
+        path=out,
+        adapter_digest=whole.digest,
+        num_modules=len(whole.plan),
+        dtype=str(merged.dtype).removeprefix("torch."),
+    )
+
+
+def merge_adapter(model: PreTrainedModel, adapter: LoadedAdapter) -> None:
+    """Add every update to its weight, in place. `adapter` is packed row-major, in one dtype (`ROW_MAJOR`)."""
+    updates = updates_in(adapter, [shape for shape, _ in adaptable_modules(model)])
+    for _, update, weight in _updated(model, updates):
+        add(weight, update)
 
 
 @torch.no_grad()
-def merge_adapter(model: PreTrainedModel, adapter: LoadedAdapter) -> None:
-    """Add every update to its weight, in place. `adapter` is packed row-major, in one dtype (`ROW_MAJOR`)."""
-    modules = {shape.name: (shape, module) for shape, module in adaptable_modules(model)}
-    for name, entries in adapter.layout.modules:
-        shape, module = modules[name]
-        weight, _ = weight_and_bias(module)  # [out, in]
-        for entry in entries:
-            weight += update(adapter.blob, entry, shape.in_features, shape.out_features).to(weight.dtype)
+def add(weight: Tensor, update: Update) -> None:
+    """weight [out, in] += update, summed in float32 and rounded once to the weight's dtype."""
+    total = dense(update[0])
+    for pair in update[1:]:
+        total += dense(pair)
+    weight += total
 
 
-def update(blob: torch.Tensor, entry: Entry, in_features: int, out_features: int) -> torch.Tensor:
-    """The dense [out, in] that an entry adds: the specification, applied to the identity."""
-    a = blob[entry.a_offset : entry.a_offset + entry.r * in_features].float().view(entry.r, -1)
-    b = blob[entry.b_offset : entry.b_offset + entry.r * out_features].float().view(entry.r, -1)
-    return gralora(torch.eye(in_features), unpack_a(a, entry.k), unpack_b(b, entry.k), entry.scale).T
+def _updated(model: PreTrainedModel, updates: dict[str, Update]) -> Iterable[tuple[str, Update, Tensor]]:
+    """Each update with the weight that it is for."""
+    modules = {shape.name: module for shape, module in adaptable_modules(model)}
+    return ((name, update, weight_and_bias(modules[name])[0]) for name, update in updates.items())

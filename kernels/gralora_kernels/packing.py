@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[Any]  # elements are moved, never read
@@ -42,6 +43,20 @@ def place_b(out: Array, blocks: Array, panel: int) -> None:
         _assign(out, blocks.transpose(1, 0, 2))
 
 
+def blocks_a(placed: Array, k: int, r: int, panel: int) -> Array:
+    """A [k, in/k, r] of what `place_a` made, a copy."""
+    if panel:
+        return _blocks_of_panels(placed, k, len(placed) // (k * r), r, panel)
+    return np.ascontiguousarray(placed.reshape(r, k, -1).transpose(1, 2, 0))
+
+
+def blocks_b(placed: Array, k: int, r: int, panel: int) -> Array:
+    """B [k, r, out/k] of what `place_b` made, a copy."""
+    if panel:
+        return _blocks_of_panels(placed, k, r, len(placed) // (k * r), panel)
+    return np.ascontiguousarray(placed.reshape(r, k, -1).transpose(1, 0, 2))
+
+
 def _place_panels(out: Array, blocks: Array, panel: int) -> None:
     """blocks [k, depth, columns]: of each block all whole panels at once, [panels, depth, panel], then the rest."""
     k, depth, columns = blocks.shape
@@ -52,6 +67,16 @@ def _place_panels(out: Array, blocks: Array, panel: int) -> None:
         panels[:] = blocks[:, :, :whole].reshape(k, depth, -1, panel).transpose(0, 2, 1, 3)
     if whole < columns:
         by_block[:, depth * whole :].reshape(k, depth, -1)[:] = blocks[:, :, whole:]
+
+
+def _blocks_of_panels(placed: Array, k: int, depth: int, columns: int, panel: int) -> Array:
+    """Blocks [k, depth, columns]."""
+    blocks: Array = np.empty((k, depth, columns), placed.dtype)
+    by_block = placed.reshape(k, depth * columns)
+    starts = range(0, columns, panel)
+    for start, panel_of_all in zip(starts, np.split(by_block, [depth * start for start in starts][1:], 1), strict=True):
+        blocks[:, :, start : start + panel] = panel_of_all.reshape(k, depth, -1)
+    return blocks
 
 
 def _assign(out: Array, matrix: Array) -> None:

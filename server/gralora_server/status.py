@@ -19,6 +19,7 @@ from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-unty
 from gralora_runtime.errors import (
     AdapterBusyError,
     AdapterCapacityError,
+    AdapterConversionError,
     AdapterError,
     AdapterNotFoundError,
     AdapterRejectedError,
@@ -49,6 +50,7 @@ CODES: dict[type[GraloraError], grpc.StatusCode] = {
     AdapterNotFoundError: grpc.StatusCode.NOT_FOUND,
     AdapterRejectedError: grpc.StatusCode.FAILED_PRECONDITION,
     AdapterVersionLostError: grpc.StatusCode.FAILED_PRECONDITION,
+    AdapterConversionError: grpc.StatusCode.FAILED_PRECONDITION,
     AdapterBusyError: grpc.StatusCode.FAILED_PRECONDITION,
     # Not RESOURCE_EXHAUSTED: trying again does not help until an operator unpins, unloads or enlarges the pool.
     AdapterCapacityError: grpc.StatusCode.FAILED_PRECONDITION,

@@ -259,7 +259,12 @@ def test_help_documents_the_exit_codes(capsys) -> None:
     assert "3 no server answers" in words
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["serve", "--help"], ["adapters", "load", "--help"]], ids=" ".join)
+OFFLINE = [["adapters", command, "--help"] for command in ("convert", "diff", "golden", "inspect", "merge")]
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["serve", "--help"], ["adapters", "load", "--help"], *OFFLINE], ids=" ".join
+)
 def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
     """A person who asks for help should not wait for torch."""
     code = (

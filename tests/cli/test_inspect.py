@@ -7,13 +7,14 @@ import time
 from pathlib import Path
 
 import pytest
-from support.checkpoints import write_gralora, write_lora
+import torch
+from support.checkpoints import edit_tensors, write_gralora, write_lora
 from support.hostile import write_hostile
-from support.tiny_models import tiny_config, tiny_model
+from support.tiny_models import save_tiny_model, tiny_config, tiny_model
 
 from gralora_runtime.adapters.checkpoint.spec import ModuleShape
 from gralora_runtime.errors import ModelUnsupportedError
-from gralora_runtime.model.adaptable import adaptable_modules
+from gralora_runtime.model.adaptable import adaptable_modules, weight_norms
 from gralora_runtime.model.module_shapes import module_shapes
 from gralora_server.cli.app import run
 from gralora_server.cli.output import ExitCode
@@ -131,6 +132,61 @@ def test_what_a_stranger_wrote_is_not_taken_for_markup(tmp_path: Path, capsys) -
 
     assert "[x]" in out
     assert "[/bold] [red]model" in out
+
+
+def test_another_base_model_is_a_warning(tmp_path: Path, capsys) -> None:
+    model = config_dir("llama", tmp_path / "model")
+    modules = [shape for shape in module_shapes(model) if shape.name.endswith("q_proj")]
+    adapter = write_lora(tmp_path / "a", modules, target_modules=["q_proj"], base_model_name_or_path="[red]other")
+
+    assert run(["adapters", "inspect", str(adapter), "--json"]) == ExitCode.OK
+    assert inspected(capsys)["warnings"] == []
+    assert run(["adapters", "inspect", str(adapter), "--model", str(model)]) == ExitCode.OK
+    assert "names the base model '[red]other', and this one is called 'model'" in capsys.readouterr().out
+
+
+def test_what_is_odd_about_weights_is_told_when_they_are_read(tmp_path: Path, capsys) -> None:
+    model = save_tiny_model("llama", tmp_path / "model")
+    modules = [shape for shape in module_shapes(model) if shape.name.endswith("q_proj")]
+    usual, huge = (
+        write_lora(tmp_path / name, modules, target_modules=["q_proj"], lora_alpha=alpha)
+        for name, alpha in (("usual", 1e-3), ("huge", 1e3))
+    )
+
+    assert run(["adapters", "inspect", str(usual), "--model", str(model), "--weights", "--json"]) == ExitCode.OK
+    assert inspected(capsys)["warnings"] == []
+    assert run(["adapters", "inspect", str(huge), "--model", str(model), "--json"]) == ExitCode.OK
+    assert inspected(capsys)["warnings"] == []
+    assert run(["adapters", "inspect", str(huge), "--model", str(model), "--weights", "--json"]) == ExitCode.OK
+    (warning,) = inspected(capsys)["warnings"]
+    assert warning.startswith("in 2 of 2 modules it adds more than 10 times the weight's own norm: model.layers.")
+
+
+def test_an_adapter_that_changes_nothing_needs_no_model_to_be_told(tmp_path: Path, capsys) -> None:
+    adapter = write_gralora(tmp_path / "a", alpha=0)
+
+    assert run(["adapters", "inspect", str(adapter), "--weights"]) == ExitCode.OK
+    assert "it changes nothing" in capsys.readouterr().out
+
+
+def test_broken_weights_are_exit_code_4_when_they_are_read(tmp_path: Path, capsys) -> None:
+    adapter = edit_tensors(
+        write_gralora(tmp_path / "a"), lambda tensors: [t.fill_(torch.inf) for t in tensors.values()]
+    )
+
+    assert run(["adapters", "inspect", str(adapter)]) == ExitCode.OK
+    assert run(["adapters", "inspect", str(adapter), "--weights"]) == ExitCode.UNFIT_ADAPTER
+    assert "values that are not finite" in capsys.readouterr().err
+
+
+def test_norms_of_weights_are_the_dense_ones() -> None:
+    model = tiny_model("gpt2")
+
+    norms = weight_norms(model)
+    expected = float(model.transformer.h[0].attn.c_attn.weight.detach().norm())
+
+    assert norms["transformer.h.0.attn.c_attn"] == pytest.approx(expected, rel=1e-6)
+    assert set(norms) == {shape.name for shape, _ in adaptable_modules(model)}
 
 
 HOSTILE = ("target-empty-alternatives", "rank-pattern-back-references", "layers-pattern", "sizes-of-4200-digits",

@@ -30,8 +30,8 @@ from gralora_runtime.errors import AdapterRejectedError
 
 MAX_PROBLEMS = 20  # in one message; the rest is counted
 MAX_PROBLEM_CHARS = 1500  # the name of a tensor may have 1,024
+MAX_RANK = 1 << 20
 _MAX_FLOAT32 = 3.4e38
-_MAX_RANK = 1 << 20
 
 # Each key a config may hold is read, irrelevant, or refused when set. Irrelevant: training, provenance, or an
 # initialisation that only matters together with `init_lora_weights`, which is read.
@@ -236,9 +236,9 @@ class _ConfigReader:
 
     def _integer(self, key: str, *, minimum: int) -> int:
         value = self.config.get(key)
-        if type(value) is int and minimum <= value <= _MAX_RANK:
+        if type(value) is int and minimum <= value <= MAX_RANK:
             return value
-        self.problems.append(f"{key}: {_shown(value)} is not an integer from {minimum} to {_MAX_RANK}")
+        self.problems.append(f"{key}: {_shown(value)} is not an integer from {minimum} to {MAX_RANK}")
         return 1
 
     def _rank(self, key: str) -> int:
@@ -277,8 +277,8 @@ class _ConfigReader:
             return PatternTable()
         rows: list[tuple[Pattern | PlainKey, float]] = []
         for pattern, value in table.items():
-            if key == "rank_pattern" and not (type(value) is int and 1 <= value <= _MAX_RANK):
-                self.problems.append(f"{key}[{pattern!r}]: {_shown(value)} is not an integer from 1 to {_MAX_RANK}")
+            if key == "rank_pattern" and not (type(value) is int and 1 <= value <= MAX_RANK):
+                self.problems.append(f"{key}[{pattern!r}]: {_shown(value)} is not an integer from 1 to {MAX_RANK}")
             elif not (_is_finite(value) and abs(value) <= _MAX_FLOAT32):
                 self.problems.append(f"{key}[{pattern!r}]: {_shown(value)} is not a finite number")
             try:

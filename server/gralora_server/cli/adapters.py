@@ -176,6 +176,9 @@ def unload(client: Client, *, name: Name, json: Json = False) -> None:
 def inspect(
     path: Annotated[Path, typer.Argument(help="An adapter directory.")],
     model: Annotated[Path | None, typer.Option(help="A base model's directory: does the adapter fit it?")] = None,
+    weights: Annotated[
+        bool, typer.Option("--weights", help="Read the weights, too, and the model's: warn of what is odd about them.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Say what an adapter on disk is, from its headers alone, and whether it fits a base model."""
@@ -184,7 +187,8 @@ def inspect(
     header = read_header(path)
     modules = None if model is None else _module_shapes(model)
     problems = [] if modules is None else header.fits(modules)
-    facts = _facts(header, modules, problems)
+    warnings = [] if problems else _warnings(header, path, model, weights=weights)
+    facts = _facts(header, modules, problems, warnings)
     if json:
         print_json(facts)
     else:
@@ -199,7 +203,28 @@ def _module_shapes(model: Path) -> list[ModuleShape]:
     return module_shapes(model)
 
 
-def _facts(header: AdapterHeader, modules: Sequence[ModuleShape] | None, problems: Sequence[str]) -> dict[str, Any]:
+def _warnings(header: AdapterHeader, path: Path, model: Path | None, *, weights: bool) -> list[str]:
+    from gralora_runtime.adapters.checkpoint.doubts import about_names, about_weights
+
+    served = "" if model is None else model.resolve().name
+    found = about_names(header.spec.base_model, served)
+    if not weights:
+        return found
+    from gralora_runtime.adapters.checkpoint.whole import read_whole
+
+    return [*found, *about_weights(read_whole(path).updates(), {} if model is None else _weight_norms(model))]
+
+
+def _weight_norms(model: Path) -> dict[str, float]:
+    from gralora_runtime.model.adaptable import weight_norms
+    from gralora_runtime.model.loading import load_as_stored
+
+    return weight_norms(load_as_stored(model))
+
+
+def _facts(
+    header: AdapterHeader, modules: Sequence[ModuleShape] | None, problems: Sequence[str], warnings: Sequence[str]
+) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "dialect": header.dialect,
         "r": header.rank,
@@ -207,12 +232,13 @@ def _facts(header: AdapterHeader, modules: Sequence[ModuleShape] | None, problem
         "hybrid_r": header.hybrid_rank,
         "lora_equivalent_rank": header.equivalent_rank,
         "scale": header.spec.scale,
-        "targets": _patterns(header.targets),
+        "targets": patterns(header.targets),
         "num_modules": len(header.targets),
         "tensor_bytes": header.tensor_bytes,
         "base_model": header.spec.base_model,
         "fits": None,
         "problems": list(problems),
+        "warnings": list(warnings),
     }
     if modules is not None:
         facts["fits"] = not problems
@@ -221,7 +247,7 @@ def _facts(header: AdapterHeader, modules: Sequence[ModuleShape] | None, problem
     return facts
 
 
-def _patterns(targets: Sequence[str]) -> dict[str, int]:
+def patterns(targets: Sequence[str]) -> dict[str, int]:
     """Module names with their layer numbers as *, and how many modules each stands for."""
     return dict(Counter(re.sub(r"\.\d+\.", ".*.", target) for target in targets))
 
@@ -238,6 +264,8 @@ def _print_facts(name: str, facts: dict[str, Any]) -> None:
     table.add_row("trained for", Text(facts["base_model"] or "(not said)"))
     if facts["fits"] is not None:
         table.add_row("fits", Text("yes" if facts["fits"] else f"no: {_first(facts['problems'])}"))
+    for warning in facts["warnings"]:
+        table.add_row("warning", Text(warning, style="yellow"))
     stdout().print(table)
 
 

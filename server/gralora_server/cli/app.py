@@ -8,13 +8,33 @@ from typing import Annotated
 
 import typer
 
-from gralora_runtime.errors import AdapterCapacityError, AdapterRejectedError, ConfigError, GraloraError
-from gralora_server.cli import adapters, generate, loadtest, model, plan, serve, serve_fleet, status
+from gralora_runtime.errors import (
+    AdapterCapacityError,
+    AdapterConversionError,
+    AdapterRejectedError,
+    ConfigError,
+    GraloraError,
+)
+from gralora_server.cli import (
+    adapters,
+    adapters_convert,
+    adapters_diff,
+    adapters_golden,
+    adapters_merge,
+    generate,
+    loadtest,
+    model,
+    plan,
+    serve,
+    serve_fleet,
+    status,
+)
 from gralora_server.cli.output import CommandError, ExitCode, print_error
 
 EXIT_CODES = (
-    "Exit codes: 0 success; 1 the operation failed or the server refused it; 2 wrong options or settings; "
-    "3 no server answers; 4 the adapter is broken, unsupported, or does not fit; 130 interrupted."
+    "Exit codes: 0 success; 1 the operation failed, the server refused it, or what was compared differs; "
+    "2 wrong options or settings; 3 no server answers; 4 the adapter is broken, unsupported, or does not fit; "
+    "130 interrupted."
 )
 
 # What every complaint about the command line derives from; typer has no public name for it.
@@ -34,6 +54,10 @@ app.command("serve-fleet", hidden=True)(serve_fleet.serve_fleet)
 app.command("generate")(generate.generate)
 app.command("plan")(plan.plan)
 app.command("status")(status.status)
+adapters.app.command("convert")(adapters_convert.convert)
+adapters.app.command("diff")(adapters_diff.diff)
+adapters.app.command("golden")(adapters_golden.golden)
+adapters.app.command("merge")(adapters_merge.merge)
 app.add_typer(adapters.app, name="adapters")
 app.add_typer(model.app, name="model")
 app.add_typer(loadtest.app, name="loadtest")
@@ -76,6 +100,6 @@ def run(arguments: Sequence[str] | None = None) -> int:
 def _code(error: GraloraError) -> ExitCode:
     if isinstance(error, ConfigError):
         return ExitCode.USAGE
-    if isinstance(error, AdapterRejectedError | AdapterCapacityError):
+    if isinstance(error, AdapterRejectedError | AdapterCapacityError | AdapterConversionError):
         return ExitCode.UNFIT_ADAPTER
     return ExitCode.FAILED

@@ -20,6 +20,7 @@ class ExitCode(IntEnum):
 
     OK = 0
     FAILED = 1
+    DIFFERENT = 1  # as diff and cmp do
     USAGE = 2
     UNREACHABLE = 3
     UNFIT_ADAPTER = 4

@@ -1,0 +1,102 @@
+"""Reads all of an adapter directory, its tensors as they are stored, for tools that rewrite or compare adapters.
+
+Serving does not come here: it packs each tensor while it reads (`loader`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gralora_runtime.adapters.checkpoint.file import MalformedError, open_regular
+from gralora_runtime.adapters.checkpoint.header import AdapterHeader, Plan, inspect, read_config
+from gralora_runtime.adapters.checkpoint.loader import (
+    ARRAYS,
+    TORCH_DTYPES,
+    check_unchanged,
+    digest_of,
+    is_within,
+    read_range,
+)
+from gralora_runtime.adapters.checkpoint.spec import ModuleShape, parse_config, rejected
+from gralora_runtime.adapters.checkpoint.tensors import WEIGHTS_FILE, TensorInfo
+from gralora_runtime.adapters.checkpoint.update import Update, update_of
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WholeAdapter:
+    """A checkpoint that is sound: its config asks for what its tensors are, and all values are finite."""
+
+    header: AdapterHeader
+    config: Mapping[str, Any]  # as it stands in the file
+    plan: Plan
+    tensors: Mapping[str, Tensor]  # as they stand in the file
+    digest: str  # the loader's, if `plan` is of a model's modules; else comparable among those that are not, too
+
+    def updates(self) -> dict[str, Update]:
+        """What it adds to which module."""
+        return {module.module.name: update_of(module, self.tensors) for module in self.plan}
+
+
+def read_whole(path: Path, modules: Sequence[ModuleShape] | None = None) -> WholeAdapter:
+    """Read and check an adapter, or raise AdapterRejectedError with every reason.
+
+    `modules`: of the base model. Without them, the adapter's own tensors say how wide its modules are.
+    """
+    header = inspect(path)
+    plan = header.fitting_plan(implied_shapes(header) if modules is None else modules)
+    names = [name for module in plan for pair in module.parts for name in (pair.a_name, pair.b_name)]
+    try:
+        config = read_config(path)
+        if parse_config(header.name, config) != header.spec:
+            raise rejected(header.name, ["its config changed while it was being read"])
+        with open_regular(path, WEIGHTS_FILE, ()) as opened:
+            check_unchanged(opened, header)
+            arrays = {name: _array(opened.fileno(), header.tensors[name]) for name in names}
+    except MalformedError as cause:
+        raise rejected(header.name, [str(cause)]) from cause
+    largest = torch.finfo(torch.float32).max
+    if problems := [
+        f"tensor {name} has values that are not finite in float32"
+        for name, values in arrays.items()
+        if values.size and not is_within(values, largest, header.tensors[name].dtype)
+    ]:
+        raise rejected(header.name, problems)
+    digest = digest_of(plan, header, [hashlib.sha256(arrays[name].data).digest() for name in names])
+    tensors = {name: _tensor(values, header.tensors[name]) for name, values in arrays.items()}
+    return WholeAdapter(header=header, config=config, plan=plan, tensors=tensors, digest=digest)
+
+
+def implied_shapes(header: AdapterHeader) -> list[ModuleShape]:
+    """The modules that a checkpoint has tensors for, in the order of their names, as wide as those tensors are."""
+    return [ModuleShape(module, *_widths(header, f"base_model.model.{module}.")) for module in header.targets]
+
+
+def _widths(header: AdapterHeader, prefix: str) -> tuple[int, int]:
+    """(in, out). What is missing or has another number of dimensions counts as 0, and misfits its plan."""
+
+    def shape(name: str) -> tuple[int, ...]:
+        tensor = header.tensors.get(prefix + name)
+        return tensor.shape if tensor is not None else ()
+
+    match shape("lora_A.weight"), shape("lora_B.weight"), shape("gralora_A"), shape("gralora_B"):
+        case (_, inputs), (outputs, _), (), ():
+            return inputs, outputs
+        case (), (), (k_a, width_a, _), (k_b, _, width_b):
+            return k_a * width_a, k_b * width_b
+    return 0, 0
+
+
+def _array(file: int, stored: TensorInfo) -> np.ndarray[Any, np.dtype[Any]]:
+    return read_range(file, stored.begin, stored.end).view(ARRAYS[stored.dtype])
+
+
+def _tensor(values: np.ndarray[Any, np.dtype[Any]], stored: TensorInfo) -> Tensor:
+    return torch.from_numpy(values).view(TORCH_DTYPES[stored.dtype]).view(stored.shape)

@@ -1,0 +1,133 @@
+"""`gralora adapters merge`: the weights that PEFT's own merge gives, in a directory that transformers loads."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from support.checkpoints import write_gralora
+from support.peft_adapters import gralora_config, in_authors_dialect, lora_config, save_adapter
+from support.tiny_models import CHAT_TEMPLATE, save_tiny_model, tiny_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from gralora_runtime.model.module_shapes import module_shapes
+from gralora_server.cli.app import run
+from gralora_server.cli.output import ExitCode
+
+TOLERANCE = 1e-6  # largest difference of a weight in float32
+
+
+def merge(adapter: Path, model: Path, out: Path, *options: str) -> int:
+    return run(["adapters", "merge", str(adapter), "--model", str(model), "--out", str(out), *options])
+
+
+def peft_merged(model: Path, adapter: Path) -> PreTrainedModel:
+    base = AutoModelForCausalLM.from_pretrained(model)
+    return PeftModel.from_pretrained(base, adapter).merge_and_unload()
+
+
+def config_of(kind: str, architecture: str) -> Any:
+    return {
+        "lora": lambda: lora_config(architecture, 4),
+        "rslora": lambda: lora_config(architecture, 4, use_rslora=True, alpha=3),
+        "gralora": lambda: gralora_config(architecture, 8, 4),
+        "hybrid": lambda: gralora_config(architecture, 8, 2, hybrid_r=3, alpha=7),
+        "authors": lambda: gralora_config(architecture, 8, 2, hybrid_r=3, alpha=7),
+    }[kind]()
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "phi3"])
+@pytest.mark.parametrize("kind", ["lora", "rslora", "gralora", "hybrid", "authors"])
+def test_merged_weights_are_those_of_peft(architecture: str, kind: str, tmp_path: Path) -> None:
+    model = save_tiny_model(architecture, tmp_path / "model")
+    adapter = save_adapter(tiny_model(architecture), config_of(kind, architecture), tmp_path / "adapter")
+    expected = peft_merged(model, adapter).state_dict()
+    if kind == "authors":  # which PEFT would read as its own; the mathematics stay the same
+        in_authors_dialect(adapter)
+
+    assert merge(adapter, model, tmp_path / "out") == ExitCode.OK
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    before = AutoModelForCausalLM.from_pretrained(model).state_dict()
+    changed = {name for name, weight in merged.items() if not torch.equal(weight, before[name])}
+
+    assert changed == {f"{shape.name}.weight" for shape in module_shapes(model)}
+    assert merged.keys() == expected.keys()
+    assert max(float((weight - expected[name]).abs().max()) for name, weight in merged.items()) <= TOLERANCE
+
+
+def test_a_model_of_16_bits_stays_so_and_each_weight_is_rounded_once(tmp_path: Path) -> None:
+    save_tiny_model("llama", tmp_path / "model")
+    half = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.bfloat16)
+    half.save_pretrained(tmp_path / "model")
+    adapter = save_adapter(tiny_model("llama"), gralora_config("llama", 8, 2, hybrid_r=2), tmp_path / "adapter")
+    exact = PeftModel.from_pretrained(half.float(), adapter).merge_and_unload().state_dict()
+
+    assert merge(adapter, tmp_path / "model", tmp_path / "out") == ExitCode.OK
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").state_dict()
+
+    assert {weight.dtype for weight in merged.values()} == {torch.bfloat16}
+    for name, weight in merged.items():
+        torch.testing.assert_close(weight.float(), exact[name], rtol=2**-8, atol=1e-6)
+
+
+def test_the_directory_is_whole(tmp_path: Path, capsys) -> None:
+    model = save_tiny_model("llama", tmp_path / "model")
+    adapter = save_adapter(tiny_model("llama"), lora_config("llama", 4), tmp_path / "adapter")
+
+    assert merge(adapter, model, tmp_path / "out", "--json") == ExitCode.OK
+    said = json.loads(capsys.readouterr().out)
+    tokenizers = [AutoTokenizer.from_pretrained(path) for path in (model, tmp_path / "out")]
+
+    assert (said["path"], said["num_modules"], said["dtype"]) == (str(tmp_path / "out"), 14, "float32")
+    assert list((tmp_path / "out").glob("*.safetensors"))
+    assert tokenizers[0].get_vocab() == tokenizers[1].get_vocab()
+    assert tokenizers[1].chat_template == CHAT_TEMPLATE
+    assert tokenizers[1].eos_token_id == tokenizers[0].eos_token_id
+
+
+def test_nothing_is_written_over_what_is_there(tmp_path: Path, capsys) -> None:
+    model = save_tiny_model("llama", tmp_path / "model")
+    adapter = save_adapter(tiny_model("llama"), lora_config("llama", 4), tmp_path / "adapter")
+    before = {path.name: path.read_bytes() for path in model.iterdir()}
+
+    assert merge(adapter, model, model) == ExitCode.USAGE
+
+    assert "is not an empty directory" in capsys.readouterr().err
+    assert before == {path.name: path.read_bytes() for path in model.iterdir()}
+
+
+def test_an_adapter_that_does_not_fit_is_exit_code_4(tmp_path: Path, capsys) -> None:
+    model = save_tiny_model("gpt2", tmp_path / "model")
+
+    assert merge(write_gralora(tmp_path / "a"), model, tmp_path / "out") == ExitCode.UNFIT_ADAPTER
+
+    assert "it matches no module of the base model" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_update_that_overflows_the_models_dtype_is_refused(tmp_path: Path, capsys) -> None:
+    save_tiny_model("llama", tmp_path / "model")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float16).save_pretrained(tmp_path / "model")
+    config = lora_config("llama", 4, target_modules=["q_proj"], alpha=10**9)
+    adapter = save_adapter(tiny_model("llama"), config, tmp_path / "adapter")
+
+    assert merge(adapter, tmp_path / "model", tmp_path / "out") == ExitCode.UNFIT_ADAPTER
+
+    assert "it makes values that are not finite in torch.float16" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("missing", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_a_model_that_is_not_whole_is_an_error_in_one_line(missing: str, tmp_path: Path, capsys) -> None:
+    model = save_tiny_model("llama", tmp_path / "model")
+    adapter = save_adapter(tiny_model("llama"), lora_config("llama", 4), tmp_path / "adapter")
+    (model / missing).unlink()
+
+    assert merge(adapter, model, tmp_path / "out") != ExitCode.OK
+
+    assert [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")] != []
+    assert not (tmp_path / "out").exists()
