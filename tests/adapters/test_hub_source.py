@@ -11,7 +11,8 @@ import pytest
 from huggingface_hub import constants, snapshot_download
 from hypothesis import given
 from hypothesis import strategies as st
-from support.fake_hub import WEIGHTS, FakeHub, Fault, fake_hub
+from support.fake_hub import WEIGHTS, FakeHub
+from support.faulty_server import Answer, Fault, serving
 
 from gralora_runtime.adapters.catalogue.sources.downloads import UNFINISHED, Downloads
 from gralora_runtime.adapters.catalogue.sources.fetch import Limits
@@ -56,7 +57,7 @@ HOSTILE = [
 
 @pytest.fixture
 def hub() -> Iterator[FakeHub]:
-    with fake_hub() as hub:
+    with serving(FakeHub()) as hub:
         yield hub
 
 
@@ -124,7 +125,7 @@ def test_a_commit_that_is_here_is_not_asked_about(hub: FakeHub, tmp_path: Path) 
     with opening(hub, tmp_path) as source:
         first = source.find(f"org/name@{sha}")
         num_requests = len(hub.sent)
-        hub.answer = (503, {}, b"")
+        hub.says = Answer(503)
 
         assert first == source.find(f"org/name@{sha}")
         assert num_requests == len(hub.sent)
@@ -282,24 +283,24 @@ def test_a_hub_that_is_not_there_is_said(hub: FakeHub, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("answer", "problem", "retry_after_s"),
     [
-        ((503, {}, b""), "answered with status 503", LIMITS.retry_after_s),
-        ((429, {"Retry-After": "40"}, b""), "answered with status 429", 40.0),
-        ((403, {}, b""), "answered with status 403", LIMITS.retry_after_s),
-        ((403, {"X-Error-Code": "GatedRepo"}, b""), "granted access", LIMITS.retry_after_s),
-        ((200, {}, b"no json"), "describes no model", LIMITS.retry_after_s),
-        ((200, {}, b"[1]"), "describes no model", LIMITS.retry_after_s),
-        ((200, {}, b'{"id": "org/name", "siblings": [{}]}'), "describes no model", LIMITS.retry_after_s),
+        (Answer(503, {}, b""), "answered with status 503", LIMITS.retry_after_s),
+        (Answer(429, {"Retry-After": "40"}, b""), "answered with status 429", 40.0),
+        (Answer(403, {}, b""), "answered with status 403", LIMITS.retry_after_s),
+        (Answer(403, {"X-Error-Code": "GatedRepo"}, b""), "granted access", LIMITS.retry_after_s),
+        (Answer(200, {}, b"no json"), "describes no model", LIMITS.retry_after_s),
+        (Answer(200, {}, b"[1]"), "describes no model", LIMITS.retry_after_s),
+        (Answer(200, {}, b'{"id": "org/name", "siblings": [{}]}'), "describes no model", LIMITS.retry_after_s),
         (
-            (200, {}, b'{"id": "org/name", "sha": "../x", "siblings": [{"rfilename": "adapter_config.json"}]}'),
+            Answer(200, {}, b'{"id": "org/name", "sha": "../x", "siblings": [{"rfilename": "adapter_config.json"}]}'),
             "does not say the size and the hash of adapter_config.json",
             LIMITS.retry_after_s,
         ),
     ],
 )
 def test_an_answer_that_tells_nothing_is_no_answer(
-    hub: FakeHub, tmp_path: Path, answer: tuple[int, dict[str, str], bytes], problem: str, retry_after_s: float
+    hub: FakeHub, tmp_path: Path, answer: Answer, problem: str, retry_after_s: float
 ) -> None:
-    hub.answer = answer
+    hub.says = answer
     with opening(hub, tmp_path) as source, pytest.raises(AdapterSourceError, match=problem) as caught:
         source.find("org/name")
 
@@ -376,12 +377,12 @@ def test_a_token_is_sent_and_no_other_is_looked_for(
     hub.commit("org/name", FILES)
     with opening(hub, tmp_path / "a", token="given") as source:
         source.find("org/name")
-    assert {"Bearer given"} == {sent.authorization for sent in hub.sent}
+    assert {"Bearer given"} == {sent.headers.get("authorization", "") for sent in hub.sent}
     hub.sent.clear()
     with opening(hub, tmp_path / "b") as source:
         source.find("org/name")
 
-    assert {""} == {sent.authorization for sent in hub.sent}
+    assert {""} == {sent.headers.get("authorization", "") for sent in hub.sent}
 
 
 def test_a_machine_that_is_set_offline_says_so(hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,8 +55,11 @@ class Web:
 
     def head(self, asked: Asked) -> httpx2.Headers | None:
         """What the server says about the file; None: it has none."""
-        with self._errors(asked):
-            response = self._client.head(asked.url, headers=dict(asked.headers))
+        try:
+            with self._errors(asked):
+                response = self._client.head(asked.url, headers=dict(asked.headers))
+        except CutError as cause:
+            raise self._error(asked, f"cannot be reached ({cause})") from cause
         if response.status_code in {404, 410}:
             return None
         self._check_status(asked, response)
