@@ -385,6 +385,17 @@ def test_a_token_is_sent_and_no_other_is_looked_for(
     assert {""} == {sent.headers.get("authorization", "") for sent in hub.sent}
 
 
+def test_a_token_does_not_follow_to_another_host(hub: FakeHub, tmp_path: Path) -> None:
+    hub.commit("org/name", FILES)
+    hub.faults[WEIGHTS] = Fault(redirect=f"http://localhost:{hub.port}/org/name/resolve/main/golden.json")
+    with opening(hub, tmp_path, token="given") as source, pytest.raises(AdapterSourceError):
+        source.find("org/name")
+
+    elsewhere = [request for request in hub.sent if request.headers["host"].startswith("localhost")]
+    assert elsewhere
+    assert {request.headers.get("authorization") for request in elsewhere} == {None}
+
+
 def test_a_machine_that_is_set_offline_says_so(hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     hub.commit("org/name", FILES)

@@ -1,7 +1,7 @@
 """Adapters of a model hub. What it has is asked through huggingface_hub, and kept as that library keeps it.
 
-Files are fetched by us: `snapshot_download` takes its time limits from the environment, has none for the whole, and
-trusts sizes and hashes that nobody has compared.
+Files are fetched by us: `snapshot_download` takes its time limits from the environment and has none for the whole,
+cannot be stopped, and compares no hash.
 """
 
 from __future__ import annotations
