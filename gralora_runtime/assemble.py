@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 
 import psutil
 import torch
@@ -15,7 +16,11 @@ import torch
 from gralora_kernels.cpu import threads as cpu_threads
 from gralora_kernels.dispatch import AdapterBackend, resolve_backend
 from gralora_kernels.packing import Packing
-from gralora_runtime.adapters.catalogue.sources.choice import open_source
+from gralora_runtime.adapters.catalogue.sources.choice import SourceSettings, open_source
+from gralora_runtime.adapters.catalogue.sources.downloads import Downloads
+from gralora_runtime.adapters.catalogue.sources.fetch import Limits
+from gralora_runtime.adapters.catalogue.sources.s3_access import S3Access
+from gralora_runtime.adapters.catalogue.sources.source import Source
 from gralora_runtime.adapters.manager import AdapterManager
 from gralora_runtime.adapters.residency.transfer import no_steps
 from gralora_runtime.config import EngineConfig
@@ -204,23 +209,49 @@ def _adapter_manager(
 ) -> AdapterManager:
     device = base.model.device
     pool_bytes = config.adapter_pool_bytes or int(free_bytes * ADAPTER_POOL_SHARE[device.type])
-    return AdapterManager(
-        modules=[shape for shape, _ in adaptable_modules(base.model)],
-        device=device,
-        dtype=base.model.dtype,
-        pool_bytes=pool_bytes,
-        max_slots=config.max_adapter_slots,
-        host_cache_bytes=config.host_cache_bytes,
-        sources=[
-            open_source(source.uri, allow_roots=config.allow_roots, follows=source.follows)
-            for source in config.adapters
-        ],
-        watch=config.watch,
-        base_model=base.name,
-        max_width=config.max_adapter_rank,
-        packing=packing,
-        wait_for_steps=wait_for_steps,
+    manager: list[AdapterManager] = []  # once there is one
+    sources = _sources(config, in_use=lambda folder: any(made.reads(folder) for made in manager))
+    manager.append(
+        AdapterManager(
+            modules=[shape for shape, _ in adaptable_modules(base.model)],
+            device=device,
+            dtype=base.model.dtype,
+            pool_bytes=pool_bytes,
+            max_slots=config.max_adapter_slots,
+            host_cache_bytes=config.host_cache_bytes,
+            sources=sources,
+            watch=config.watch,
+            base_model=base.name,
+            max_width=config.max_adapter_rank,
+            packing=packing,
+            wait_for_steps=wait_for_steps,
+        )
     )
+    return manager[0]
+
+
+def _sources(config: EngineConfig, in_use: Callable[[Path], bool]) -> list[Source]:
+    """`in_use`: whether somebody reads from a download, which may not go then."""
+    downloads = None
+    if config.state_dir is not None:
+        downloads = Downloads(
+            config.state_dir / "downloads", budget_bytes=config.download_bytes, in_use=in_use, limits=Limits()
+        )
+    return [
+        open_source(
+            source.uri,
+            settings=SourceSettings(
+                follows=source.follows,
+                allow_roots=config.allow_roots,
+                hub_endpoint=config.hub_endpoint,
+                hub_token=config.hub_token,
+                s3=S3Access(endpoint=config.s3_endpoint),
+                allow_archives=config.allow_archives,
+            ),
+            downloads=downloads,
+        )
+        for source in config.adapters
+    ]
 
 
 def _kv_pool(config: EngineConfig, base: BaseModel, free_bytes: int, *, in_panels: bool) -> tuple[KVPool, int]:

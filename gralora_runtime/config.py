@@ -34,6 +34,12 @@ class EngineConfig:
     model: Path
     adapters: tuple[AdapterSource, ...] = ()  # asked in this order
     allow_roots: tuple[Path, ...] = ()  # links in adapter directories may end below these too
+    state_dir: Path | None = None  # what outlives the server: the catalogue, downloads, uploads, old versions
+    download_bytes: int = 50 << 30  # of adapters that came from other machines, in the state directory
+    hub_endpoint: str = "https://huggingface.co"
+    hub_token: str | None = None
+    s3_endpoint: str | None = None  # None: AWS; who asks, and where, is found as AWS's own tools find it
+    allow_archives: bool = False  # https:// sources
     watch: str = "auto"  # whether directories are watched: auto (by the system's events), poll, or off
     device: str = "auto"
     dtype: str = "auto"  # auto: float32 on the CPU, the checkpoint's own on a GPU

@@ -10,6 +10,7 @@
     |   +-- AdapterConversionError    it has no exact form in another dialect: all reasons at once
     |   +-- AdapterBusyError          requests hold it, so it cannot be unloaded
     |   +-- AdapterCapacityError      it does not fit beside those in use
+    |   +-- AdapterSourceError        where it comes from could not be asked, or sent something else than it announced
     +-- QueueFullError           try again after `retry_after_s`
     +-- SlowConsumerError        the client stopped reading its stream
     +-- DeadlineExceededError    the deadline passed, or cannot be met
@@ -155,6 +156,21 @@ class AdapterCapacityError(AdapterError):
         self.needed_bytes = needed_bytes
         self.pool_bytes = pool_bytes
         super().__init__(name, f"adapter {name!r} needs {needed_bytes} bytes of an adapter pool of {pool_bytes} bytes")
+
+
+class AdapterSourceError(AdapterError):
+    """Where the adapter comes from could not be asked, did not answer in time, or sent what it did not announce."""
+
+    reason = "ADAPTER_SOURCE"
+
+    def __init__(self, name: str, source: str, problem: str, retry_after_s: float | None = None) -> None:
+        self.source = source
+        self.problem = problem
+        self.retry_after_s = retry_after_s
+        super().__init__(name, f"adapter {name!r} cannot be had: {source} {problem}")
+
+    def metadata(self) -> dict[str, str]:
+        return {"adapter": self.name, "source": self.source}
 
 
 class QueueFullError(GraloraError):

@@ -98,6 +98,9 @@ class Discovery:
         """Register what sources can name at once. Headers are read beside serving, weights when somebody asks."""
         for source in self._sources:
             for name in source.names():
+                if not isinstance(source, DirectorySource):
+                    self.refresh(name)  # beside serving: it may have to come from another machine
+                    continue
                 found = source.find(name)
                 with self._answering():
                     if found is not None and self._store.find(name) is None:

@@ -266,6 +266,11 @@ class AdapterManager:
         """Where all adapters are, and by name at most `limit` that are in memory: `first`, then the last used ones."""
         return self._descriptions.residency(limit, first)
 
+    def reads(self, folder: Path) -> bool:
+        """Whether somebody is reading, or waits to read, a version from there."""
+        with self._lock:
+            return any(version.loading and version.source == folder for version in self._store.versions())
+
     def stats(self) -> AdapterStats:
         with self._lock:
             return AdapterStats(

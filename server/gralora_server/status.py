@@ -23,6 +23,7 @@ from gralora_runtime.errors import (
     AdapterError,
     AdapterNotFoundError,
     AdapterRejectedError,
+    AdapterSourceError,
     AdapterVersionLostError,
     DeadlineExceededError,
     DrainingError,
@@ -54,6 +55,8 @@ CODES: dict[type[GraloraError], grpc.StatusCode] = {
     AdapterBusyError: grpc.StatusCode.FAILED_PRECONDITION,
     # Not RESOURCE_EXHAUSTED: trying again does not help until an operator unpins, unloads or enlarges the pool.
     AdapterCapacityError: grpc.StatusCode.FAILED_PRECONDITION,
+    # Not NOT_FOUND: nobody could say whether there is such an adapter, and soon somebody may.
+    AdapterSourceError: grpc.StatusCode.UNAVAILABLE,
     # The adapter's weights or the prompt are at fault, not us, and the same again ends the same.
     NumericalError: grpc.StatusCode.FAILED_PRECONDITION,
     QueueFullError: grpc.StatusCode.RESOURCE_EXHAUSTED,

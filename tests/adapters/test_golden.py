@@ -166,7 +166,8 @@ def test_a_link_out_of_the_root_is_refused(tmp_path: Path) -> None:
     written(tmp_path, GOOD)
     (folder / GOLDEN_FILE).symlink_to(tmp_path / GOLDEN_FILE)
 
-    assert rejection(folder, tmp_path / "root") == (f"{GOLDEN_FILE} leaves the adapters directory",)
+    (problem,) = rejection(folder, tmp_path / "root")
+    assert problem.startswith(f"{GOLDEN_FILE} leaves the adapters directory")
 
 
 def test_a_directory_that_takes_no_file_is_a_config_error(tmp_path: Path) -> None:
