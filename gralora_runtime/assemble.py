@@ -221,6 +221,8 @@ def _adapter_manager(
             host_cache_bytes=config.host_cache_bytes,
             sources=sources,
             watch=config.watch,
+            state_dir=config.state_dir,
+            copies_bytes=config.copies_bytes,
             base_model=base.name,
             max_width=config.max_adapter_rank,
             packing=packing,

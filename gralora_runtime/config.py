@@ -35,6 +35,7 @@ class EngineConfig:
     adapters: tuple[AdapterSource, ...] = ()  # asked in this order
     allow_roots: tuple[Path, ...] = ()  # links in adapter directories may end below these too
     state_dir: Path | None = None  # what outlives the server: the catalogue, downloads, uploads, old versions
+    copies_bytes: int = 20 << 30  # of copies of what directories held, in the state directory
     download_bytes: int = 50 << 30  # of adapters that came from other machines, in the state directory
     hub_endpoint: str = "https://huggingface.co"
     hub_token: str | None = None

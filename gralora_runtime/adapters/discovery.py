@@ -26,6 +26,7 @@ from gralora_runtime.adapters.catalogue.watcher import Watcher
 from gralora_runtime.adapters.checkpoint.header import AdapterSummary, files_stamp, inspect
 from gralora_runtime.adapters.checkpoint.loader import LoadedAdapter, check_width
 from gralora_runtime.adapters.checkpoint.spec import ModuleShape, to_keep
+from gralora_runtime.adapters.persistence import Persistence
 from gralora_runtime.adapters.residency.mover import log_if_unexpected
 from gralora_runtime.errors import (
     AdapterNotFoundError,
@@ -52,6 +53,9 @@ class Household(Protocol):
     def settle(self, alias: Alias, answers: Answers) -> object:
         """What the name stands for may have changed."""
 
+    def identified(self, version: AdapterVersion) -> None:
+        """Its files were read: what it is, is known."""
+
     def fail(self, version: AdapterVersion, error: BaseException, answers: Answers) -> None:
         """Nobody will get this version."""
 
@@ -68,6 +72,7 @@ class Discovery:
         answering: Callable[[], AbstractContextManager[Answers]],
         read: Callable[[AdapterVersion], LoadedAdapter],
         household: Household,
+        persistence: Persistence,
         modules: Sequence[ModuleShape],
         max_width: int,
         keeps_16_bit: bool,
@@ -80,6 +85,7 @@ class Discovery:
         self._answering = answering
         self._read = read
         self._household = household
+        self._persistence = persistence
         self._modules = tuple(modules)
         self._max_width = max_width
         self._keeps_16_bit = keeps_16_bit
@@ -95,15 +101,23 @@ class Discovery:
         )
 
     def begin(self) -> None:
-        """Register what sources can name at once. Headers are read beside serving, weights when somebody asks."""
+        """Register what was remembered and what sources can name at once.
+
+        Headers are read beside serving, weights when somebody asks.
+        """
+        self._unloaded.update(self._persistence.unloaded())
+        for alias in self._persistence.aliases(self._roots_of):
+            self._store.add(alias)
+            self._scan.add(alias.current)
         for source in self._sources:
             for name in source.names():
-                if not isinstance(source, DirectorySource):
-                    self.refresh(name)  # beside serving: it may have to come from another machine
-                    continue
-                found = source.find(name)
-                with self._answering():
-                    if found is not None and self._store.find(name) is None:
+                alias = self._store.find(name)
+                if alias is not None:
+                    alias.follows = source.follows
+                if alias is not None or not isinstance(source, DirectorySource):
+                    self.refresh(name)  # beside serving: files may have changed, or come from another machine
+                elif name not in self._unloaded and (found := source.find(name)) is not None:
+                    with self._answering():
                         self._register(name, Resolved(source, found))
         self._scan.wait()
 
@@ -140,6 +154,7 @@ class Discovery:
         """An operator unloads it. With the lock held."""
         self._catalogue.remove(alias)
         self._unloaded.add(alias.name)
+        self._persistence.forget(alias.name, unloaded=True)
 
     def on_files_changed(self, version: AdapterVersion, adapter: LoadedAdapter, answers: Answers) -> None:
         """A version was to be read again, and its files have become another one. With the lock held.
@@ -147,6 +162,13 @@ class Discovery:
         Who asked for the name gets that, if the name stands for it now; who asked for the version hears of its end.
         """
         alias = self._store.get(version.name)
+        if version.copy is not None:
+            problem = "the copy that was kept is damaged"
+            log.error("%s: %s", version.label, problem)
+            self._persistence.drop_copy(version.digest)
+            version.copy = None
+            self._household.fail(version, AdapterVersionLostError(version.name, version.number, problem), answers)
+            return
         now = self._take_note(alias, adapter, Found(directory=version.source, roots=version.roots, revision=""))
         moved = [w for w in version.waiters if now is alias.current and not (w.reference and w.reference.is_exact)]
         version.waiters = [waiter for waiter in version.waiters if waiter not in moved]
@@ -169,6 +191,13 @@ class Discovery:
 
     def _register(self, name: str, resolved: Resolved) -> None:
         self._scan.add(self._catalogue.register(name, resolved.found, follows=resolved.source.follows).current)
+
+    def _roots_of(self, directory: Path) -> tuple[Path, ...]:
+        """Where links in it may end: where its source says, or else in itself."""
+        for source in self._sources:
+            if (found := source.locate(directory)) is not None:
+                return found.roots
+        return (directory,)
 
     def _locate(self, path: Path) -> Resolved:
         """The directory that an operator names: where a source keeps adapters, and nowhere else."""
@@ -212,7 +241,9 @@ class Discovery:
             if self._closed:
                 answers.error(waiter.future, DrainingError())
                 return
-            self._unloaded.discard(name)
+            if name in self._unloaded:
+                self._unloaded.discard(name)
+                self._persistence.forget(name, unloaded=False)
             alias = self._store.find(name)
             if alias is None:
                 alias = self._catalogue.register(name, found, follows=resolved.source.follows, provisional=True)
@@ -234,7 +265,7 @@ class Discovery:
                     self._register(name, resolving.result())
                 return
             found = None if error else resolving.result().found
-            if found is None or self._closed or alias.stamp == files_stamp(found.directory):
+            if found is None or self._closed or self._is_as_read(alias, found):
                 self._end_refresh(alias, answers)
             elif alias.is_known:
                 self._read_anew(alias, found, None, answers)
@@ -252,16 +283,15 @@ class Discovery:
 
     def _read_anew(self, alias: Alias, found: Found, waiter: Waiter | None, answers: Answers) -> None:
         files = AdapterVersion(name=alias.name, number=0, source=found.directory, roots=found.roots)
-        stamp = files_stamp(found.directory)
 
         def begin() -> None:
             reading = self._refresher.submit(self._read, files)
-            reading.add_done_callback(partial(self._on_read_anew, alias, found, stamp, waiter))
+            reading.add_done_callback(partial(self._on_read_anew, alias, found, files, waiter))
 
         answers.later(begin)
 
     def _on_read_anew(
-        self, alias: Alias, found: Found, stamp: object, waiter: Waiter | None, reading: Future[LoadedAdapter]
+        self, alias: Alias, found: Found, files: AdapterVersion, waiter: Waiter | None, reading: Future[LoadedAdapter]
     ) -> None:
         if reading.cancelled():
             if waiter is not None:
@@ -279,12 +309,20 @@ class Discovery:
                 alias.error = to_keep(error) if isinstance(error, AdapterRejectedError) else error
                 log.warning("the newest files of adapter %r are not served: %s", alias.name, error)
             if error is None:
-                alias.stamp = stamp
                 version = self._take_note(alias, reading.result(), found)
+                version.stamp = files.stamp
+                self._household.identified(version)
                 self._household.bring(version, reading.result(), [waiter] if waiter else [], answers)
                 self._household.settle(alias, answers)
             elif waiter is not None:
                 answers.error(waiter.future, error)
+
+    @staticmethod
+    def _is_as_read(alias: Alias, found: Found) -> bool:
+        """Nothing has happened to the files since the newest version was read from them."""
+        version = alias.versions.get(alias.newest)
+        same = version is not None and version.source == found.directory
+        return same and version.stamp is not None and version.stamp == files_stamp(found.directory)
 
     def _take_note(self, alias: Alias, adapter: LoadedAdapter, found: Found) -> AdapterVersion:
         version = self._catalogue.take_note(alias, adapter.digest, found)

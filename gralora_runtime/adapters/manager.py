@@ -58,7 +58,10 @@ class AdapterManager:
         wait_for_steps: Callable[[], None] = no_steps,
         retention: Retention = RETENTION,
         watch: str = "off",
+        state_dir: Path | None = None,
+        copies_bytes: int = 20 << 30,
     ) -> None:
+        """`watch`, `state_dir`, `copies_bytes`: see `EngineConfig`. Raises CatalogueError."""
         self.pool = AdapterPool(
             modules=modules,
             device=device,
@@ -71,6 +74,7 @@ class AdapterManager:
         self.base_model = base_model
         self._lock = threading.Lock()
         self._store = AdapterStore()
+        self._persistence = Persistence(state_dir, copies_bytes=copies_bytes, store=self._store)
         self._changes = Changes()
         self._removed: list[AdapterVersion] = []  # whose memory nobody has given back yet
         self._catalogue = Catalogue(self._store, retention, self._on_changed, self._removed.append)
@@ -90,6 +94,7 @@ class AdapterManager:
             changed=self._on_files_changed,
             forget=self._forget_provisional,
             moved=self._changes.touch,
+            identified=self.identified,
         )
         self._descriptions = Descriptions(self._lock, self._store, self.pool, self._cache)
         self._discovery = Discovery(
@@ -99,6 +104,7 @@ class AdapterManager:
             answering=self._answering,
             read=self._mover.fetch,
             household=self,
+            persistence=self._persistence,
             modules=modules,
             max_width=max_width,
             keeps_16_bit=self.pool.packing.keeps_16_bit,
@@ -184,6 +190,7 @@ class AdapterManager:
             else:
                 self._catalogue.remove_version(alias, version)
             pool_bytes, host_bytes = self._give_back(answers)
+        self._persistence.flush()
         return UnloadResult(name=name, digest=version.digest, pool_bytes_freed=pool_bytes, host_bytes_freed=host_bytes)
 
     def pin(self, name: str, pinned: bool) -> AdapterInfo:
@@ -204,8 +211,9 @@ class AdapterManager:
             else:
                 alias.pinned = pinned
             self._on_changed(alias)
-            self._keep_pins(alias, answers)
-            return self._descriptions.info(alias)
+            info = self.settle(alias, answers)
+        self._persistence.flush()
+        return info
 
     def promote(self, name: str, version: str = "") -> AdapterInfo:
         """Let a name stand for one of its versions ("3", "sha256:..."), or for its newest. Streams end on theirs."""
@@ -214,7 +222,9 @@ class AdapterManager:
             self._refuse_when_closed()
             alias = self._store.get(name)
             self._catalogue.promote(alias, reference or Reference(name=name, number=alias.newest))
-            return self.settle(alias, answers)
+            info = self.settle(alias, answers)
+        self._persistence.flush()
+        return info
 
     def roll_back(self, name: str) -> AdapterInfo:
         """Let a name stand for what it stood for before its last promotion."""
@@ -223,7 +233,9 @@ class AdapterManager:
             self._refuse_when_closed()
             alias = self._store.get(name)
             self._catalogue.roll_back(alias)
-            return self.settle(alias, answers)
+            info = self.settle(alias, answers)
+        self._persistence.flush()
+        return info
 
     def set_canary(self, name: str, version: str, share: float) -> AdapterInfo:
         """Give a version a share of the name's requests, 0 to 1. 0 ends it."""
@@ -232,7 +244,9 @@ class AdapterManager:
             self._refuse_when_closed()
             alias = self._store.get(reference.name)
             self._catalogue.set_canary(alias, reference, share)
-            return self.settle(alias, answers)
+            info = self.settle(alias, answers)
+        self._persistence.flush()
+        return info
 
     def get(self, name: str) -> AdapterInfo:
         check_name("name", name)
@@ -316,6 +330,7 @@ class AdapterManager:
             self._mover.close(answers)
         self._discovery.close()
         self._mover.join()
+        self._persistence.close()
 
     # Below: with the lock held, but for those that take it.
 
@@ -357,6 +372,7 @@ class AdapterManager:
             return
         resident.last_used = next(self._clock)
         version.last_used_s = time.time()
+        self._persistence.used(version)
         if waiter.pin:
             alias.pinned = True
             self._on_changed(alias)
@@ -419,6 +435,8 @@ class AdapterManager:
     def _on_changed(self, alias: Alias) -> None:
         """What the catalogue says of a name is different now."""
         self._changes.touch(alias.name)
+        if self._store.find(alias.name) is alias:
+            self._persistence.note(alias)
 
     def _on_dropped(self, digest: str) -> None:
         """The host cache had no room for it any more."""
@@ -442,6 +460,19 @@ class AdapterManager:
 
     def _on_files_changed(self, version: AdapterVersion, adapter: LoadedAdapter, answers: Answers) -> None:
         self._discovery.on_files_changed(version, adapter, answers)
+
+    def identified(self, version: AdapterVersion) -> None:
+        alias = self._store.alias_of(version)
+        if alias is not None:
+            self._persistence.note(alias)
+            self._persistence.keep_copy(version, self._on_copied)
+
+    def _on_copied(self, digest: str, copy: Path) -> None:
+        """In the content store's thread."""
+        with self._lock:
+            for version in self._store.sharing(digest):
+                version.copy = copy
+                self._on_changed(self._store.get(version.name))
 
     def _stand_in_line(self, version: AdapterVersion, waiter: Waiter, answers: Answers) -> None:
         if waiter.version is None:

@@ -52,6 +52,7 @@ class AdapterVersion:
     summary: AdapterSummary | None = None
     digest: str = ""  # set by `AdapterStore.identify`, once
     copy: Path | None = None  # in the content store: what it was, whatever becomes of its source
+    stamp: object = None  # of the files that it was last read from
     created_s: float = field(default_factory=time.time)
     error: BaseException | None = None  # why the last attempt failed
     refused: tuple[tuple[Path, object], AdapterRejectedError] | None = None  # directory and stamp of its files, and why
@@ -102,7 +103,6 @@ class Alias:
     canary: Canary | None = None
     pinned: bool = False  # whichever version is promoted
     error: BaseException | None = None  # why the source's newest files are no version
-    stamp: object = None  # of the files that the newest version was read from
     refreshing: bool = False  # its files are being read anew
     again: bool = False  # they changed meanwhile
 

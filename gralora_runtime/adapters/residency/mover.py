@@ -51,6 +51,7 @@ class Mover:
         changed: Changed,
         forget: Forget,
         moved: Callable[[str], None],
+        identified: Callable[[AdapterVersion], None],
     ) -> None:
         self.loads = self.load_failures = self.placements = self.evictions = 0
         self.load_s = Histogram(REQUEST_S)  # observed under the lock: there are several readers
@@ -62,6 +63,7 @@ class Mover:
         self._answering = answering  # takes the lock
         self._serve = serve  # what a waiter gets once its adapter is there
         self._changed = changed  # a version's files hold other content than it had
+        self._identified = identified  # a version was read: what it is, is known
         self._moved = moved  # something is different about where a name's weights are
         self._forget = forget  # a version that came with a load which failed
         self._to_read: deque[AdapterVersion] = deque()
@@ -192,6 +194,8 @@ class Mover:
                 spread=self._pool.spread,
             )
             failures = 0
+            if version.copy is None:
+                version.stamp = stamp[1]
         except AdapterRejectedError as error:
             version.refused = (stamp, to_keep(error))
             raise
@@ -252,6 +256,7 @@ class Mover:
         self._cache.pop(adapter.digest)  # read although it was there: whoever asked wanted to see the files
         self._store.identify(version, adapter.digest)
         version.summary = adapter.layout.summary
+        self._identified(version)
         resident = self._pool.find(adapter.digest)
         if resident is not None and resident.open:
             self._arrive(version, resident, answers)

@@ -1,0 +1,151 @@
+"""What outlives the server: the catalogue's journal, and copies of what directories held. Nothing, without a folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from gralora_runtime.adapters.catalogue.content import ContentStore
+from gralora_runtime.adapters.catalogue.journal import Journal, NameRow, VersionRow
+from gralora_runtime.adapters.catalogue.recorder import Recorder
+from gralora_runtime.adapters.catalogue.store import AdapterStore, AdapterVersion, Alias, Canary
+
+Roots = tuple[Path, ...]
+
+
+class Persistence:
+    """Everything that may wait for a disk happens in other threads, or in `flush`."""
+
+    def __init__(self, folder: Path | None, *, copies_bytes: int, store: AdapterStore) -> None:
+        """Raises CatalogueError for a catalogue that cannot be trusted."""
+        self._folder = None if folder is None else folder.resolve()
+        self._store = store
+        self._rows: tuple[NameRow, ...] = ()
+        self._recorder: Recorder | None = None
+        self._copies: ContentStore | None = None
+        if self._folder is not None:
+            journal = Journal.open(self._folder)
+            self._rows = journal.names()
+            self._recorder = Recorder(journal)
+            self._copies = ContentStore(self._folder / "versions", budget_bytes=copies_bytes, needed=self._is_last)
+
+    def unloaded(self) -> Iterator[str]:
+        """Names that an operator removed before the server ended."""
+        return (row.name for row in self._rows if row.unloaded)
+
+    def aliases(self, roots_of: Callable[[Path], Roots]) -> Iterator[Alias]:
+        """Names and versions as they were. `roots_of`: where links in a directory may end."""
+        for row in self._rows:
+            if not row.unloaded and row.current is not None:
+                yield self._alias(row, roots_of)
+
+    def note(self, alias: Alias) -> None:
+        """Something that is to be remembered is different now. A name that nobody has read is in its source."""
+        if self._recorder is not None and (alias.is_known or alias.pinned):
+            self._recorder.note(alias.name, _row(alias))
+
+    def forget(self, name: str, *, unloaded: bool) -> None:
+        """`unloaded`: and remember that an operator wants it so."""
+        if self._recorder is not None:
+            self._recorder.note(name, _unloaded_row(name) if unloaded else None)
+
+    def used(self, version: AdapterVersion) -> None:
+        if self._recorder is not None and version.digest:
+            self._recorder.use(version.name, version.number, version.last_used_s)
+
+    def keep_copy(self, version: AdapterVersion, done: Callable[[str, Path], None]) -> None:
+        """Of what was just read, unless it lies where nobody overwrites it. `done` is called in another thread."""
+        ours = self._folder is not None and version.source.is_relative_to(self._folder)
+        if self._copies is not None and version.copy is None and not ours:
+            self._copies.keep(version.digest, version.source, version.roots, version.stamp, done)
+
+    def drop_copy(self, digest: str) -> None:
+        if self._copies is not None:
+            self._copies.remove(digest)
+
+    def flush(self) -> None:
+        """Return when all that was noted is on the disk, or raise CatalogueError."""
+        if self._recorder is not None:
+            self._recorder.flush()
+
+    def close(self) -> None:
+        if self._copies is not None:
+            self._copies.close()
+        if self._recorder is not None:
+            self._recorder.close()
+
+    def _is_last(self, digest: str) -> bool:
+        """No directory has this content any more: it is not the newest of any name."""
+        sharing = self._store.sharing(digest)
+        aliases = [(version, self._store.alias_of(version)) for version in sharing]
+        return bool(sharing) and all(alias is None or version.number != alias.newest for version, alias in aliases)
+
+    def _alias(self, row: NameRow, roots_of: Callable[[Path], Roots]) -> Alias:
+        assert row.current is not None
+        versions = {version.number: self._version(version, roots_of) for version in row.versions}
+        return Alias(
+            name=row.name,
+            versions=versions,
+            promoted=row.current,
+            previous=row.previous or 0,
+            newest=row.newest or max(versions),
+            canary=None if row.canary is None else Canary(number=row.canary, share=row.canary_share),
+            pinned=row.pinned,
+        )
+
+    def _version(self, row: VersionRow, roots_of: Callable[[Path], Roots]) -> AdapterVersion:
+        source = Path(row.source)
+        assert self._copies is not None
+        return AdapterVersion(
+            name=row.name,
+            number=row.number,
+            source=source,
+            roots=roots_of(source),
+            digest=row.digest,
+            copy=self._copies.find(row.digest) if row.stored else None,
+            stamp=_stamp(row.stamp),
+            created_s=row.created_s,
+            pinned=row.pinned,
+            last_used_s=row.last_used_s,
+        )
+
+
+def _row(alias: Alias) -> NameRow:
+    return NameRow(
+        name=alias.name,
+        current=alias.promoted,
+        previous=alias.previous or None,
+        newest=alias.newest or None,
+        canary=alias.canary.number if alias.canary else None,
+        canary_share=alias.canary.share if alias.canary else 0.0,
+        pinned=alias.pinned,
+        unloaded=False,
+        versions=tuple(
+            VersionRow(
+                name=version.name,
+                number=version.number,
+                digest=version.digest,
+                source=str(version.source),
+                stored=version.copy is not None,
+                stamp=json.dumps(version.stamp),
+                pinned=version.pinned,
+                created_s=version.created_s,
+                last_used_s=version.last_used_s,
+                error=str(version.error) if version.error else "",
+            )
+            for version in alias.versions.values()
+        ),
+    )
+
+
+def _unloaded_row(name: str) -> NameRow:
+    return NameRow(
+        name=name, current=None, previous=None, newest=None, canary=None, canary_share=0.0, pinned=False, unloaded=True
+    )
+
+
+def _stamp(text: str) -> object:
+    """As `files_stamp` makes it: JSON has no tuples."""
+    stamps = json.loads(text)
+    return None if stamps is None else tuple(tuple(stamp) for stamp in stamps)
