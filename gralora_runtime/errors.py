@@ -8,6 +8,7 @@
     |   +-- AdapterRejectedError      the checkpoint is broken or asks for what we do not implement: all reasons at once
     |   +-- AdapterBusyError          requests hold it, so it cannot be unloaded
     |   +-- AdapterCapacityError      it does not fit beside those in use
+    +-- CatalogueError           the catalogue on disk cannot be opened or written: names the file and a way out
     +-- QueueFullError           try again after `retry_after_s`
     +-- SlowConsumerError        the client stopped reading its stream
     +-- DeadlineExceededError    the deadline passed, or cannot be met
@@ -118,6 +119,17 @@ class AdapterCapacityError(AdapterError):
         self.needed_bytes = needed_bytes
         self.pool_bytes = pool_bytes
         super().__init__(name, f"adapter {name!r} needs {needed_bytes} bytes of an adapter pool of {pool_bytes} bytes")
+
+
+class CatalogueError(GraloraError):
+    """The catalogue on disk cannot be opened, read or written. Says which file, what is wrong, and what to do."""
+
+    reason = "CATALOGUE"
+
+    def __init__(self, path: str, problem: str, remedy: str) -> None:
+        self.path = path
+        self.problem = problem
+        super().__init__(f"the catalogue {path} {problem}; {remedy}")
 
 
 class QueueFullError(GraloraError):

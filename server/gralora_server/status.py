@@ -23,6 +23,7 @@ from gralora_runtime.errors import (
     AdapterExistsError,
     AdapterNotFoundError,
     AdapterRejectedError,
+    CatalogueError,
     DeadlineExceededError,
     DrainingError,
     GraloraError,
@@ -52,6 +53,8 @@ CODES: dict[type[GraloraError], grpc.StatusCode] = {
     AdapterBusyError: grpc.StatusCode.FAILED_PRECONDITION,
     # Not RESOURCE_EXHAUSTED: trying again does not help until an operator unpins, unloads or enlarges the pool.
     AdapterCapacityError: grpc.StatusCode.FAILED_PRECONDITION,
+    # The same: a full disk, or one taken away, is an operator's to mend. What was asked has not happened.
+    CatalogueError: grpc.StatusCode.FAILED_PRECONDITION,
     # The adapter's weights or the prompt are at fault, not us, and the same again ends the same.
     NumericalError: grpc.StatusCode.FAILED_PRECONDITION,
     QueueFullError: grpc.StatusCode.RESOURCE_EXHAUSTED,
