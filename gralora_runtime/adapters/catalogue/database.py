@@ -151,7 +151,6 @@ def _check(connection: sqlite3.Connection, path: Path) -> None:
     """When this returns, the file is sound, ours, of this version, and open for writing."""
     connection.execute("PRAGMA synchronous = FULL")  # not every build of SQLite begins with it
     connection.execute("PRAGMA foreign_keys = OFF")  # a migration may have to make a table anew
-    # For writing at once, so that an operator hears at the start, and not at a promotion, that nobody may.
     connection.execute("BEGIN IMMEDIATE")
     version = _version(connection, path)
     # Not quick_check, which is 10 ms faster with 15,000 versions: it believes an index that lacks a version of some
@@ -159,8 +158,9 @@ def _check(connection: sqlite3.Connection, path: Path) -> None:
     (found,) = connection.execute("PRAGMA integrity_check(1)").fetchone()
     if found != "ok":
         raise CatalogueError(str(path), f"is damaged: {found}", MOVE_AWAY)
-    if version < len(MIGRATIONS):
-        _build(connection, since=version)
+    # Writes the version even where it stays the same, so that an operator hears now, and not at the first promotion,
+    # that nobody may write.
+    _build(connection, since=version)
     _check_tables(connection, path)
     connection.execute("COMMIT")
     connection.execute("PRAGMA foreign_keys = ON")
