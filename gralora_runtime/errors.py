@@ -11,6 +11,7 @@
     |   +-- AdapterBusyError          requests hold it, so it cannot be unloaded
     |   +-- AdapterCapacityError      it does not fit beside those in use
     |   +-- AdapterSourceError        where it comes from could not be asked, or sent something else than it announced
+    +-- CatalogueError           the catalogue on disk cannot be opened or written: names the file and a way out
     +-- QueueFullError           try again after `retry_after_s`
     +-- SlowConsumerError        the client stopped reading its stream
     +-- DeadlineExceededError    the deadline passed, or cannot be met
@@ -171,6 +172,17 @@ class AdapterSourceError(AdapterError):
 
     def metadata(self) -> dict[str, str]:
         return {"adapter": self.name, "source": self.source}
+
+
+class CatalogueError(GraloraError):
+    """The catalogue on disk cannot be opened, read or written. Says which file, what is wrong, and what to do."""
+
+    reason = "CATALOGUE"
+
+    def __init__(self, path: str, problem: str, remedy: str) -> None:
+        self.path = path
+        self.problem = problem
+        super().__init__(f"the catalogue {path} {problem}; {remedy}")
 
 
 class QueueFullError(GraloraError):

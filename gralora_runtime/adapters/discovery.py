@@ -106,9 +106,9 @@ class Discovery:
         Headers are read beside serving, weights when somebody asks.
         """
         self._unloaded.update(self._persistence.unloaded())
-        for alias in self._persistence.aliases(self._roots_of):
-            self._store.add(alias)
-            self._scan.add(alias.current)
+        for remembered in self._persistence.aliases(self._roots_of):
+            self._store.add(remembered)
+            self._scan.add(remembered.current)
         for source in self._sources:
             for name in source.names():
                 alias = self._store.find(name)
@@ -321,8 +321,9 @@ class Discovery:
     def _is_as_read(alias: Alias, found: Found) -> bool:
         """Nothing has happened to the files since the newest version was read from them."""
         version = alias.versions.get(alias.newest)
-        same = version is not None and version.source == found.directory
-        return same and version.stamp is not None and version.stamp == files_stamp(found.directory)
+        if version is None or version.stamp is None or version.source != found.directory:
+            return False
+        return version.stamp == files_stamp(found.directory)
 
     def _take_note(self, alias: Alias, adapter: LoadedAdapter, found: Found) -> AdapterVersion:
         version = self._catalogue.take_note(alias, adapter.digest, found)

@@ -30,6 +30,7 @@ from gralora_runtime.adapters.checkpoint.spec import ModuleShape
 from gralora_runtime.adapters.descriptions import Descriptions
 from gralora_runtime.adapters.discovery import Discovery
 from gralora_runtime.adapters.info import AdapterInfo, AdapterPage, AdapterResidency, AdapterStats, UnloadResult
+from gralora_runtime.adapters.persistence import Persistence
 from gralora_runtime.adapters.residency.host_cache import HostCache
 from gralora_runtime.adapters.residency.lease import BASE_LEASE, AdapterLease
 from gralora_runtime.adapters.residency.mover import Mover
@@ -279,6 +280,10 @@ class AdapterManager:
     def residency(self, limit: int, first: Collection[str] = ()) -> AdapterResidency:
         """Where all adapters are, and by name at most `limit` that are in memory: `first`, then the last used ones."""
         return self._descriptions.residency(limit, first)
+
+    def flush(self) -> None:
+        """Return when all that happened until now would survive a kill, or raise CatalogueError."""
+        self._persistence.flush()
 
     def reads(self, folder: Path) -> bool:
         """Whether somebody is reading, or waits to read, a version from there."""

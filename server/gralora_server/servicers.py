@@ -119,6 +119,7 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
             loading = await asyncio.to_thread(engine.adapters.load, request.name, path, pin=request.pin)
             # Shielded: others may wait for the same load, so it goes on when this client leaves.
             info = await asyncio.shield(asyncio.wrap_future(loading))
+            await asyncio.to_thread(engine.adapters.flush)
         return adapters_pb2.LoadAdapterResponse(adapter=convert.to_adapter(info))
 
     async def UnloadAdapter(

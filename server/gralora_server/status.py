@@ -25,6 +25,7 @@ from gralora_runtime.errors import (
     AdapterRejectedError,
     AdapterSourceError,
     AdapterVersionLostError,
+    CatalogueError,
     DeadlineExceededError,
     DrainingError,
     GraloraError,
@@ -57,6 +58,8 @@ CODES: dict[type[GraloraError], grpc.StatusCode] = {
     AdapterCapacityError: grpc.StatusCode.FAILED_PRECONDITION,
     # Not NOT_FOUND: nobody could say whether there is such an adapter, and soon somebody may.
     AdapterSourceError: grpc.StatusCode.UNAVAILABLE,
+    # The same: a full disk, or one taken away, is an operator's to mend. What was asked has not happened.
+    CatalogueError: grpc.StatusCode.FAILED_PRECONDITION,
     # The adapter's weights or the prompt are at fault, not us, and the same again ends the same.
     NumericalError: grpc.StatusCode.FAILED_PRECONDITION,
     QueueFullError: grpc.StatusCode.RESOURCE_EXHAUSTED,

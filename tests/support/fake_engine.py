@@ -176,6 +176,9 @@ class FakeAdapters:
         done.set_result(adapter_info(name, pinned=pin))
         return done
 
+    def flush(self) -> None:
+        """Nothing is kept."""
+
     def unload(self, name: str) -> UnloadResult:
         self._change("unload", name)
         return UnloadResult(name=name, digest=self.get(name).digest, pool_bytes_freed=1000, host_bytes_freed=2000)

@@ -11,8 +11,7 @@ import os
 import shutil
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from gralora_runtime.adapters.checkpoint.containment import resolve_inside
@@ -54,8 +53,7 @@ class ContentStore:
         self, digest: str, directory: Path, roots: tuple[Path, ...], stamp: object, done: Callable[[str, Path], None]
     ) -> None:
         """Copy soon, if the files are still those of `stamp`; `done` is then called in the store's thread."""
-        copying = self._copying.submit(self._copy, digest, directory, roots, stamp)
-        copying.add_done_callback(partial(self._on_copied, digest, done))
+        self._copying.submit(self._keep, digest, directory, roots, stamp, done)
 
     def remove(self, digest: str) -> None:
         with self._lock:
@@ -64,6 +62,17 @@ class ContentStore:
 
     def close(self) -> None:
         self._copying.shutdown(cancel_futures=True)
+
+    def _keep(
+        self, digest: str, directory: Path, roots: tuple[Path, ...], stamp: object, done: Callable[[str, Path], None]
+    ) -> None:
+        try:
+            copy = self._copy(digest, directory, roots, stamp)
+        except OSError as error:
+            log.warning("no copy of the adapter with digest %s is kept: %s", digest, error)
+            return
+        if copy is not None:
+            done(digest, copy)
 
     def _copy(self, digest: str, directory: Path, roots: tuple[Path, ...], stamp: object) -> Path | None:
         if (known := self.find(digest)) is not None:
@@ -101,14 +110,6 @@ class ContentStore:
         gone = self._folder / UNFINISHED / f"{digest}.gone"
         (self._folder / digest).rename(gone)
         shutil.rmtree(gone, ignore_errors=True)
-
-    def _on_copied(self, digest: str, done: Callable[[str, Path], None], copying: Future[Path | None]) -> None:
-        if copying.cancelled():
-            return
-        if (error := copying.exception()) is not None:
-            log.warning("no copy of the adapter with digest %s is kept: %s", digest, error)
-        elif (copy := copying.result()) is not None:
-            done(digest, copy)
 
 
 def copy_file(source: Path, target: Path) -> None:

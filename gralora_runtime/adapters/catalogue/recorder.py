@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
+from functools import partial
 
 from gralora_runtime.adapters.catalogue.journal import Journal, NameRow
 from gralora_runtime.errors import GraloraError
@@ -66,9 +67,9 @@ class Recorder:
                 rows, self._rows = self._rows, {}
                 uses, self._uses = self._uses, {}
                 noted, closing = self._noted, self._closing
-            written = self._try(lambda: self._write(rows)) if rows else True
+            written = self._try(partial(self._write, rows)) if rows else True
             if uses:
-                self._try(lambda: self._journal.touch(uses))
+                self._try(partial(self._journal.touch, uses))
             with self._changed:
                 if written:
                     self._written, self._failure = noted, None

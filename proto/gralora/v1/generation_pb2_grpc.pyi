@@ -13,6 +13,7 @@ of domain "gralora.dev"; its `reason` is stable and one of:
   ADAPTER_REJECTED    FAILED_PRECONDITION  ResourceInfo; the checkpoint is broken or unsupported, all reasons at once
   ADAPTER_BUSY        FAILED_PRECONDITION  ResourceInfo; requests hold the adapter that was to be unloaded
   ADAPTER_CAPACITY    FAILED_PRECONDITION  ResourceInfo; the adapter does not fit until others are unpinned or removed
+  CATALOGUE           FAILED_PRECONDITION  the catalogue could not be written, so nothing was changed; the message says why
   NON_FINITE_LOGITS   FAILED_PRECONDITION  the adapter's weights or the model gave NaN or infinity for this request
   QUEUE_FULL          RESOURCE_EXHAUSTED   RetryInfo, and the trailer "grpc-retry-pushback-ms"
   SLOW_CONSUMER       RESOURCE_EXHAUSTED   the client did not read its stream
