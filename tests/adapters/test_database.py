@@ -163,6 +163,30 @@ def test_one_that_cannot_be_made_leaves_nothing(tmp_path: Path, monkeypatch: pyt
     assert {LOCK} == {path.name for path in tmp_path.iterdir()}
 
 
+def test_a_new_one_is_in_its_directory_for_good_before_anything_is_written_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed: list[tuple[int, bool]] = []
+    monkeypatch.setattr(os, "fsync", lambda file: flushed.append((os.fstat(file).st_ino, (tmp_path / FILE).exists())))
+    Journal.open(tmp_path).close()
+
+    assert flushed == [(tmp_path.stat().st_ino, True)]
+
+
+def test_it_waits_for_the_disk_whatever_the_build_of_sqlite_begins_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def begin_normal(path: Path | str) -> sqlite3.Connection:
+        connection = connect(path)
+        connection.execute("PRAGMA synchronous = NORMAL")
+        return connection
+
+    connect = database._connect
+    monkeypatch.setattr(database, "_connect", begin_normal)
+    with closing(Journal.open(tmp_path)) as journal:
+        assert journal._connection.execute("PRAGMA synchronous").fetchone() == (2,)
+
+
 # Versions of the schema.
 
 

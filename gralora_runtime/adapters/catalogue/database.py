@@ -153,7 +153,6 @@ def _build(connection: sqlite3.Connection, since: int = 0) -> None:
 def _check(connection: sqlite3.Connection, path: Path) -> None:
     """When this returns, the file is sound, ours, of this version, and open for writing."""
     connection.execute("PRAGMA synchronous = FULL")  # not every build of SQLite begins with it
-    connection.execute("PRAGMA foreign_keys = OFF")  # a migration may have to make a table anew
     connection.execute("BEGIN IMMEDIATE")
     version = _version(connection, path)
     # Not quick_check, which is 10 ms faster with 15,000 versions: it believes an index that lacks a version of some
@@ -166,7 +165,7 @@ def _check(connection: sqlite3.Connection, path: Path) -> None:
     _build(connection, since=version)
     _check_tables(connection, path)
     connection.execute("COMMIT")
-    connection.execute("PRAGMA foreign_keys = ON")
+    connection.execute("PRAGMA foreign_keys = ON")  # only now: a migration may have to make a table anew
 
 
 def _version(connection: sqlite3.Connection, path: Path) -> int:
