@@ -35,7 +35,7 @@ def version(name: str = "a", number: int = 1, **fields: Any) -> VersionRow:
 
 def name(name: str = "a", **fields: Any) -> NameRow:
     """One that points at no version."""
-    return replace(name_row(name, 1), **({"current": None, "versions": ()} | fields))
+    return replace(name_row(name, 1), **({"current": None, "newest": None, "versions": ()} | fields))
 
 
 def statements(journal: Journal) -> list[str]:

@@ -36,6 +36,7 @@ def test_a_restart_changes_nothing(places: tuple[Path, Path]) -> None:
     options: dict[str, Any] = {"units": 8, "state_dir": state}
     with managing(root, **options) as manager:
         first = use(manager, "a").digest
+        until(lambda: copied(manager, "a", 1))
         write_version(root, "a", 1)
         second = manager.load("a").result(WAIT_S).digest
         manager.roll_back("a")
