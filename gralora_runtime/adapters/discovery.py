@@ -50,6 +50,10 @@ class Household(Protocol):
     ) -> None:
         """These weights were read for these waiters, if there are any."""
 
+    def bring_idle(self, version: AdapterVersion, answers: Answers) -> bool:
+        """Load it though nobody waits. False: there is no free room for that."""
+        ...
+
     def settle(self, alias: Alias, answers: Answers) -> object:
         """What the name stands for may have changed."""
 
@@ -120,6 +124,24 @@ class Discovery:
                     with self._answering():
                         self._register(name, Resolved(source, found))
         self._scan.wait()
+        self._refresher.submit(self._warm_up)
+
+    def _warm_up(self) -> None:
+        """Beside serving: what is pinned comes first, then what was used last before the server ended."""
+        with self._answering() as answers:
+            remembered = [version for version in self._store.versions() if version.digest]
+            for alias in tuple(self._store.aliases()):
+                self._household.settle(alias, answers)
+            remembered.sort(key=lambda version: (not self._store.pinned(version.digest), -version.last_used_s))
+        for version in remembered:
+            try:
+                version.summary = version.summary or self._summarize(version)
+            except AdapterRejectedError as error:
+                log.warning("%s", error)
+                continue
+            with self._answering() as answers:
+                if self._closed or not self._household.bring_idle(version, answers):
+                    return
 
     def request(self, name: str, key: str, waiter: Waiter) -> None:
         """Somebody wants a name that the catalogue does not have. Without the lock."""

@@ -84,6 +84,7 @@ class AdapterManager:
         self._serials = itertools.count(1)
         self._clock = itertools.count(1)  # orders uses of residents
         self._closed = False
+        self._warming = 0  # elements of the pool that were asked for at start
         self._mover = Mover(
             pool=self.pool,
             store=self._store,
@@ -368,6 +369,8 @@ class AdapterManager:
         self._stand_in_line(version, waiter, answers)
         if not version.loading:
             self._mover.start(version, answers)
+        elif not waiter.patient:
+            self._mover.hurry(version)
         return waiter.future
 
     def _serve(self, version: AdapterVersion, resident: Resident, waiter: Waiter, answers: Answers) -> None:
@@ -376,8 +379,9 @@ class AdapterManager:
             answers.error(waiter.future, alias.lacks(waiter.reference))
             return
         resident.last_used = next(self._clock)
-        version.last_used_s = time.time()
-        self._persistence.used(version)
+        if waiter.wants_lease:
+            version.last_used_s = time.time()
+            self._persistence.used(version)
         if waiter.pin:
             alias.pinned = True
             self._on_changed(alias)
@@ -459,6 +463,15 @@ class AdapterManager:
             self._mover.take_in(version, adapter, answers)
         else:
             self._mover.keep(adapter)
+
+    def bring_idle(self, version: AdapterVersion, answers: Answers) -> bool:
+        """Only into room that is free: nothing leaves for what may not be asked for."""
+        self._warming += version.summary.packed_numel if version.summary else 0
+        if self._warming > self.pool.ranges.numel or self.pool.num_free_slots == 0:
+            return False
+        if self.pool.find(version.digest) is None and not version.loading:
+            self.enter(version, Waiter(future=Future(), wants_lease=False, patient=True), answers)
+        return True
 
     def fail(self, version: AdapterVersion, error: BaseException, answers: Answers) -> None:
         self._mover.fail(version, error, answers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from gralora_runtime.adapters.catalogue.store import AdapterState
 from gralora_runtime.adapters.checkpoint.header import files_stamp
 from gralora_runtime.adapters.checkpoint.tensors import WEIGHTS_FILE
 from gralora_runtime.adapters.manager import AdapterManager
+from gralora_runtime.adapters.residency.mover import NUM_READERS, READ_AHEAD
 from gralora_runtime.errors import AdapterNotFoundError, AdapterVersionLostError, CatalogueError
 
 
@@ -79,8 +81,51 @@ def test_what_changed_while_the_server_was_away_is_seen_and_what_did_not_is_not_
         until(lambda: manager.get("a").version == 2)
         quiesce(manager)
 
-        assert gate.names == ["a"]
+        assert gate.names.count("b") == 1  # to warm the pool, and not to see whether it changed
         assert use(manager, "a").digest == digest_of(root / "a")
+
+
+def test_a_start_brings_what_is_pinned_and_then_what_was_used_last(places: tuple[Path, Path]) -> None:
+    """Into a pool of two: the pinned one, and of the others the one that was used last."""
+    root, state = places
+    for name in "abcd":
+        write_version(root, name, ord(name))
+    with managing(root, units=4, state_dir=state) as manager:
+        for name in "abcd":
+            use(manager, name)
+            time.sleep(0.002)  # times of use differ
+        manager.pin("b", True)
+    with managing(root, units=2, state_dir=state) as manager:
+        until(lambda: manager.get("d").state is AdapterState.RESIDENT)
+        quiesce(manager)
+        states = {info.name: info.state for info in manager.list()}
+
+        assert states["b"] is states["d"] is AdapterState.RESIDENT
+        assert states["a"] is states["c"] is AdapterState.REGISTERED
+        assert manager.stats().evictions == 0
+
+
+def test_who_asks_is_served_before_the_pool_is_warm(places: tuple[Path, Path], gate: Any) -> None:
+    root, state = places
+    names = [f"a{i:02}" for i in range(24)]
+    for i, name in enumerate(names):
+        write_version(root, name, i)
+    with managing(root, units=30, state_dir=state) as manager:
+        for name in names:
+            use(manager, name)
+        quiesce(manager)
+    gate.names.clear()
+    gate.shut()
+    with managing(root, units=30, state_dir=state) as manager:
+        until(lambda: len(manager._mover._to_read_last) == len(names) - READ_AHEAD)
+        last = manager._mover._to_read_last[-1].name
+        wanted = manager.acquire(last)
+        gate.open()
+        manager.release(wanted.result(WAIT_S))
+        quiesce(manager)
+
+        assert READ_AHEAD <= gate.names.index(last) < READ_AHEAD + NUM_READERS
+        assert sorted(gate.names) == names
 
 
 def test_a_version_whose_files_were_overwritten_can_be_promoted_again(places: tuple[Path, Path]) -> None:

@@ -43,11 +43,18 @@ def test_every_option_reaches_its_configuration(configured) -> None:
         "--max-model-len": "11", "--max-queue": "13", "--max-adapter-rank": "17", "--max-adapter-slots": "19",
         "--page-size": "23", "--kv-cache-bytes": "1GiB", "--adapter-pool-bytes": "2m", "--host-cache-bytes": "29",
         "--token-file": "/t", "--tls-cert": "/c", "--tls-key": "/k", "--tls-client-ca": "/ca",
-        "--allow-root": "/r", "--watch": "poll", "--cuda-graphs": "4,2,4", "--pipeline": "on",
+        "--allow-root": "/r", "--state-dir": "/s", "--copies-bytes": "3k", "--download-bytes": "4k",
+        "--hub-endpoint": "http://h", "--hub-token": "t", "--s3-endpoint": "http://s", "--watch": "poll",
+        "--cuda-graphs": "4,2,4", "--pipeline": "on",
         "--max-request-s": "31", "--grace-s": "37", "--metrics-address": "[::1]:41", "--metrics-max-adapters": "43",
     }  # fmt: skip
     words = [word for pair in options.items() for word in pair] + ["--adapters", "/b"]
-    assert run(["serve", *words, "--no-prefix-cache", "--batch-invariant", "--no-reflection", "--json"]) == ExitCode.OK
+    assert (
+        run(
+            ["serve", *words, "--no-prefix-cache", "--batch-invariant", "--allow-archives", "--no-reflection", "--json"]
+        )
+        == ExitCode.OK
+    )
     ((server, engine, as_json),) = configured
 
     assert server == ServerConfig(
@@ -64,6 +71,13 @@ def test_every_option_reaches_its_configuration(configured) -> None:
         model=Path("/m"),
         adapters=(AdapterSource("/a", follows=False), AdapterSource("/b")),
         allow_roots=(Path("/r"),),
+        state_dir=Path("/s"),
+        copies_bytes=3072,
+        download_bytes=4096,
+        hub_endpoint="http://h",
+        hub_token="t",
+        s3_endpoint="http://s",
+        allow_archives=True,
         watch="poll",
         device="cpu",
         dtype="bfloat16",

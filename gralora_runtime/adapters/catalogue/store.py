@@ -37,6 +37,7 @@ class Waiter:
     future: Future[Any]
     wants_lease: bool
     pin: bool = False
+    patient: bool = False  # everybody else's load goes first
     reference: Reference | None = None  # of a request: what it asked for
     version: AdapterVersion | None = None  # in whose line it stands
 

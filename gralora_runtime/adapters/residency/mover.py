@@ -67,6 +67,7 @@ class Mover:
         self._moved = moved  # something is different about where a name's weights are
         self._forget = forget  # a version that came with a load which failed
         self._to_read: deque[AdapterVersion] = deque()
+        self._to_read_last: deque[AdapterVersion] = deque()  # once nothing else is to be read
         self._num_reading = 0
         self._queue = PlacementQueue(pool)
         self._is_awake = False
@@ -89,12 +90,19 @@ class Mover:
         elif resident is not None:
             self._join(version, Placement(digest=version.digest, numel=resident.layout.numel, adapter=None), answers)
         else:
-            self._to_read.append(version)
+            patient = all(waiter.patient for waiter in version.waiters)
+            (self._to_read_last if patient else self._to_read).append(version)
             self._read_more(answers)
 
     def read(self, version: AdapterVersion, on_done: Callable[[Future[LoadedAdapter]], None], answers: Answers) -> None:
         """In a reader. `version` need not be anybody's: then it only says where to read."""
         answers.later(partial(self._readers.submit(self.fetch, version).add_done_callback, on_done))
+
+    def hurry(self, version: AdapterVersion) -> None:
+        """Somebody waits now for what was to be read last."""
+        if version in self._to_read_last:
+            self._to_read_last.remove(version)
+            self._to_read.append(version)
 
     def forget(self, version: AdapterVersion, answers: Answers) -> None:
         """Nobody waits for this name any more: unless it is being moved in, it gives up its place."""
@@ -153,6 +161,7 @@ class Mover:
         """Start nothing more, and tell everybody who waits. `join` afterwards."""
         self._closed = True
         self._to_read.clear()
+        self._to_read_last.clear()
         for version in tuple(self._store.versions()):
             self.fail(version, DrainingError(), answers)
         for placement in self._queue:
@@ -207,8 +216,8 @@ class Mover:
 
     def _read_more(self, answers: Answers) -> None:
         """Read on, in order of arrival, while little enough waits for room. Nobody's wish any more: not read at all."""
-        while self._to_read and self._num_reading + len(self._queue) < READ_AHEAD:
-            version = self._to_read.popleft()
+        while (left := self._to_read or self._to_read_last) and self._num_reading + len(self._queue) < READ_AHEAD:
+            version = left.popleft()
             if version.waiters:
                 self._num_reading += 1
                 self.read(version, partial(self._on_read, version), answers)

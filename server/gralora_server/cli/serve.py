@@ -39,8 +39,8 @@ def _server_option(name: str, text: str = "", *, flag: str | None = None, **extr
     return typer.Option(default_of(ServerConfig, name), *names, help=text, rich_help_panel=SERVER, **extra)
 
 
-def _bytes_option(name: str, text: str) -> Any:
-    return _engine_option(name, text, panel=MEMORY, parser=parse_bytes, metavar="BYTES")
+def _bytes_option(name: str, text: str, *, panel: str = MEMORY) -> Any:
+    return _engine_option(name, text, panel=panel, parser=parse_bytes, metavar="BYTES")
 
 
 def serve(
@@ -52,13 +52,35 @@ def serve(
         list[str] | None,
         typer.Option(
             metavar="SOURCE[,hold]",
-            help="Where adapters come from: a directory with one directory each, or the hub's cache. May be given "
-            "several times. With ,hold new content waits for a promotion.",
+            help="Where adapters come from: a directory with one directory each, the hub's cache, hf://ORG[/NAME], "
+            "s3://BUCKET/PREFIX or https://HOST/PATH/{name}.tar.gz. May be given several times. With ,hold new content "
+            "waits for a promotion.",
+            rich_help_panel=ADAPTERS,
         ),
     ] = None,
     allow_root: Annotated[
-        list[Path] | None, typer.Option(help="Links in adapter directories may end below this directory, too.")
+        list[Path] | None,
+        typer.Option(help="Links in adapter directories may end below this directory, too.", rich_help_panel=ADAPTERS),
     ] = None,
+    state_dir: Annotated[
+        Path | None,
+        typer.Option(
+            help="What outlives the server: versions and promotions, downloads, uploads, copies of old versions.",
+            rich_help_panel=ADAPTERS,
+        ),
+    ] = None,
+    copies_bytes: int = _bytes_option(
+        "copies_bytes", "Copies of versions whose files may be overwritten.", panel=ADAPTERS
+    ),
+    download_bytes: int = _bytes_option("download_bytes", "Adapters from other machines.", panel=ADAPTERS),
+    hub_endpoint: str = _engine_option("hub_endpoint", "Of hf:// sources.", panel=ADAPTERS),
+    hub_token: Annotated[
+        str | None, typer.Option(envvar="HF_TOKEN", help="For private adapters.", rich_help_panel=ADAPTERS)
+    ] = None,
+    s3_endpoint: str | None = _engine_option("s3_endpoint", "Of s3:// sources. Default: AWS.", panel=ADAPTERS),
+    allow_archives: bool = _engine_option(
+        "allow_archives", "Allow https:// sources.", panel=ADAPTERS, flag="--allow-archives"
+    ),
     watch: str = _engine_option(
         "watch", f"Whether directories are watched for changes: {', '.join(WATCHES)}.", panel=ADAPTERS
     ),
@@ -149,6 +171,13 @@ def serve(
         model=model if model is not None else default_model(),
         adapters=tuple(map(parse_source, adapters or ())),
         allow_roots=tuple(allow_root or ()),
+        state_dir=state_dir,
+        copies_bytes=copies_bytes,
+        download_bytes=download_bytes,
+        hub_endpoint=hub_endpoint,
+        hub_token=hub_token,
+        s3_endpoint=s3_endpoint,
+        allow_archives=allow_archives,
         watch=watch,
         device=device,
         dtype=dtype,
