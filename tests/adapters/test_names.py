@@ -10,7 +10,7 @@ from gralora_runtime.adapters.catalogue.names import Reference, check_name, pars
 from gralora_runtime.adapters.checkpoint.containment import resolve_inside
 from gralora_runtime.errors import InvalidRequestError
 
-NAMES = ["a", "A-1", "x.y_z", "0", "a" * 128, "org/a", "org/a@main", "a@v1.2", "a@0f3c"]
+NAMES = ["a", "A-1", "x.y_z", "0", "a" * 128, "org/a", "org/a@main", "a@v1.2", "a@0f3c", f"a@{'1' * 40}"]
 NO_NAMES = [
     "", ".", "..", "../x", "/etc", "a/", "/a", "a/b/c", "a/../b", "a/.b", "a\\b", ".hidden", "-x", "_x", "a b", "a\0b",
     "a\n", "a@main\n", "ä", "a" * 129, "a%2f", "a@", "a@b@c", "a@3", "org/a@3", "@main", "a@sha256:0123456789ab",

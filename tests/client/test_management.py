@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 from support.both_clients import Connect, call, connect_async, connect_sync
-from support.fake_engine import INFO, LOAD
+from support.fake_engine import INFO, LOAD, adapter_info
 from support.grpc_harness import served
 
-from gralora_server.client import AdapterState, DeadlineError, TokenizeResult, UnloadResult
+from gralora_server.client import AdapterState, AsyncClient, DeadlineError, TokenizeResult, UnloadResult, requests
 
 both = pytest.mark.parametrize("connect", [connect_sync, connect_async], ids=["sync", "async"])
 
@@ -48,6 +48,52 @@ async def test_adapters_are_loaded_pinned_and_unloaded(connect: Connect) -> None
         ("pin", "poet", False),
         ("unload", "poet"),
     ]
+
+
+@both
+async def test_a_list_is_read_to_its_last_page(connect: Connect, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(requests, "PAGE_SIZE", 2)
+    async with served() as s, connect(s.port) as client:
+        s.engine.adapters.infos |= {name: adapter_info(name) for name in ("a1", "a2", "a3", "a4", "a5", "b")}
+        listed = await call(client, "adapters.list", "a", states=[AdapterState.RESIDENT])
+
+    assert [adapter.name for adapter in listed] == ["a1", "a2", "a3", "a4", "a5"]
+
+
+@both
+async def test_versions_are_promoted_rolled_back_and_tried(connect: Connect) -> None:
+    async with served() as s, connect(s.port) as client:
+        promoted = await call(client, "adapters.promote", "poet", "3")
+        await call(client, "adapters.promote", "poet")
+        await call(client, "adapters.rollback", "poet")
+        await call(client, "adapters.set_canary", "poet", "3", 0.25)
+
+    assert s.engine.adapters.calls == [
+        ("promote", "poet", "3"),
+        ("promote", "poet", ""),
+        ("roll_back", "poet"),
+        ("set_canary", "poet", "3", 0.25),
+    ]
+    assert (promoted.version, promoted.previous_version, promoted.follows) == (2, 1, True)
+    assert (promoted.canary_version, promoted.canary_share) == (3, 0.25)
+    assert [(version.number, version.last_used is None) for version in promoted.versions] == [
+        (1, False),
+        (2, False),
+        (3, True),
+    ]
+
+
+async def test_a_watch_is_iterated_over() -> None:
+    async with served() as s, AsyncClient(f"127.0.0.1:{s.port}") as client:
+        news = client.adapters.watch()
+        first = await anext(news)
+        s.engine.adapters.infos.pop("poet")
+        s.engine.adapters.changes.touch("poet")
+        second = await anext(news)
+        await news.aclose()
+
+    assert ([adapter.name for adapter in first.adapters], first.synced) == (["poet"], True)
+    assert second.removed == ("poet",)
 
 
 @both
