@@ -11,8 +11,8 @@ MIN_DIGEST_DIGITS = 12  # of a prefix: 48 bits tell a thousand versions apart, a
 
 _PART = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
 _ONE_PART = re.compile(_PART)
-_REVISION = re.compile(rf"@(?!\d{1,9}\Z){_PART}\Z")  # a few digits alone are a version's number
-_NAME = re.compile(rf"{_PART}(?:/{_PART})?(?:@(?!\d{1,9}\Z){_PART})?")
+_REVISION = re.compile(rf"@(?!\d{{1,9}}\Z){_PART}\Z")  # a few digits alone are a version's number
+_NAME = re.compile(rf"{_PART}(?:/{_PART})?(?:@(?!\d{{1,9}}\Z){_PART})?")
 _NAME_RULE = (
     "must be 1 to 128 letters, digits, '.', '_' or '-' that begin with a letter or a digit; "
     "an organisation and '/' may stand before it, '@' and a revision behind"
