@@ -36,6 +36,7 @@ class EngineConfig:
     allow_roots: tuple[Path, ...] = ()  # links in adapter directories may end below these too
     state_dir: Path | None = None  # what outlives the server: the catalogue, downloads, uploads, old versions
     download_bytes: int = 50 << 30  # of adapters that came from other machines, in the state directory
+    upload_bytes: int = 50 << 30  # of adapters that clients sent, in the state directory
     hub_endpoint: str = "https://huggingface.co"
     hub_token: str | None = None
     s3_endpoint: str | None = None  # None: AWS; who asks, and where, is found as AWS's own tools find it

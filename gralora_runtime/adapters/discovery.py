@@ -22,12 +22,14 @@ from gralora_runtime.adapters.catalogue.similar import similar_name
 from gralora_runtime.adapters.catalogue.sources.directory import DirectorySource
 from gralora_runtime.adapters.catalogue.sources.source import Found, Source
 from gralora_runtime.adapters.catalogue.store import AdapterStore, AdapterVersion, Alias, Waiter
+from gralora_runtime.adapters.catalogue.uploads import Uploads
 from gralora_runtime.adapters.catalogue.watcher import Watcher
 from gralora_runtime.adapters.checkpoint.header import AdapterSummary, files_stamp, inspect
 from gralora_runtime.adapters.checkpoint.loader import LoadedAdapter, check_width
 from gralora_runtime.adapters.checkpoint.spec import ModuleShape, to_keep
 from gralora_runtime.adapters.residency.mover import log_if_unexpected
 from gralora_runtime.errors import (
+    AdapterCapacityError,
     AdapterNotFoundError,
     AdapterRejectedError,
     AdapterVersionLostError,
@@ -36,6 +38,8 @@ from gralora_runtime.errors import (
 )
 
 log = logging.getLogger(__name__)
+
+AT_HAND = (DirectorySource, Uploads)  # sources that need no other machine to find a name
 
 
 class Household(Protocol):
@@ -48,6 +52,9 @@ class Household(Protocol):
         self, version: AdapterVersion, adapter: LoadedAdapter, waiters: Sequence[Waiter], answers: Answers
     ) -> None:
         """These weights were read for these waiters, if there are any."""
+
+    def capacity_problem(self, version: AdapterVersion) -> AdapterCapacityError | None:
+        """Why the version would never fit into the pool as it is now, if it would not."""
 
     def settle(self, alias: Alias, answers: Answers) -> object:
         """What the name stands for may have changed."""
@@ -98,7 +105,7 @@ class Discovery:
         """Register what sources can name at once. Headers are read beside serving, weights when somebody asks."""
         for source in self._sources:
             for name in source.names():
-                if not isinstance(source, DirectorySource):
+                if not isinstance(source, AT_HAND):
                     self.refresh(name)  # beside serving: it may have to come from another machine
                     continue
                 found = source.find(name)
@@ -217,10 +224,10 @@ class Discovery:
             if alias is None:
                 alias = self._catalogue.register(name, found, follows=resolved.source.follows, provisional=True)
                 self._household.enter(alias.current, waiter, answers)
-            elif not alias.is_known:
+            elif not alias.is_known and found.directory == alias.current.source:
                 self._point(alias.current, found)
                 self._household.enter(alias.current, waiter, answers)
-            else:
+            else:  # read apart, so that the name stays what it is if these files are refused
                 alias.refreshing = True
                 self._read_anew(alias, found, waiter, answers)
 
@@ -275,7 +282,13 @@ class Discovery:
                 error = DrainingError()
             elif self._store.find(alias.name) is not alias:
                 error = AdapterNotFoundError(alias.name)
-            elif error is not None:
+            elif error is None and not alias.is_known and alias.current.loading:
+                again = partial(self._on_read_anew, alias, found, stamp, waiter, reading)
+                self._after(alias.current, again, answers)
+                return
+            elif error is None and waiter is not None:
+                error = self._capacity_problem(alias.name, reading.result(), found)
+            elif error is not None and (waiter is None or found.directory == alias.current.source):
                 alias.error = to_keep(error) if isinstance(error, AdapterRejectedError) else error
                 log.warning("the newest files of adapter %r are not served: %s", alias.name, error)
             if error is None:
@@ -285,6 +298,25 @@ class Discovery:
                 self._household.settle(alias, answers)
             elif waiter is not None:
                 answers.error(waiter.future, error)
+
+    def _after(self, version: AdapterVersion, call: Callable[[], object], answers: Answers) -> None:
+        """It is being read for the first time. What it is has to be known before other files become the name's."""
+        first = Waiter(future=Future(), wants_lease=False)
+        first.future.add_done_callback(lambda _: call())
+        self._household.enter(version, first, answers)
+
+    def _capacity_problem(self, name: str, adapter: LoadedAdapter, found: Found) -> AdapterCapacityError | None:
+        """What an operator wants to be loaded now is no version if that is impossible."""
+        layout = adapter.layout
+        version = AdapterVersion(
+            name=name,
+            number=0,
+            source=found.directory,
+            roots=found.roots,
+            summary=layout.summary,
+            digest=adapter.digest,
+        )
+        return self._household.capacity_problem(version)
 
     def _take_note(self, alias: Alias, adapter: LoadedAdapter, found: Found) -> AdapterVersion:
         version = self._catalogue.take_note(alias, adapter.digest, found)

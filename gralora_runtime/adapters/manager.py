@@ -25,6 +25,7 @@ from gralora_runtime.adapters.catalogue.changes import Changes
 from gralora_runtime.adapters.catalogue.names import Reference, check_name, parse_reference
 from gralora_runtime.adapters.catalogue.sources.source import Source
 from gralora_runtime.adapters.catalogue.store import AdapterState, AdapterStore, AdapterVersion, Alias, Waiter
+from gralora_runtime.adapters.catalogue.uploads import Uploads
 from gralora_runtime.adapters.checkpoint.loader import LoadedAdapter
 from gralora_runtime.adapters.checkpoint.spec import ModuleShape
 from gralora_runtime.adapters.descriptions import Descriptions
@@ -36,7 +37,7 @@ from gralora_runtime.adapters.residency.mover import Mover
 from gralora_runtime.adapters.residency.pool import AdapterPool, Resident
 from gralora_runtime.adapters.residency.transfer import no_steps
 from gralora_runtime.adapters.watch import AdapterWatch
-from gralora_runtime.errors import AdapterBusyError, DrainingError, InvalidRequestError
+from gralora_runtime.errors import AdapterBusyError, AdapterCapacityError, DrainingError, InvalidRequestError
 
 
 class AdapterManager:
@@ -69,6 +70,7 @@ class AdapterManager:
             wait_for_steps=wait_for_steps,
         )
         self.base_model = base_model
+        self.uploads = next((source for source in sources if isinstance(source, Uploads)), None)
         self._lock = threading.Lock()
         self._store = AdapterStore()
         self._changes = Changes()
@@ -271,6 +273,11 @@ class AdapterManager:
         with self._lock:
             return any(version.loading and version.source == folder for version in self._store.versions())
 
+    def has_version_at(self, folder: Path) -> bool:
+        """Whether a version is, or will be again, read from there."""
+        with self._lock:
+            return any(version.source == folder for version in self._store.versions())
+
     def stats(self) -> AdapterStats:
         with self._lock:
             return AdapterStats(
@@ -436,6 +443,9 @@ class AdapterManager:
             self._mover.take_in(version, adapter, answers)
         else:
             self._mover.keep(adapter)
+
+    def capacity_problem(self, version: AdapterVersion) -> AdapterCapacityError | None:
+        return self._mover.capacity_problem(version)
 
     def fail(self, version: AdapterVersion, error: BaseException, answers: Answers) -> None:
         self._mover.fail(version, error, answers)

@@ -24,6 +24,8 @@ from gralora_runtime.errors import (
     AdapterNotFoundError,
     AdapterRejectedError,
     AdapterSourceError,
+    AdapterUploadError,
+    AdapterUploadQuotaError,
     AdapterVersionLostError,
     DeadlineExceededError,
     DrainingError,
@@ -55,6 +57,8 @@ CODES: dict[type[GraloraError], grpc.StatusCode] = {
     AdapterBusyError: grpc.StatusCode.FAILED_PRECONDITION,
     # Not RESOURCE_EXHAUSTED: trying again does not help until an operator unpins, unloads or enlarges the pool.
     AdapterCapacityError: grpc.StatusCode.FAILED_PRECONDITION,
+    AdapterUploadError: grpc.StatusCode.FAILED_PRECONDITION,
+    AdapterUploadQuotaError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     # Not NOT_FOUND: nobody could say whether there is such an adapter, and soon somebody may.
     AdapterSourceError: grpc.StatusCode.UNAVAILABLE,
     # The adapter's weights or the prompt are at fault, not us, and the same again ends the same.

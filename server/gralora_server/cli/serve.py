@@ -59,6 +59,12 @@ def serve(
     allow_root: Annotated[
         list[Path] | None, typer.Option(help="Links in adapter directories may end below this directory, too.")
     ] = None,
+    state_dir: Annotated[
+        Path | None,
+        typer.Option(
+            help="What outlives the server lies below this directory, such as the adapters that clients push."
+        ),
+    ] = None,
     watch: str = _engine_option(
         "watch", f"Whether directories are watched for changes: {', '.join(WATCHES)}.", panel=ADAPTERS
     ),
@@ -149,6 +155,7 @@ def serve(
         model=model if model is not None else default_model(),
         adapters=tuple(map(parse_source, adapters or ())),
         allow_roots=tuple(allow_root or ()),
+        state_dir=state_dir,
         watch=watch,
         device=device,
         dtype=dtype,
