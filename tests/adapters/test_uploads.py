@@ -488,6 +488,16 @@ def test_two_servers_share_no_folder(tmp_path: Path) -> None:
         Uploads(tmp_path, limits=LIMITS, in_use=nobody_reads)
 
 
+def test_another_server_may_have_the_folder_when_any_thread_has_closed_it(tmp_path: Path) -> None:
+    """A lock of one thread would stay taken."""
+    uploads = Uploads(tmp_path, limits=LIMITS, in_use=nobody_reads)
+    closing = threading.Thread(target=uploads.close)
+    closing.start()
+    closing.join()
+    with opening(tmp_path):
+        pass
+
+
 def test_nothing_is_taken_after_the_end(tmp_path: Path) -> None:
     with opening(tmp_path) as uploads:
         receive(uploads, MANIFEST, FILES)

@@ -32,4 +32,5 @@ def main(folder: Path) -> None:
         print("accepted", flush=True)
 
 
-main(Path(sys.argv[1]))
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -303,7 +303,7 @@ class Uploads:
     def _open(self) -> FileLock:
         try:
             self._unfinished.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(self.folder / ".lock")
+            lock = FileLock(self.folder / ".lock", thread_local=False)  # whichever thread closes
             lock.acquire(timeout=0)
         except Timeout as cause:
             raise ConfigError(f"{self.folder}: another server keeps its uploads here") from cause

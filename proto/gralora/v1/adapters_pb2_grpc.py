@@ -122,7 +122,9 @@ class AdapterServiceServicer:
         """Takes an adapter's files from a client that shares no file system with the server, and loads it. The first message is
         the header, all others are chunks. Nothing is served before sizes and hashes agree with the header and the adapter
         is loaded; one that cannot be loaded leaves nothing. What a call that broke off has sent is kept for a while, and
-        another call with the same header goes on from there: see GetAdapterUpload.
+        another call with the same header goes on from there: see GetAdapterUpload. New content of a name is a new version, as
+        with LoadAdapter. FAILED_PRECONDITION: what came is not what was announced, or the server keeps no uploads.
+        RESOURCE_EXHAUSTED: there is no room.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

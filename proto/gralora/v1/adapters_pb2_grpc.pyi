@@ -47,7 +47,9 @@ class AdapterServiceStub:
     """Takes an adapter's files from a client that shares no file system with the server, and loads it. The first message is
     the header, all others are chunks. Nothing is served before sizes and hashes agree with the header and the adapter
     is loaded; one that cannot be loaded leaves nothing. What a call that broke off has sent is kept for a while, and
-    another call with the same header goes on from there: see GetAdapterUpload.
+    another call with the same header goes on from there: see GetAdapterUpload. New content of a name is a new version, as
+    with LoadAdapter. FAILED_PRECONDITION: what came is not what was announced, or the server keeps no uploads.
+    RESOURCE_EXHAUSTED: there is no room.
     """
     GetAdapterUpload: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.GetAdapterUploadRequest, _adapters_pb2.GetAdapterUploadResponse]
     """Tells how much of an upload the server has."""
@@ -85,7 +87,9 @@ class AdapterServiceAsyncStub(AdapterServiceStub):
     """Takes an adapter's files from a client that shares no file system with the server, and loads it. The first message is
     the header, all others are chunks. Nothing is served before sizes and hashes agree with the header and the adapter
     is loaded; one that cannot be loaded leaves nothing. What a call that broke off has sent is kept for a while, and
-    another call with the same header goes on from there: see GetAdapterUpload.
+    another call with the same header goes on from there: see GetAdapterUpload. New content of a name is a new version, as
+    with LoadAdapter. FAILED_PRECONDITION: what came is not what was announced, or the server keeps no uploads.
+    RESOURCE_EXHAUSTED: there is no room.
     """
     GetAdapterUpload: _aio.UnaryUnaryMultiCallable[_adapters_pb2.GetAdapterUploadRequest, _adapters_pb2.GetAdapterUploadResponse]  # type: ignore[assignment]
     """Tells how much of an upload the server has."""
@@ -144,7 +148,9 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         """Takes an adapter's files from a client that shares no file system with the server, and loads it. The first message is
         the header, all others are chunks. Nothing is served before sizes and hashes agree with the header and the adapter
         is loaded; one that cannot be loaded leaves nothing. What a call that broke off has sent is kept for a while, and
-        another call with the same header goes on from there: see GetAdapterUpload.
+        another call with the same header goes on from there: see GetAdapterUpload. New content of a name is a new version, as
+        with LoadAdapter. FAILED_PRECONDITION: what came is not what was announced, or the server keeps no uploads.
+        RESOURCE_EXHAUSTED: there is no room.
         """
 
     @_abc_1.abstractmethod
