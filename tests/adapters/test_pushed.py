@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
-from adapters.harness import WAIT_S, Gate, lease, managing, quiesce, use, write_units
+from adapters.harness import WAIT_S, lease, managing, quiesce, use, write_units
 from support.checkpoints import edit_config
 from support.uploading import manifest_of, send
 
@@ -16,6 +18,7 @@ from gralora_runtime.adapters.catalogue.uploads import KEPT, UploadLimits, Uploa
 from gralora_runtime.adapters.checkpoint.header import CONFIG_FILE
 from gralora_runtime.adapters.checkpoint.tensors import WEIGHTS_FILE
 from gralora_runtime.adapters.manager import AdapterManager
+from gralora_runtime.adapters.residency import mover
 from gralora_runtime.errors import AdapterCapacityError, AdapterNotFoundError, AdapterRejectedError, InvalidRequestError
 
 
@@ -113,15 +116,22 @@ def test_an_upload_waits_until_a_name_that_is_being_read_is_known(
 ) -> None:
     """The request gets what it was read from, the name becomes the upload, and neither is taken for the other."""
     write_units(tmp_path / "adapters", ["a"])
-    gate = Gate(monkeypatch)
+    begun, may_end, load = threading.Event(), threading.Event(), mover.load
+
+    def slowly(name: str, source: Path, *arguments: Any, **options: Any) -> Any:
+        if source.parent == tmp_path / "adapters":
+            begun.set()
+            assert may_end.wait(WAIT_S)
+        return load(name, source, *arguments, **options)
+
+    monkeypatch.setattr(mover, "load", slowly)
     with with_uploads(tmp_path) as (manager, uploads):
-        gate.shut()
         old = manager.acquire("a")
-        gate.wait_for_a_read()
+        assert begun.wait(WAIT_S)
         directory = upload(uploads, "a", trained / "one")
         loading = manager.load("a", directory)
-        gate.wait_for_a_read()
-        gate.open()
+        manager._discovery._refresher.submit(int).result(WAIT_S)  # the upload has been read by now
+        may_end.set()
         info = loading.result(WAIT_S)
         held = old.result(WAIT_S)
         manager.release(held)
