@@ -21,6 +21,7 @@ from gralora_runtime.adapters.catalogue.sources.downloads import Downloads
 from gralora_runtime.adapters.catalogue.sources.fetch import Limits
 from gralora_runtime.adapters.catalogue.sources.s3_access import S3Access
 from gralora_runtime.adapters.catalogue.sources.source import Source
+from gralora_runtime.adapters.catalogue.uploads import UploadLimits, Uploads
 from gralora_runtime.adapters.manager import AdapterManager
 from gralora_runtime.adapters.residency.transfer import no_steps
 from gralora_runtime.config import EngineConfig
@@ -210,7 +211,11 @@ def _adapter_manager(
     device = base.model.device
     pool_bytes = config.adapter_pool_bytes or int(free_bytes * ADAPTER_POOL_SHARE[device.type])
     manager: list[AdapterManager] = []  # once there is one
-    sources = _sources(config, in_use=lambda folder: any(made.reads(folder) for made in manager))
+    sources = _sources(
+        config,
+        in_use=lambda folder: any(made.reads(folder) for made in manager),
+        in_catalogue=lambda folder: any(made.has_version_at(folder) for made in manager),
+    )
     manager.append(
         AdapterManager(
             modules=[shape for shape, _ in adaptable_modules(base.model)],
@@ -232,14 +237,22 @@ def _adapter_manager(
     return manager[0]
 
 
-def _sources(config: EngineConfig, in_use: Callable[[Path], bool]) -> list[Source]:
-    """`in_use`: whether somebody reads from a download, which may not go then."""
+def _sources(
+    config: EngineConfig, *, in_use: Callable[[Path], bool], in_catalogue: Callable[[Path], bool]
+) -> list[Source]:
+    """`in_use`: whether somebody reads from a download, which may not go then; `in_catalogue`: the same of uploads.
+
+    An upload comes before whatever else has its name.
+    """
     downloads = None
+    uploads: list[Source] = []
     if config.state_dir is not None:
+        limits = UploadLimits(total_bytes=config.upload_bytes)
+        uploads = [Uploads(config.state_dir / "uploads", limits=limits, in_use=in_catalogue)]
         downloads = Downloads(
             config.state_dir / "downloads", budget_bytes=config.download_bytes, in_use=in_use, limits=Limits()
         )
-    return [
+    return uploads + [
         open_source(
             source.uri,
             settings=SourceSettings(

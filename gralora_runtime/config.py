@@ -37,6 +37,7 @@ class EngineConfig:
     state_dir: Path | None = None  # what outlives the server: the catalogue, downloads, uploads, old versions
     copies_bytes: int = 20 << 30  # of copies of what directories held, in the state directory
     download_bytes: int = 50 << 30  # of adapters that came from other machines, in the state directory
+    upload_bytes: int = 50 << 30  # of adapters that clients sent, in the state directory
     hub_endpoint: str = "https://huggingface.co"
     hub_token: str | None = None
     s3_endpoint: str | None = None  # None: AWS; who asks, and where, is found as AWS's own tools find it

@@ -11,6 +11,8 @@
     |   +-- AdapterBusyError          requests hold it, so it cannot be unloaded
     |   +-- AdapterCapacityError      it does not fit beside those in use
     |   +-- AdapterSourceError        where it comes from could not be asked, or sent something else than it announced
+    |   +-- AdapterUploadError        what a client sends is not what it announced, or cannot be kept here
+    |   +-- AdapterUploadQuotaError   there is no room for what a client wants to send
     +-- CatalogueError           the catalogue on disk cannot be opened or written: names the file and a way out
     +-- QueueFullError           try again after `retry_after_s`
     +-- SlowConsumerError        the client stopped reading its stream
@@ -172,6 +174,27 @@ class AdapterSourceError(AdapterError):
 
     def metadata(self) -> dict[str, str]:
         return {"adapter": self.name, "source": self.source}
+
+
+class AdapterUploadError(AdapterError):
+    """What a client sends is not what it announced, or this server keeps no uploads."""
+
+    reason = "ADAPTER_UPLOAD"
+
+    def __init__(self, name: str, problem: str) -> None:
+        self.problem = problem
+        super().__init__(name, f"the upload of adapter {name!r} {problem}")
+
+
+class AdapterUploadQuotaError(AdapterError):
+    """There is no room for an upload: it is too large, there are too many, or the disk is full."""
+
+    reason = "ADAPTER_UPLOAD_QUOTA"
+
+    def __init__(self, name: str, problem: str, retry_after_s: float | None = None) -> None:
+        self.problem = problem
+        self.retry_after_s = retry_after_s
+        super().__init__(name, f"there is no room for an upload of adapter {name!r}: {problem}")
 
 
 class CatalogueError(GraloraError):

@@ -22,6 +22,7 @@ from gralora_runtime.adapters.catalogue.similar import similar_name
 from gralora_runtime.adapters.catalogue.sources.directory import DirectorySource
 from gralora_runtime.adapters.catalogue.sources.source import Found, Source
 from gralora_runtime.adapters.catalogue.store import AdapterStore, AdapterVersion, Alias, Waiter
+from gralora_runtime.adapters.catalogue.uploads import Uploads
 from gralora_runtime.adapters.catalogue.watcher import Watcher
 from gralora_runtime.adapters.checkpoint.header import AdapterSummary, files_stamp, inspect
 from gralora_runtime.adapters.checkpoint.loader import LoadedAdapter, check_width
@@ -29,6 +30,7 @@ from gralora_runtime.adapters.checkpoint.spec import ModuleShape, to_keep
 from gralora_runtime.adapters.persistence import Persistence
 from gralora_runtime.adapters.residency.mover import log_if_unexpected
 from gralora_runtime.errors import (
+    AdapterCapacityError,
     AdapterNotFoundError,
     AdapterRejectedError,
     AdapterVersionLostError,
@@ -37,6 +39,8 @@ from gralora_runtime.errors import (
 )
 
 log = logging.getLogger(__name__)
+
+AT_HAND = (DirectorySource, Uploads)  # sources that need no other machine to find a name
 
 
 class Household(Protocol):
@@ -53,6 +57,9 @@ class Household(Protocol):
     def bring_idle(self, version: AdapterVersion, answers: Answers) -> bool:
         """Load it though nobody waits. False: there is no free room for that."""
         ...
+
+    def capacity_problem(self, version: AdapterVersion) -> AdapterCapacityError | None:
+        """Why the version would never fit into the pool as it is now, if it would not."""
 
     def settle(self, alias: Alias, answers: Answers) -> object:
         """What the name stands for may have changed."""
@@ -118,13 +125,13 @@ class Discovery:
                 alias = self._store.find(name)
                 if alias is not None:
                     alias.follows = source.follows
-                if alias is not None or not isinstance(source, DirectorySource):
+                if alias is not None or not isinstance(source, AT_HAND):
                     self.refresh(name)  # beside serving: files may have changed, or come from another machine
                 elif name not in self._unloaded and (found := source.find(name)) is not None:
                     with self._answering():
                         self._register(name, Resolved(source, found))
         self._scan.wait()
-        self._refresher.submit(self._warm_up)
+        self._refresher.submit(self._warm_up).add_done_callback(_log_failure)
 
     def _warm_up(self) -> None:
         """Beside serving: what is pinned comes first, then what was used last before the server ended."""
@@ -149,6 +156,11 @@ class Discovery:
             waiter.future.set_exception(AdapterNotFoundError(name))
             return
         self._resolver.resolve(name).add_done_callback(partial(self._on_requested, name, key, waiter))
+
+    def find_again(self, version: AdapterVersion, waiter: Waiter) -> None:
+        """Its directory is gone: a download that made room for others, or one that was moved. Without the lock."""
+        resolving = self._resolver.resolve(version.name)
+        resolving.add_done_callback(partial(self._on_found_once_more, version, waiter))
 
     def load(self, name: str, path: Path | None, waiter: Waiter) -> None:
         """An operator wants the files to be read, whatever is known of the name. Without the lock."""
@@ -242,6 +254,20 @@ class Discovery:
             if not waiter.future.cancelled():
                 self._household.enter(version, waiter, answers)
 
+    def _on_found_once_more(self, version: AdapterVersion, waiter: Waiter, resolving: Future[Resolved]) -> None:
+        with self._answering() as answers:
+            alias = self._store.alias_of(version)
+            error = DrainingError() if self._closed else resolving.exception()
+            if alias is None or isinstance(error, AdapterNotFoundError) or version.number != alias.newest:
+                error = AdapterVersionLostError(version.name, version.number, "its files are gone")
+            if error is not None:
+                answers.error(waiter.future, error)
+                return
+            found = resolving.result().found
+            version.source, version.roots = found.directory, found.roots
+            if not waiter.future.cancelled():
+                self._household.enter(version, waiter, answers)
+
     def _alias_for(self, name: str, resolving: Future[Resolved]) -> Alias:
         resolved = resolving.result()
         if self._closed:
@@ -270,10 +296,10 @@ class Discovery:
             if alias is None:
                 alias = self._catalogue.register(name, found, follows=resolved.source.follows, provisional=True)
                 self._household.enter(alias.current, waiter, answers)
-            elif not alias.is_known:
+            elif not alias.is_known and found.directory == alias.current.source:
                 self._point(alias.current, found)
                 self._household.enter(alias.current, waiter, answers)
-            else:
+            else:  # read apart, so that the name stays what it is if these files are refused
                 alias.refreshing = True
                 self._read_anew(alias, found, waiter, answers)
 
@@ -327,7 +353,13 @@ class Discovery:
                 error = DrainingError()
             elif self._store.find(alias.name) is not alias:
                 error = AdapterNotFoundError(alias.name)
-            elif error is not None:
+            elif error is None and not alias.is_known and alias.current.loading:
+                again = partial(self._on_read_anew, alias, found, files, waiter, reading)
+                self._after(alias.current, again, answers)
+                return
+            elif error is None and waiter is not None:
+                error = self._capacity_problem(alias.name, reading.result(), found)
+            elif error is not None and (waiter is None or found.directory == alias.current.source):
                 alias.error = to_keep(error) if isinstance(error, AdapterRejectedError) else error
                 log.warning("the newest files of adapter %r are not served: %s", alias.name, error)
             if error is None:
@@ -346,6 +378,25 @@ class Discovery:
         if version is None or version.stamp is None or version.source != found.directory:
             return False
         return version.stamp == files_stamp(found.directory)
+
+    def _after(self, version: AdapterVersion, call: Callable[[], object], answers: Answers) -> None:
+        """It is being read for the first time. What it is has to be known before other files become the name's."""
+        first = Waiter(future=Future(), wants_lease=False)
+        first.future.add_done_callback(lambda _: call())
+        self._household.enter(version, first, answers)
+
+    def _capacity_problem(self, name: str, adapter: LoadedAdapter, found: Found) -> AdapterCapacityError | None:
+        """What an operator wants to be loaded now is no version if that is impossible."""
+        layout = adapter.layout
+        version = AdapterVersion(
+            name=name,
+            number=0,
+            source=found.directory,
+            roots=found.roots,
+            summary=layout.summary,
+            digest=adapter.digest,
+        )
+        return self._household.capacity_problem(version)
 
     def _take_note(self, alias: Alias, adapter: LoadedAdapter, found: Found) -> AdapterVersion:
         version = self._catalogue.take_note(alias, adapter.digest, found)
@@ -380,3 +431,8 @@ class Discovery:
                 version.summary = seen
             else:
                 version.error = seen
+
+
+def _log_failure(done: Future[None]) -> None:
+    if not done.cancelled() and (error := done.exception()) is not None:
+        log.error("bringing adapters at start failed", exc_info=error)

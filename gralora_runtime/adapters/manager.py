@@ -25,6 +25,7 @@ from gralora_runtime.adapters.catalogue.changes import Changes
 from gralora_runtime.adapters.catalogue.names import Reference, check_name, parse_reference
 from gralora_runtime.adapters.catalogue.sources.source import Source
 from gralora_runtime.adapters.catalogue.store import AdapterState, AdapterStore, AdapterVersion, Alias, Waiter
+from gralora_runtime.adapters.catalogue.uploads import Uploads
 from gralora_runtime.adapters.checkpoint.loader import LoadedAdapter
 from gralora_runtime.adapters.checkpoint.spec import ModuleShape
 from gralora_runtime.adapters.descriptions import Descriptions
@@ -37,7 +38,7 @@ from gralora_runtime.adapters.residency.mover import Mover
 from gralora_runtime.adapters.residency.pool import AdapterPool, Resident
 from gralora_runtime.adapters.residency.transfer import no_steps
 from gralora_runtime.adapters.watch import AdapterWatch
-from gralora_runtime.errors import AdapterBusyError, DrainingError, InvalidRequestError
+from gralora_runtime.errors import AdapterBusyError, AdapterCapacityError, DrainingError, InvalidRequestError
 
 
 class AdapterManager:
@@ -73,6 +74,7 @@ class AdapterManager:
             wait_for_steps=wait_for_steps,
         )
         self.base_model = base_model
+        self.uploads = next((source for source in sources if isinstance(source, Uploads)), None)
         self._lock = threading.Lock()
         self._store = AdapterStore()
         self._persistence = Persistence(state_dir, copies_bytes=copies_bytes, store=self._store)
@@ -291,6 +293,11 @@ class AdapterManager:
         with self._lock:
             return any(version.loading and version.source == folder for version in self._store.versions())
 
+    def has_version_at(self, folder: Path) -> bool:
+        """Whether a version is, or will be again, read from there."""
+        with self._lock:
+            return any(version.source == folder for version in self._store.versions())
+
     def stats(self) -> AdapterStats:
         with self._lock:
             return AdapterStats(
@@ -366,12 +373,21 @@ class AdapterManager:
         if resident is not None and resident.open:
             self._serve(version, resident, waiter, answers)
             return waiter.future
+        if self._is_gone(version):
+            answers.later(partial(self._discovery.find_again, version, waiter))
+            return waiter.future
         self._stand_in_line(version, waiter, answers)
         if not version.loading:
             self._mover.start(version, answers)
         elif not waiter.patient:
             self._mover.hurry(version)
         return waiter.future
+
+    def _is_gone(self, version: AdapterVersion) -> bool:
+        """It has been read, and there is nothing left to read it from. A look at a directory, for cold adapters only."""
+        if version.loading or not version.digest or version.digest in self._cache or self.pool.find(version.digest):
+            return False
+        return not version.place[0].is_dir()
 
     def _serve(self, version: AdapterVersion, resident: Resident, waiter: Waiter, answers: Answers) -> None:
         alias = self._store.get(version.name)
@@ -472,6 +488,9 @@ class AdapterManager:
         if self.pool.find(version.digest) is None and not version.loading:
             self.enter(version, Waiter(future=Future(), wants_lease=False, patient=True), answers)
         return True
+
+    def capacity_problem(self, version: AdapterVersion) -> AdapterCapacityError | None:
+        return self._mover.capacity_problem(version)
 
     def fail(self, version: AdapterVersion, error: BaseException, answers: Answers) -> None:
         self._mover.fail(version, error, answers)

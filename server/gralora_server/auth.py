@@ -14,8 +14,18 @@ from gralora_runtime.errors import ConfigError
 from gralora_server.errors import PermissionDeniedError, UnauthenticatedError
 
 ADMIN_METHODS = frozenset(
-    f"/gralora.v1.AdapterService/{method}Adapter" for method in ("Load", "Unload", "Pin", "Promote", "Rollback")
-) | {"/gralora.v1.AdapterService/SetAdapterCanary"}
+    f"/gralora.v1.AdapterService/{method}"
+    for method in (
+        "LoadAdapter",
+        "UploadAdapter",
+        "GetAdapterUpload",
+        "UnloadAdapter",
+        "PinAdapter",
+        "PromoteAdapter",
+        "RollbackAdapter",
+        "SetAdapterCanary",
+    )
+)
 MIN_TOKEN_CHARS = 16
 
 

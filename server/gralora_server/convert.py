@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 
 from gralora.v1 import adapters_pb2, generation_pb2, server_pb2
+from gralora_runtime.adapters.catalogue.manifest import Manifest, UploadFile
 from gralora_runtime.adapters.catalogue.store import AdapterState
 from gralora_runtime.adapters.info import AdapterInfo, UnloadResult, VersionInfo
 from gralora_runtime.adapters.watch import AdapterNews
@@ -214,6 +215,18 @@ def to_news(news: AdapterNews) -> adapters_pb2.WatchAdaptersResponse:
 def from_states(states: Iterable[adapters_pb2.AdapterState.ValueType]) -> frozenset[AdapterState]:
     wire = {value: state for state, value in _STATES.items()}
     return frozenset(wire[state] for state in states)
+
+
+def from_upload_header(header: adapters_pb2.AdapterUploadHeader) -> Manifest:
+    """Raises InvalidRequestError: only a manifest knows what one may be."""
+    files = tuple(UploadFile(name=file.name, size=file.size, sha256=file.sha256) for file in header.files)
+    return Manifest(name=header.name, files=files)
+
+
+def to_received(received: Mapping[str, int]) -> adapters_pb2.GetAdapterUploadResponse:
+    return adapters_pb2.GetAdapterUploadResponse(
+        files=[adapters_pb2.UploadedAdapterFile(name=name, size=size) for name, size in received.items()]
+    )
 
 
 def to_unloaded(result: UnloadResult) -> adapters_pb2.UnloadAdapterResponse:

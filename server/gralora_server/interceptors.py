@@ -105,11 +105,14 @@ class SparseLog:
 def _observed(method: str, behavior: Behavior) -> Behavior:
     async def observed(request: Any, context: Context) -> Any:
         started_s = time.monotonic()
-        code = grpc.StatusCode.OK
+        code: grpc.StatusCode | None = grpc.StatusCode.OK
         try:
             return await behavior(request, context)
         except asyncio.CancelledError:
             code = _cancellation(context)
+            raise
+        except grpc.aio.AbortError:  # a message of its stream was none: `decoding` has refused it, and it is logged
+            code = None
             raise
         except BaseException as error:  # a panic of a Rust library is no `Exception`
             if not contained(error):
@@ -117,7 +120,8 @@ def _observed(method: str, behavior: Behavior) -> Behavior:
             failure = failure_of(error)
             code = failure.code
         finally:
-            _calls.info("%s", json.dumps(_fields(method, request, code, time.monotonic() - started_s)))
+            if code is not None:
+                _calls.info("%s", json.dumps(_fields(method, request, code, time.monotonic() - started_s)))
         # May wait for a client that does not read, and so comes last: nothing is held any more.
         return await _end(context, failure)
 

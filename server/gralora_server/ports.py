@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 from gralora_runtime.adapters.catalogue.store import AdapterState
+from gralora_runtime.adapters.catalogue.uploads import Uploads
 from gralora_runtime.adapters.info import AdapterInfo, AdapterPage, UnloadResult
 from gralora_runtime.adapters.watch import AdapterWatch
 from gralora_runtime.info import EngineInfo, EngineLoad, TokenizeResult
@@ -22,6 +23,10 @@ from gralora_runtime.stream import RequestStream
 
 class Adapters(Protocol):
     """The catalogue and its memory. Every method may be called from any thread."""
+
+    @property
+    def uploads(self) -> Uploads | None:
+        """None: this server keeps none."""
 
     def page(self, *, size: int, after: str, prefix: str, states: Collection[AdapterState]) -> AdapterPage: ...
     def get(self, name: str) -> AdapterInfo: ...

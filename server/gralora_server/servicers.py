@@ -28,6 +28,7 @@ from gralora_runtime.stream import RequestStream
 from gralora_server import convert, validation
 from gralora_server.delivery import collect, deliver
 from gralora_server.gate import Gate, Phase
+from gralora_server.uploading import Uploading, uploads_of
 
 DEFAULT_PAGE_SIZE = 500
 WATCHED_AT_ONCE = 100  # adapters in one message
@@ -83,6 +84,7 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
 
     def __init__(self, gate: Gate) -> None:
         self._gate = gate
+        self._uploading = Uploading()
 
     async def ListAdapters(
         self, request: adapters_pb2.ListAdaptersRequest, _context: Context
@@ -121,6 +123,21 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
             info = await asyncio.shield(asyncio.wrap_future(loading))
             await asyncio.to_thread(engine.adapters.flush)
         return adapters_pb2.LoadAdapterResponse(adapter=convert.to_adapter(info))
+
+    async def UploadAdapter(
+        self, requests: AsyncIterator[adapters_pb2.UploadAdapterRequest], _context: Context
+    ) -> adapters_pb2.UploadAdapterResponse:
+        with self._gate.admit() as engine:
+            info = await self._uploading.receive(requests, engine.adapters)
+        return adapters_pb2.UploadAdapterResponse(adapter=convert.to_adapter(info))
+
+    async def GetAdapterUpload(
+        self, request: adapters_pb2.GetAdapterUploadRequest, _context: Context
+    ) -> adapters_pb2.GetAdapterUploadResponse:
+        validation.validate_upload_header(request.header)
+        manifest = convert.from_upload_header(request.header)
+        uploads = uploads_of(self._gate.engine.adapters, manifest.name)
+        return convert.to_received(await asyncio.to_thread(uploads.received, manifest))
 
     async def UnloadAdapter(
         self, request: adapters_pb2.UnloadAdapterRequest, _context: Context

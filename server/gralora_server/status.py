@@ -24,6 +24,8 @@ from gralora_runtime.errors import (
     AdapterNotFoundError,
     AdapterRejectedError,
     AdapterSourceError,
+    AdapterUploadError,
+    AdapterUploadQuotaError,
     AdapterVersionLostError,
     CatalogueError,
     DeadlineExceededError,
@@ -56,6 +58,8 @@ CODES: dict[type[GraloraError], grpc.StatusCode] = {
     AdapterBusyError: grpc.StatusCode.FAILED_PRECONDITION,
     # Not RESOURCE_EXHAUSTED: trying again does not help until an operator unpins, unloads or enlarges the pool.
     AdapterCapacityError: grpc.StatusCode.FAILED_PRECONDITION,
+    AdapterUploadError: grpc.StatusCode.FAILED_PRECONDITION,
+    AdapterUploadQuotaError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     # Not NOT_FOUND: nobody could say whether there is such an adapter, and soon somebody may.
     AdapterSourceError: grpc.StatusCode.UNAVAILABLE,
     # The same: a full disk, or one taken away, is an operator's to mend. What was asked has not happened.

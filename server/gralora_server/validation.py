@@ -25,6 +25,8 @@ MAX_VERSION_CHARS = 80
 MAX_PAGE_SIZE = 1000
 MAX_STATES = 16
 MAX_PATH_CHARS = 4096
+MAX_UPLOAD_FILES = 16  # which of them are known is the manifest's to say
+MAX_CHUNK_BYTES = 1 << 20
 MAX_REQUEST_ID_CHARS = 128
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 1000
@@ -92,6 +94,22 @@ def validate_version(name: str, version: str) -> None:
 def validate_load(request: adapters_pb2.LoadAdapterRequest) -> None:
     check_name("name", request.name)
     _validate_length("path", request.path, MAX_PATH_CHARS)
+
+
+def validate_upload_header(header: adapters_pb2.AdapterUploadHeader) -> None:
+    """How many files there are; what each has to be is `Manifest`'s to say."""
+    _validate_count("header.files", header.files, MAX_UPLOAD_FILES)
+
+
+def validate_upload_part(request: adapters_pb2.UploadAdapterRequest, *, is_first: bool) -> None:
+    expected = "header" if is_first else "chunk"
+    if request.WhichOneof("part") != expected:
+        raise InvalidRequestError("part", request.WhichOneof("part"), f"must be a {expected} here")
+    if is_first:
+        validate_upload_header(request.header)
+    elif not 1 <= len(request.chunk.data) <= MAX_CHUNK_BYTES:
+        problem = f"must be 1 to {MAX_CHUNK_BYTES} bytes"
+        raise InvalidRequestError("chunk.data", f"{len(request.chunk.data)} bytes", problem)
 
 
 def validate_request_id(request_id: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ from adapters.harness import UNIT_BYTES, WAIT_S, Gate, lease, managing, quiesce,
 from support.checkpoints import MODULES, edit_config, write_gralora
 
 from gralora_runtime.adapters.catalogue.catalogue import Retention
+from gralora_runtime.adapters.catalogue.resolver import ABSENT_S
 from gralora_runtime.adapters.catalogue.sources.directory import DirectorySource
 from gralora_runtime.adapters.catalogue.store import AdapterState
 from gralora_runtime.adapters.checkpoint.header import CONFIG_FILE
@@ -23,6 +25,7 @@ from gralora_runtime.errors import (
     AdapterBusyError,
     AdapterNotFoundError,
     AdapterRejectedError,
+    AdapterVersionLostError,
     AdapterVersionNotFoundError,
     InvalidRequestError,
 )
@@ -376,3 +379,37 @@ def test_a_list_comes_in_pages_that_miss_nothing_and_repeat_nothing(tmp_path: Pa
         resident = manager.page(size=10, states={AdapterState.RESIDENT})
         assert [info.name for info in resident.adapters] == ["zebra"]
         assert resident.next_after == ""
+
+
+# Sources that give a directory away again.
+
+
+class Elsewhere(DirectorySource):
+    """Like a source on another machine: a download that made room for others is there again when it is asked for."""
+
+    def __init__(self, path: Path, original: Path) -> None:
+        super().__init__(path)
+        self._original = original
+
+    def find(self, name: str) -> Any:
+        if not (self.root / name).exists() and (self._original / name).exists():
+            shutil.copytree(self._original / name, self.root / name)
+        return super().find(name)
+
+
+def test_a_download_that_made_room_is_fetched_again(tmp_path: Path) -> None:
+    downloads, original = tmp_path / "downloads", tmp_path / "original"
+    downloads.mkdir()
+    write_units(original, ["a", "b"])
+    with managing(None, sources=[Elsewhere(downloads, original)], units=1, host_units=0) as manager:
+        first = use(manager, "a")
+        use(manager, "b")
+        shutil.rmtree(downloads / "a")
+
+        assert (use(manager, "a").digest, manager.get("a").version) == (first.digest, 1)
+        use(manager, "b")
+        shutil.rmtree(downloads / "a")
+        shutil.rmtree(original / "a")
+        time.sleep(ABSENT_S)
+        with pytest.raises(AdapterVersionLostError, match="its files are gone"):
+            use(manager, "a")

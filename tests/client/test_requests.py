@@ -67,13 +67,14 @@ def test_an_unknown_option_is_refused_by_name() -> None:
         generate_fields("hi", None, None, {"temprature": 1})
 
 
-def test_only_unavailable_is_retried_and_unloading_never() -> None:
+def test_only_unavailable_is_retried_and_unloading_and_uploading_never() -> None:
     options = dict(Connection(target="x", max_attempts=3).channel_options())
-    retried, unload = json.loads(options["grpc.service_config"])["methodConfig"]
+    retried, sent_once = json.loads(options["grpc.service_config"])["methodConfig"]
 
     assert retried["retryPolicy"]["retryableStatusCodes"] == ["UNAVAILABLE"]
     assert retried["retryPolicy"]["maxAttempts"] == 3
-    assert unload == {"name": [{"service": "gralora.v1.AdapterService", "method": "UnloadAdapter"}]}
+    methods = ("UnloadAdapter", "UploadAdapter")
+    assert sent_once == {"name": [{"service": "gralora.v1.AdapterService", "method": method} for method in methods]}
 
 
 def test_the_users_channel_options_win() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from gralora_runtime.adapters.catalogue.changes import Changes
 from gralora_runtime.adapters.catalogue.store import AdapterState
+from gralora_runtime.adapters.catalogue.uploads import Uploads
 from gralora_runtime.adapters.checkpoint.header import AdapterSummary
 from gralora_runtime.adapters.checkpoint.spec import Dialect
 from gralora_runtime.adapters.info import (
@@ -147,6 +148,7 @@ class FakeAdapters:
 
     def __init__(self) -> None:
         self.infos = {"poet": adapter_info("poet")}
+        self.uploads: Uploads | None = None  # a server without a state directory
         self.changes = Changes()
         self.error: Exception | None = None
         self.calls: list[tuple[object, ...]] = []

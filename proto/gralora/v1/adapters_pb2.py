@@ -25,15 +25,15 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19gralora/v1/adapters.proto\x12\ngralora.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xe7\x01\n\x0e\x41\x64\x61pterVersion\x12\x0e\n\x06number\x18\x01 \x01(\x05\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\'\n\x05state\x18\x03 \x01(\x0e\x32\x18.gralora.v1.AdapterState\x12\x0e\n\x06pinned\x18\x04 \x01(\x08\x12\x11\n\tin_flight\x18\x05 \x01(\x05\x12+\n\x07\x63reated\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12-\n\tlast_used\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05\x65rror\x18\x08 \x01(\t\"\xfa\x03\n\x07\x41\x64\x61pter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06source\x18\x02 \x01(\t\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12\'\n\x05state\x18\x04 \x01(\x0e\x32\x18.gralora.v1.AdapterState\x12\x0e\n\x06pinned\x18\x05 \x01(\x08\x12\x11\n\tin_flight\x18\x06 \x01(\x05\x12\x0c\n\x04kind\x18\x07 \x01(\t\x12\x0c\n\x04rank\x18\x08 \x01(\x05\x12\t\n\x01k\x18\t \x01(\x05\x12\x13\n\x0bhybrid_rank\x18\n \x01(\x05\x12\x17\n\x0f\x65quivalent_rank\x18\x0b \x01(\x05\x12\r\n\x05scale\x18\x0c \x01(\x01\x12\x13\n\x0bnum_modules\x18\r \x01(\x05\x12\x12\n\npool_bytes\x18\x0e \x01(\x03\x12\x12\n\nbase_model\x18\x0f \x01(\t\x12-\n\tlast_used\x18\x10 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05\x65rror\x18\x11 \x01(\t\x12\x0f\n\x07version\x18\x12 \x01(\x05\x12\x18\n\x10previous_version\x18\x13 \x01(\x05\x12\x0f\n\x07\x66ollows\x18\x14 \x01(\x08\x12\x16\n\x0e\x63\x61nary_version\x18\x15 \x01(\x05\x12\x14\n\x0c\x63\x61nary_share\x18\x16 \x01(\x01\x12,\n\x08versions\x18\x17 \x03(\x0b\x32\x1a.gralora.v1.AdapterVersion\"v\n\x13ListAdaptersRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\x12\x0e\n\x06prefix\x18\x03 \x01(\t\x12(\n\x06states\x18\x04 \x03(\x0e\x32\x18.gralora.v1.AdapterState\"j\n\x14ListAdaptersResponse\x12%\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x13.gralora.v1.Adapter\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\x12\x12\n\ntotal_size\x18\x03 \x01(\x05\"!\n\x11GetAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\":\n\x12GetAdapterResponse\x12$\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x13.gralora.v1.Adapter\"=\n\x12LoadAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\x0b\n\x03pin\x18\x03 \x01(\x08\";\n\x13LoadAdapterResponse\x12$\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x13.gralora.v1.Adapter\"$\n\x14UnloadAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"i\n\x15UnloadAdapterResponse\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x18\n\x10pool_bytes_freed\x18\x03 \x01(\x03\x12\x18\n\x10host_bytes_freed\x18\x04 \x01(\x03\"1\n\x11PinAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06pinned\x18\x02 \x01(\x08\":\n\x12PinAdapterResponse\x12$\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x13.gralora.v1.Adapter\"6\n\x15PromoteAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\">\n\x16PromoteAdapterResponse\x12$\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x13.gralora.v1.Adapter\"&\n\x16RollbackAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"?\n\x17RollbackAdapterResponse\x12$\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x13.gralora.v1.Adapter\"G\n\x17SetAdapterCanaryRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\r\n\x05share\x18\x03 \x01(\x01\"@\n\x18SetAdapterCanaryResponse\x12$\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x13.gralora.v1.Adapter\"&\n\x14WatchAdaptersRequest\x12\x0e\n\x06prefix\x18\x01 \x01(\t\"_\n\x15WatchAdaptersResponse\x12%\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x13.gralora.v1.Adapter\x12\x0f\n\x07removed\x18\x02 \x03(\t\x12\x0e\n\x06synced\x18\x03 \x01(\x08*\xb4\x01\n\x0c\x41\x64\x61pterState\x12\x1d\n\x19\x41\x44\x41PTER_STATE_UNSPECIFIED\x10\x00\x12\x1c\n\x18\x41\x44\x41PTER_STATE_REGISTERED\x10\x01\x12\x19\n\x15\x41\x44\x41PTER_STATE_LOADING\x10\x02\x12\x16\n\x12\x41\x44\x41PTER_STATE_HOST\x10\x03\x12\x1a\n\x16\x41\x44\x41PTER_STATE_RESIDENT\x10\x04\x12\x18\n\x14\x41\x44\x41PTER_STATE_FAILED\x10\x05\x32\x8f\x06\n\x0e\x41\x64\x61pterService\x12Q\n\x0cListAdapters\x12\x1f.gralora.v1.ListAdaptersRequest\x1a .gralora.v1.ListAdaptersResponse\x12K\n\nGetAdapter\x12\x1d.gralora.v1.GetAdapterRequest\x1a\x1e.gralora.v1.GetAdapterResponse\x12N\n\x0bLoadAdapter\x12\x1e.gralora.v1.LoadAdapterRequest\x1a\x1f.gralora.v1.LoadAdapterResponse\x12T\n\rUnloadAdapter\x12 .gralora.v1.UnloadAdapterRequest\x1a!.gralora.v1.UnloadAdapterResponse\x12K\n\nPinAdapter\x12\x1d.gralora.v1.PinAdapterRequest\x1a\x1e.gralora.v1.PinAdapterResponse\x12W\n\x0ePromoteAdapter\x12!.gralora.v1.PromoteAdapterRequest\x1a\".gralora.v1.PromoteAdapterResponse\x12Z\n\x0fRollbackAdapter\x12\".gralora.v1.RollbackAdapterRequest\x1a#.gralora.v1.RollbackAdapterResponse\x12]\n\x10SetAdapterCanary\x12#.gralora.v1.SetAdapterCanaryRequest\x1a$.gralora.v1.SetAdapterCanaryResponse\x12V\n\rWatchAdapters\x12 .gralora.v1.WatchAdaptersRequest\x1a!.gralora.v1.WatchAdaptersResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19gralora/v1/adapters.proto\x12\ngralora.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xe7\x01\n\x0e\x41\x64\x61pterVersion\x12\x0e\n\x06number\x18\x01 \x01(\x05\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\'\n\x05state\x18\x03 \x01(\x0e\x32\x18.gralora.v1.AdapterState\x12\x0e\n\x06pinned\x18\x04 \x01(\x08\x12\x11\n\tin_flight\x18\x05 \x01(\x05\x12+\n\x07\x63reated\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12-\n\tlast_used\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05\x65rror\x18\x08 \x01(\t\"\xfa\x03\n\x07\x41\x64\x61pter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06source\x18\x02 \x01(\t\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12\'\n\x05state\x18\x04 \x01(\x0e\x32\x18.gralora.v1.AdapterState\x12\x0e\n\x06pinned\x18\x05 \x01(\x08\x12\x11\n\tin_flight\x18\x06 \x01(\x05\x12\x0c\n\x04kind\x18\x07 \x01(\t\x12\x0c\n\x04rank\x18\x08 \x01(\x05\x12\t\n\x01k\x18\t \x01(\x05\x12\x13\n\x0bhybrid_rank\x18\n \x01(\x05\x12\x17\n\x0f\x65quivalent_rank\x18\x0b \x01(\x05\x12\r\n\x05scale\x18\x0c \x01(\x01\x12\x13\n\x0bnum_modules\x18\r \x01(\x05\x12\x12\n\npool_bytes\x18\x0e \x01(\x03\x12\x12\n\nbase_model\x18\x0f \x01(\t\x12-\n\tlast_used\x18\x10 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05\x65rror\x18\x11 \x01(\t\x12\x0f\n\x07version\x18\x12 \x01(\x05\x12\x18\n\x10previous_version\x18\x13 \x01(\x05\x12\x0f\n\x07\x66ollows\x18\x14 \x01(\x08\x12\x16\n\x0e\x63\x61nary_version\x18\x15 \x01(\x05\x12\x14\n\x0c\x63\x61nary_share\x18\x16 \x01(\x01\x12,\n\x08versions\x18\x17 \x03(\x0b\x32\x1a.gralora.v1.AdapterVersion\"v\n\x13ListAdaptersRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\x12\x0e\n\x06prefix\x18\x03 \x01(\t\x12(\n\x06states\x18\x04 \x03(\x0e\x32\x18.gralora.v1.AdapterState\"j\n\x14ListAdaptersResponse\x12%\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x13.gralora.v1.Adapter\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\x12\x12\n\ntotal_size\x18\x03 \x01(\x05\"!\n\x11GetAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\":\n\x12GetAdapterResponse\x12$\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x13.gralora.v1.Adapter\"=\n\x12LoadAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\x0b\n\x03pin\x18\x03 \x01(\x08\";\n\x13LoadAdapterResponse\x12$\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x13.gralora.v1.Adapter\"?\n\x11\x41\x64\x61pterUploadFile\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04size\x18\x02 \x01(\x03\x12\x0e\n\x06sha256\x18\x03 \x01(\t\"^\n\x13\x41\x64\x61pterUploadHeader\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0b\n\x03pin\x18\x02 \x01(\x08\x12,\n\x05\x66iles\x18\x03 \x03(\x0b\x32\x1d.gralora.v1.AdapterUploadFile\"@\n\x12\x41\x64\x61pterUploadChunk\x12\x0c\n\x04\x66ile\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x03\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"\x82\x01\n\x14UploadAdapterRequest\x12\x31\n\x06header\x18\x01 \x01(\x0b\x32\x1f.gralora.v1.AdapterUploadHeaderH\x00\x12/\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x1e.gralora.v1.AdapterUploadChunkH\x00\x42\x06\n\x04part\"=\n\x15UploadAdapterResponse\x12$\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x13.gralora.v1.Adapter\"J\n\x17GetAdapterUploadRequest\x12/\n\x06header\x18\x01 \x01(\x0b\x32\x1f.gralora.v1.AdapterUploadHeader\"1\n\x13UploadedAdapterFile\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04size\x18\x02 \x01(\x03\"J\n\x18GetAdapterUploadResponse\x12.\n\x05\x66iles\x18\x01 \x03(\x0b\x32\x1f.gralora.v1.UploadedAdapterFile\"$\n\x14UnloadAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"i\n\x15UnloadAdapterResponse\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x18\n\x10pool_bytes_freed\x18\x03 \x01(\x03\x12\x18\n\x10host_bytes_freed\x18\x04 \x01(\x03\"1\n\x11PinAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06pinned\x18\x02 \x01(\x08\":\n\x12PinAdapterResponse\x12$\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x13.gralora.v1.Adapter\"6\n\x15PromoteAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\">\n\x16PromoteAdapterResponse\x12$\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x13.gralora.v1.Adapter\"&\n\x16RollbackAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"?\n\x17RollbackAdapterResponse\x12$\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x13.gralora.v1.Adapter\"G\n\x17SetAdapterCanaryRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\r\n\x05share\x18\x03 \x01(\x01\"@\n\x18SetAdapterCanaryResponse\x12$\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x13.gralora.v1.Adapter\"&\n\x14WatchAdaptersRequest\x12\x0e\n\x06prefix\x18\x01 \x01(\t\"_\n\x15WatchAdaptersResponse\x12%\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x13.gralora.v1.Adapter\x12\x0f\n\x07removed\x18\x02 \x03(\t\x12\x0e\n\x06synced\x18\x03 \x01(\x08*\xb4\x01\n\x0c\x41\x64\x61pterState\x12\x1d\n\x19\x41\x44\x41PTER_STATE_UNSPECIFIED\x10\x00\x12\x1c\n\x18\x41\x44\x41PTER_STATE_REGISTERED\x10\x01\x12\x19\n\x15\x41\x44\x41PTER_STATE_LOADING\x10\x02\x12\x16\n\x12\x41\x44\x41PTER_STATE_HOST\x10\x03\x12\x1a\n\x16\x41\x44\x41PTER_STATE_RESIDENT\x10\x04\x12\x18\n\x14\x41\x44\x41PTER_STATE_FAILED\x10\x05\x32\xc6\x07\n\x0e\x41\x64\x61pterService\x12Q\n\x0cListAdapters\x12\x1f.gralora.v1.ListAdaptersRequest\x1a .gralora.v1.ListAdaptersResponse\x12K\n\nGetAdapter\x12\x1d.gralora.v1.GetAdapterRequest\x1a\x1e.gralora.v1.GetAdapterResponse\x12N\n\x0bLoadAdapter\x12\x1e.gralora.v1.LoadAdapterRequest\x1a\x1f.gralora.v1.LoadAdapterResponse\x12V\n\rUploadAdapter\x12 .gralora.v1.UploadAdapterRequest\x1a!.gralora.v1.UploadAdapterResponse(\x01\x12]\n\x10GetAdapterUpload\x12#.gralora.v1.GetAdapterUploadRequest\x1a$.gralora.v1.GetAdapterUploadResponse\x12T\n\rUnloadAdapter\x12 .gralora.v1.UnloadAdapterRequest\x1a!.gralora.v1.UnloadAdapterResponse\x12K\n\nPinAdapter\x12\x1d.gralora.v1.PinAdapterRequest\x1a\x1e.gralora.v1.PinAdapterResponse\x12W\n\x0ePromoteAdapter\x12!.gralora.v1.PromoteAdapterRequest\x1a\".gralora.v1.PromoteAdapterResponse\x12Z\n\x0fRollbackAdapter\x12\".gralora.v1.RollbackAdapterRequest\x1a#.gralora.v1.RollbackAdapterResponse\x12]\n\x10SetAdapterCanary\x12#.gralora.v1.SetAdapterCanaryRequest\x1a$.gralora.v1.SetAdapterCanaryResponse\x12V\n\rWatchAdapters\x12 .gralora.v1.WatchAdaptersRequest\x1a!.gralora.v1.WatchAdaptersResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'gralora.v1.adapters_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ADAPTERSTATE']._serialized_start=2022
-  _globals['_ADAPTERSTATE']._serialized_end=2202
+  _globals['_ADAPTERSTATE']._serialized_start=2648
+  _globals['_ADAPTERSTATE']._serialized_end=2828
   _globals['_ADAPTERVERSION']._serialized_start=75
   _globals['_ADAPTERVERSION']._serialized_end=306
   _globals['_ADAPTER']._serialized_start=309
@@ -50,30 +50,46 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LOADADAPTERREQUEST']._serialized_end=1201
   _globals['_LOADADAPTERRESPONSE']._serialized_start=1203
   _globals['_LOADADAPTERRESPONSE']._serialized_end=1262
-  _globals['_UNLOADADAPTERREQUEST']._serialized_start=1264
-  _globals['_UNLOADADAPTERREQUEST']._serialized_end=1300
-  _globals['_UNLOADADAPTERRESPONSE']._serialized_start=1302
-  _globals['_UNLOADADAPTERRESPONSE']._serialized_end=1407
-  _globals['_PINADAPTERREQUEST']._serialized_start=1409
-  _globals['_PINADAPTERREQUEST']._serialized_end=1458
-  _globals['_PINADAPTERRESPONSE']._serialized_start=1460
-  _globals['_PINADAPTERRESPONSE']._serialized_end=1518
-  _globals['_PROMOTEADAPTERREQUEST']._serialized_start=1520
-  _globals['_PROMOTEADAPTERREQUEST']._serialized_end=1574
-  _globals['_PROMOTEADAPTERRESPONSE']._serialized_start=1576
-  _globals['_PROMOTEADAPTERRESPONSE']._serialized_end=1638
-  _globals['_ROLLBACKADAPTERREQUEST']._serialized_start=1640
-  _globals['_ROLLBACKADAPTERREQUEST']._serialized_end=1678
-  _globals['_ROLLBACKADAPTERRESPONSE']._serialized_start=1680
-  _globals['_ROLLBACKADAPTERRESPONSE']._serialized_end=1743
-  _globals['_SETADAPTERCANARYREQUEST']._serialized_start=1745
-  _globals['_SETADAPTERCANARYREQUEST']._serialized_end=1816
-  _globals['_SETADAPTERCANARYRESPONSE']._serialized_start=1818
-  _globals['_SETADAPTERCANARYRESPONSE']._serialized_end=1882
-  _globals['_WATCHADAPTERSREQUEST']._serialized_start=1884
-  _globals['_WATCHADAPTERSREQUEST']._serialized_end=1922
-  _globals['_WATCHADAPTERSRESPONSE']._serialized_start=1924
-  _globals['_WATCHADAPTERSRESPONSE']._serialized_end=2019
-  _globals['_ADAPTERSERVICE']._serialized_start=2205
-  _globals['_ADAPTERSERVICE']._serialized_end=2988
+  _globals['_ADAPTERUPLOADFILE']._serialized_start=1264
+  _globals['_ADAPTERUPLOADFILE']._serialized_end=1327
+  _globals['_ADAPTERUPLOADHEADER']._serialized_start=1329
+  _globals['_ADAPTERUPLOADHEADER']._serialized_end=1423
+  _globals['_ADAPTERUPLOADCHUNK']._serialized_start=1425
+  _globals['_ADAPTERUPLOADCHUNK']._serialized_end=1489
+  _globals['_UPLOADADAPTERREQUEST']._serialized_start=1492
+  _globals['_UPLOADADAPTERREQUEST']._serialized_end=1622
+  _globals['_UPLOADADAPTERRESPONSE']._serialized_start=1624
+  _globals['_UPLOADADAPTERRESPONSE']._serialized_end=1685
+  _globals['_GETADAPTERUPLOADREQUEST']._serialized_start=1687
+  _globals['_GETADAPTERUPLOADREQUEST']._serialized_end=1761
+  _globals['_UPLOADEDADAPTERFILE']._serialized_start=1763
+  _globals['_UPLOADEDADAPTERFILE']._serialized_end=1812
+  _globals['_GETADAPTERUPLOADRESPONSE']._serialized_start=1814
+  _globals['_GETADAPTERUPLOADRESPONSE']._serialized_end=1888
+  _globals['_UNLOADADAPTERREQUEST']._serialized_start=1890
+  _globals['_UNLOADADAPTERREQUEST']._serialized_end=1926
+  _globals['_UNLOADADAPTERRESPONSE']._serialized_start=1928
+  _globals['_UNLOADADAPTERRESPONSE']._serialized_end=2033
+  _globals['_PINADAPTERREQUEST']._serialized_start=2035
+  _globals['_PINADAPTERREQUEST']._serialized_end=2084
+  _globals['_PINADAPTERRESPONSE']._serialized_start=2086
+  _globals['_PINADAPTERRESPONSE']._serialized_end=2144
+  _globals['_PROMOTEADAPTERREQUEST']._serialized_start=2146
+  _globals['_PROMOTEADAPTERREQUEST']._serialized_end=2200
+  _globals['_PROMOTEADAPTERRESPONSE']._serialized_start=2202
+  _globals['_PROMOTEADAPTERRESPONSE']._serialized_end=2264
+  _globals['_ROLLBACKADAPTERREQUEST']._serialized_start=2266
+  _globals['_ROLLBACKADAPTERREQUEST']._serialized_end=2304
+  _globals['_ROLLBACKADAPTERRESPONSE']._serialized_start=2306
+  _globals['_ROLLBACKADAPTERRESPONSE']._serialized_end=2369
+  _globals['_SETADAPTERCANARYREQUEST']._serialized_start=2371
+  _globals['_SETADAPTERCANARYREQUEST']._serialized_end=2442
+  _globals['_SETADAPTERCANARYRESPONSE']._serialized_start=2444
+  _globals['_SETADAPTERCANARYRESPONSE']._serialized_end=2508
+  _globals['_WATCHADAPTERSREQUEST']._serialized_start=2510
+  _globals['_WATCHADAPTERSREQUEST']._serialized_end=2548
+  _globals['_WATCHADAPTERSRESPONSE']._serialized_start=2550
+  _globals['_WATCHADAPTERSRESPONSE']._serialized_end=2645
+  _globals['_ADAPTERSERVICE']._serialized_start=2831
+  _globals['_ADAPTERSERVICE']._serialized_end=3797
 # @@protoc_insertion_point(module_scope)

@@ -50,6 +50,16 @@ class AdapterServiceStub:
                 request_serializer=gralora_dot_v1_dot_adapters__pb2.LoadAdapterRequest.SerializeToString,
                 response_deserializer=gralora_dot_v1_dot_adapters__pb2.LoadAdapterResponse.FromString,
                 _registered_method=True)
+        self.UploadAdapter = channel.stream_unary(
+                '/gralora.v1.AdapterService/UploadAdapter',
+                request_serializer=gralora_dot_v1_dot_adapters__pb2.UploadAdapterRequest.SerializeToString,
+                response_deserializer=gralora_dot_v1_dot_adapters__pb2.UploadAdapterResponse.FromString,
+                _registered_method=True)
+        self.GetAdapterUpload = channel.unary_unary(
+                '/gralora.v1.AdapterService/GetAdapterUpload',
+                request_serializer=gralora_dot_v1_dot_adapters__pb2.GetAdapterUploadRequest.SerializeToString,
+                response_deserializer=gralora_dot_v1_dot_adapters__pb2.GetAdapterUploadResponse.FromString,
+                _registered_method=True)
         self.UnloadAdapter = channel.unary_unary(
                 '/gralora.v1.AdapterService/UnloadAdapter',
                 request_serializer=gralora_dot_v1_dot_adapters__pb2.UnloadAdapterRequest.SerializeToString,
@@ -103,6 +113,25 @@ class AdapterServiceServicer:
     def LoadAdapter(self, request, context):
         """Reads an adapter's files, whatever is known of the name, and loads it. Content that the name has not had is a new
         version, and the name stands for it from then on, unless its source waits for a promotion.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UploadAdapter(self, request_iterator, context):
+        """Takes an adapter's files from a client that shares no file system with the server, and loads it. The first message is
+        the header, all others are chunks. Nothing is served before sizes and hashes agree with the header and the adapter
+        is loaded; one that cannot be loaded leaves nothing. What a call that broke off has sent is kept for a while, and
+        another call with the same header goes on from there: see GetAdapterUpload. New content of a name is a new version, as
+        with LoadAdapter. FAILED_PRECONDITION: what came is not what was announced, or the server keeps no uploads.
+        RESOURCE_EXHAUSTED: there is no room.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetAdapterUpload(self, request, context):
+        """Tells how much of an upload the server has.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -169,6 +198,16 @@ def add_AdapterServiceServicer_to_server(servicer, server):
                     servicer.LoadAdapter,
                     request_deserializer=gralora_dot_v1_dot_adapters__pb2.LoadAdapterRequest.FromString,
                     response_serializer=gralora_dot_v1_dot_adapters__pb2.LoadAdapterResponse.SerializeToString,
+            ),
+            'UploadAdapter': grpc.stream_unary_rpc_method_handler(
+                    servicer.UploadAdapter,
+                    request_deserializer=gralora_dot_v1_dot_adapters__pb2.UploadAdapterRequest.FromString,
+                    response_serializer=gralora_dot_v1_dot_adapters__pb2.UploadAdapterResponse.SerializeToString,
+            ),
+            'GetAdapterUpload': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetAdapterUpload,
+                    request_deserializer=gralora_dot_v1_dot_adapters__pb2.GetAdapterUploadRequest.FromString,
+                    response_serializer=gralora_dot_v1_dot_adapters__pb2.GetAdapterUploadResponse.SerializeToString,
             ),
             'UnloadAdapter': grpc.unary_unary_rpc_method_handler(
                     servicer.UnloadAdapter,
@@ -283,6 +322,60 @@ class AdapterService:
             '/gralora.v1.AdapterService/LoadAdapter',
             gralora_dot_v1_dot_adapters__pb2.LoadAdapterRequest.SerializeToString,
             gralora_dot_v1_dot_adapters__pb2.LoadAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UploadAdapter(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/gralora.v1.AdapterService/UploadAdapter',
+            gralora_dot_v1_dot_adapters__pb2.UploadAdapterRequest.SerializeToString,
+            gralora_dot_v1_dot_adapters__pb2.UploadAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetAdapterUpload(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/gralora.v1.AdapterService/GetAdapterUpload',
+            gralora_dot_v1_dot_adapters__pb2.GetAdapterUploadRequest.SerializeToString,
+            gralora_dot_v1_dot_adapters__pb2.GetAdapterUploadResponse.FromString,
             options,
             channel_credentials,
             insecure,

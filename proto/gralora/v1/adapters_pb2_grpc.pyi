@@ -43,6 +43,16 @@ class AdapterServiceStub:
     """Reads an adapter's files, whatever is known of the name, and loads it. Content that the name has not had is a new
     version, and the name stands for it from then on, unless its source waits for a promotion.
     """
+    UploadAdapter: _grpc.StreamUnaryMultiCallable[_adapters_pb2.UploadAdapterRequest, _adapters_pb2.UploadAdapterResponse]
+    """Takes an adapter's files from a client that shares no file system with the server, and loads it. The first message is
+    the header, all others are chunks. Nothing is served before sizes and hashes agree with the header and the adapter
+    is loaded; one that cannot be loaded leaves nothing. What a call that broke off has sent is kept for a while, and
+    another call with the same header goes on from there: see GetAdapterUpload. New content of a name is a new version, as
+    with LoadAdapter. FAILED_PRECONDITION: what came is not what was announced, or the server keeps no uploads.
+    RESOURCE_EXHAUSTED: there is no room.
+    """
+    GetAdapterUpload: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.GetAdapterUploadRequest, _adapters_pb2.GetAdapterUploadResponse]
+    """Tells how much of an upload the server has."""
     UnloadAdapter: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.UnloadAdapterRequest, _adapters_pb2.UnloadAdapterResponse]
     """Removes an adapter from memory and from the list, with all its versions or one of them. FAILED_PRECONDITION while
     requests use it. No request brings it back, only LoadAdapter.
@@ -73,6 +83,16 @@ class AdapterServiceAsyncStub(AdapterServiceStub):
     """Reads an adapter's files, whatever is known of the name, and loads it. Content that the name has not had is a new
     version, and the name stands for it from then on, unless its source waits for a promotion.
     """
+    UploadAdapter: _aio.StreamUnaryMultiCallable[_adapters_pb2.UploadAdapterRequest, _adapters_pb2.UploadAdapterResponse]  # type: ignore[assignment]
+    """Takes an adapter's files from a client that shares no file system with the server, and loads it. The first message is
+    the header, all others are chunks. Nothing is served before sizes and hashes agree with the header and the adapter
+    is loaded; one that cannot be loaded leaves nothing. What a call that broke off has sent is kept for a while, and
+    another call with the same header goes on from there: see GetAdapterUpload. New content of a name is a new version, as
+    with LoadAdapter. FAILED_PRECONDITION: what came is not what was announced, or the server keeps no uploads.
+    RESOURCE_EXHAUSTED: there is no room.
+    """
+    GetAdapterUpload: _aio.UnaryUnaryMultiCallable[_adapters_pb2.GetAdapterUploadRequest, _adapters_pb2.GetAdapterUploadResponse]  # type: ignore[assignment]
+    """Tells how much of an upload the server has."""
     UnloadAdapter: _aio.UnaryUnaryMultiCallable[_adapters_pb2.UnloadAdapterRequest, _adapters_pb2.UnloadAdapterResponse]  # type: ignore[assignment]
     """Removes an adapter from memory and from the list, with all its versions or one of them. FAILED_PRECONDITION while
     requests use it. No request brings it back, only LoadAdapter.
@@ -118,6 +138,28 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         """Reads an adapter's files, whatever is known of the name, and loads it. Content that the name has not had is a new
         version, and the name stands for it from then on, unless its source waits for a promotion.
         """
+
+    @_abc_1.abstractmethod
+    def UploadAdapter(
+        self,
+        request_iterator: _MaybeAsyncIterator[_adapters_pb2.UploadAdapterRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_adapters_pb2.UploadAdapterResponse, _abc.Awaitable[_adapters_pb2.UploadAdapterResponse]]:
+        """Takes an adapter's files from a client that shares no file system with the server, and loads it. The first message is
+        the header, all others are chunks. Nothing is served before sizes and hashes agree with the header and the adapter
+        is loaded; one that cannot be loaded leaves nothing. What a call that broke off has sent is kept for a while, and
+        another call with the same header goes on from there: see GetAdapterUpload. New content of a name is a new version, as
+        with LoadAdapter. FAILED_PRECONDITION: what came is not what was announced, or the server keeps no uploads.
+        RESOURCE_EXHAUSTED: there is no room.
+        """
+
+    @_abc_1.abstractmethod
+    def GetAdapterUpload(
+        self,
+        request: _adapters_pb2.GetAdapterUploadRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_adapters_pb2.GetAdapterUploadResponse, _abc.Awaitable[_adapters_pb2.GetAdapterUploadResponse]]:
+        """Tells how much of an upload the server has."""
 
     @_abc_1.abstractmethod
     def UnloadAdapter(

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +18,7 @@ from rich.text import Text
 from gralora_runtime.adapters.catalogue.store import AdapterState
 from gralora_server.cli.options import Json
 from gralora_server.cli.output import CommandError, ExitCode, human_bytes, print_json, stdout
+from gralora_server.cli.progress import stages
 from gralora_server.cli.remote import needs_server
 
 if TYPE_CHECKING:
@@ -83,6 +85,25 @@ def load(
 ) -> None:
     """Register an adapter and load it. Loading the same content again changes nothing."""
     _print_one(client.adapters.load(name, path, pin=pin), as_json=json)
+
+
+@app.command("push")
+@needs_server
+def push(
+    client: Client,
+    *,
+    directory: Annotated[Path, typer.Argument(help="An adapter directory of this machine.")],
+    name: Annotated[str, typer.Option(help="The name that it gets.")],
+    pin: Annotated[bool, typer.Option("--pin", help="Never evict it.")] = False,
+    json: Json = False,
+) -> None:
+    """Send an adapter to the server and load it. A push that broke off goes on where it was."""
+    try:
+        with stages() as report:
+            adapter = client.adapters.push(directory, name, pin=pin, progress=partial(report, "sending files"))
+    except OSError as cause:
+        raise CommandError(ExitCode.USAGE, f"cannot read {cause.filename}: {cause.strerror}") from cause
+    _print_one(adapter, as_json=json)
 
 
 @app.command("pin")

@@ -19,7 +19,8 @@ from gralora_runtime.info import EngineLoad, TokenizeResult
 from gralora_server.client import requests, responses
 from gralora_server.client.base import ClientBase
 from gralora_server.client.connection import RECONNECT_PAUSE_S, ChannelOptions
-from gralora_server.client.errors import client_error, cut_short, not_ready, passing_problem
+from gralora_server.client.errors import UnavailableError, client_error, cut_short, not_ready, passing_problem
+from gralora_server.client.push import Progress, Push
 from gralora_server.client.records import Adapter, AdapterNews, Generation, ServerInfo, StreamDelta
 from gralora_server.client.requests import Call, GenerateOptions, Message, generate_fields
 from gralora_server.client.responses import Assembler
@@ -108,6 +109,19 @@ class AsyncAdapterClient:
     async def load(self, name: str, path: str | Path | None = None, *, pin: bool = False) -> Adapter:
         """`path` is on the server, below its adapters directory; None: the name says it."""
         return await self._client.run(requests.load_adapter(name, path, pin))
+
+    async def push(
+        self, directory: str | Path, name: str, *, pin: bool = False, progress: Progress | None = None
+    ) -> Adapter:
+        """Send an adapter directory of this machine, and load it. A push that broke off goes on where it was.
+
+        Files are read, and `progress` is called, in threads.
+        """
+        push = await asyncio.to_thread(Push.of, directory, name, pin=pin, progress=progress)
+        try:
+            return await self._client.push(push)
+        except UnavailableError:
+            return await self._client.push(push)
 
     async def unload(self, name: str) -> UnloadResult:
         return await self._client.run(requests.unload_adapter(name))
@@ -229,6 +243,21 @@ class AsyncClient(ClientBase[grpc.aio.Channel]):
         return self._stubs.adapters.WatchAdapters(
             adapters_pb2.WatchAdaptersRequest(prefix=prefix), metadata=self._metadata
         )
+
+    async def push(self, push: Push) -> Adapter:
+        """What the server lacks of it, in one call."""
+        received = await self.run(requests.get_adapter_upload(push.header))
+        messages = push.messages(received)
+
+        async def read() -> AsyncIterator[adapters_pb2.UploadAdapterRequest]:
+            while (message := await asyncio.to_thread(next, messages, None)) is not None:
+                yield message
+
+        try:
+            answer = await self._stubs.adapters.UploadAdapter(read(), **self._push_arguments())
+        except grpc.RpcError as error:
+            raise client_error(error) from error
+        return responses.described_adapter(answer)
 
     async def run(self, call: Call[T]) -> T:
         try:

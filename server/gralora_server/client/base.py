@@ -46,6 +46,9 @@ class ClientBase(Generic[Channel]):
     def _call_arguments(self, call: Call[Any]) -> dict[str, Any]:
         return {"timeout": call.timeout_s(self._connection.timeouts), "metadata": self._metadata}
 
+    def _push_arguments(self) -> dict[str, Any]:
+        return {"timeout": self._connection.timeouts.push_adapter_s, "metadata": self._metadata}
+
     def _generate_arguments(self, options: GenerateOptions) -> dict[str, Any]:
         """An explicit None in the options means no timeout."""
         timeout_s = options.get("timeout_s", self._connection.timeouts.generate_s)

@@ -31,6 +31,7 @@ class Timeouts:
 
     generate_s: float | None = 600.0
     load_adapter_s: float | None = 120.0
+    push_adapter_s: float | None = 3600.0
     other_s: float | None = 20.0
 
 
@@ -76,7 +77,8 @@ class Connection:
 def service_config(max_attempts: int) -> dict[str, object]:
     """gRPC's own retries: on UNAVAILABLE before the first answer, backing off or as the server's pushback says.
 
-    Unloading is not retried: when only its answer was lost, a second one would claim that there is no such adapter.
+    Unloading is not retried: when only its answer was lost, a second one would claim that there is no such adapter. Nor
+    is an upload, which gRPC could only send again from its beginning: `push` goes on where it was.
     """
     services = [{"service": f"gralora.v1.{name}"} for name in ("GenerationService", "AdapterService", "ServerService")]
     retried: dict[str, object] = {"name": services}
@@ -88,8 +90,9 @@ def service_config(max_attempts: int) -> dict[str, object]:
             "backoffMultiplier": 2,
             "retryableStatusCodes": ["UNAVAILABLE"],
         }
-    unload = {"name": [{"service": "gralora.v1.AdapterService", "method": "UnloadAdapter"}]}
-    return {"methodConfig": [retried, unload]}
+    methods = ("UnloadAdapter", "UploadAdapter")
+    sent_once = {"name": [{"service": "gralora.v1.AdapterService", "method": method} for method in methods]}
+    return {"methodConfig": [retried, sent_once]}
 
 
 def _read(path: Path | None) -> bytes | None:

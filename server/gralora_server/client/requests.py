@@ -149,6 +149,14 @@ def load_adapter(name: str, path: str | Path | None, pin: bool) -> Call[Adapter]
     )
 
 
+def get_adapter_upload(header: adapters_pb2.AdapterUploadHeader) -> Call[dict[str, int]]:
+    return Call(
+        rpc=lambda stubs: stubs.adapters.GetAdapterUpload,
+        message=adapters_pb2.GetAdapterUploadRequest(header=header),
+        convert=responses.received,
+    )
+
+
 def unload_adapter(name: str) -> Call[UnloadResult]:
     return Call(
         rpc=lambda stubs: stubs.adapters.UnloadAdapter,

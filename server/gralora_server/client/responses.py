@@ -120,12 +120,18 @@ def _last_used(message: adapters_pb2.Adapter | adapters_pb2.AdapterVersion) -> d
 def described_adapter(
     message: adapters_pb2.GetAdapterResponse
     | adapters_pb2.LoadAdapterResponse
+    | adapters_pb2.UploadAdapterResponse
     | adapters_pb2.PinAdapterResponse
     | adapters_pb2.PromoteAdapterResponse
     | adapters_pb2.RollbackAdapterResponse
     | adapters_pb2.SetAdapterCanaryResponse,
 ) -> Adapter:
     return adapter(message.adapter)
+
+
+def received(message: adapters_pb2.GetAdapterUploadResponse) -> dict[str, int]:
+    """How many bytes of each file the server has."""
+    return {file.name: file.size for file in message.files}
 
 
 def unloaded(message: adapters_pb2.UnloadAdapterResponse) -> UnloadResult:

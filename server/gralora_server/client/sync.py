@@ -18,7 +18,8 @@ from gralora_runtime.info import EngineLoad, TokenizeResult
 from gralora_server.client import requests, responses
 from gralora_server.client.base import ClientBase
 from gralora_server.client.connection import RECONNECT_PAUSE_S, ChannelOptions
-from gralora_server.client.errors import client_error, cut_short, not_ready, passing_problem
+from gralora_server.client.errors import UnavailableError, client_error, cut_short, not_ready, passing_problem
+from gralora_server.client.push import Progress, Push
 from gralora_server.client.records import Adapter, AdapterNews, Generation, ServerInfo, StreamDelta
 from gralora_server.client.requests import Call, GenerateOptions, Message, generate_fields
 from gralora_server.client.responses import Assembler
@@ -100,6 +101,14 @@ class AdapterClient:
     def load(self, name: str, path: str | Path | None = None, *, pin: bool = False) -> Adapter:
         """`path` is on the server, below its adapters directory; None: the name says it."""
         return self._client.run(requests.load_adapter(name, path, pin))
+
+    def push(self, directory: str | Path, name: str, *, pin: bool = False, progress: Progress | None = None) -> Adapter:
+        """Send an adapter directory of this machine, and load it. A push that broke off goes on where it was."""
+        push = Push.of(directory, name, pin=pin, progress=progress)
+        try:
+            return self._client.push(push)
+        except UnavailableError:
+            return self._client.push(push)
 
     def unload(self, name: str) -> UnloadResult:
         return self._client.run(requests.unload_adapter(name))
@@ -213,6 +222,15 @@ class Client(ClientBase[grpc.Channel]):
         return self._stubs.adapters.WatchAdapters(
             adapters_pb2.WatchAdaptersRequest(prefix=prefix), metadata=self._metadata
         )
+
+    def push(self, push: Push) -> Adapter:
+        """What the server lacks of it, in one call."""
+        received = self.run(requests.get_adapter_upload(push.header))
+        try:
+            answer = self._stubs.adapters.UploadAdapter(push.messages(received), **self._push_arguments())
+        except grpc.RpcError as error:
+            raise client_error(error) from error
+        return responses.described_adapter(answer)
 
     def run(self, call: Call[T]) -> T:
         try:

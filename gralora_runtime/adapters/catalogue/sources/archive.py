@@ -76,6 +76,7 @@ class HttpsSource:
         return iter(())
 
     def close(self) -> None:
+        self._downloads.close()
         self._web.close()
 
     def _revision(self, name: str, said: str) -> str:

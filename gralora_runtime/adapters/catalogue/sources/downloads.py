@@ -103,7 +103,7 @@ class Downloads:
     def _open(self) -> FileLock:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(self.folder / ".lock")
+            lock = FileLock(self.folder / ".lock", thread_local=False)  # whichever thread closes
             lock.acquire(timeout=0)
             if self._unfinished.exists():
                 shutil.rmtree(self._unfinished)

@@ -100,6 +100,7 @@ class HubSource:
                 yield f"{self._only.repo}@{self._only.revision}"
 
     def close(self) -> None:
+        self._downloads.close()
         self._web.close()
 
     def _wanted(self, name: str) -> RemoteName | None:

@@ -85,6 +85,7 @@ class S3Source:
         return iter(())
 
     def close(self) -> None:
+        self._downloads.close()
         sync(self._files.loop, self._files.s3.close, timeout=self._limits.answer_s)
 
     def _connect(self, access: S3Access) -> Any:

@@ -1,0 +1,377 @@
+"""Adapters that clients sent: what has come so far, what is whole, and which of a name's uploads is the one to serve.
+
+Knows no transport, and not whether an adapter can be loaded: whoever tried says so (`accept`, `reject`, `set_back`).
+
+    tmp/<name and manifest>/     unfinished: its files, each from the beginning to where it broke off, and its manifest
+    <name>/<manifest>/           whole, checked, in one step; found once the name's record has it
+    <name>/record.json           the name, and its accepted uploads, the newest last
+
+Both parts of a path are SHA-256, so no name leaves the folder and no two share one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from gralora_runtime.adapters.catalogue.manifest import Manifest
+from gralora_runtime.adapters.catalogue.sources.source import Found
+from gralora_runtime.adapters.catalogue.upload import Upload, sync_directory
+from gralora_runtime.errors import (
+    AdapterUploadError,
+    AdapterUploadQuotaError,
+    ConfigError,
+    DrainingError,
+    InvalidRequestError,
+)
+
+log = logging.getLogger(__name__)
+
+UNFINISHED = "tmp"
+MANIFEST_FILE = "manifest.json"
+RECORD_FILE = "record.json"
+KEPT = 8  # accepted uploads of a name
+OVERHEAD_BYTES = 16 << 10  # of a directory and its manifest, so that many small uploads have a limit, too
+RETRY_AFTER_S = 10.0  # until one of those that are being sent may have come
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UploadLimits:
+    """How much clients may leave here."""
+
+    adapter_bytes: int = 4 << 30  # of one adapter
+    total_bytes: int = 50 << 30  # of all, unfinished ones with all that they announced
+    at_once: int = 4  # uploads that are being sent
+    unfinished_age_s: float = 86_400.0  # since something last came; older ones are removed
+
+
+class Uploads:
+    """A source of adapters, and the folder behind it. Methods may be called from any thread; some wait for the disk."""
+
+    uri = "uploads"
+    follows = True
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        limits: UploadLimits,
+        in_use: Callable[[Path], bool],
+        now_s: Callable[[], float] = time.time,
+    ) -> None:
+        """`in_use`: whether the catalogue has a version that is read from there. It must not call back."""
+        self.folder = folder.absolute()
+        self._limits = limits
+        self._in_use = in_use
+        self._now_s = now_s
+        self._lock = threading.Lock()
+        self._closed = False
+        self._active: dict[str, Upload] = {}  # by name: one at a time
+        self._sizes: dict[Path, int] = {}  # bytes that each directory counts for
+        self._changed_s: dict[Path, float] = {}  # of unfinished ones
+        self._records: dict[str, list[str]] = {}  # by name: digests of accepted uploads, the newest last
+        self._unfinished = self.folder / UNFINISHED
+        self._file_lock = self._open()
+        self._recover()
+
+    # A source.
+
+    def find(self, name: str) -> Found | None:
+        with self._lock:
+            digests = self._records.get(name)
+            return self._found(self._folder_of(name) / digests[-1]) if digests else None
+
+    def locate(self, path: Path) -> Found | None:
+        """Only the absolute path of a whole upload: relative ones mean the operator's own directories."""
+        is_ours = path.parent.parent == self.folder and _DIGEST.fullmatch(path.parent.name)
+        return self._found(path) if is_ours and _DIGEST.fullmatch(path.name) else None
+
+    def names(self) -> Iterator[str]:
+        with self._lock:
+            return iter(tuple(self._records))
+
+    def close(self) -> None:
+        """Those that are being sent end where they are; nothing is written from then on."""
+        with self._lock:
+            self._closed = True
+            active = tuple(self._active.values())
+        for upload in active:
+            upload.end(DrainingError())
+        self._file_lock.release()
+
+    # For clients.
+
+    def received(self, manifest: Manifest) -> dict[str, int]:
+        """How many bytes of each file are here, from its beginning."""
+        with self._lock:
+            if self._directory(manifest).is_dir():
+                return {file.name: file.size for file in manifest.files}
+            staging = self._staging(manifest)
+            return {file.name: _size(staging / file.name) for file in manifest.files}
+
+    def begin(self, manifest: Manifest) -> Upload:
+        """Take what is sent from now on, behind what is here. Whoever was sending that name is sent away."""
+        upload = Upload(
+            manifest,
+            staging=self._staging(manifest),
+            directory=self._directory(manifest),
+            publish=self._publish,
+            leave=self._leave,
+        )
+        with self._lock:
+            self._refuse_when_closed()
+            if manifest.name not in self._active and len(self._active) >= self._limits.at_once:
+                problem = f"{self._limits.at_once} uploads are being sent already"
+                raise AdapterUploadQuotaError(manifest.name, problem, RETRY_AFTER_S)
+            before = self._active.get(manifest.name)
+            self._active[manifest.name] = upload
+        try:
+            if before is not None:  # without the lock: it may be hashing
+                before.end(AdapterUploadError(manifest.name, "gave way to a newer one of that name"))
+            with self._lock:
+                self._refuse_when_closed()
+                self._prepare(manifest)
+        except BaseException:
+            upload.close()
+            raise
+        return upload
+
+    # For whoever tried to load what came.
+
+    def accept(self, manifest: Manifest) -> None:
+        """From now on the name is this upload."""
+        with self._lock:
+            self._refuse_when_closed()
+            digests = [digest for digest in self._records.get(manifest.name, ()) if digest != manifest.digest]
+            self._write_record(manifest.name, [*digests, manifest.digest])
+            self._prune(manifest.name)
+
+    def reject(self, manifest: Manifest) -> None:
+        """It cannot be loaded, and goes, unless it could be once."""
+        directory = self._directory(manifest)
+        with self._lock:
+            if not (self._closed or self._is_kept(manifest)):
+                self._remove(directory)
+                self._remove_if_empty(directory.parent)
+
+    def set_back(self, manifest: Manifest) -> None:
+        """Nobody could say whether it can be loaded: as if its last byte had not come."""
+        directory = self._directory(manifest)
+        with self._lock:
+            if not (self._closed or self._is_kept(manifest)) and directory.is_dir():
+                self._return_to_unfinished(directory)
+                self._remove_if_empty(directory.parent)
+
+    # Below: with the lock held, but for those that take it.
+
+    def _found(self, directory: Path) -> Found | None:
+        if not directory.is_dir():
+            return None
+        return Found(directory=directory, roots=(directory,), revision=directory.name)
+
+    def _refuse_when_closed(self) -> None:
+        if self._closed:
+            raise DrainingError
+
+    def _folder_of(self, name: str) -> Path:
+        return self.folder / hashlib.sha256(name.encode()).hexdigest()
+
+    def _directory(self, manifest: Manifest) -> Path:
+        return self._folder_of(manifest.name) / manifest.digest
+
+    def _staging(self, manifest: Manifest) -> Path:
+        of_both = hashlib.sha256(f"{manifest.name}\0{manifest.digest}".encode())
+        return self._unfinished / of_both.hexdigest()
+
+    def _is_kept(self, manifest: Manifest) -> bool:
+        accepted = manifest.digest in self._records.get(manifest.name, ())
+        return accepted or self._in_use(self._directory(manifest))
+
+    def _prepare(self, manifest: Manifest) -> None:
+        """A directory to receive it, within the limits."""
+        self._remove_old()
+        staging = self._staging(manifest)
+        if self._directory(manifest).is_dir():
+            return
+        if staging not in self._sizes:
+            self._check_room(manifest)
+            made = self._unfinished / f"new-{uuid.uuid4().hex}"
+            made.mkdir()
+            _write(made / MANIFEST_FILE, manifest.to_json())
+            made.rename(staging)
+            self._sizes[staging] = _counted(manifest)
+        self._changed_s[staging] = self._now_s()
+
+    def _check_room(self, manifest: Manifest) -> None:
+        limits, wanted = self._limits, manifest.num_bytes
+        if wanted > limits.adapter_bytes:
+            raise AdapterUploadQuotaError(manifest.name, f"it has {wanted} bytes of at most {limits.adapter_bytes}")
+        left = limits.total_bytes - sum(self._sizes.values())
+        if _counted(manifest) > left:
+            problem = f"of {limits.total_bytes} bytes for all uploads {max(left, 0)} are left"
+            raise AdapterUploadQuotaError(manifest.name, problem)
+        if shutil.disk_usage(self.folder).free < wanted:
+            raise AdapterUploadQuotaError(manifest.name, f"the disk has no {wanted} bytes left")
+
+    def _remove_old(self) -> None:
+        active = {self._staging(upload.manifest) for upload in self._active.values()}
+        oldest_s = self._now_s() - self._limits.unfinished_age_s
+        for staging, changed_s in tuple(self._changed_s.items()):
+            if changed_s < oldest_s and staging not in active:
+                log.info("%s is removed: nothing came for %g s", staging, self._limits.unfinished_age_s)
+                self._remove(staging)
+
+    def _publish(self, manifest: Manifest) -> None:
+        """All of it is here and checked. Takes the lock."""
+        staging, directory = self._staging(manifest), self._directory(manifest)
+        with self._lock:
+            directory.parent.mkdir(exist_ok=True)
+            staging.rename(directory)
+            for parent in (directory.parent, self.folder, self._unfinished):
+                sync_directory(parent)
+            self._sizes[directory] = self._sizes.pop(staging)
+            del self._changed_s[staging]
+        log.info("adapter %r was uploaded to %s", manifest.name, directory)
+
+    def _leave(self, upload: Upload) -> None:
+        """Nothing more comes by this call. Takes the lock."""
+        staging = self._staging(upload.manifest)
+        with self._lock:
+            if self._active.get(upload.manifest.name) is upload:
+                del self._active[upload.manifest.name]
+            if staging in self._changed_s:
+                self._changed_s[staging] = self._now_s()
+
+    def _write_record(self, name: str, digests: list[str]) -> None:
+        folder, written = self._folder_of(name), self._unfinished / f"record-{uuid.uuid4().hex}"
+        _write(written, json.dumps({"name": name, "digests": digests}))
+        written.replace(folder / RECORD_FILE)
+        sync_directory(folder)
+        self._records[name] = digests
+
+    def _prune(self, name: str) -> None:
+        """The oldest go, but for those that the catalogue still has."""
+        folder, digests = self._folder_of(name), self._records[name]
+        spare = [digest for digest in digests[:-KEPT] if not self._in_use(folder / digest)]
+        if spare:
+            self._write_record(name, [digest for digest in digests if digest not in spare])
+        for digest in spare:
+            self._remove(folder / digest)
+
+    def _remove(self, directory: Path) -> None:
+        self._sizes.pop(directory, None)
+        self._changed_s.pop(directory, None)
+        if directory.is_dir():
+            removed = self._unfinished / f"removed-{uuid.uuid4().hex}"
+            directory.rename(removed)  # first, so that nobody finds half of it
+            shutil.rmtree(removed)
+
+    @staticmethod
+    def _remove_if_empty(folder: Path) -> None:
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+
+    def _return_to_unfinished(self, directory: Path) -> None:
+        manifest = _read_manifest(directory)
+        if manifest is None or self._directory(manifest) != directory or self._staging(manifest).exists():
+            self._remove(directory)
+            return
+        self._sizes.pop(directory, None)
+        directory.rename(self._staging(manifest))
+        self._note_unfinished(manifest)
+
+    def _note_unfinished(self, manifest: Manifest) -> None:
+        staging = self._staging(manifest)
+        self._sizes[staging] = _counted(manifest)
+        self._changed_s[staging] = max(file.stat().st_mtime for file in staging.iterdir())
+
+    # At start, when nobody else is here.
+
+    def _open(self) -> FileLock:
+        try:
+            self._unfinished.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self.folder / ".lock", thread_local=False)  # whichever thread closes
+            lock.acquire(timeout=0)
+        except Timeout as cause:
+            raise ConfigError(f"{self.folder}: another server keeps its uploads here") from cause
+        except OSError as cause:
+            raise ConfigError(f"{self.folder}: uploads cannot be kept here ({cause.strerror})") from cause
+        return lock
+
+    def _recover(self) -> None:
+        """What a server left that was killed: uploads can go on, everything else that is unfinished goes."""
+        for entry in tuple(self._unfinished.iterdir()):
+            manifest = _read_manifest(entry)
+            if manifest is not None and self._staging(manifest) == entry:
+                self._note_unfinished(manifest)
+            elif entry.is_dir():
+                shutil.rmtree(entry)
+            else:
+                entry.unlink()
+        for folder in tuple(self.folder.iterdir()):
+            if _DIGEST.fullmatch(folder.name) and folder.is_dir():
+                self._recover_name(folder)
+        self._remove_old()
+
+    def _recover_name(self, folder: Path) -> None:
+        name, digests = _read_record(folder)
+        is_sound = self._folder_of(name) == folder
+        whole = [digest for digest in digests if is_sound and (folder / digest).is_dir()]
+        for directory in tuple(folder.iterdir()):
+            if directory.is_dir() and directory.name not in whole:
+                self._return_to_unfinished(directory)  # nobody has said that it can be loaded
+        if not whole:
+            shutil.rmtree(folder)
+            return
+        self._records[name] = whole
+        for digest in whole:
+            manifest = _read_manifest(folder / digest)
+            self._sizes[folder / digest] = OVERHEAD_BYTES if manifest is None else _counted(manifest)
+
+
+def _write(path: Path, text: str) -> None:
+    with path.open("w", encoding="utf-8") as out:
+        out.write(text)
+        out.flush()
+        os.fsync(out.fileno())
+
+
+def _counted(manifest: Manifest) -> int:
+    return manifest.num_bytes + OVERHEAD_BYTES
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
+def _read_manifest(directory: Path) -> Manifest | None:
+    """None: it has none that can be read, so it is no upload of ours."""
+    try:
+        return Manifest.from_json((directory / MANIFEST_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, KeyError, TypeError, InvalidRequestError):
+        return None
+
+
+def _read_record(folder: Path) -> tuple[str, list[str]]:
+    """The name and its accepted uploads; "" and none where the first one was not accepted yet."""
+    try:
+        record = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))
+        return str(record["name"]), [str(digest) for digest in record["digests"] if _DIGEST.fullmatch(str(digest))]
+    except (OSError, ValueError, KeyError, TypeError):
+        return "", []

@@ -1,0 +1,109 @@
+"""Takes an upload from its stream to a loaded adapter. Knows messages and order; where bytes go is `Uploads`' matter.
+
+However a call ends before the last byte has come, what came stays, and another call goes on with it. From the last byte
+on the work goes on without the client, because others may already see the adapter being loaded.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable
+from typing import TypeVar
+from weakref import WeakValueDictionary
+
+from gralora.v1 import adapters_pb2
+from gralora_runtime.adapters.catalogue.manifest import Manifest
+from gralora_runtime.adapters.catalogue.upload import Upload
+from gralora_runtime.adapters.catalogue.uploads import Uploads
+from gralora_runtime.adapters.info import AdapterInfo
+from gralora_runtime.errors import AdapterUploadError, DrainingError, GraloraError, InvalidRequestError
+from gralora_server import convert, validation
+from gralora_server.ports import Adapters
+
+STALL_S = 60.0  # between two messages: who sends nothing for longer takes the place of others
+
+Result = TypeVar("Result")
+Requests = AsyncIterator[adapters_pb2.UploadAdapterRequest]
+
+
+class Uploading:
+    """All uploads of a server: those of one name are loaded one after the other."""
+
+    def __init__(self) -> None:
+        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._loading: set[asyncio.Task[AdapterInfo]] = set()  # the loop itself keeps no task alive
+
+    async def receive(self, requests: Requests, adapters: Adapters) -> AdapterInfo:
+        """Everything until the adapter is loaded, or the reason why it is not."""
+        first = await _next(requests, "")
+        if first is None:
+            raise InvalidRequestError("part", None, "must be a header here")
+        validation.validate_upload_part(first, is_first=True)
+        manifest = convert.from_upload_header(first.header)
+        upload = await _begin(uploads_of(adapters, manifest.name), manifest)
+        try:
+            while (request := await _next(requests, manifest.name)) is not None:
+                validation.validate_upload_part(request, is_first=False)
+                chunk = request.chunk
+                await _to_its_end(asyncio.to_thread(upload.write, chunk.file, chunk.offset, chunk.data))
+        except BaseException:
+            upload.close()
+            raise
+        loading = asyncio.create_task(self._load(upload, adapters, pin=first.header.pin))
+        self._loading.add(loading)
+        loading.add_done_callback(self._loading.discard)
+        return await asyncio.shield(loading)
+
+    async def _load(self, upload: Upload, adapters: Adapters, *, pin: bool) -> AdapterInfo:
+        manifest = upload.manifest
+        uploads = uploads_of(adapters, manifest.name)
+        turn = self._turns.setdefault(manifest.name, asyncio.Lock())
+        async with turn:
+            try:
+                directory = await asyncio.to_thread(upload.finish)
+            finally:
+                upload.close()
+            try:
+                loading = await asyncio.to_thread(adapters.load, manifest.name, directory, pin=pin)
+                info = await asyncio.wrap_future(loading)
+            except BaseException as error:
+                is_refused = isinstance(error, GraloraError) and not isinstance(error, DrainingError)
+                await asyncio.to_thread(uploads.reject if is_refused else uploads.set_back, manifest)
+                raise
+            await asyncio.to_thread(uploads.accept, manifest)
+        return info
+
+
+def uploads_of(adapters: Adapters, name: str) -> Uploads:
+    if adapters.uploads is None:
+        raise AdapterUploadError(name, "cannot be kept: the server was started without a state directory")
+    return adapters.uploads
+
+
+async def _next(requests: Requests, name: str) -> adapters_pb2.UploadAdapterRequest | None:
+    """None: the client has sent all."""
+    try:
+        async with asyncio.timeout(STALL_S):
+            return await anext(requests, None)
+    except TimeoutError as cause:
+        raise AdapterUploadError(name, f"has stopped: nothing came for {STALL_S:g} s") from cause
+
+
+async def _begin(uploads: Uploads, manifest: Manifest) -> Upload:
+    beginning = asyncio.ensure_future(asyncio.to_thread(uploads.begin, manifest))
+    try:
+        return await _to_its_end(beginning)
+    except asyncio.CancelledError:
+        if beginning.exception() is None:  # nobody else will
+            beginning.result().close()
+        raise
+
+
+async def _to_its_end(work: Awaitable[Result]) -> Result:
+    """Of work in a thread, which cannot be stopped: whoever is cancelled leaves when nothing is written any more."""
+    running = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(running)
+    except asyncio.CancelledError:
+        await asyncio.wait({running})
+        raise
