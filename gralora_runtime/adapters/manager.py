@@ -384,7 +384,7 @@ class AdapterManager:
         return waiter.future
 
     def _is_gone(self, version: AdapterVersion) -> bool:
-        """It has been read, and there is nothing left to read it from. A look at a directory, for cold adapters only."""
+        """There is nothing left to read it from. A look at a directory, for cold adapters only."""
         if version.loading or not version.digest or version.digest in self._cache or self.pool.find(version.digest):
             return False
         return not version.place[0].is_dir()
