@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 Owner = TypeVar("Owner")
@@ -19,15 +19,46 @@ class Segment(Generic[Owner]):
     owner: Owner | None  # None: a free range
     last_used: int  # of the owner; any clock that only grows
     usable: bool
+    movable: bool = False  # its owner has to stay, but may stay elsewhere
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.numel
+
+    @property
+    def age(self) -> int:
+        """Smaller is staler; nobody is the stalest."""
+        return -1 if self.owner is None else self.last_used
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Move(Generic[Owner]):
+    """An owner whose range is to begin at `offset`. The new range may overlap the old one."""
+
+    owner: Owner
+    offset: int
+    numel: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Window(Generic[Owner]):
-    """Room for an adapter at `offset`, once the victims are gone."""
+    """Room for an adapter at `offset`, once the victims are gone and then, in their order, the moves are made."""
 
     offset: int
     numel: int
     victims: tuple[Owner, ...]
+    moves: tuple[Move[Owner], ...] = ()
+
+    @property
+    def disturbed(self) -> tuple[Owner, ...]:
+        """Who must not be in use."""
+        return (*self.victims, *(move.owner for move in self.moves))
+
+    @property
+    def ranges(self) -> tuple[range, ...]:
+        """What has to stay free for it."""
+        own = range(self.offset, self.offset + self.numel)
+        return (own, *(range(move.offset, move.offset + move.numel) for move in self.moves))
 
 
 def choose_window(segments: Sequence[Segment[Owner]], numel: int, *, need_slot: bool) -> Window[Owner] | None:
@@ -45,16 +76,19 @@ def choose_window(segments: Sequence[Segment[Owner]], numel: int, *, need_slot: 
         return None
     _, first, last = best
     victims = tuple(segment.owner for segment in segments[first:last] if segment.owner is not None)
-    if need_slot and not victims:
-        stalest = min(
-            (segment for segment in segments if segment.usable and segment.owner is not None),
-            key=lambda segment: segment.last_used,
-            default=None,
-        )
-        if stalest is None or stalest.owner is None:
-            return None
-        victims = (stalest.owner,)
-    return Window(offset=segments[first].offset, numel=numel, victims=victims)
+    window = Window(offset=segments[first].offset, numel=numel, victims=victims)
+    return with_slot(segments, window) if need_slot else window
+
+
+def with_slot(segments: Sequence[Segment[Owner]], window: Window[Owner]) -> Window[Owner] | None:
+    """The window with at least one victim, since slots are given back by owners that go."""
+    if window.victims:
+        return window
+    idle = (segment for segment in segments if segment.usable and segment.owner is not None)
+    stalest = min(idle, key=lambda segment: segment.last_used, default=None)
+    if stalest is None or stalest.owner is None:
+        return None
+    return replace(window, victims=(stalest.owner,))
 
 
 def _usable_runs(segments: Sequence[Segment[Owner]]) -> list[tuple[int, int]]:
@@ -81,19 +115,15 @@ def _candidates(
         while last < run[1] and size < numel:
             size += segments[last].numel
             owners += segments[last].owner is not None
-            while latest and _age(segments[latest[-1]]) <= _age(segments[last]):
+            while latest and segments[latest[-1]].age <= segments[last].age:
                 latest.pop()
             latest.append(last)
             last += 1
         if size < numel:
             break
-        found.append(((_age(segments[latest[0]]), owners), first, last))
+        found.append(((segments[latest[0]].age, owners), first, last))
         size -= segments[first].numel
         owners -= segments[first].owner is not None
         if latest[0] == first:
             latest.popleft()
     return found
-
-
-def _age(segment: Segment[Owner]) -> int:
-    return -1 if segment.owner is None else segment.last_used

@@ -52,7 +52,7 @@ class Mover:
         forget: Forget,
         moved: Callable[[str], None],
     ) -> None:
-        self.loads = self.load_failures = self.placements = self.evictions = 0
+        self.loads = self.load_failures = self.placements = self.evictions = self.moves = 0
         self.load_s = Histogram(REQUEST_S)  # observed under the lock: there are several readers
         self._pool = pool
         self._store = store
@@ -301,6 +301,8 @@ class Mover:
             placement, window = move
             for victim in window.victims:
                 self._evict(victim)
+            for step in window.moves:
+                self._shift(step.owner, step.offset)
             self._place(placement, window)
 
     def _next_move(self) -> tuple[Placement, Window[Resident]] | None:
@@ -327,6 +329,22 @@ class Mover:
             else:
                 self.keep(adapter)
 
+    def _shift(self, resident: Resident, offset: int) -> None:
+        """To another place in the pool, through host memory: the two may overlap, and clearing waits for the steps."""
+        adapter = self._pool.read(resident)
+        self._pool.clear(resident)
+        with self._answering():
+            self._pool.relocate(resident, offset)
+        self._pool.fill(resident, adapter)
+        with self._answering() as answers:
+            self.moves += 1
+            resident.leaving = resident.draining = False
+            self._moved_all(adapter.digest)
+            placement = self._queue.find(adapter.digest)
+            if placement is not None:
+                self._queue.remove(placement)
+            self._settle(resident, placement.versions if placement is not None else (), answers)
+
     def _place(self, placement: Placement, window: Window[Resident]) -> None:
         assert placement.adapter is not None
         with self._answering():
@@ -337,13 +355,16 @@ class Mover:
             self._queue.remove(placement)
             self.placements += 1
             self._moved_all(placement.digest)
-            self.refresh_pin(resident)
-            for version in placement.versions:
-                self._arrive(version, resident, answers)
-            is_orphan = not self._store.sharing(placement.digest)
-            if is_orphan:  # unloaded while it moved in
-                self._pool.withdraw(resident)
-                answers.later(partial(self.erase, resident))
+            self._settle(resident, placement.versions, answers)
+
+    def _settle(self, resident: Resident, versions: Sequence[AdapterVersion], answers: Answers) -> None:
+        """It is there, for these versions. Unless every name of it was unloaded meanwhile: then it has to go."""
+        self.refresh_pin(resident)
+        for version in versions:
+            self._arrive(version, resident, answers)
+        if not self._store.sharing(resident.layout.digest):
+            self._pool.withdraw(resident)
+            answers.later(partial(self.erase, resident))
 
     def _on_pumped(self, pumped: Future[None]) -> None:
         """A pump that raises is our bug: nobody may be left waiting for it."""
