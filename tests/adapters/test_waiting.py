@@ -12,13 +12,25 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapters.harness import WAIT_S, Gate, is_pending, lease, managing, quiesce, use, weights, write_units
+from adapters.harness import (
+    UNIT_BYTES,
+    WAIT_S,
+    Gate,
+    is_pending,
+    lease,
+    managing,
+    quiesce,
+    use,
+    weights,
+    write_units,
+)
 from support.checkpoints import MODULES
 
 from gralora_runtime.adapters.answers import Answers
 from gralora_runtime.adapters.catalogue.store import AdapterState
 from gralora_runtime.adapters.checkpoint.loader import LoadedAdapter, load
 from gralora_runtime.adapters.manager import AdapterManager
+from gralora_runtime.adapters.residency import mover
 from gralora_runtime.adapters.residency.lease import AdapterLease
 from gralora_runtime.adapters.residency.mover import READ_AHEAD
 from gralora_runtime.adapters.residency.pool import Resident
@@ -434,6 +446,48 @@ def test_little_is_read_ahead_of_the_room(tmp_path: Path, gate: Gate) -> None:
 
         assert set(names) == {future.result(WAIT_S).name for future in waiting}
         assert 1 + len(names) == len(gate.names)
+
+
+@pytest.mark.parametrize(("budget_units", "read"), [(0.5, 1), (1, 1), (3.5, 3), (100, 8)])
+def test_what_is_read_ahead_is_bounded_by_bytes_too(
+    tmp_path: Path, gate: Gate, monkeypatch: pytest.MonkeyPatch, budget_units: float, read: int
+) -> None:
+    """Sixteen large adapters would be gigabytes. One is read however large it is."""
+    monkeypatch.setattr(mover, "READ_AHEAD_BYTES", int(budget_units * UNIT_BYTES))
+    names = [f"n{i}" for i in range(8)]
+    write_units(tmp_path, ["a", *names])
+    with managing(tmp_path, units=1, host_units=0) as manager:
+        held = lease(manager, "a")
+        waiting = [manager.acquire(name) for name in names]
+        quiesce(manager)
+        assert gate.names == ["a", *names[:read]], "it is read while the pool is full, in order, and no more"
+        for future in waiting:
+            future.add_done_callback(lambda answered: manager.release(answered.result()))
+        manager.release(held)
+
+        assert set(names) == {future.result(WAIT_S).name for future in waiting}
+
+
+def test_adapters_of_unknown_size_are_read_ahead_as_if_the_bytes_were_shared_out(
+    tmp_path: Path, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mover, "READ_AHEAD_BYTES", int(READ_AHEAD * 1.5 * UNIT_BYTES))
+    names = [f"n{i}" for i in range(READ_AHEAD + 4)]
+    write_units(tmp_path, ["a", *names])
+    with managing(tmp_path, units=1, host_units=0) as manager:
+        held = lease(manager, "a")
+        for name in names:
+            manager._store.get(name).current.summary = None
+        gate.shut()
+        waiting = [manager.acquire(name) for name in names]
+        assert len(manager._mover._reading) == READ_AHEAD
+        gate.open()
+        for future in waiting:
+            future.add_done_callback(lambda answered: manager.release(answered.result()))
+        manager.release(held)
+
+        assert set(names) == {future.result(WAIT_S).name for future in waiting}
+        assert not manager._mover._reading
 
 
 @pytest.mark.parametrize("host_units", [0, 3, 50])

@@ -28,7 +28,9 @@ from gralora_runtime.observation.histogram import REQUEST_S, Histogram
 log = logging.getLogger(__name__)
 
 NUM_READERS = 2  # a slow disk holds up at most so many loads before the others wait
-READ_AHEAD = 16  # adapters in memory on their way to the pool: what waits beyond that waits on disk
+# Adapters in memory on their way to the pool, and their bytes: what waits beyond that waits on disk, but for one.
+READ_AHEAD = 16
+READ_AHEAD_BYTES = 1 << 30
 
 Serve = Callable[[AdapterVersion, Resident, Waiter, Answers], None]
 Changed = Callable[[AdapterVersion, LoadedAdapter, Answers], None]
@@ -65,7 +67,7 @@ class Mover:
         self._moved = moved  # something is different about where a name's weights are
         self._forget = forget  # a version that came with a load which failed
         self._to_read: deque[AdapterVersion] = deque()
-        self._num_reading = 0
+        self._reading: dict[AdapterVersion, int] = {}  # and the bytes that it will take
         self._queue = PlacementQueue(pool)
         self._is_awake = False
         self._closed = False
@@ -203,13 +205,26 @@ class Mover:
 
     def _read_more(self, answers: Answers) -> None:
         """Read on, in order of arrival, while little enough waits for room. Nobody's wish any more: not read at all."""
-        while self._to_read and self._num_reading + len(self._queue) < READ_AHEAD:
+        while self._to_read and self._has_room_ahead(self._to_read[0]):
             version = self._to_read.popleft()
             if version.waiters:
-                self._num_reading += 1
+                self._reading[version] = self._expected_bytes(version)
                 self.read(version, partial(self._on_read, version), answers)
             else:
                 version.loading = False
+
+    def _has_room_ahead(self, version: AdapterVersion) -> bool:
+        waiting = (placement.adapter.num_bytes for placement in self._queue if placement.adapter is not None)
+        num_bytes = sum(waiting) + sum(self._reading.values())
+        if num_bytes and num_bytes + self._expected_bytes(version) > READ_AHEAD_BYTES:
+            return False
+        return len(self._reading) + len(self._queue) < READ_AHEAD
+
+    def _expected_bytes(self, version: AdapterVersion) -> int:
+        """One that nobody has looked into yet counts as one of as many as may be on their way."""
+        if version.summary is None:
+            return READ_AHEAD_BYTES // READ_AHEAD
+        return version.summary.packed_numel * self._pool.arena.element_size()
 
     def _wait_for_room(self, version: AdapterVersion, adapter: LoadedAdapter, answers: Answers) -> None:
         if not self._queue.possible(adapter.layout.numel):
@@ -283,7 +298,7 @@ class Mover:
         error = read.exception()
         log_if_unexpected(version.name, error)
         with self._answering() as answers:
-            self._num_reading -= 1
+            del self._reading[version]
             self.wake(answers)
             if self._store.alias_of(version) is None or self._closed:
                 return
