@@ -30,6 +30,7 @@ from gralora_runtime.adapters.checkpoint.spec import ModuleShape
 from gralora_runtime.adapters.descriptions import Descriptions
 from gralora_runtime.adapters.discovery import Discovery
 from gralora_runtime.adapters.info import AdapterInfo, AdapterPage, AdapterResidency, AdapterStats, UnloadResult
+from gralora_runtime.adapters.residency.eviction import worth_after_use
 from gralora_runtime.adapters.residency.host_cache import HostCache
 from gralora_runtime.adapters.residency.lease import BASE_LEASE, AdapterLease
 from gralora_runtime.adapters.residency.mover import Mover
@@ -355,7 +356,7 @@ class AdapterManager:
         if waiter.reference is not None and not resident.layout.digest.startswith(waiter.reference.digest):
             answers.error(waiter.future, alias.lacks(waiter.reference))
             return
-        resident.last_used = next(self._clock)
+        resident.worth = worth_after_use(resident.worth, next(self._clock))
         version.last_used_s = time.time()
         if waiter.pin:
             alias.pinned = True

@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 from gralora_runtime.adapters.checkpoint.header import ALIGNMENT
 from gralora_runtime.adapters.residency.arena import ArenaAllocator
 from gralora_runtime.adapters.residency.compaction import choose_moves
-from gralora_runtime.adapters.residency.eviction import Move, Segment, Window
+from gralora_runtime.adapters.residency.eviction import WORTHLESS, Move, Segment, Window
 
 Arena = list[Segment[str]]
 FREE, IDLE, PINNED, LEASED = "free", "idle", "pinned", "leased"
 
 
 def arena_of(*pieces: tuple[str, int]) -> Arena:
-    """(kind, size) from the arena's start on. Owners are named by their position, and used in that order."""
+    """(kind, size) from the arena's start on. Owners are named by their position, and worth that much."""
     found: Arena = []
     for i, (kind, numel) in enumerate(pieces):
         found.append(
@@ -26,7 +26,7 @@ def arena_of(*pieces: tuple[str, int]) -> Arena:
                 offset=found[-1].end if found else 0,
                 numel=numel,
                 owner=None if kind == FREE else str(i),
-                last_used=i,
+                worth=WORTHLESS if kind == FREE else i,
                 usable=kind in (FREE, IDLE),
                 movable=kind == PINNED,
             )
@@ -75,7 +75,7 @@ def test_the_smaller_one_moves() -> None:
     assert [move.owner for move in window.moves] == ["3"]
 
 
-def test_of_two_that_are_as_large_the_one_beside_the_stalest_moves() -> None:
+def test_of_two_that_are_as_large_the_one_beside_those_worth_least_moves() -> None:
     arena = arena_of((IDLE, 2), (PINNED, 2), (IDLE, 2), (LEASED, 1), (IDLE, 2), (PINNED, 2), (IDLE, 2))
 
     assert Window(offset=0, numel=4, victims=("0", "2"), moves=(to("1", 4, 2),)) == choose(arena, 4)

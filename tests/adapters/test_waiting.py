@@ -460,7 +460,7 @@ def test_what_is_read_ahead_is_bounded_by_bytes_too(
         held = lease(manager, "a")
         waiting = [manager.acquire(name) for name in names]
         quiesce(manager)
-        assert gate.names == ["a", *names[:read]], "it is read while the pool is full, in order, and no more"
+        assert sorted(gate.names) == ["a", *names[:read]], "they are read while the pool is full, and no more"
         for future in waiting:
             future.add_done_callback(lambda answered: manager.release(answered.result()))
         manager.release(held)

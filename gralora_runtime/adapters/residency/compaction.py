@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import islice
 
-from gralora_runtime.adapters.residency.eviction import Move, Owner, Segment, Window, with_slot
+from gralora_runtime.adapters.residency.eviction import WORTHLESS, Move, Owner, Segment, Window, with_slot
 
 MAX_TRIES = 16  # windows whose adapters are tried in holes elsewhere; each looks at the whole arena
 
-# What a plan costs: elements to move, then how lately the last of its victims was used.
-Cost = tuple[int, int]
+# What a plan costs: elements to move, then what the worthiest of its victims is worth.
+Cost = tuple[int, float]
 
 
 def choose_moves(segments: Sequence[Segment[Owner]], numel: int, *, need_slot: bool) -> Window[Owner] | None:
@@ -50,7 +50,7 @@ def _stretches(segments: Sequence[Segment[Owner]], numel: int) -> Iterator[tuple
             moved += segments[last].numel * segments[last].movable
             last += 1
         if segment.usable and room >= numel:
-            yield (moved, _age(segments[first:last])), first, last
+            yield (moved, _worth(segments[first:last])), first, last
         room -= segment.numel * segment.usable
         moved -= segment.numel * segment.movable
 
@@ -92,7 +92,7 @@ def _window(
         last += 1
     inside = segments[first:last]
     if not any(_is_fixed(segment) for segment in inside):
-        yield (sum(segment.numel for segment in inside if segment.movable), _age(inside)), offset, (first, last)
+        yield (sum(segment.numel for segment in inside if segment.movable), _worth(inside)), offset, (first, last)
 
 
 def _cleared(segments: Sequence[Segment[Owner]], kept: range, inside: tuple[int, int]) -> Window[Owner] | None:
@@ -165,5 +165,5 @@ def _touches(segment: Segment[Owner], piece: range) -> bool:
     return segment.offset < piece.stop and piece.start < segment.end
 
 
-def _age(segments: Sequence[Segment[Owner]]) -> int:
-    return max((segment.age for segment in segments if segment.usable), default=-1)
+def _worth(segments: Sequence[Segment[Owner]]) -> float:
+    return max((segment.worth for segment in segments if segment.usable), default=WORTHLESS)

@@ -1,13 +1,27 @@
-"""Chooses which idle adapters make room for a new one: least recently used, and next to each other. No torch."""
+"""Chooses which idle adapters make room for a new one: worth least by their uses, and next to each other. No torch."""
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 Owner = TypeVar("Owner")
+
+# Uses, of all adapters together, after which a use counts half. 50 is little better than the least recently used; with
+# 200 favourites of yesterday stay for too long (`python -m benchmarks.eviction`, and its notes).
+HALF_LIFE = 100
+WORTHLESS = -math.inf  # never used, or free
+
+
+def worth_after_use(worth: float, use: int) -> float:
+    """What an owner is worth once it was used, by a count of all uses: its own uses, lately ones counting more.
+
+    As a logarithm of what that would be at the count's beginning: so it stays right while others are used.
+    """
+    return use / HALF_LIFE + math.log2(1 + 2 ** (worth - use / HALF_LIFE))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,18 +31,13 @@ class Segment(Generic[Owner]):
     offset: int
     numel: int
     owner: Owner | None  # None: a free range
-    last_used: int  # of the owner; any clock that only grows
+    worth: float  # of the owner: the least goes first
     usable: bool
     movable: bool = False  # its owner has to stay, but may stay elsewhere
 
     @property
     def end(self) -> int:
         return self.offset + self.numel
-
-    @property
-    def age(self) -> int:
-        """Smaller is staler; nobody is the stalest."""
-        return -1 if self.owner is None else self.last_used
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,12 +71,12 @@ class Window(Generic[Owner]):
 
 
 def choose_window(segments: Sequence[Segment[Owner]], numel: int, *, need_slot: bool) -> Window[Owner] | None:
-    """The usable run of `numel` elements whose latest-used owner is the stalest; then the one with the fewest owners.
+    """The usable run of `numel` elements whose worthiest owner is worth least; then the one with the fewest owners.
 
-    An adapter is one range, so evicting by age alone would free holes that are too small and empty the whole pool.
+    An adapter is one range, so evicting by worth alone would free holes that are too small and empty the whole pool.
     With `need_slot` at least one owner must go, even if a free range is large enough.
     """
-    best: tuple[tuple[int, int], int, int] | None = None
+    best: tuple[tuple[float, int], int, int] | None = None
     for run in _usable_runs(segments):
         for cost, first, last in _candidates(segments, run, numel):
             if best is None or cost < best[0]:
@@ -85,10 +94,10 @@ def with_slot(segments: Sequence[Segment[Owner]], window: Window[Owner]) -> Wind
     if window.victims:
         return window
     idle = (segment for segment in segments if segment.usable and segment.owner is not None)
-    stalest = min(idle, key=lambda segment: segment.last_used, default=None)
-    if stalest is None or stalest.owner is None:
+    least = min(idle, key=lambda segment: segment.worth, default=None)
+    if least is None or least.owner is None:
         return None
-    return replace(window, victims=(stalest.owner,))
+    return replace(window, victims=(least.owner,))
 
 
 def _usable_runs(segments: Sequence[Segment[Owner]]) -> list[tuple[int, int]]:
@@ -106,24 +115,24 @@ def _usable_runs(segments: Sequence[Segment[Owner]]) -> list[tuple[int, int]]:
 
 def _candidates(
     segments: Sequence[Segment[Owner]], run: tuple[int, int], numel: int
-) -> list[tuple[tuple[int, int], int, int]]:
-    """For each start in the run the shortest [first, last) that is large enough, as ((age, owners), first, last)."""
-    found: list[tuple[tuple[int, int], int, int]] = []
+) -> list[tuple[tuple[float, int], int, int]]:
+    """For each start in the run the shortest [first, last) that is large enough, as ((worth, owners), first, last)."""
+    found: list[tuple[tuple[float, int], int, int]] = []
     last, size, owners = run[0], 0, 0
-    latest: deque[int] = deque()  # indices, their last_used falling: the first is the latest of the window
+    best: deque[int] = deque()  # indices, their worth falling: the first is the worthiest of the window
     for first in range(*run):
         while last < run[1] and size < numel:
             size += segments[last].numel
             owners += segments[last].owner is not None
-            while latest and segments[latest[-1]].age <= segments[last].age:
-                latest.pop()
-            latest.append(last)
+            while best and segments[best[-1]].worth <= segments[last].worth:
+                best.pop()
+            best.append(last)
             last += 1
         if size < numel:
             break
-        found.append(((segments[latest[0]].age, owners), first, last))
+        found.append(((segments[best[0]].worth, owners), first, last))
         size -= segments[first].numel
         owners -= segments[first].owner is not None
-        if latest[0] == first:
-            latest.popleft()
+        if best[0] == first:
+            best.popleft()
     return found

@@ -18,7 +18,7 @@ from gralora_kernels.tables import ARENA_SLACK, GroupTable, ModuleTable, TableSe
 from gralora_runtime.adapters.checkpoint.loader import AdapterLayout, LoadedAdapter
 from gralora_runtime.adapters.checkpoint.spec import ModuleShape
 from gralora_runtime.adapters.residency.arena import ArenaAllocator
-from gralora_runtime.adapters.residency.eviction import Segment
+from gralora_runtime.adapters.residency.eviction import WORTHLESS, Segment
 from gralora_runtime.adapters.residency.shared_inputs import group_siblings
 from gralora_runtime.adapters.residency.transfer import Spread, Transfer, no_steps, transfer_to
 from gralora_runtime.memory import lazy_zeros
@@ -33,7 +33,7 @@ class Resident:
     generation: int
     offset: int
     layout: AdapterLayout
-    last_used: int = 0
+    worth: float = WORTHLESS  # of staying: see `worth_after_use`
     leases: int = 0
     pinned: bool = False
     draining: bool = False  # a waiting adapter needs this room: no new leases
@@ -207,7 +207,7 @@ class AdapterPool:
                 offset=resident.offset,
                 numel=resident.layout.numel,
                 owner=resident,
-                last_used=resident.last_used,
+                worth=resident.worth,
                 usable=resident in usable,
                 movable=resident in movable,
             )
@@ -215,7 +215,7 @@ class AdapterPool:
         ]
         for offset, numel in self.ranges.free_ranges():
             free = all(offset >= kept.stop or offset + numel <= kept.start for kept in blocked)
-            found.append(Segment(offset=offset, numel=numel, owner=None, last_used=0, usable=free))
+            found.append(Segment(offset=offset, numel=numel, owner=None, worth=WORTHLESS, usable=free))
         return sorted(found, key=lambda segment: segment.offset)
 
     def check_integrity(self) -> None:
