@@ -289,6 +289,7 @@ class AdapterManager:
                 load_s=self._mover.load_s.read(),
                 placements=self._mover.placements,
                 evictions=self._mover.evictions,
+                moves=self._mover.moves,
             )
 
     def check_integrity(self) -> None:

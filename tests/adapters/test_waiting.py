@@ -322,7 +322,7 @@ def test_an_adapter_for_which_a_pinned_one_has_to_move_gets_in(tmp_path: Path) -
         assert torch.equal(blob, weights(manager, after))
         expected = load("big", tmp_path / "big", MODULES, torch.float32, max_width=256)
         assert torch.equal(expected.blob, weights(manager, big))
-        assert manager._mover.moves == 1
+        assert manager.stats().moves == 1
         manager.release(big)
         manager.release(after)
 
@@ -331,7 +331,7 @@ def test_nobody_is_moved_where_somebody_idle_makes_room(tmp_path: Path) -> None:
     with with_b_in_the_middle(tmp_path, pinned=False) as manager:
         use(manager, "big")
 
-        assert manager._mover.moves == 0
+        assert manager.stats().moves == 0
 
 
 def test_a_leased_adapter_is_waited_for_and_then_moved(tmp_path: Path) -> None:
@@ -360,7 +360,7 @@ def test_when_the_large_one_gives_up_a_pinned_one_stays_where_it_is(tmp_path: Pa
         assert big.cancel()
 
         assert held.generation == again.result(WAIT_S).generation
-        assert manager._mover.moves == 0
+        assert manager.stats().moves == 0
         manager.release(held)
         manager.release(again.result())
 
@@ -590,7 +590,7 @@ def test_a_storm_in_which_pinned_adapters_change_places_gives_everybody_their_ow
             future.result(6 * WAIT_S)
         quiesce(manager)
 
-        assert manager._mover.moves > 0
+        assert manager.stats().moves > 0
         assert 0 == manager.stats().leases == manager.stats().waiting == len(manager._mover._queue)
         for name in names:
             manager.unload(name)
