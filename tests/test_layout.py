@@ -65,6 +65,8 @@ NO_TORCH = [
     "gralora_runtime/sampling/outcome.py",
     "gralora_runtime/sampling/state.py",
     "gralora_runtime/adapters/residency/arena.py",
+    "gralora_runtime/adapters/residency/eviction.py",
+    "gralora_runtime/adapters/residency/compaction.py",
     "gralora_runtime/adapters/residency/lease.py",
     "gralora_runtime/adapters/checkpoint/spec.py",
     "gralora_runtime/adapters/catalogue/database.py",

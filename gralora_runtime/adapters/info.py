@@ -90,6 +90,7 @@ class AdapterStats:
     load_s: HistogramCounts  # reading, checking and packing, one adapter each, the failures among them
     placements: int  # into the pool, from disk or host memory
     evictions: int
+    moves: int  # within the pool, to make one long range of free ones
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,6 +32,7 @@ from gralora_runtime.adapters.descriptions import Descriptions
 from gralora_runtime.adapters.discovery import Discovery
 from gralora_runtime.adapters.info import AdapterInfo, AdapterPage, AdapterResidency, AdapterStats, UnloadResult
 from gralora_runtime.adapters.persistence import Persistence
+from gralora_runtime.adapters.residency.eviction import worth_after_use
 from gralora_runtime.adapters.residency.host_cache import HostCache
 from gralora_runtime.adapters.residency.lease import BASE_LEASE, AdapterLease
 from gralora_runtime.adapters.residency.mover import Mover
@@ -315,6 +316,7 @@ class AdapterManager:
                 load_s=self._mover.load_s.read(),
                 placements=self._mover.placements,
                 evictions=self._mover.evictions,
+                moves=self._mover.moves,
             )
 
     def check_integrity(self) -> None:
@@ -394,7 +396,7 @@ class AdapterManager:
         if waiter.reference is not None and not resident.layout.digest.startswith(waiter.reference.digest):
             answers.error(waiter.future, alias.lacks(waiter.reference))
             return
-        resident.last_used = next(self._clock)
+        resident.worth = worth_after_use(resident.worth, next(self._clock))
         if waiter.wants_lease:
             version.last_used_s = time.time()
             self._persistence.used(version)

@@ -6,14 +6,22 @@ import random
 
 import pytest
 
-from gralora_runtime.adapters.residency.eviction import Segment, Window, choose_window
+from gralora_runtime.adapters.residency.eviction import (
+    HALF_LIFE,
+    WORTHLESS,
+    Segment,
+    Window,
+    choose_window,
+    worth_after_use,
+)
 
 
 def segments(*pieces: tuple[str | None, int, int, bool]) -> list[Segment[str]]:
-    """(owner or None, size, last used, usable) from the arena's start on."""
+    """(owner or None, size, worth, usable) from the arena's start on. What is free is worth nothing."""
     found, offset = [], 0
-    for owner, numel, last_used, usable in pieces:
-        found.append(Segment(offset=offset, numel=numel, owner=owner, last_used=last_used, usable=usable))
+    for owner, numel, worth, usable in pieces:
+        known = WORTHLESS if owner is None else worth
+        found.append(Segment(offset=offset, numel=numel, owner=owner, worth=known, usable=usable))
         offset += numel
     return found
 
@@ -24,14 +32,14 @@ def test_free_room_needs_no_victim() -> None:
     assert Window(offset=4, numel=3, victims=()) == choose_window(arena, 3, need_slot=False)
 
 
-def test_the_least_recently_used_goes_first() -> None:
+def test_who_is_worth_least_goes_first() -> None:
     arena = segments(("a", 4, 3, True), ("b", 4, 1, True), ("c", 4, 2, True))
 
     assert Window(offset=4, numel=4, victims=("b",)) == choose_window(arena, 4, need_slot=False)
 
 
-def test_those_next_to_each_other_go_although_others_are_staler() -> None:
-    """Evicting the two stalest, a and d, would leave two holes that are too small."""
+def test_those_next_to_each_other_go_although_others_are_worth_less() -> None:
+    """Evicting the two worth least, a and d, would leave two holes that are too small."""
     arena = segments(("a", 4, 1, True), ("b", 4, 8, True), ("c", 4, 5, True), ("d", 4, 2, True))
 
     assert Window(offset=8, numel=8, victims=("c", "d")) == choose_window(arena, 8, need_slot=False)
@@ -75,9 +83,9 @@ def test_no_other_run_is_better(seed: int) -> None:
     )
     numel = rng.randint(1, 15)
 
-    def cost(run: list[Segment[str]]) -> tuple[int, int]:
+    def cost(run: list[Segment[str]]) -> tuple[float, int]:
         owners = [segment for segment in run if segment.owner is not None]
-        return max((segment.last_used for segment in owners), default=-1), len(owners)
+        return max((segment.worth for segment in owners), default=WORTHLESS), len(owners)
 
     runs = [arena[i:j] for i in range(len(arena)) for j in range(i + 1, len(arena) + 1)]
     enough = [
@@ -94,3 +102,36 @@ def test_no_other_run_is_better(seed: int) -> None:
     assert arena[first:last] in enough
     assert [segment.owner for segment in arena[first:last] if segment.owner] == list(window.victims)
     assert min(map(cost, enough)) == cost(arena[first:last])
+
+
+def worth_of(*uses: int) -> float:
+    worth = WORTHLESS
+    for use in uses:
+        worth = worth_after_use(worth, use)
+    return worth
+
+
+def test_of_those_used_equally_often_the_least_recently_used_is_worth_least() -> None:
+    assert worth_of(1) < worth_of(2) < worth_of(3)
+    assert worth_of(10, 20) < worth_of(11, 21)
+
+
+def test_a_use_counts_half_as_much_a_half_life_later() -> None:
+    first = worth_of(1)
+
+    assert worth_of(1, 1) == pytest.approx(worth_of(1 + HALF_LIFE))
+    assert worth_of(1, 1, 1, 1) == pytest.approx(worth_of(1 + 2 * HALF_LIFE))
+    assert first == pytest.approx(worth_of(1 + HALF_LIFE) - 1)
+
+
+def test_a_scan_does_not_throw_out_who_is_asked_for_again_and_again() -> None:
+    favourite = worth_of(*range(10, 110, 10))
+
+    assert all(favourite > worth_of(use) for use in range(101, 101 + HALF_LIFE))
+    assert favourite < worth_of(101 + 5 * HALF_LIFE)
+
+
+def test_a_server_that_runs_for_years_still_tells_uses_apart() -> None:
+    late = 10**12
+
+    assert worth_of(*range(1000), late) < worth_of(late + 1) < worth_of(late, late + 1)

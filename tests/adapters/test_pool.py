@@ -183,3 +183,42 @@ def test_random_walks_keep_the_books_and_the_weights(adapters: list[LoadedAdapte
 
     assert not pool.arena.any()
     assert pool.used_bytes == 0
+
+
+@pytest.mark.parametrize("cells", [1, 3, 40])
+def test_an_adapter_that_was_moved_is_the_same_elsewhere_and_a_new_generation(
+    adapters: list[LoadedAdapter], cells: int
+) -> None:
+    """By less than its own size too: then the two places overlap."""
+    pool = pool_of(1 << 20)
+    adapter, offset = adapters[0], 16 * cells
+    moved, other = place(pool, adapter), place(pool, adapters[1])
+    pool.evict(other)
+    slot, generation = moved.slot, moved.generation
+
+    moved.leaving = True
+    copy = pool.read(moved)
+    pool.clear(moved)
+    assert not pool.arena.any()
+    assert is_blank(pool, slot)
+    pool.relocate(moved, offset)
+    pool.fill(moved, copy)
+
+    assert (slot, offset) == (moved.slot, moved.offset)
+    assert generation < moved.generation == pool.generation(slot)
+    assert torch.equal(adapter.blob, pool.read(moved).blob)
+    assert not pool.arena[:offset].any()
+    assert not pool.arena[offset + adapter.layout.numel :].any()
+    for module, entries in adapter.layout.modules:
+        a_offset = pool.tables[module].index[slot, 0, 0]
+        assert entries[0].a_offset + offset == a_offset
+    pool.check_integrity()
+
+
+def test_only_who_is_leaving_can_be_moved(adapters: list[LoadedAdapter]) -> None:
+    pool = pool_of(1 << 20)
+    resident = place(pool, adapters[0])
+
+    with pytest.raises(AssertionError):
+        pool.relocate(resident, 1 << 12)
+    pool.check_integrity()

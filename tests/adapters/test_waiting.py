@@ -5,18 +5,32 @@ from __future__ import annotations
 import random
 import shutil
 import threading
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
-from adapters.harness import WAIT_S, Gate, is_pending, lease, managing, quiesce, use, weights, write_units
+from adapters.harness import (
+    UNIT_BYTES,
+    WAIT_S,
+    Gate,
+    is_pending,
+    lease,
+    managing,
+    quiesce,
+    use,
+    weights,
+    write_units,
+)
 from support.checkpoints import MODULES
 
 from gralora_runtime.adapters.answers import Answers
 from gralora_runtime.adapters.catalogue.store import AdapterState
 from gralora_runtime.adapters.checkpoint.loader import LoadedAdapter, load
 from gralora_runtime.adapters.manager import AdapterManager
+from gralora_runtime.adapters.residency import mover
 from gralora_runtime.adapters.residency.lease import AdapterLease
 from gralora_runtime.adapters.residency.mover import READ_AHEAD
 from gralora_runtime.adapters.residency.pool import Resident
@@ -263,6 +277,160 @@ def test_a_pin_takes_an_adapter_out_of_the_way_of_a_large_one(tmp_path: Path) ->
             manager.release(one)
 
 
+class SlowFill:
+    """Holds back the next write of weights into the pool until it is let go."""
+
+    def __init__(self, manager: AdapterManager, patch: pytest.MonkeyPatch) -> None:
+        self._begun, self._go_on, self._fill = threading.Event(), threading.Event(), manager.pool.fill
+        patch.setattr(manager.pool, "fill", self._slow)
+
+    def wait_for_it(self) -> None:
+        assert self._begun.wait(WAIT_S)
+
+    def let_go(self) -> None:
+        self._go_on.set()
+
+    def _slow(self, resident: Resident, adapter: LoadedAdapter) -> None:
+        self._begun.set()
+        assert self._go_on.wait(WAIT_S)
+        self._fill(resident, adapter)
+
+
+@contextmanager
+def with_b_in_the_middle(root: Path, pinned: bool = True) -> Iterator[AdapterManager]:
+    """a, b, c and d side by side and idle: for `big`, which takes three units, b is in the way."""
+    write_units(root, ["a", "b", "c", "d"])
+    write_units(root, ["big"], units=3)
+    with managing(root, units=4) as manager:
+        for name in "abcd":
+            use(manager, name)
+        manager.pin("b", pinned)
+        yield manager
+
+
+def test_an_adapter_for_which_a_pinned_one_has_to_move_gets_in(tmp_path: Path) -> None:
+    """It used to be refused, although its bytes are free."""
+    with with_b_in_the_middle(tmp_path) as manager:
+        before = use(manager, "b")
+        blob = manager.pool.read(manager.pool.find(before.digest)).blob
+
+        big = lease(manager, "big")
+        after = lease(manager, "b")
+
+        assert before.slot == after.slot
+        assert before.generation < after.generation == manager.pool.generation(after.slot)
+        assert torch.equal(blob, weights(manager, after))
+        expected = load("big", tmp_path / "big", MODULES, torch.float32, max_width=256)
+        assert torch.equal(expected.blob, weights(manager, big))
+        assert manager.stats().moves == 1
+        manager.release(big)
+        manager.release(after)
+
+
+def test_nobody_is_moved_where_somebody_idle_makes_room(tmp_path: Path) -> None:
+    with with_b_in_the_middle(tmp_path, pinned=False) as manager:
+        use(manager, "big")
+
+        assert manager.stats().moves == 0
+
+
+def test_a_leased_adapter_is_waited_for_and_then_moved(tmp_path: Path) -> None:
+    with with_b_in_the_middle(tmp_path) as manager:
+        held = lease(manager, "b")
+        blob = weights(manager, held).clone()
+        big = acquire_and_settle(manager, "big")
+        again = acquire_and_settle(manager, "b")
+        assert not big.done()
+        assert not again.done(), "it would be in the way for ever"
+        assert torch.equal(blob, weights(manager, held))
+        manager.release(held)
+
+        assert big.result(WAIT_S).name == "big"
+        assert again.result(WAIT_S).generation > held.generation
+        assert torch.equal(blob, weights(manager, again.result()))
+        manager.release(big.result())
+        manager.release(again.result())
+
+
+def test_when_the_large_one_gives_up_a_pinned_one_stays_where_it_is(tmp_path: Path) -> None:
+    with with_b_in_the_middle(tmp_path) as manager:
+        held = lease(manager, "b")
+        big = acquire_and_settle(manager, "big")
+        again = acquire_and_settle(manager, "b")
+        assert big.cancel()
+
+        assert held.generation == again.result(WAIT_S).generation
+        assert manager.stats().moves == 0
+        manager.release(held)
+        manager.release(again.result())
+
+
+def test_an_unpinned_adapter_that_was_to_move_leaves_instead(tmp_path: Path) -> None:
+    with with_b_in_the_middle(tmp_path) as manager:
+        held = lease(manager, "b")
+        big = acquire_and_settle(manager, "big")
+        manager.pin("b", False)
+        quiesce(manager)
+        manager.release(held)
+
+        assert big.result(WAIT_S).name == "big"
+        manager.release(big.result())
+
+
+def test_requests_for_an_adapter_that_is_being_moved_get_it_afterwards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gate: Gate
+) -> None:
+    with with_b_in_the_middle(tmp_path) as manager:
+        slow = SlowFill(manager, monkeypatch)
+        big = manager.acquire("big")
+        slow.wait_for_it()
+        b = manager.acquire("b")
+        assert not b.done()
+        assert AdapterState.LOADING is manager.get("b").state
+        manager.check_integrity()
+        slow.let_go()
+
+        assert b.result(WAIT_S).generation == manager.pool.generation(b.result().slot)
+        assert gate.names == ["a", "b", "c", "d", "big"]
+        assert AdapterState.RESIDENT is manager.get("b").state
+        manager.release(big.result(WAIT_S))
+        manager.release(b.result())
+
+
+def test_what_is_unloaded_while_it_is_moved_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with with_b_in_the_middle(tmp_path) as manager:
+        slow = SlowFill(manager, monkeypatch)
+        big = manager.acquire("big")
+        slow.wait_for_it()
+        manager.unload("b")
+        slow.let_go()
+        manager.release(big.result(WAIT_S))
+        manager.unload("big")
+        quiesce(manager)
+
+        assert manager.stats().slots_used == 0
+        assert not manager.pool.arena.any()
+
+
+def test_what_waits_for_a_move_does_not_wait_for_what_was_unloaded(tmp_path: Path) -> None:
+    """The moves that were planned are of an arena that is no more."""
+    write_units(tmp_path, ["a", "b", "c", "d"])
+    write_units(tmp_path, ["big"], units=2)
+    with managing(tmp_path, units=4) as manager:
+        for name in "abcd":
+            manager.load(name, pin=True).result(WAIT_S)
+        held = lease(manager, "c")
+        manager.pin("a", False)
+        manager.pin("c", False)
+        big = acquire_and_settle(manager, "big")
+        manager.unload("b")
+        quiesce(manager)
+
+        assert big.result(WAIT_S).name == "big"
+        manager.release(held)
+        manager.release(big.result())
+
+
 def test_little_is_read_ahead_of_the_room(tmp_path: Path, gate: Gate) -> None:
     """A thousand waiting adapters must not fill the host's memory with weights."""
     names = [f"n{i}" for i in range(READ_AHEAD + 10)]
@@ -278,6 +446,48 @@ def test_little_is_read_ahead_of_the_room(tmp_path: Path, gate: Gate) -> None:
 
         assert set(names) == {future.result(WAIT_S).name for future in waiting}
         assert 1 + len(names) == len(gate.names)
+
+
+@pytest.mark.parametrize(("budget_units", "read"), [(0.5, 1), (1, 1), (3.5, 3), (100, 8)])
+def test_what_is_read_ahead_is_bounded_by_bytes_too(
+    tmp_path: Path, gate: Gate, monkeypatch: pytest.MonkeyPatch, budget_units: float, read: int
+) -> None:
+    """Sixteen large adapters would be gigabytes. One is read however large it is."""
+    monkeypatch.setattr(mover, "READ_AHEAD_BYTES", int(budget_units * UNIT_BYTES))
+    names = [f"n{i}" for i in range(8)]
+    write_units(tmp_path, ["a", *names])
+    with managing(tmp_path, units=1, host_units=0) as manager:
+        held = lease(manager, "a")
+        waiting = [manager.acquire(name) for name in names]
+        quiesce(manager)
+        assert sorted(gate.names) == ["a", *names[:read]], "they are read while the pool is full, and no more"
+        for future in waiting:
+            future.add_done_callback(lambda answered: manager.release(answered.result()))
+        manager.release(held)
+
+        assert set(names) == {future.result(WAIT_S).name for future in waiting}
+
+
+def test_adapters_of_unknown_size_are_read_ahead_as_if_the_bytes_were_shared_out(
+    tmp_path: Path, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mover, "READ_AHEAD_BYTES", int(READ_AHEAD * 1.5 * UNIT_BYTES))
+    names = [f"n{i}" for i in range(READ_AHEAD + 4)]
+    write_units(tmp_path, ["a", *names])
+    with managing(tmp_path, units=1, host_units=0) as manager:
+        held = lease(manager, "a")
+        for name in names:
+            manager._store.get(name).current.summary = None
+        gate.shut()
+        waiting = [manager.acquire(name) for name in names]
+        assert len(manager._mover._reading) == READ_AHEAD
+        gate.open()
+        for future in waiting:
+            future.add_done_callback(lambda answered: manager.release(answered.result()))
+        manager.release(held)
+
+        assert set(names) == {future.result(WAIT_S).name for future in waiting}
+        assert not manager._mover._reading
 
 
 @pytest.mark.parametrize("host_units", [0, 3, 50])
@@ -337,6 +547,54 @@ def test_a_storm_of_threads_gets_the_right_weights_and_leaves_the_books_in_order
             manager.unload(name)
         assert not manager.pool.arena.any()
         assert 0 == manager.stats().pool_bytes_used == manager.stats().host_bytes_used
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_storm_in_which_pinned_adapters_change_places_gives_everybody_their_own(tmp_path: Path, seed: int) -> None:
+    """A leased adapter stays where it is; who waits beside pins gets in; and the books are right all the while."""
+    small, large = [f"s{i}" for i in range(8)], [f"l{i}" for i in range(3)]
+    write_units(tmp_path, small)
+    write_units(tmp_path, large, units=3)
+    names = [*small, *large]
+    blobs = {n: load(n, tmp_path / n, MODULES, torch.float32, max_width=256).blob for n in names}
+    with managing(tmp_path, units=7, slots=6, host_units=20) as manager, ThreadPoolExecutor(7) as threads:
+
+        def request(i: int) -> None:
+            rng = random.Random(100 * seed + i)
+            for _ in range(60):
+                name = rng.choice(names)
+                held = lease(manager, name)
+                place = manager.pool.find(held.digest)
+                assert place is not None
+                offset = place.offset
+                for _ in range(3):
+                    assert torch.equal(blobs[name], weights(manager, held)), "another adapter's weights"
+                    assert place.offset == offset
+                manager.release(held)
+
+        def operate() -> None:
+            """Never more pins than leave room for a large one, so nobody may be refused."""
+            rng, pinned = random.Random(seed), []
+            for _ in range(150):
+                if len(pinned) == 4:
+                    manager.pin(pinned.pop(rng.randrange(4)), False)
+                name = rng.choice([name for name in small if name not in pinned])
+                pinned.append(name)
+                manager.load(name, pin=True).result(WAIT_S)
+                manager.check_integrity()
+            for name in pinned:
+                manager.pin(name, False)
+
+        done = [threads.submit(request, i) for i in range(6)] + [threads.submit(operate)]
+        for future in done:
+            future.result(6 * WAIT_S)
+        quiesce(manager)
+
+        assert manager.stats().moves > 0
+        assert 0 == manager.stats().leases == manager.stats().waiting == len(manager._mover._queue)
+        for name in names:
+            manager.unload(name)
+        assert not manager.pool.arena.any()
 
 
 def name_back(manager: AdapterManager, name: str) -> None:

@@ -105,6 +105,7 @@ async def test_numbers_go_where_their_names_say() -> None:
         "gralora_adapter_load_failures_total": {(): 12.0},
         "gralora_adapter_placements_total": {(): 13.0},
         "gralora_adapter_evictions_total": {(): 14.0},
+        "gralora_adapter_moves_total": {(): 3.0},
         "gralora_adapter_resident_bytes": {("poet", "pool", "1"): 1200.0, ("bard", "host", "2"): 1300.0},
         "vllm:num_requests_running": {(): 1.0},
         "vllm:num_requests_waiting": {(): 5.0},

@@ -94,6 +94,7 @@ STATS = AdapterStats(
     load_s=Histogram(REQUEST_S).read(),
     placements=13,
     evictions=14,
+    moves=3,
 )
 
 

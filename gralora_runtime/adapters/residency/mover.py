@@ -28,7 +28,9 @@ from gralora_runtime.observation.histogram import REQUEST_S, Histogram
 log = logging.getLogger(__name__)
 
 NUM_READERS = 2  # a slow disk holds up at most so many loads before the others wait
-READ_AHEAD = 16  # adapters in memory on their way to the pool: what waits beyond that waits on disk
+# Adapters in memory on their way to the pool, and their bytes: what waits beyond that waits on disk, but for one.
+READ_AHEAD = 16
+READ_AHEAD_BYTES = 1 << 30
 
 Serve = Callable[[AdapterVersion, Resident, Waiter, Answers], None]
 Changed = Callable[[AdapterVersion, LoadedAdapter, Answers], None]
@@ -53,7 +55,7 @@ class Mover:
         moved: Callable[[str], None],
         identified: Callable[[AdapterVersion], None],
     ) -> None:
-        self.loads = self.load_failures = self.placements = self.evictions = 0
+        self.loads = self.load_failures = self.placements = self.evictions = self.moves = 0
         self.load_s = Histogram(REQUEST_S)  # observed under the lock: there are several readers
         self._pool = pool
         self._store = store
@@ -68,7 +70,7 @@ class Mover:
         self._forget = forget  # a version that came with a load which failed
         self._to_read: deque[AdapterVersion] = deque()
         self._to_read_last: deque[AdapterVersion] = deque()  # once nothing else is to be read
-        self._num_reading = 0
+        self._reading: dict[AdapterVersion, int] = {}  # and the bytes that it will take
         self._queue = PlacementQueue(pool)
         self._is_awake = False
         self._closed = False
@@ -216,13 +218,26 @@ class Mover:
 
     def _read_more(self, answers: Answers) -> None:
         """Read on, in order of arrival, while little enough waits for room. Nobody's wish any more: not read at all."""
-        while (left := self._to_read or self._to_read_last) and self._num_reading + len(self._queue) < READ_AHEAD:
+        while (left := self._to_read or self._to_read_last) and self._has_room_ahead(left[0]):
             version = left.popleft()
             if version.waiters:
-                self._num_reading += 1
+                self._reading[version] = self._expected_bytes(version)
                 self.read(version, partial(self._on_read, version), answers)
             else:
                 version.loading = False
+
+    def _has_room_ahead(self, version: AdapterVersion) -> bool:
+        waiting = (placement.adapter.num_bytes for placement in self._queue if placement.adapter is not None)
+        num_bytes = sum(waiting) + sum(self._reading.values())
+        if num_bytes and num_bytes + self._expected_bytes(version) > READ_AHEAD_BYTES:
+            return False
+        return len(self._reading) + len(self._queue) < READ_AHEAD
+
+    def _expected_bytes(self, version: AdapterVersion) -> int:
+        """One that nobody has looked into yet counts as one of as many as may be on their way."""
+        if version.summary is None:
+            return READ_AHEAD_BYTES // READ_AHEAD
+        return version.summary.packed_numel * self._pool.arena.element_size()
 
     def _wait_for_room(self, version: AdapterVersion, adapter: LoadedAdapter, answers: Answers) -> None:
         if not self._queue.possible(adapter.layout.numel):
@@ -297,7 +312,7 @@ class Mover:
         error = read.exception()
         log_if_unexpected(version.name, error)
         with self._answering() as answers:
-            self._num_reading -= 1
+            del self._reading[version]
             self.wake(answers)
             if self._store.alias_of(version) is None or self._closed:
                 return
@@ -315,6 +330,8 @@ class Mover:
             placement, window = move
             for victim in window.victims:
                 self._evict(victim)
+            for step in window.moves:
+                self._shift(step.owner, step.offset)
             self._place(placement, window)
 
     def _next_move(self) -> tuple[Placement, Window[Resident]] | None:
@@ -341,6 +358,22 @@ class Mover:
             else:
                 self.keep(adapter)
 
+    def _shift(self, resident: Resident, offset: int) -> None:
+        """To another place in the pool, through host memory: the two may overlap, and clearing waits for the steps."""
+        adapter = self._pool.read(resident)
+        self._pool.clear(resident)
+        with self._answering():
+            self._pool.relocate(resident, offset)
+        self._pool.fill(resident, adapter)
+        with self._answering() as answers:
+            self.moves += 1
+            resident.leaving = resident.draining = False
+            self._moved_all(adapter.digest)
+            placement = self._queue.find(adapter.digest)
+            if placement is not None:
+                self._queue.remove(placement)
+            self._settle(resident, placement.versions if placement is not None else (), answers)
+
     def _place(self, placement: Placement, window: Window[Resident]) -> None:
         assert placement.adapter is not None
         with self._answering():
@@ -351,13 +384,16 @@ class Mover:
             self._queue.remove(placement)
             self.placements += 1
             self._moved_all(placement.digest)
-            self.refresh_pin(resident)
-            for version in placement.versions:
-                self._arrive(version, resident, answers)
-            is_orphan = not self._store.sharing(placement.digest)
-            if is_orphan:  # unloaded while it moved in
-                self._pool.withdraw(resident)
-                answers.later(partial(self.erase, resident))
+            self._settle(resident, placement.versions, answers)
+
+    def _settle(self, resident: Resident, versions: Sequence[AdapterVersion], answers: Answers) -> None:
+        """It is there, for these versions. Unless every name of it was unloaded meanwhile: then it has to go."""
+        self.refresh_pin(resident)
+        for version in versions:
+            self._arrive(version, resident, answers)
+        if not self._store.sharing(resident.layout.digest):
+            self._pool.withdraw(resident)
+            answers.later(partial(self.erase, resident))
 
     def _on_pumped(self, pumped: Future[None]) -> None:
         """A pump that raises is our bug: nobody may be left waiting for it."""

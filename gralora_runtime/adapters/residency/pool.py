@@ -18,7 +18,7 @@ from gralora_kernels.tables import ARENA_SLACK, GroupTable, ModuleTable, TableSe
 from gralora_runtime.adapters.checkpoint.loader import AdapterLayout, LoadedAdapter
 from gralora_runtime.adapters.checkpoint.spec import ModuleShape
 from gralora_runtime.adapters.residency.arena import ArenaAllocator
-from gralora_runtime.adapters.residency.eviction import Segment
+from gralora_runtime.adapters.residency.eviction import WORTHLESS, Segment
 from gralora_runtime.adapters.residency.shared_inputs import group_siblings
 from gralora_runtime.adapters.residency.transfer import Spread, Transfer, no_steps, transfer_to
 from gralora_runtime.memory import lazy_zeros
@@ -26,25 +26,31 @@ from gralora_runtime.memory import lazy_zeros
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class Resident:
-    """One stay of an adapter in a slot. The generation tells this stay from earlier ones in the same slot."""
+    """One stay of an adapter in a slot. The generation tells it from earlier ones in the same slot, and from itself
+    before it was moved."""
 
     slot: int
     generation: int
     offset: int
     layout: AdapterLayout
-    last_used: int = 0
+    worth: float = WORTHLESS  # of staying: see `worth_after_use`
     leases: int = 0
     pinned: bool = False
     draining: bool = False  # a waiting adapter needs this room: no new leases
-    leaving: bool = False  # being read back and zeroed
+    leaving: bool = False  # being read back and zeroed, to be somewhere else
 
     @property
     def open(self) -> bool:
         return not (self.draining or self.leaving)
 
     @property
+    def still(self) -> bool:
+        """Nobody uses it, and nobody does anything with it."""
+        return self.leases == 0 and not self.leaving
+
+    @property
     def idle(self) -> bool:
-        return self.leases == 0 and not self.pinned and not self.leaving
+        return self.still and not self.pinned
 
 
 class AdapterPool:
@@ -151,7 +157,7 @@ class AdapterPool:
         """`find` knows it no more; slot and range stay taken."""
         assert resident.leases == 0, f"slot {resident.slot} has {resident.leases} leases"
         del self._by_digest[resident.layout.digest]
-        resident.leaving = True
+        resident.leaving, resident.pinned = True, False
 
     def read(self, resident: Resident) -> LoadedAdapter:
         """Copy an adapter back to host memory."""
@@ -166,6 +172,18 @@ class AdapterPool:
             self.transfer.write_rows(self.table_set, resident.slot)
             self.transfer.zero(self._range(resident))
 
+    def relocate(self, resident: Resident, offset: int) -> None:
+        """Give a cleared range back and take the one at `offset` in its place; `fill` follows.
+
+        The slot stays, because a full table has no other one to give. Its generation does not: between the two places
+        its rows were blank, so whoever still holds the old one must be refused.
+        """
+        assert resident.leaving, f"slot {resident.slot} is open"
+        self.ranges.free(resident.offset)
+        self.ranges.allocate_at(offset, resident.layout.numel)
+        self._generations[resident.slot] += 1
+        resident.offset, resident.generation = offset, self._generations[resident.slot]
+
     def release(self, resident: Resident) -> None:
         """Give slot and range back."""
         del self._residents[resident.slot]
@@ -176,21 +194,28 @@ class AdapterPool:
         """Everything that owns a range, also what is being filled or cleared."""
         return iter(self._residents.values())
 
-    def segments(self, usable: Collection[Resident], blocked: range = range(0)) -> list[Segment[Resident]]:
-        """The arena from end to end. `usable` owners may be evicted; free ranges that touch `blocked` may not."""
+    def segments(
+        self,
+        usable: Collection[Resident],
+        *,
+        movable: Collection[Resident] = (),
+        blocked: Sequence[range] = (),
+    ) -> list[Segment[Resident]]:
+        """The arena from end to end. `usable` owners may be evicted; free ranges that touch `blocked` stay free."""
         found = [
             Segment(
                 offset=resident.offset,
                 numel=resident.layout.numel,
                 owner=resident,
-                last_used=resident.last_used,
+                worth=resident.worth,
                 usable=resident in usable,
+                movable=resident in movable,
             )
             for resident in self._residents.values()
         ]
         for offset, numel in self.ranges.free_ranges():
-            free = offset >= blocked.stop or offset + numel <= blocked.start
-            found.append(Segment(offset=offset, numel=numel, owner=None, last_used=0, usable=free))
+            free = all(offset >= kept.stop or offset + numel <= kept.start for kept in blocked)
+            found.append(Segment(offset=offset, numel=numel, owner=None, worth=WORTHLESS, usable=free))
         return sorted(found, key=lambda segment: segment.offset)
 
     def check_integrity(self) -> None:

@@ -87,6 +87,7 @@ def _adapters(seen: EngineSnapshot) -> Iterator[Metric]:
     yield series.ADAPTER_FAILURES.value(stats.load_failures)
     yield series.ADAPTER_PLACEMENTS.value(stats.placements)
     yield series.ADAPTER_EVICTIONS.value(stats.evictions)
+    yield series.ADAPTER_MOVES.value(stats.moves)
     yield series.ADAPTER_LOAD.histogram(stats.load_s)
 
 

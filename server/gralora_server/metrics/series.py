@@ -137,6 +137,9 @@ ADAPTER_PLACEMENTS = Series(
     "gralora_adapter_placements_total", "counter", "Adapters that moved into the pool, from disk or host memory."
 )
 ADAPTER_EVICTIONS = Series("gralora_adapter_evictions_total", "counter", "Adapters that left the pool for another one.")
+ADAPTER_MOVES = Series(
+    "gralora_adapter_moves_total", "counter", "Pinned adapters that made way within the pool for a larger one."
+)
 ADAPTER_LOAD = Series(
     "gralora_adapter_load_seconds", "histogram", "Reading, checking and packing one adapter, failed reads included."
 )
