@@ -7,7 +7,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,36 +47,43 @@ def main() -> None:
         base = _base(Path(folder), tiny=options.tiny or options.quick)
         result |= {"model": base.name, "seed": options.seed, "plan": asdict(plan)}
         picture = options.json.with_name("catalogue-memory.png")
-        found = run(base, plan, options.only, Path(folder), seed=options.seed, picture=picture)
+        parts = Parts(base=base, plan=plan, folder=Path(folder), seed=options.seed, picture=picture)
+        found = parts.run(options.only)
     result["parts"] = {name: _written(part) for name, part in found.items()}
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps(result, indent=1) + "\n")
     show(found)
-    failed = any(not gate.passed for part in found.values() for gate in part.gates if judged(gate.is_speed, options.quick))
+    failed = any(
+        not gate.passed for part in found.values() for gate in part.gates if judged(gate.is_speed, options.quick)
+    )
     sys.exit(failed)
 
 
-def run(
-    base: Base, plan: Plan, parts: Sequence[str], folder: Path, *, seed: int, picture: Path | None
-) -> dict[str, PartResult]:
-    """In the order of `PARTS`."""
-    fleet = make_fleet(Contents(base), folder, plan.adapters) if {"start", "soak"} & set(parts) else None
-    found: dict[str, PartResult] = {}
-    for name in PARTS:
-        if name in parts:
-            inside = folder / name
-            inside.mkdir()
-            found[name] = _part(name, base, fleet, plan, inside, seed, picture)
-    return found
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parts:
+    """What all parts are given."""
 
+    base: Base
+    plan: Plan
+    folder: Path  # empty, and gone afterwards
+    seed: int
+    picture: Path
 
-def _part(
-    name: str, base: Base, fleet: Fleet | None, plan: Plan, folder: Path, seed: int, picture: Path | None
-) -> PartResult:
-    if name == "gaps":
-        return gaps(base, plan, folder)
-    assert fleet is not None
-    return start(fleet, plan, folder) if name == "start" else soak(fleet, plan, folder, seed=seed, picture=picture)
+    def run(self, names: Sequence[str]) -> dict[str, PartResult]:
+        """In the order of `PARTS`."""
+        wants_fleet = {"start", "soak"} & set(names)
+        fleet = make_fleet(Contents(self.base), self.folder, self.plan.adapters) if wants_fleet else None
+        return {name: self._one(name, fleet) for name in PARTS if name in names}
+
+    def _one(self, name: str, fleet: Fleet | None) -> PartResult:
+        inside = self.folder / name
+        inside.mkdir()
+        if name == "gaps":
+            return gaps(self.base, self.plan, inside)
+        assert fleet is not None
+        if name == "start":
+            return start(fleet, self.plan, inside)
+        return soak(fleet, self.plan, inside, seed=self.seed, picture=self.picture)
 
 
 def judged(is_speed: bool, quick: bool) -> bool:

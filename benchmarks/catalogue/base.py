@@ -58,7 +58,7 @@ def save_tiny_llama(folder: Path) -> Path:
                 parameter.normal_(0.0, 0.5 if "embed" in name else 0.15)
     model.save_pretrained(folder)
     words = Tokenizer(models.WordLevel({f"w{number}": number for number in range(TINY_VOCAB)}, unk_token="w0"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # type: ignore[assignment]
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     fast = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="w0", eos_token="w1", pad_token="w2")
     fast.save_pretrained(folder)
     return folder

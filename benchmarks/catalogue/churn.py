@@ -255,7 +255,9 @@ class Churn:
 
     def _other(self, known: Adapter, drawn: random.Random) -> tuple[int, str] | None:
         """Number and digest of a version that the name does not stand for."""
-        others = [(v.number, v.digest) for v in known.versions if v.number != known.version and v.digest in self.contents]
+        others = [
+            (v.number, v.digest) for v in known.versions if v.number != known.version and v.digest in self.contents
+        ]
         return drawn.choice(others) if others else None
 
     def _check(self, what: str, one: Changing, answer: Adapter, digest: str) -> None:

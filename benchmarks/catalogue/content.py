@@ -19,7 +19,9 @@ from gralora_runtime.adapters.checkpoint.tensors import WEIGHTS_FILE
 from gralora_runtime.adapters.checkpoint.whole import read_whole
 from gralora_runtime.adapters.checkpoint.writer import write_adapter
 
-UPDATE_SIZE = 0.8  # standard deviation of an update for inputs of size 1: contents that are different answer differently
+UPDATE_SIZE = (
+    0.8  # standard deviation of an update for inputs of size 1: contents that are different answer differently
+)
 PREFIX = "base_model.model."
 
 
@@ -33,8 +35,12 @@ class Kind:
     dtype: torch.dtype
 
 
-_RANKS = ((4, 1, 0), (8, 2, 0), (8, 4, 3), (16, 1, 0), (16, 4, 0), (16, 8, 0), (32, 2, 8), (32, 8, 0), (64, 1, 0), (64, 4, 0), (4, 4, 2), (24, 8, 5))  # fmt: skip
-KINDS = tuple(Kind(*ranks, dtype) for ranks in _RANKS for dtype in (torch.float32, torch.float16, torch.bfloat16))
+_RANKS = (  # r, k, hybrid r
+    (4, 1, 0), (8, 2, 0), (8, 4, 3), (16, 1, 0), (16, 4, 0), (16, 8, 0),
+    (32, 2, 8), (32, 8, 0), (64, 1, 0), (64, 4, 0), (4, 4, 2), (24, 8, 5),
+)  # fmt: skip
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+KINDS = tuple(Kind(*ranks, dtype) for ranks in _RANKS for dtype in DTYPES)
 
 
 @dataclass(frozen=True, slots=True)

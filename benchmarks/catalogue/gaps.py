@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from gralora_server.loadtest.synthetic import AdapterKind, make_adapters
 
 KIND = AdapterKind(r=16, k=2)
 PROMPT_TOKENS = 16
+POLL_S = 0.005
 BUSY_OVER_QUIET, COLD_OVER_FLOOR = 1.10, 1.3
 READS = 5  # of an adapter's file, of which the best counts: it is in the page cache
 
@@ -34,12 +36,12 @@ def gaps(base: Base, plan: Plan, folder: Path) -> PartResult:
     cold, asked = rest[: plan.cold], rest[plan.cold :]
     num_bytes = _weights(folder / names[0]).stat().st_size
     pool_bytes = (len(names) + 1) * num_bytes
-    with _serving(base, folder, pool_bytes) as (client, streams):
+    with _serving(base, folder, pool_bytes) as (client, workers):
         firsts = [_first_tokens(client, base, folder, name) for name in asked]
+        streams = Streams(client, workers, base, resident, plan.stream_tokens)
         for name in resident:
             client.adapters.load(name, pin=True)
-        rounds = [_round(client, streams, base, plan, resident, cold) for _ in range(plan.rounds)]
-    ratios = [busy / quiet for quiet, busy in rounds]
+        rounds = [_round(streams, cold) for _ in range(plan.rounds)]
     figures: dict[str, Any] = {
         "adapter_bytes": num_bytes,
         "streams": plan.streams,
@@ -48,13 +50,40 @@ def gaps(base: Base, plan: Plan, folder: Path) -> PartResult:
         "busy_p99_ms": [round(1e3 * busy, 2) for _, busy in rounds],
         "first_tokens": firsts,
     }
-    return PartResult(
-        figures,
-        [
-            Gate("time between tokens, busy over quiet", statistics.median(ratios), BUSY_OVER_QUIET, is_speed=True),
-            Gate("first token, cold over floor", statistics.median(one["cold_over_floor"] for one in firsts), COLD_OVER_FLOOR, is_speed=True),
-        ],
-    )  # fmt: skip
+    between = statistics.median(busy / quiet for quiet, busy in rounds)
+    first = statistics.median(one["cold_over_floor"] for one in firsts)
+    gates = [
+        Gate("time between tokens, busy over quiet", between, BUSY_OVER_QUIET, is_speed=True),
+        Gate("first token, cold over floor", first, COLD_OVER_FLOOR, is_speed=True),
+    ]
+    return PartResult(figures, gates)
+
+
+@dataclass(frozen=True, slots=True)
+class Streams:
+    """Streams with resident adapters, and an operator beside them."""
+
+    client: Client
+    workers: Sequence[Worker]
+    base: Base
+    resident: Sequence[str]
+    tokens: int
+
+    def run(self, loaded: Sequence[str]) -> tuple[Sequence[Answer], float, float]:
+        """What came, and the time that counts: that of the loads, or all of it."""
+        asked = [
+            {"token_ids": _prompt(self.base, number), "adapter": name, "max_tokens": self.tokens}
+            for number, name in enumerate(self.resident)
+        ]
+        with ThreadPoolExecutor(1) as thread:
+            answers = thread.submit(ask, self.workers, asked)
+            while self.client.load().running < len(asked) and not answers.done():
+                time.sleep(POLL_S)
+            begin_s = time.perf_counter()
+            for name in loaded:
+                self.client.adapters.load(name)
+            end_s = time.perf_counter() if loaded else float("inf")
+            return answers.result(), begin_s, end_s
 
 
 @contextmanager
@@ -66,34 +95,12 @@ def _serving(base: Base, folder: Path, pool_bytes: int) -> Iterator[tuple[Client
         yield client, streams
 
 
-def _round(
-    client: Client, streams: Sequence[Worker], base: Base, plan: Plan, resident: Sequence[str], cold: Sequence[str]
-) -> tuple[float, float]:
+def _round(streams: Streams, cold: Sequence[str]) -> tuple[float, float]:
     """P99 of the time between tokens, quiet and while cold adapters load."""
-    quiet = _p99(*_streaming(client, streams, base, plan, resident, ()))
-    busy = _p99(*_streaming(client, streams, base, plan, resident, cold))
+    quiet, busy = (_p99(*streams.run(names)) for names in ((), cold))
     for name in cold:
-        client.adapters.unload(name)
+        streams.client.adapters.unload(name)
     return quiet, busy
-
-
-def _streaming(
-    client: Client, streams: Sequence[Worker], base: Base, plan: Plan, resident: Sequence[str], cold: Sequence[str]
-) -> tuple[Sequence[Answer], float, float]:
-    """The streams, and the time that counts: that of the loads, or all of it."""
-    asked = [
-        {"token_ids": _prompt(base, number), "adapter": name, "max_tokens": plan.stream_tokens}
-        for number, name in enumerate(resident)
-    ]
-    with ThreadPoolExecutor(1) as thread:
-        answers = thread.submit(ask, streams, asked)
-        while client.load().running < len(resident) and not answers.done():
-            time.sleep(0.005)
-        begin_s = time.perf_counter()
-        for name in cold:
-            client.adapters.load(name)
-        end_s = time.perf_counter() if cold else float("inf")
-        return answers.result(), begin_s, end_s
 
 
 def _p99(answers: Sequence[Answer], begin_s: float, end_s: float) -> float:

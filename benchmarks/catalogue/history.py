@@ -81,9 +81,7 @@ class History:
         """Whether a request may have failed so."""
         if reason == "ADAPTER_NOT_FOUND" and any(s.content == ABSENT for s in self._overlapping(sent_s, ended_s)):
             return True
-        return any(
-            reason in one.reasons and one.from_s <= ended_s and one.to_s >= sent_s for one in self.excuses
-        )
+        return any(reason in one.reasons and one.from_s <= ended_s and one.to_s >= sent_s for one in self.excuses)
 
     def _overlapping(self, sent_s: float, ended_s: float) -> list[Span]:
         return [span for span in self.spans if span.from_s <= ended_s and span.to_s >= sent_s]

@@ -24,7 +24,10 @@ async def watch(server: LocalServer, every_s: float, samples: list[Sample]) -> N
 def growth(samples: Sequence[Sample]) -> float:
     """How far the last third's median is from the middle third's, as a share of that."""
     third = max(1, len(samples) // 3)
-    middle, last = (statistics.median(size for _, size in part) for part in (samples[-2 * third : -third] or samples, samples[-third:]))
+    middle, last = (
+        statistics.median(size for _, size in part)
+        for part in (samples[-2 * third : -third] or samples, samples[-third:])
+    )
     return abs(last / middle - 1)
 
 

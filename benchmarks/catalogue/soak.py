@@ -40,7 +40,7 @@ class Observed:
     counters: dict[str, float]
 
 
-def soak(fleet: Fleet, plan: Plan, folder: Path, *, seed: int, picture: Path | None) -> PartResult:
+def soak(fleet: Fleet, plan: Plan, folder: Path, *, seed: int, picture: Path) -> PartResult:
     """Leaves the fleet's directory changed."""
     names = list(fleet.initial)
     random.Random(seed).shuffle(names)
@@ -53,8 +53,7 @@ def soak(fleet: Fleet, plan: Plan, folder: Path, *, seed: int, picture: Path | N
     command += ["--device", "cpu"]
     with running(command) as server:
         observed = asyncio.run(_observe(server, churn, plan, seed))
-    if picture is not None:
-        memory.plot(observed.samples, picture)
+    memory.plot(observed.samples, picture)
     return judge(observed, churn, plan, folder)
 
 
@@ -137,7 +136,7 @@ def judge(observed: Observed, churn: Churn, plan: Plan, folder: Path) -> PartRes
 
 
 def verdict_of(answer: Answer, churn: Churn, expected: dict[truth.Asked, truth.Tokens]) -> str:
-    """"right", "wrong", "stale", or an error's reason and whether it was to be expected."""
+    """ "right", "wrong", "stale", or an error's reason and whether it was to be expected."""
     one = churn.by_name[answer.name]
     if answer.error:
         changed = answer.wanted != "" and one.changes > 0 and answer.error in GONE
@@ -169,7 +168,11 @@ def _shown(answer: Answer, verdict: str, churn: Churn) -> dict[str, Any]:
     """With what the name was at the time, by contents' numbers and seconds from when the request was sent."""
     one = churn.by_name[answer.name]
     spans = [
-        [span.content, round(max(span.from_s - answer.sent_s, -999.0), 3), round(min(span.to_s - answer.sent_s, 999.0), 3)]
+        [
+            span.content,
+            round(max(span.from_s - answer.sent_s, -999.0), 3),
+            round(min(span.to_s - answer.sent_s, 999.0), 3),
+        ]
         for span in one.history.spans[-6:]
     ]
     shown = asdict(answer) | {"verdict": verdict, "content": churn.contents.get(answer.digest), "spans": spans}

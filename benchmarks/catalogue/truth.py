@@ -25,11 +25,11 @@ Tokens = tuple[int, ...]
 
 def expected_tokens(contents: Contents, folder: Path, asked: Iterable[Asked]) -> dict[Asked, Tokens]:
     """One request at a time."""
+    folder.mkdir()
     return asyncio.run(_expected_tokens(contents, folder, sorted(asked)))
 
 
 async def _expected_tokens(contents: Contents, folder: Path, asked: list[Asked]) -> dict[Asked, Tokens]:
-    folder.mkdir()
     config = EngineConfig(
         model=contents.base.path,
         adapters=in_directory(folder),
