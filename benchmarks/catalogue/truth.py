@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -70,18 +70,22 @@ async def _alone(engine: AsyncEngine, contents: Contents, folder: Path, number: 
 
 def unlike_peft(contents: Contents, folder: Path, expected: Mapping[Asked, Tokens]) -> list[Asked]:
     """Those of which PEFT would not have chosen one of the tokens, nor nearly so."""
-    return [one for one, tokens in expected.items() if _gap(contents, folder, one, tokens) > MAX_GAP]
+    base = AutoModelForCausalLM.from_pretrained(contents.base.path, dtype=torch.float32).eval()
+    unlike = []
+    for (number, name), tokens in expected.items():
+        directory = folder / f"peft-{number}-{name}"
+        contents.write(number, directory)
+        adapted = PeftModel.from_pretrained(base, directory).eval()
+        if _gap(adapted, prompt_of(name, contents.base.vocab_size), tokens) > MAX_GAP:
+            unlike.append((number, name))
+        adapted.unload()
+        shutil.rmtree(directory)
+    return unlike
 
 
-def _gap(contents: Contents, folder: Path, asked: Asked, tokens: Tokens) -> float:
-    number, name = asked
-    directory = folder / f"peft-{number}-{name}"
-    contents.write(number, directory)
-    prompt = prompt_of(name, contents.base.vocab_size)
-    with torch.inference_mode():
-        base = AutoModelForCausalLM.from_pretrained(contents.base.path, dtype=torch.float32)
-        model = PeftModel.from_pretrained(base, directory).eval()
-        logits = model(torch.tensor([[*prompt, *tokens[:-1]]])).logits[0, len(prompt) - 1 :]
-    shutil.rmtree(directory)
+@torch.inference_mode()
+def _gap(model: PeftModel, prompt: Sequence[int], tokens: Tokens) -> float:
+    """How much less likely than the best one a token is, at the worst place."""
+    logits = model(torch.tensor([[*prompt, *tokens[:-1]]])).logits[0, len(prompt) - 1 :]
     chosen = logits.gather(1, torch.tensor(tokens)[:, None])[:, 0]
     return float((logits.max(dim=1).values - chosen).max())

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.catalogue import truth
 from benchmarks.catalogue.answers import Answer
 from benchmarks.catalogue.base import base_of, save_tiny_llama
 from benchmarks.catalogue.churn import LOST, Changing, Churn
@@ -140,6 +141,15 @@ def test_a_replacement_leaves_the_new_content_and_nothing_else(fleet: Fleet, exc
 
     assert fleet.contents.digest(fleet.directory / "a00000") == wanted
     assert list(fleet.staging.iterdir()) == []
+
+
+def test_tokens_that_peft_would_not_choose_are_told(contents: Contents, tmp_path: Path) -> None:
+    asked = (10, "a00000")
+    right = truth.expected_tokens(contents, tmp_path / "truth", [asked])[asked]
+    other = truth.expected_tokens(contents, tmp_path / "other", [(11, "a00000")])[11, "a00000"]
+
+    assert truth.unlike_peft(contents, tmp_path, {asked: right}) == []
+    assert truth.unlike_peft(contents, tmp_path, {asked: other}) == [asked]
 
 
 def test_memory_is_flat_if_the_last_third_is_as_the_middle_one() -> None:
