@@ -41,7 +41,7 @@ class Changing:
     kept: set[int] = field(default_factory=set)  # contents that it was given from elsewhere, where they stay
     lost_since_s: float | None = None  # it stands for a content that can be read nowhere
     changes: int = 0
-    trail: list[str] = field(default_factory=list)
+    trail: list[tuple[float, str]] = field(default_factory=list)  # when, what
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     def stand_for(self, content: int, sent_s: float, acknowledged_s: float) -> None:
@@ -53,6 +53,12 @@ class Changing:
 
     def can_read(self, content: int) -> bool:
         return content == self.on_disk or content in self.kept
+
+    def step(self, what: str) -> None:
+        self.trail.append((time.monotonic(), what))
+
+    def last_steps(self) -> str:
+        return ", ".join(what for _, what in self.trail[-4:])
 
     def end(self) -> None:
         """Nothing is changed any more."""
@@ -67,6 +73,7 @@ class Churn:
     fleet: Fleet
     names: Sequence[str]  # the most popular first
     seed: int
+    pause_s: float = 0.0  # of an operator between two changes
     by_name: dict[str, Changing] = field(init=False)
     digests: dict[int, str] = field(default_factory=dict)  # by content, those that were needed
     contents: dict[str, int] = field(default_factory=dict)  # the other way round
@@ -116,6 +123,7 @@ class Churn:
                 continue
             async with one.lock:
                 await self._attempt(client, drawn, one, what, change)
+            await asyncio.sleep(drawn.uniform(0.0, 2 * self.pause_s))
 
     async def _attempt(
         self,
@@ -126,7 +134,7 @@ class Churn:
         change: Callable[[AsyncClient, random.Random, Changing], Awaitable[None]],
     ) -> None:
         begun_s = time.monotonic()
-        one.trail.append(what)
+        one.step(what)
         try:
             await asyncio.to_thread(self.note, one.on_disk, self.fleet.directory / one.name)
             await change(client, drawn, one)
@@ -135,7 +143,7 @@ class Churn:
             self.counts[f"{what}: {reason}"] += 1
             if reason not in EXPECTED.get(what, set()):
                 self.unexpected[f"{what}: {reason}"] += 1
-                self.problems.append(f"{one.name} ({', '.join(one.trail[-4:])}): {error}")
+                self.problems.append(f"{one.name} ({one.last_steps()}): {error}")
             await self._settle(client, one, begun_s)
 
     async def _settle(self, client: AsyncClient, one: Changing, begun_s: float) -> None:
@@ -155,7 +163,7 @@ class Churn:
         staged = await asyncio.to_thread(self.fleet.stage, number)
         digest = await asyncio.to_thread(self.note, number, staged)
         exchange = drawn.choice(REPLACEMENTS)
-        one.trail.append(exchange.__name__)
+        one.step(exchange.__name__)
         begun_s = time.monotonic()
         one.on_disk = number
         await asyncio.to_thread(exchange, staged, self.fleet.directory / one.name)
@@ -171,12 +179,12 @@ class Churn:
 
     async def _followed(self, client: AsyncClient, one: Changing, digest: str) -> None:
         until_s = time.monotonic() + FOLLOWED_S
-        one.trail.append("wait")
+        one.step("wait")
         while time.monotonic() < until_s:
             if (await client.adapters.get(one.name)).digest == digest:
                 return
             await asyncio.sleep(POLL_S)
-        self.problems.append(f"{one.name} ({', '.join(one.trail[-4:])}): new files were not followed")
+        self.problems.append(f"{one.name} ({one.last_steps()}): new files were not followed")
         self._check("load", one, await client.adapters.load(one.name), digest)
 
     async def _load_from_elsewhere(self, client: AsyncClient, drawn: random.Random, one: Changing) -> None:  # noqa: ARG002
@@ -264,5 +272,5 @@ class Churn:
         if answer.digest != digest:
             told, meant = self.contents.get(answer.digest), self.contents[digest]
             self.problems.append(
-                f"{one.name} ({', '.join(one.trail[-4:])}): {what} was acknowledged with content {told}, not {meant}"
+                f"{one.name} ({one.last_steps()}): {what} was acknowledged with content {told}, not {meant}"
             )

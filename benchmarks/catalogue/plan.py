@@ -14,6 +14,7 @@ class Plan:
     minutes: float = 10.0
     clients: int = 16
     operators: int = 4
+    pause_s: float = 0.5  # of an operator between two changes
     sample_s: float = 5.0
     peft_samples: int = 20
     streams: int = 8
@@ -27,6 +28,6 @@ class Plan:
 
 
 QUICK = Plan(
-    adapters=40, room=6, minutes=0.1, clients=4, operators=2, sample_s=0.5, peft_samples=2, streams=2,
+    adapters=40, room=6, minutes=0.1, clients=4, operators=2, pause_s=0.0, sample_s=0.5, peft_samples=2, streams=2,
     stream_tokens=40, cold=3, cold_requests=2, rounds=1, starts=1, pages=3, acquires=50,
 )  # fmt: skip

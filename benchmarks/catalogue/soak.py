@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import shutil
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -28,6 +29,7 @@ SHOWN = 20  # wrong answers and problems that the result tells one by one
 # Of requests for one version: it may be gone when operators changed the name.
 GONE = {"ADAPTER_VERSION_NOT_FOUND", "ADAPTER_VERSION_LOST", "ADAPTER_NOT_FOUND", "ADAPTER_REJECTED"}
 GROWTH = 0.05
+AROUND_S = 60.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +46,7 @@ def soak(fleet: Fleet, plan: Plan, folder: Path, *, seed: int, picture: Path) ->
     """Leaves the fleet's directory changed."""
     names = list(fleet.initial)
     random.Random(seed).shuffle(names)
-    churn = Churn(fleet, names, seed)
+    churn = Churn(fleet, names, seed, plan.pause_s)
     room_bytes = plan.room * fleet.contents.mean_bytes()
     command = ["serve", "--model", str(fleet.contents.base.path), "--adapters", str(fleet.directory)]
     command += ["--address", "127.0.0.1:0", "--metrics-address", "127.0.0.1:0", "--log-level", "error"]
@@ -162,18 +164,21 @@ def _note_initial(answers: Sequence[Answer], churn: Churn, folder: Path) -> None
             directory = folder / f"initial-{number}"
             churn.fleet.contents.write(number, directory)
             churn.note(number, directory)
+            shutil.rmtree(directory)
 
 
 def _shown(answer: Answer, verdict: str, churn: Churn) -> dict[str, Any]:
-    """With what the name was at the time, by contents' numbers and seconds from when the request was sent."""
+    """With what was so and what was done around that time, in seconds from when the request was sent."""
     one = churn.by_name[answer.name]
+
+    def since_s(at_s: float) -> float:
+        return round(min(max(at_s - answer.sent_s, -AROUND_S), AROUND_S), 3)
+
     spans = [
-        [
-            span.content,
-            round(max(span.from_s - answer.sent_s, -999.0), 3),
-            round(min(span.to_s - answer.sent_s, 999.0), 3),
-        ]
-        for span in one.history.spans[-6:]
+        [span.content, since_s(span.from_s), since_s(span.to_s)]
+        for span in one.history.spans
+        if since_s(span.to_s) > -AROUND_S and since_s(span.from_s) < AROUND_S
     ]
-    shown = asdict(answer) | {"verdict": verdict, "content": churn.contents.get(answer.digest), "spans": spans}
-    return shown | {"trail": one.trail[-12:], "lasted_s": round(answer.ended_s - answer.sent_s, 3)}
+    trail = [[since_s(at_s), what] for at_s, what in one.trail if abs(since_s(at_s)) < AROUND_S]
+    shown = asdict(answer) | {"verdict": verdict, "content": churn.contents.get(answer.digest)}
+    return shown | {"lasted_s": since_s(answer.ended_s), "spans": spans, "trail": trail}
