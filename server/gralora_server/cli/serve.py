@@ -52,9 +52,9 @@ def serve(
         list[str] | None,
         typer.Option(
             metavar="SOURCE[,hold]",
-            help="Where adapters come from: a directory with one directory each, the hub's cache, hf://ORG or hf://ORG/NAME, "
-            "s3://BUCKET/PREFIX or https://HOST/PATH/{name}.tar.gz. May be given several times. With ,hold new content "
-            "waits for a promotion.",
+            help="Where adapters come from: a directory with one directory each, the hub's cache, hf://ORG or "
+            "hf://ORG/NAME, s3://BUCKET/PREFIX or https://HOST/PATH/{name}.tar.gz. May be given several times. "
+            "With ,hold new content waits for a promotion.",
             rich_help_panel=ADAPTERS,
         ),
     ] = None,
