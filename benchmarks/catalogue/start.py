@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from gralora_server.loadtest.local_server import running
 FEW = 100  # names beside which all of them are looked at
 PAGE = 500
 RESIDENT = 16
+LOOKED_INTO_S = 120.0
 START_S, PAGE_S, ACQUIRE_RATIO = 3.0, 0.020, 1.2
 
 
@@ -75,7 +76,26 @@ def _start_s(fleet: Fleet, adapters: Path, pages: int) -> tuple[float, list[floa
         options = [("grpc.max_receive_message_length", MAX_MESSAGE_BYTES)]
         with grpc.insecure_channel(server.address, options=options) as channel:
             stub = adapters_pb2_grpc.AdapterServiceStub(channel)
+            _wait_for(lambda: _all_looked_into(stub))
             return started_s, [_page_s(stub) for _ in range(pages)]
+
+
+def _wait_for(is_so: Callable[[], bool]) -> None:
+    """Headers are read beside serving, and would be measured with what is."""
+    until_s = time.monotonic() + LOOKED_INTO_S
+    while not is_so():
+        assert time.monotonic() < until_s, "the adapters' headers have not been read"
+        time.sleep(0.1)
+
+
+def _all_looked_into(stub: adapters_pb2_grpc.AdapterServiceStub) -> bool:
+    token, more = "", True
+    while more:
+        page = stub.ListAdapters(adapters_pb2.ListAdaptersRequest(page_size=PAGE, page_token=token), timeout=20.0)
+        if any(adapter.num_modules == 0 for adapter in page.adapters):
+            return False
+        token, more = page.next_page_token, page.next_page_token != ""
+    return True
 
 
 def _page_s(stub: adapters_pb2_grpc.AdapterServiceStub) -> float:
@@ -89,6 +109,7 @@ def _page_s(stub: adapters_pb2_grpc.AdapterServiceStub) -> float:
 def _acquire_s(fleet: Fleet, adapters: Path, plan: Plan) -> float:
     """Acquiring and releasing a resident adapter, in this process."""
     with _managing(fleet, adapters) as manager:
+        _wait_for(lambda: all(info.summary is not None for info in manager.list()))
         names = [info.name for info in manager.list()][:RESIDENT]
         for name in names:
             manager.release(manager.acquire(name).result(60))
