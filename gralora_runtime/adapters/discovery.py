@@ -24,7 +24,7 @@ from gralora_runtime.adapters.catalogue.sources.source import Found, Source
 from gralora_runtime.adapters.catalogue.store import AdapterStore, AdapterVersion, Alias, Waiter
 from gralora_runtime.adapters.catalogue.uploads import Uploads
 from gralora_runtime.adapters.catalogue.watcher import Watcher
-from gralora_runtime.adapters.checkpoint.header import AdapterSummary, files_stamp, inspect
+from gralora_runtime.adapters.checkpoint.header import AdapterSummary, inspect
 from gralora_runtime.adapters.checkpoint.loader import LoadedAdapter, check_width
 from gralora_runtime.adapters.checkpoint.spec import ModuleShape, to_keep
 from gralora_runtime.adapters.persistence import Persistence
@@ -100,7 +100,8 @@ class Discovery:
         self._modules = tuple(modules)
         self._max_width = max_width
         self._keeps_16_bit = keeps_16_bit
-        self._unloaded: set[str] = set()  # by an operator: no request brings them back
+        # By an operator, so that no request brings them back; and the last number that each has given to a version.
+        self._unloaded: dict[str, int] = {}
         self._closed = False
         self._resolver = Resolver(self._sources, similar=self._similar)
         self._refresher = ThreadPoolExecutor(1, thread_name_prefix="adapter-refresh")
@@ -187,8 +188,8 @@ class Discovery:
     def forget(self, alias: Alias) -> None:
         """An operator unloads it. With the lock held."""
         self._catalogue.remove(alias)
-        self._unloaded.add(alias.name)
-        self._persistence.forget(alias.name, unloaded=True)
+        self._unloaded[alias.name] = alias.last_number
+        self._persistence.unload(alias)
 
     def on_files_changed(self, version: AdapterVersion, adapter: LoadedAdapter, answers: Answers) -> None:
         """A version was to be read again, and its files have become another one. With the lock held.
@@ -203,7 +204,10 @@ class Discovery:
             version.copy = None
             self._household.fail(version, AdapterVersionLostError(version.name, version.number, problem), answers)
             return
-        now = self._take_note(alias, adapter, Found(directory=version.source, roots=version.roots, revision=""))
+        found = Found(directory=version.source, roots=version.roots, revision="")
+        is_source = version.source == alias.versions[alias.newest].source
+        now = self._take_note(alias, adapter, found, is_source=is_source)
+        alias.note_seen(version.source, version.stamp)
         moved = [w for w in version.waiters if now is alias.current and not (w.reference and w.reference.is_exact)]
         version.waiters = [waiter for waiter in version.waiters if waiter not in moved]
         problem = f"its files have other content since (version {now.number})"
@@ -289,12 +293,14 @@ class Discovery:
             if self._closed:
                 answers.error(waiter.future, DrainingError())
                 return
-            if name in self._unloaded:
-                self._unloaded.discard(name)
-                self._persistence.forget(name, unloaded=False)
+            last_number = self._unloaded.pop(name, 0)
+            if last_number:
+                self._persistence.forget(name)
             alias = self._store.find(name)
             if alias is None:
-                alias = self._catalogue.register(name, found, follows=resolved.source.follows, provisional=True)
+                alias = self._catalogue.register(
+                    name, found, follows=resolved.source.follows, provisional=True, last_number=last_number
+                )
                 self._household.enter(alias.current, waiter, answers)
             elif not alias.is_known and found.directory == alias.current.source:
                 self._point(alias.current, found)
@@ -313,7 +319,7 @@ class Discovery:
                     self._register(name, resolving.result())
                 return
             found = None if error else resolving.result().found
-            if found is None or self._closed or self._is_as_read(alias, found):
+            if found is None or self._closed or alias.has_seen(found.directory):
                 self._end_refresh(alias, answers)
             elif alias.is_known:
                 self._read_anew(alias, found, None, answers)
@@ -371,14 +377,6 @@ class Discovery:
             elif waiter is not None:
                 answers.error(waiter.future, error)
 
-    @staticmethod
-    def _is_as_read(alias: Alias, found: Found) -> bool:
-        """Nothing has happened to the files since the newest version was read from them."""
-        version = alias.versions.get(alias.newest)
-        if version is None or version.stamp is None or version.source != found.directory:
-            return False
-        return version.stamp == files_stamp(found.directory)
-
     def _after(self, version: AdapterVersion, call: Callable[[], object], answers: Answers) -> None:
         """It is being read for the first time. What it is has to be known before other files become the name's."""
         first = Waiter(future=Future(), wants_lease=False)
@@ -398,8 +396,10 @@ class Discovery:
         )
         return self._household.capacity_problem(version)
 
-    def _take_note(self, alias: Alias, adapter: LoadedAdapter, found: Found) -> AdapterVersion:
-        version = self._catalogue.take_note(alias, adapter.digest, found)
+    def _take_note(
+        self, alias: Alias, adapter: LoadedAdapter, found: Found, *, is_source: bool = True
+    ) -> AdapterVersion:
+        version = self._catalogue.take_note(alias, adapter.digest, found, is_source=is_source)
         version.summary, version.error = adapter.layout.summary, None
         return version
 

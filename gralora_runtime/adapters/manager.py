@@ -503,6 +503,8 @@ class AdapterManager:
     def identified(self, version: AdapterVersion) -> None:
         alias = self._store.alias_of(version)
         if alias is not None:
+            if version.copy is None:
+                alias.note_seen(version.source, version.stamp)
             self._persistence.note(alias)
             self._persistence.keep_copy(version, self._on_copied)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from gralora_runtime.adapters.catalogue.content import ContentStore
@@ -30,9 +30,9 @@ class Persistence:
             self._recorder = Recorder(journal)
             self._copies = ContentStore(self._folder / "versions", budget_bytes=copies_bytes, needed=self._is_last)
 
-    def unloaded(self) -> Iterator[str]:
-        """Names that an operator removed before the server ended."""
-        return (row.name for row in self._rows if row.unloaded)
+    def unloaded(self) -> Mapping[str, int]:
+        """Names that an operator removed before the server ended, and the last number of each."""
+        return {row.name: row.last_number for row in self._rows if row.unloaded}
 
     def aliases(self, roots_of: Callable[[Path], Roots]) -> Iterator[Alias]:
         """Names and versions as they were. `roots_of`: where links in a directory may end."""
@@ -45,10 +45,14 @@ class Persistence:
         if self._recorder is not None and (alias.is_known or alias.pinned):
             self._recorder.note(alias.name, _row(alias))
 
-    def forget(self, name: str, *, unloaded: bool) -> None:
-        """`unloaded`: and remember that an operator wants it so."""
+    def unload(self, alias: Alias) -> None:
+        """An operator removed it: that is remembered, and the last number that it gave to a version."""
         if self._recorder is not None:
-            self._recorder.note(name, _unloaded_row(name) if unloaded else None)
+            self._recorder.note(alias.name, _unloaded_row(alias))
+
+    def forget(self, name: str) -> None:
+        if self._recorder is not None:
+            self._recorder.note(name, None)
 
     def used(self, version: AdapterVersion) -> None:
         if self._recorder is not None and version.digest:
@@ -90,6 +94,8 @@ class Persistence:
             promoted=row.current,
             previous=row.previous or 0,
             newest=row.newest or max(versions),
+            last_number=row.last_number,
+            seen={directory: _stamp(stamp) for directory, stamp in json.loads(row.seen).items()},
             canary=None if row.canary is None else Canary(number=row.canary, share=row.canary_share),
             pinned=row.pinned,
         )
@@ -104,7 +110,6 @@ class Persistence:
             roots=roots_of(source),
             digest=row.digest,
             copy=self._copies.find(row.digest) if row.stored else None,
-            stamp=_stamp(row.stamp),
             created_s=row.created_s,
             pinned=row.pinned,
             last_used_s=row.last_used_s,
@@ -117,6 +122,8 @@ def _row(alias: Alias) -> NameRow:
         current=alias.promoted,
         previous=alias.previous or None,
         newest=alias.newest or None,
+        last_number=alias.last_number,
+        seen=json.dumps(alias.seen),
         canary=alias.canary.number if alias.canary else None,
         canary_share=alias.canary.share if alias.canary else 0.0,
         pinned=alias.pinned,
@@ -128,7 +135,6 @@ def _row(alias: Alias) -> NameRow:
                 digest=version.digest,
                 source=str(version.source),
                 stored=version.copy is not None,
-                stamp=json.dumps(version.stamp),
                 pinned=version.pinned,
                 created_s=version.created_s,
                 last_used_s=version.last_used_s,
@@ -139,13 +145,21 @@ def _row(alias: Alias) -> NameRow:
     )
 
 
-def _unloaded_row(name: str) -> NameRow:
+def _unloaded_row(alias: Alias) -> NameRow:
     return NameRow(
-        name=name, current=None, previous=None, newest=None, canary=None, canary_share=0.0, pinned=False, unloaded=True
+        name=alias.name,
+        current=None,
+        previous=None,
+        newest=None,
+        last_number=alias.last_number,
+        seen="{}",
+        canary=None,
+        canary_share=0.0,
+        pinned=False,
+        unloaded=True,
     )
 
 
-def _stamp(text: str) -> object:
+def _stamp(read: list[list[int]] | None) -> object:
     """As `files_stamp` makes it: JSON has no tuples."""
-    stamps = json.loads(text)
-    return None if stamps is None else tuple(tuple(stamp) for stamp in stamps)
+    return None if read is None else tuple(map(tuple, read))

@@ -45,6 +45,7 @@ class Known:
         self.versions: dict[int, int] = {}  # number -> content, those that were seen
         self.promoted = self.previous = self.newest = 0
         self.canary: tuple[int, float] | None = None
+        self.last = 0  # number that was given
         self.unloaded = False
 
 
@@ -189,13 +190,15 @@ class Machine(RuleBasedStateMachine):
     @rule(name=name_of)
     def unload(self, name: str) -> None:
         known = self.known[name]
+        alias = self.manager._store.find(name)
         try:
             self.manager.unload(name)
         except (AdapterNotFoundError, AdapterBusyError):
             return
-        on_disk = known.on_disk
+        assert alias is not None
+        last = max(known.last, alias.last_number)  # one that nobody has read has a number, too
         self.known[name] = Known()
-        self.known[name].on_disk, self.known[name].unloaded = on_disk, True
+        self.known[name].on_disk, self.known[name].unloaded, self.known[name].last = known.on_disk, True, last
 
     @precondition(lambda self: not self.held)
     @rule()
@@ -275,15 +278,17 @@ class Machine(RuleBasedStateMachine):
         alias, known = self.manager._store.find(name), self.known[name]
         if alias is not None and alias.is_known and not known.versions and not known.unloaded:
             assert known.on_disk is not None
-            known.versions = {1: known.on_disk}
-            known.promoted = known.newest = 1
+            known.last = alias.last_number
+            known.versions = {known.last: known.on_disk}
+            known.promoted = known.newest = known.last
 
     def see(self, name: str) -> None:
         """The source has this content now, and somebody has read it."""
         known = self.known[name]
         assert known.on_disk is not None
         same = [number for number, content in known.versions.items() if content == known.on_disk]
-        number = same[0] if same else max(known.versions, default=0) + 1
+        number = same[0] if same else known.last + 1
+        known.last = max(known.last, number)
         known.versions[number] = known.on_disk
         if number != known.newest:
             known.newest = number

@@ -250,6 +250,57 @@ def test_a_version_whose_files_are_broken_changes_nothing(tmp_path: Path) -> Non
         assert manager.load("a").result(WAIT_S).error == ""
 
 
+# What the soak of `benchmarks.catalogue` found.
+
+
+def test_a_number_never_means_two_contents(tmp_path: Path) -> None:
+    with versions_of_a(tmp_path) as (manager, _):
+        manager.roll_back("a")
+        manager.unload("a@2")
+        write_version(tmp_path, "a", 5)
+
+        assert manager.load("a").result(WAIT_S).version == 3
+        with pytest.raises(AdapterVersionNotFoundError):
+            lease(manager, "a@2")
+
+
+def test_loading_what_is_promoted_already_forgets_no_rollback(tmp_path: Path) -> None:
+    with versions_of_a(tmp_path) as (manager, _):
+        manager.roll_back("a")
+        write_version(tmp_path, "a", 0)
+        loaded = manager.load("a").result(WAIT_S)
+
+        assert (loaded.version, loaded.previous) == (1, 2)
+        assert manager.roll_back("a").version == 2
+
+
+def test_a_request_undoes_no_promotion(tmp_path: Path) -> None:
+    """The promoted version's files are gone: it is lost, and the name stands for it all the same."""
+    write_units(tmp_path, ["y"])
+    write_version(tmp_path / ".kept", "3", 3)
+    with versions_of_a(tmp_path, slots=1, host_units=0) as (manager, _):
+        assert manager.load("a", Path(".kept/3")).result(WAIT_S).version == 3
+        manager.promote("a", "1")
+        use(manager, "y")
+        with pytest.raises(AdapterVersionLostError):
+            use(manager, "a")
+
+        assert manager.get("a").version == 1
+
+
+def test_a_late_event_undoes_no_load_from_elsewhere(tmp_path: Path) -> None:
+    write_version(tmp_path / ".kept", "3", 3)
+    with versions_of_a(tmp_path) as (manager, _):
+        assert manager.load("a", Path(".kept/3")).result(WAIT_S).version == 3
+        manager.refresh("a")
+        quiesce(manager)
+        assert manager.get("a").version == 3
+        write_version(tmp_path, "a", 4)  # a change that is one
+        manager.refresh("a")
+
+        until(lambda: manager.get("a").version == 4)
+
+
 # Names that nobody registered.
 
 
@@ -297,7 +348,7 @@ def test_a_name_that_was_unloaded_comes_back_by_a_load_only(tmp_path: Path) -> N
         with pytest.raises(AdapterNotFoundError):
             lease(manager, "a")
 
-        assert manager.load("a").result(WAIT_S).version == 1
+        assert manager.load("a").result(WAIT_S).version == 2  # the first one's number means that one for ever
         assert use(manager, "a").name == "a"
 
 

@@ -44,18 +44,30 @@ class Catalogue:
         self._removed = removed
         self._now_s = now_s
 
-    def register(self, name: str, found: Found, *, follows: bool, provisional: bool = False) -> Alias:
-        """A new name, with one version that nobody has read yet."""
+    def register(
+        self, name: str, found: Found, *, follows: bool, provisional: bool = False, last_number: int = 0
+    ) -> Alias:
+        """A new name, with one version that nobody has read yet. `last_number`: of an earlier life of the name."""
+        number = last_number + 1
         version = AdapterVersion(
-            name=name, number=1, source=found.directory, roots=found.roots, provisional=provisional
+            name=name, number=number, source=found.directory, roots=found.roots, provisional=provisional
         )
-        alias = Alias(name=name, follows=follows, versions={1: version}, promoted=1, newest=1)
+        alias = Alias(
+            name=name,
+            follows=follows,
+            versions={number: version},
+            promoted=number,
+            newest=number,
+            last_number=number,
+        )
         self._store.add(alias)
         self._changed(alias)
         return alias
 
-    def take_note(self, alias: Alias, digest: str, found: Found) -> AdapterVersion:
+    def take_note(self, alias: Alias, digest: str, found: Found, *, is_source: bool = True) -> AdapterVersion:
         """The alias's source has this content now. Returns the version that it is, new or not.
+
+        `is_source` False: some other directory has it, that one of its versions was once read from. That promotes none.
 
         Content that differs from what the source had before is promoted, if the alias follows its source; so a name
         that was rolled back stays where it is until its files change again.
@@ -63,7 +75,7 @@ class Catalogue:
         version = self._version_of(alias, digest, found)
         self._store.identify(version, digest)
         alias.error = None
-        if version.number != alias.newest:
+        if is_source and version.number != alias.newest:
             alias.newest = version.number
             if alias.follows:
                 self._stand_for(alias, version.number)
@@ -129,17 +141,20 @@ class Catalogue:
         if version is None:
             version = AdapterVersion(
                 name=alias.name,
-                number=alias.next_number,
+                number=alias.last_number + 1,
                 source=found.directory,
                 roots=found.roots,
                 created_s=self._now_s(),
             )
+            alias.last_number = version.number
             self._store.add_version(alias, version)
         version.source, version.roots = found.directory, found.roots
         return version
 
     @staticmethod
     def _stand_for(alias: Alias, number: int) -> None:
+        if number == alias.promoted:
+            return
         alias.previous, alias.promoted = alias.promoted, number
         if alias.canary is not None and alias.canary.number == number:
             alias.canary = None

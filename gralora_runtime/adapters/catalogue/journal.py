@@ -27,7 +27,6 @@ class VersionRow:
     number: int  # from 1
     digest: str
     source: str  # the directory it was read from
-    stamp: str  # of its files then: JSON
     stored: bool  # a copy lies in the content store
     pinned: bool
     created_s: float  # seconds since the epoch
@@ -43,6 +42,8 @@ class NameRow:
     current: int | None  # number of the promoted version
     previous: int | None  # what a rollback returns to
     newest: int | None  # what its source had when it was last read
+    last_number: int  # the highest that was ever given to a version
+    seen: str  # JSON: by directory, the stamp of its files when they were last read
     canary: int | None
     canary_share: float  # of requests, 0 to 1
     pinned: bool
@@ -51,15 +52,19 @@ class NameRow:
 
 
 _SAVE_NAME = """
-    INSERT OR REPLACE INTO names (name, current, previous, newest, canary, canary_share, pinned, unloaded)
-    VALUES (:name, :current, :previous, :newest, :canary, :canary_share, :pinned, :unloaded)
+    INSERT OR REPLACE INTO names
+        (name, current, previous, newest, last_number, seen, canary, canary_share, pinned, unloaded)
+    VALUES (:name, :current, :previous, :newest, :last_number, :seen, :canary, :canary_share, :pinned, :unloaded)
 """
 _SAVE_VERSION = """
-    INSERT OR REPLACE INTO versions (name, number, digest, source, stamp, stored, pinned, created_s, last_used_s, error)
-    VALUES (:name, :number, :digest, :source, :stamp, :stored, :pinned, :created_s, :last_used_s, :error)
+    INSERT OR REPLACE INTO versions (name, number, digest, source, stored, pinned, created_s, last_used_s, error)
+    VALUES (:name, :number, :digest, :source, :stored, :pinned, :created_s, :last_used_s, :error)
 """
-_NAMES = "SELECT name, current, previous, newest, canary, canary_share, pinned, unloaded FROM names ORDER BY name"
-_VERSIONS = "SELECT name, number, digest, source, stamp, stored, pinned, created_s, last_used_s, error FROM versions"
+_NAMES = """
+    SELECT name, current, previous, newest, last_number, seen, canary, canary_share, pinned, unloaded
+    FROM names ORDER BY name
+"""
+_VERSIONS = "SELECT name, number, digest, source, stored, pinned, created_s, last_used_s, error FROM versions"
 _IN_ORDER = f"{_VERSIONS} ORDER BY name, number"
 _OF_DIGEST = f"{_VERSIONS} WHERE digest = ? ORDER BY name, number"
 _TOUCH = "UPDATE versions SET last_used_s = ? WHERE name = ? AND number = ?"
@@ -162,12 +167,14 @@ class Journal:
 
 
 def _name(row: tuple[Any, ...], versions: Iterable[VersionRow]) -> NameRow:
-    name, current, previous, newest, canary, canary_share, pinned, unloaded = row
+    name, current, previous, newest, last_number, seen, canary, canary_share, pinned, unloaded = row
     return NameRow(
         name=name,
         current=current,
         previous=previous,
         newest=newest,
+        last_number=last_number,
+        seen=seen,
         canary=canary,
         canary_share=canary_share,
         pinned=bool(pinned),
@@ -177,13 +184,12 @@ def _name(row: tuple[Any, ...], versions: Iterable[VersionRow]) -> NameRow:
 
 
 def _version(row: tuple[Any, ...]) -> VersionRow:
-    name, number, digest, source, stamp, stored, pinned, created_s, last_used_s, error = row
+    name, number, digest, source, stored, pinned, created_s, last_used_s, error = row
     return VersionRow(
         name=name,
         number=number,
         digest=digest,
         source=_text(source),
-        stamp=stamp,
         stored=bool(stored),
         pinned=bool(pinned),
         created_s=created_s,

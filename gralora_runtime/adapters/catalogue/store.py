@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from gralora_runtime.adapters.catalogue.names import Reference, numbered
-from gralora_runtime.adapters.checkpoint.header import AdapterSummary
+from gralora_runtime.adapters.checkpoint.header import AdapterSummary, files_stamp
 from gralora_runtime.errors import AdapterNotFoundError, AdapterRejectedError, AdapterVersionNotFoundError
+
+MAX_SEEN = 8  # directories of one name whose stamps are remembered
 
 
 class AdapterState(StrEnum):
@@ -101,6 +103,10 @@ class Alias:
     promoted: int = 0  # 0: none yet
     previous: int = 0  # what a rollback returns to
     newest: int = 0  # the version whose content the source had when it was last read
+    last_number: int = 0  # the highest that was ever given: a number never means two contents
+    seen: dict[str, object] = field(
+        default_factory=dict
+    )  # by directory: the stamp of its files when they were last read
     canary: Canary | None = None
     pinned: bool = False  # whichever version is promoted
     error: BaseException | None = None  # why the source's newest files are no version
@@ -117,9 +123,16 @@ class Alias:
         """Somebody has read one of its versions."""
         return any(version.digest for version in self.versions.values())
 
-    @property
-    def next_number(self) -> int:
-        return max(self.versions, default=0) + 1
+    def has_seen(self, directory: Path) -> bool:
+        """Nothing has happened to the files there since they were last read."""
+        stamp = self.seen.get(str(directory))
+        return stamp is not None and stamp == files_stamp(directory)
+
+    def note_seen(self, directory: Path, stamp: object) -> None:
+        self.seen.pop(str(directory), None)
+        self.seen[str(directory)] = stamp
+        while len(self.seen) > MAX_SEEN:
+            del self.seen[next(iter(self.seen))]
 
     @property
     def in_flight(self) -> int:
