@@ -29,7 +29,7 @@ class Descriptions:
         self._pool = pool
         self._cache = cache
 
-    def info(self, alias: Alias) -> AdapterInfo:
+    def info(self, alias: Alias, *, with_versions: bool = True) -> AdapterInfo:
         version = alias.current
         error = version.error or alias.error
         return AdapterInfo(
@@ -47,7 +47,7 @@ class Descriptions:
             previous=alias.previous,
             follows=alias.follows,
             canary=CanaryInfo(alias.canary.number, alias.canary.share) if alias.canary else None,
-            versions=tuple(self._version_info(alias, v) for v in alias.versions.values()),
+            versions=tuple(self._version_info(alias, v) for v in alias.versions.values()) if with_versions else (),
         )
 
     def state(self, version: AdapterVersion) -> AdapterState:
@@ -103,7 +103,7 @@ class Descriptions:
             alias = self._store.find(name)
             if alias is None or (states and self.state(alias.current) not in states):
                 return None
-            return self.info(alias)
+            return self.info(alias, with_versions=False)
 
     def _version_info(self, alias: Alias, version: AdapterVersion) -> VersionInfo:
         return VersionInfo(

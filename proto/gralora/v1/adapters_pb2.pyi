@@ -191,7 +191,7 @@ class Adapter(_message.Message):
 
     @_builtins.property
     def versions(self) -> _containers.RepeatedCompositeFieldContainer[Global___AdapterVersion]:
-        """All versions, by number."""
+        """All versions, by number. Left out of lists."""
 
     def __init__(
         self,
