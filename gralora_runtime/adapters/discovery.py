@@ -139,7 +139,8 @@ class Discovery:
         with self._answering() as answers:
             remembered = [version for version in self._store.versions() if version.digest]
             for alias in tuple(self._store.aliases()):
-                self._household.settle(alias, answers)
+                if alias.pinned or any(version.pinned for version in alias.versions.values()):
+                    self._household.settle(alias, answers)
             remembered.sort(key=lambda version: (not self._store.pinned(version.digest), -version.last_used_s))
         for version in remembered:
             try:
@@ -205,7 +206,8 @@ class Discovery:
             self._household.fail(version, AdapterVersionLostError(version.name, version.number, problem), answers)
             return
         found = Found(directory=version.source, roots=version.roots, revision="")
-        is_source = version.source == alias.versions[alias.newest].source
+        newest = alias.versions.get(alias.newest, version)
+        is_source = version.source == newest.source
         now = self._take_note(alias, adapter, found, is_source=is_source)
         alias.note_seen(version.source, version.stamp)
         moved = [w for w in version.waiters if now is alias.current and not (w.reference and w.reference.is_exact)]

@@ -22,7 +22,7 @@ from gralora_kernels.packing import ROW_MAJOR, Packing
 from gralora_runtime.adapters.answers import Answers
 from gralora_runtime.adapters.catalogue.catalogue import RETENTION, Catalogue, Retention
 from gralora_runtime.adapters.catalogue.changes import Changes
-from gralora_runtime.adapters.catalogue.names import Reference, check_name, parse_reference
+from gralora_runtime.adapters.catalogue.names import Reference, check_name, parse_reference, version_of
 from gralora_runtime.adapters.catalogue.sources.source import Source
 from gralora_runtime.adapters.catalogue.store import AdapterState, AdapterStore, AdapterVersion, Alias, Waiter
 from gralora_runtime.adapters.catalogue.uploads import Uploads
@@ -222,7 +222,8 @@ class AdapterManager:
 
     def promote(self, name: str, version: str = "") -> AdapterInfo:
         """Let a name stand for one of its versions ("3", "sha256:..."), or for its newest. Streams end on theirs."""
-        reference = parse_reference("version", f"{name}@{version}") if version else None
+        check_name("name", name)
+        reference = version_of(name, version) if version else None
         with self._answering() as answers:
             self._refuse_when_closed()
             alias = self._store.get(name)
@@ -244,10 +245,11 @@ class AdapterManager:
 
     def set_canary(self, name: str, version: str, share: float) -> AdapterInfo:
         """Give a version a share of the name's requests, 0 to 1. 0 ends it."""
-        reference = parse_reference("version", f"{name}@{version}" if version else name)
+        check_name("name", name)
+        reference = version_of(name, version) if share else Reference(name=name)
         with self._answering() as answers:
             self._refuse_when_closed()
-            alias = self._store.get(reference.name)
+            alias = self._store.get(name)
             self._catalogue.set_canary(alias, reference, share)
             info = self.settle(alias, answers)
         self._persistence.flush()

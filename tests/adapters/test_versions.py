@@ -230,6 +230,33 @@ def test_one_version_can_be_unloaded_but_not_the_promoted_one(tmp_path: Path) ->
             manager.roll_back("a")
 
 
+def test_a_canary_that_is_unloaded_gets_no_requests(tmp_path: Path) -> None:
+    """Nor is it what the source has, or what a rollback returns to."""
+    with versions_of_a(tmp_path, state_dir=tmp_path.parent / f"{tmp_path.name}-state") as (manager, digests):
+        manager.roll_back("a")
+        manager.set_canary("a", "2", 1.0)
+        assert use(manager, "a").digest == digests[1]
+        manager.unload("a@2")
+        info = manager.get("a")
+
+        assert (info.version, info.canary, info.previous) == (1, None, 0)
+        assert use(manager, "a").digest == digests[0]
+        with pytest.raises(AdapterVersionNotFoundError):
+            manager.promote("a")
+        manager.flush()
+
+
+@pytest.mark.parametrize("version", ["main", "-1", "0x3", "3@4", "sha256:12", ""])
+def test_what_is_no_version_is_neither_promoted_nor_a_canary(tmp_path: Path, version: str) -> None:
+    with versions_of_a(tmp_path) as (manager, _):
+        with pytest.raises(InvalidRequestError):
+            manager.set_canary("a", version, 0.5)
+        if version:
+            with pytest.raises(InvalidRequestError):
+                manager.promote("a", version)
+        assert manager.get("a").version == 2
+
+
 def test_content_that_comes_back_is_the_version_that_it_was(tmp_path: Path) -> None:
     with versions_of_a(tmp_path) as (manager, digests):
         write_version(tmp_path, "a", 0)
@@ -427,6 +454,7 @@ def test_a_list_comes_in_pages_that_miss_nothing_and_repeat_nothing(tmp_path: Pa
         use(manager, "zebra")
 
         assert found == names
+        assert {info.versions for info in manager.list()} == {()}  # lists leave them out
         resident = manager.page(size=10, states={AdapterState.RESIDENT})
         assert [info.name for info in resident.adapters] == ["zebra"]
         assert resident.next_after == ""

@@ -119,6 +119,10 @@ class Catalogue:
         self._store.remove_version(alias, version)
         if alias.previous == version.number:
             alias.previous = 0
+        if alias.newest == version.number:
+            alias.newest = 0
+        if alias.canary is not None and alias.canary.number == version.number:
+            alias.canary = None
         self._removed(version)
         self._changed(alias)
 

@@ -63,6 +63,15 @@ def parse_reference(field: str, text: str) -> Reference:
     return reference
 
 
+def version_of(name: str, version: str) -> Reference:
+    """One version of a name that was checked: "3", or "sha256:0123456789ab"."""
+    reference = parse_reference("version", f"{name}@{version}")
+    if not reference.is_exact:
+        rule = f"must be a version's number, or 'sha256:' and {MIN_DIGEST_DIGITS} digits or more"
+        raise InvalidRequestError("version", version, rule)
+    return reference
+
+
 def split_revision(name: str) -> tuple[str, str]:
     """`org/name` and the revision behind it, "" if there is none."""
     found = _REVISION.search(name)
