@@ -24,7 +24,7 @@ from gralora_runtime.adapters.catalogue.sources.source import Found, Source
 from gralora_runtime.adapters.catalogue.store import AdapterStore, AdapterVersion, Alias, Waiter
 from gralora_runtime.adapters.catalogue.uploads import Uploads
 from gralora_runtime.adapters.catalogue.watcher import Watcher
-from gralora_runtime.adapters.checkpoint.header import AdapterSummary, inspect
+from gralora_runtime.adapters.checkpoint.header import CONFIG_FILE, AdapterSummary, inspect
 from gralora_runtime.adapters.checkpoint.loader import LoadedAdapter, check_width
 from gralora_runtime.adapters.checkpoint.spec import ModuleShape, to_keep
 from gralora_runtime.adapters.persistence import Persistence
@@ -232,6 +232,11 @@ class Discovery:
     def _register(self, name: str, resolved: Resolved) -> None:
         self._scan.add(self._catalogue.register(name, resolved.found, follows=resolved.source.follows).current)
 
+    def _register_new(self, name: str, resolved: Resolved) -> None:
+        """A directory that was made a moment ago may become an adapter, or an organisation's."""
+        if (resolved.found.directory / CONFIG_FILE).exists():
+            self._register(name, resolved)
+
     def _roots_of(self, directory: Path) -> tuple[Path, ...]:
         """Where links in it may end: where its source says, or else in itself."""
         for source in self._sources:
@@ -318,7 +323,7 @@ class Discovery:
             alias = self._store.find(name)
             if alias is None:
                 if error is None and not self._closed and name not in self._unloaded:
-                    self._register(name, resolving.result())
+                    self._register_new(name, resolving.result())
                 return
             found = None if error else resolving.result().found
             if found is None or self._closed or alias.has_seen(found.directory):

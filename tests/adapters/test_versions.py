@@ -407,6 +407,19 @@ def test_a_watched_directory_is_followed(tmp_path: Path) -> None:
         until(lambda: manager.get("acme/b").summary is not None)
 
 
+def test_an_organisation_that_appears_as_a_whole_is_looked_into(tmp_path: Path) -> None:
+    """The system tells of the new directory, and of nothing that was in it."""
+    fresh = tmp_path.parent / f"{tmp_path.name}-acme"
+    write_units(fresh, ["b", "c"])
+    with managing(tmp_path, watch="auto", units=4) as manager:
+        assert manager._discovery._watcher is not None
+        assert manager._discovery._watcher.watching.wait(WAIT_S)
+        (tmp_path / "soon").mkdir()
+        fresh.rename(tmp_path / "acme")
+
+        until(lambda: [info.name for info in manager.list()] == ["acme/b", "acme/c"])
+
+
 def test_half_a_copy_replaces_nothing_and_the_whole_one_does(tmp_path: Path) -> None:
     write_version(tmp_path, "a", 0)
     with managing(tmp_path, watch="auto", units=4) as manager:

@@ -69,10 +69,14 @@ class DirectorySource:
             return ()
         if parts[0].startswith(HUB_PREFIX):
             return (parts[0].removeprefix(HUB_PREFIX).replace("--", "/", 1),)
-        names = (
-            ["/".join(parts), parts[0]] if len(path.parts) > len(self.root.parts) + 2 or path.is_dir() else [parts[0]]
-        )
-        return tuple(name for name in dict.fromkeys(names) if is_name(name))
+        names = [parts[0]]
+        if len(parts) == 1:
+            # A directory that is new: nobody watched it when what is in it came.
+            inner = self._entries(self.root / parts[0]) if (self.root / parts[0]).is_dir() else []
+            names += [f"{parts[0]}/{entry.name}" for entry in inner if (entry / CONFIG_FILE).exists()]
+        elif (self.root / parts[0] / parts[1]).is_dir():
+            names.append("/".join(parts))
+        return tuple(name for name in names if is_name(name))
 
     def close(self) -> None:
         """Nothing is held."""
