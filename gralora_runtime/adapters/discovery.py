@@ -206,8 +206,8 @@ class Discovery:
             self._household.fail(version, AdapterVersionLostError(version.name, version.number, problem), answers)
             return
         found = Found(directory=version.source, roots=version.roots, revision="")
-        newest = alias.versions.get(alias.newest, version)
-        is_source = version.source == newest.source
+        newest = alias.versions.get(alias.newest)  # None: an operator removed it, and no request brings it back
+        is_source = newest is not None and version.source == newest.source
         now = self._take_note(alias, adapter, found, is_source=is_source)
         alias.note_seen(version.source, version.stamp)
         moved = [w for w in version.waiters if now is alias.current and not (w.reference and w.reference.is_exact)]

@@ -315,6 +315,37 @@ def test_a_request_undoes_no_promotion(tmp_path: Path) -> None:
         assert manager.get("a").version == 1
 
 
+def test_a_request_brings_no_version_back_that_was_unloaded(tmp_path: Path) -> None:
+    """What lies in the directory is what an operator rolled back from and removed."""
+    write_units(tmp_path, ["y"])
+    with versions_of_a(tmp_path, slots=1, host_units=0) as (manager, digests):
+        manager.roll_back("a")
+        manager.unload("a@2")
+        use(manager, "y")
+        with pytest.raises(AdapterVersionLostError):
+            use(manager, "a")
+        assert manager.get("a").version == 1
+
+        assert manager.load("a").result(WAIT_S).digest == digests[1]  # an operator may
+        assert manager.get("a").version == 3
+
+
+def test_a_bug_met_while_taking_note_leaves_nobody_waiting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_units(tmp_path, ["y"])
+    with versions_of_a(tmp_path, 1, slots=1, host_units=0) as (manager, _):
+        write_version(tmp_path, "a", 7)
+        use(manager, "y")
+        with monkeypatch.context() as patch:
+            patch.setattr(manager._catalogue, "take_note", lambda *_, **__: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                use(manager, "a")
+        assert "taking in adapter 'a' failed" in caplog.text
+
+        assert use(manager, "a").version == 2
+
+
 def test_a_late_event_undoes_no_load_from_elsewhere(tmp_path: Path) -> None:
     write_version(tmp_path / ".kept", "3", 3)
     with versions_of_a(tmp_path) as (manager, _):

@@ -319,10 +319,17 @@ class Mover:
             if error is not None:
                 self.fail(version, error, answers)
                 return
-            if version.digest not in ("", read.result().digest):
-                self._changed(version, read.result(), answers)
-                return
-            self.take_in(version, read.result(), answers)
+            try:
+                self._take_in_or_tell(version, read.result(), answers)
+            except Exception as bug:  # ours: whoever waits has to hear of it, or would for ever wait
+                log.exception("taking in adapter %r failed", version.name)
+                self.fail(version, bug, answers)
+
+    def _take_in_or_tell(self, version: AdapterVersion, adapter: LoadedAdapter, answers: Answers) -> None:
+        if version.digest in ("", adapter.digest):
+            self.take_in(version, adapter, answers)
+        else:
+            self._changed(version, adapter, answers)
 
     def _pump(self) -> None:
         """In the placer: move adapters in until the next one has to wait."""
