@@ -51,7 +51,6 @@ class _Entry:
     meter: RequestMeter
     aborted: asyncio.Event  # wakes a submission that still waits for its adapter
     queued: bool = False  # the scheduler has it
-    served: str = ""  # the adapter and its version
     given_up: str | None = None  # the outcome, when an output could not be delivered: what comes after is not heard
 
 
@@ -104,7 +103,7 @@ class AsyncEngine:
         except BaseException:
             self._leave(request.request_id)
             raise
-        entry.meter.admit(entry.served, sequence.num_prompt)
+        entry.meter.admit(entry.stream.served_by, sequence.num_prompt)
         entry.queued = True
         self._thread.post(request.request_id, lambda scheduler: scheduler.add(sequence))
         return entry.stream
@@ -302,7 +301,7 @@ class AsyncEngine:
                 raise DeadlineExceededError(request.request_id)
             lease = future.result()
             kept = True
-            entry.served = numbered(lease.name, lease.version) if lease.version else lease.name
+            entry.stream.served_by = numbered(lease.name, lease.version) if lease.version else lease.name
             if request.adapter:
                 self.requests.adapter_wait.observe(time.monotonic() - asked_s)
         finally:

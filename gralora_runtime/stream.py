@@ -23,6 +23,7 @@ class RequestStream(AsyncIterator[Delta]):
 
     def __init__(self, request_id: str, abort: Callable[[str], object]) -> None:
         self.request_id = request_id
+        self.served_by = ""  # the adapter and its version, such as "pirate@3"; "": the base model
         self.detokenizer: Detokenizer | None = None  # for deltas that come without their text
         self._abort = abort
         self._unread: list[Delta] = []

@@ -73,6 +73,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
             request.request_id = request.request_id or uuid.uuid4().hex
             timeout_s = effective_timeout_s(request.request_id, context.time_remaining(), self._max_request_s)
             stream = await engine.submit(convert.from_generate_request(request, timeout_s=timeout_s))
+            request.adapter = stream.served_by  # for the log line: a name does not say which content served
             try:
                 yield stream
             finally:

@@ -306,7 +306,7 @@ async def test_every_call_leaves_one_log_line(caplog) -> None:
         {
             "method": "/gralora.v1.GenerationService/StreamGenerate",
             "request_id": "r1",
-            "adapter": "poet",
+            "adapter": "poet@2",
             "code": "OK",
         },
         {

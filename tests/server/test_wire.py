@@ -143,7 +143,7 @@ async def test_the_log_line_has_the_id_that_the_request_was_given(caplog) -> Non
         s.engine.script = [finished()]
         answer = await s.client.generation.Generate(ask_once(request_id="", adapter="poet"))
 
-    assert [(line["request_id"], line["adapter"]) for line in lines(caplog)] == [(answer.request_id, "poet")]
+    assert [(line["request_id"], line["adapter"]) for line in lines(caplog)] == [(answer.request_id, "poet@2")]
     assert len(answer.request_id) == 32
 
 

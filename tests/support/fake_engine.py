@@ -236,6 +236,7 @@ class FakeEngine:
         if request.request_id in self.streams:
             raise InvalidRequestError("request_id", request.request_id, "a request of that id is already running")
         stream = RequestStream(request.request_id, self.abort)
+        stream.served_by = f"{request.adapter}@2" if request.adapter else ""
         self.streams[request.request_id] = stream
         if self.start_at_once:
             for delta in [started(request), *self.script]:
