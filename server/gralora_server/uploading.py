@@ -71,6 +71,7 @@ class Uploading:
                 await asyncio.to_thread(uploads.reject if is_refused else uploads.set_back, manifest)
                 raise
             await asyncio.to_thread(uploads.accept, manifest)
+            await asyncio.to_thread(adapters.flush)
         return info
 
 
