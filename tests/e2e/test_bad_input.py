@@ -15,7 +15,10 @@ from gralora_server.client import AdapterState, GraloraClientError
 
 from .conftest import assert_idle, serving
 
-BAD_NAME = "must be 1 to 128 letters, digits, '.', '_' or '-', and begin with a letter or a digit"
+BAD_NAME = (
+    "must be 1 to 128 letters, digits, '.', '_' or '-' that begin with a letter or a digit; "
+    "an organisation and '/' may stand before it, '@' and a revision behind"
+)
 INVALID, REJECTED = grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.FAILED_PRECONDITION
 
 REQUESTS: dict[str, tuple[dict[str, Any], grpc.StatusCode, str]] = {

@@ -161,6 +161,8 @@ class _Bounded(io.RawIOBase):
         return data
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        if whence == io.SEEK_SET and offset < 0:  # a damaged archive says that a member begins there
+            raise zipfile.BadZipFile("a member begins before the archive")
         return self._opened.seek(offset, whence)
 
     def tell(self) -> int:
