@@ -60,16 +60,22 @@ class Descriptions:
             return AdapterState.FAILED
         return AdapterState.HOST if version.digest in self._cache or resident else AdapterState.REGISTERED
 
+    def find(self, name: str) -> AdapterInfo | None:
+        """If it is still there."""
+        with self._lock:
+            alias = self._store.find(name)
+            return None if alias is None else self.info(alias)
+
     def all(self) -> tuple[AdapterInfo, ...]:
         """By name."""
-        return tuple(info for name in sorted(self._names()) if (info := self._find(name, ())) is not None)
+        return tuple(info for name in sorted(self._names()) if (info := self._listed(name)) is not None)
 
     def page(self, *, size: int, after: str, prefix: str, states: Collection[AdapterState]) -> AdapterPage:
         """See `AdapterManager.page`."""
         names = sorted(name for name in self._names() if name.startswith(prefix))
         found: list[AdapterInfo] = []
         for name in names[bisect_right(names, after) :]:
-            info = self._find(name, states)
+            info = self._listed(name, states)
             if info is not None and len(found) == size:
                 return AdapterPage(adapters=tuple(found), next_after=found[-1].name, total=len(names))
             if info is not None:
@@ -97,8 +103,8 @@ class Descriptions:
         with self._lock:
             return tuple(self._store.names())
 
-    def _find(self, name: str, states: Collection[AdapterState]) -> AdapterInfo | None:
-        """If it is still there, and in one of the states, if there are any."""
+    def _listed(self, name: str, states: Collection[AdapterState] = ()) -> AdapterInfo | None:
+        """If it is still there, and in one of the states, if there are any; without its versions."""
         with self._lock:
             alias = self._store.find(name)
             if alias is None or (states and self.state(alias.current) not in states):

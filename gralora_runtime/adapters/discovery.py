@@ -160,7 +160,7 @@ class Discovery:
         self._resolver.resolve(name).add_done_callback(partial(self._on_requested, name, key, waiter))
 
     def find_again(self, version: AdapterVersion, waiter: Waiter) -> None:
-        """Its directory is gone: a download that made room for others, or one that was moved. Without the lock."""
+        """What it was to be read from is gone: a copy or a download that made room for others. Without the lock."""
         resolving = self._resolver.resolve(version.name)
         resolving.add_done_callback(partial(self._on_found_once_more, version, waiter))
 
@@ -275,7 +275,7 @@ class Discovery:
                 answers.error(waiter.future, error)
                 return
             found = resolving.result().found
-            version.source, version.roots = found.directory, found.roots
+            version.source, version.roots, version.copy = found.directory, found.roots, None
             if not waiter.future.cancelled():
                 self._household.enter(version, waiter, answers)
 

@@ -281,7 +281,7 @@ class AdapterManager:
         listener = self._changes.listen(prefix, wake)
         with self._lock:
             names = sorted(name for name in self._store.names() if name.startswith(prefix))
-        return AdapterWatch(names, listener, self._changes, self._find)
+        return AdapterWatch(names, listener, self._changes, self._descriptions.find)
 
     def residency(self, limit: int, first: Collection[str] = ()) -> AdapterResidency:
         """Where all adapters are, and by name at most `limit` that are in memory: `first`, then the last used ones."""
@@ -360,12 +360,6 @@ class AdapterManager:
                 yield answers
         finally:
             answers.deliver()
-
-    def _find(self, name: str) -> AdapterInfo | None:
-        """Takes the lock."""
-        with self._lock:
-            alias = self._store.find(name)
-            return None if alias is None else self._descriptions.info(alias)
 
     def _refuse_when_closed(self) -> None:
         if self._closed:
@@ -504,9 +498,8 @@ class AdapterManager:
 
     def identified(self, version: AdapterVersion) -> None:
         alias = self._store.alias_of(version)
-        if alias is not None:
-            if version.copy is None:
-                alias.note_seen(version.source, version.stamp)
+        # An adapter that only comes back from the disk is written down and copied no second time.
+        if alias is not None and version.stamp and alias.note_seen(version.source, version.stamp):
             self._persistence.note(alias)
             self._persistence.keep_copy(version, self._on_copied)
 

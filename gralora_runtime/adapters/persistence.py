@@ -19,7 +19,7 @@ class Persistence:
 
     def __init__(self, folder: Path | None, *, copies_bytes: int, store: AdapterStore) -> None:
         """Raises CatalogueError for a catalogue that cannot be trusted."""
-        self._folder = None if folder is None else folder.resolve()
+        self._folder = None if folder is None else folder.absolute()
         self._store = store
         self._rows: tuple[NameRow, ...] = ()
         self._recorder: Recorder | None = None

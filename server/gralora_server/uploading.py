@@ -7,8 +7,7 @@ on the work goes on without the client, because others may already see the adapt
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable
-from typing import TypeVar
+from collections.abc import AsyncIterator
 from weakref import WeakValueDictionary
 
 from gralora.v1 import adapters_pb2
@@ -19,10 +18,10 @@ from gralora_runtime.adapters.info import AdapterInfo
 from gralora_runtime.errors import AdapterUploadError, DrainingError, GraloraError, InvalidRequestError
 from gralora_server import convert, validation
 from gralora_server.ports import Adapters
+from gralora_server.uninterrupted import uninterrupted
 
 STALL_S = 60.0  # between two messages: who sends nothing for longer takes the place of others
 
-Result = TypeVar("Result")
 Requests = AsyncIterator[adapters_pb2.UploadAdapterRequest]
 
 
@@ -45,7 +44,7 @@ class Uploading:
             while (request := await _next(requests, manifest.name)) is not None:
                 validation.validate_upload_part(request, is_first=False)
                 chunk = request.chunk
-                await _to_its_end(asyncio.to_thread(upload.write, chunk.file, chunk.offset, chunk.data))
+                await uninterrupted(asyncio.to_thread(upload.write, chunk.file, chunk.offset, chunk.data))
         except BaseException:
             upload.close()
             raise
@@ -93,18 +92,8 @@ async def _next(requests: Requests, name: str) -> adapters_pb2.UploadAdapterRequ
 async def _begin(uploads: Uploads, manifest: Manifest) -> Upload:
     beginning = asyncio.ensure_future(asyncio.to_thread(uploads.begin, manifest))
     try:
-        return await _to_its_end(beginning)
+        return await uninterrupted(beginning)
     except asyncio.CancelledError:
         if beginning.exception() is None:  # nobody else will
             beginning.result().close()
-        raise
-
-
-async def _to_its_end(work: Awaitable[Result]) -> Result:
-    """Of work in a thread, which cannot be stopped: whoever is cancelled leaves when nothing is written any more."""
-    running = asyncio.ensure_future(work)
-    try:
-        return await asyncio.shield(running)
-    except asyncio.CancelledError:
-        await asyncio.wait({running})
         raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -158,6 +159,44 @@ def test_a_damaged_copy_is_never_served(places: tuple[Path, Path]) -> None:
 
         assert use(manager, "a").digest == first == digest_of(path)  # its directory still has it
         assert not (state / "versions" / first / WEIGHTS_FILE).exists() or copied(manager, "a", 1)
+
+
+def test_a_copy_that_made_room_leaves_the_directory_to_read_from(places: tuple[Path, Path]) -> None:
+    """And what has no other place any more is lost, and said so."""
+    root, state = places
+    write_version(root, "a", 0)
+    write_version(root, "b", 5)
+    with managing(root, units=1, host_units=0, state_dir=state) as manager:
+        first = use(manager, "a").digest
+        until(lambda: copied(manager, "a", 1))
+        shutil.rmtree(state / "versions" / first)
+        use(manager, "b")
+        assert use(manager, "a").digest == first
+        write_version(root, "a", 1)
+        second = manager.load("a").result(WAIT_S).digest
+        until(lambda: copied(manager, "a", 2))
+        with pytest.raises(AdapterVersionLostError):
+            use(manager, "a@1")
+
+        assert use(manager, "a").digest == second
+
+
+def test_an_adapter_that_only_comes_back_is_written_down_once(places: tuple[Path, Path]) -> None:
+    root, state = places
+    for name in "ab":
+        write_version(root, name, ord(name))
+    with managing(root, units=1, host_units=0, state_dir=state, copies_bytes=0) as manager:
+        for name in "abab":
+            use(manager, name)
+        recorder = manager._persistence._recorder
+        assert recorder is not None
+        manager.flush()
+        noted = recorder._noted
+        for name in "abab":
+            use(manager, name)
+
+        assert manager.stats().loads == 8
+        assert recorder._noted == noted
 
 
 def test_a_second_server_is_refused_the_same_state(places: tuple[Path, Path]) -> None:

@@ -17,7 +17,7 @@ from gralora_runtime.errors import InvalidRequestError
 
 @dataclass(frozen=True, slots=True)
 class Retention:
-    """Which versions are kept beside the promoted one and the one before it."""
+    """Which versions are kept beside the promoted one and the one before it. Looked at when a name changes."""
 
     max_versions: int = 8  # of a name
     max_age_s: float = 30 * 86_400  # since they were last used, or else made
@@ -132,11 +132,6 @@ class Catalogue:
         self._changed(alias)
         for version in alias.versions.values():
             self._removed(version)
-
-    def prune(self) -> None:
-        """What has become too old since."""
-        for alias in tuple(self._store.aliases()):
-            self._prune(alias)
 
     def _version_of(self, alias: Alias, digest: str, found: Found) -> AdapterVersion:
         same = next((v for v in alias.versions.values() if v.digest == digest), None)

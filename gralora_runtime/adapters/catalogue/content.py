@@ -36,7 +36,7 @@ class ContentStore:
         self._copying = ThreadPoolExecutor(1, thread_name_prefix="adapter-copies")
         shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
         (folder / UNFINISHED).mkdir(parents=True)
-        # By digest: bytes. In the order of use, as far as the file system remembers it.
+        # By digest: bytes. In the order of use, which begins with the order of making.
         found = [entry for entry in folder.iterdir() if entry.name != UNFINISHED]
         self._sizes = {entry.name: _bytes_of(entry) for entry in sorted(found, key=lambda entry: entry.stat().st_mtime)}
 
@@ -68,11 +68,13 @@ class ContentStore:
     ) -> None:
         try:
             copy = self._copy(digest, directory, roots, stamp)
+            if copy is not None:
+                done(digest, copy)
         except OSError as error:
             log.warning("no copy of the adapter with digest %s is kept: %s", digest, error)
-            return
-        if copy is not None:
-            done(digest, copy)
+            shutil.rmtree(self._folder / UNFINISHED / digest, ignore_errors=True)
+        except Exception:  # ours, and nobody waits for this thread's result
+            log.exception("keeping a copy of the adapter with digest %s failed", digest)
 
     def _copy(self, digest: str, directory: Path, roots: tuple[Path, ...], stamp: object) -> Path | None:
         if (known := self.find(digest)) is not None:

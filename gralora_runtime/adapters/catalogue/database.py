@@ -5,7 +5,6 @@ Knows the tables, and not what is written into them.
 
 from __future__ import annotations
 
-import os
 import sqlite3
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
@@ -14,6 +13,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from gralora_runtime.adapters.catalogue.durable import sync_directory
 from gralora_runtime.errors import CatalogueError
 
 FILE = "catalogue.sqlite"
@@ -129,16 +129,7 @@ def _make_if_missing(path: Path) -> None:
         new.replace(path)
     finally:
         new.unlink(missing_ok=True)
-    _flush(path.parent)
-
-
-def _flush(folder: Path) -> None:
-    """So that a power cut does not undo a rename."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_directory(path.parent)  # so that a power cut does not undo the rename
 
 
 def _connect(path: Path | str) -> sqlite3.Connection:

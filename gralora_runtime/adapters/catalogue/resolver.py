@@ -45,9 +45,8 @@ class Resolver:
         self._now_s = now_s
         self._lock = threading.Lock()
         self._asked: dict[str, list[Future[Resolved]]] = {}  # by name: who waits for the answer
-        self._absent: OrderedDict[str, tuple[float, AdapterNotFoundError]] = (
-            OrderedDict()
-        )  # until when, the oldest first
+        # By name, the oldest first: until when it counts as absent, and what is answered.
+        self._absent: OrderedDict[str, tuple[float, AdapterNotFoundError]] = OrderedDict()
         self._closed = False
         self._threads = [
             ThreadPoolExecutor(THREADS_PER_SOURCE, thread_name_prefix="adapter-source") for _ in self._sources

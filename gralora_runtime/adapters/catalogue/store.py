@@ -55,7 +55,7 @@ class AdapterVersion:
     summary: AdapterSummary | None = None
     digest: str = ""  # set by `AdapterStore.identify`, once
     copy: Path | None = None  # in the content store: what it was, whatever becomes of its source
-    stamp: object = None  # of the files that it was last read from
+    stamp: object = None  # of its source's files, if it was last read from there
     created_s: float = field(default_factory=time.time)
     error: BaseException | None = None  # why the last attempt failed
     refused: tuple[tuple[Path, object], AdapterRejectedError] | None = None  # directory and stamp of its files, and why
@@ -128,11 +128,13 @@ class Alias:
         stamp = self.seen.get(str(directory))
         return stamp is not None and stamp == files_stamp(directory)
 
-    def note_seen(self, directory: Path, stamp: object) -> None:
-        self.seen.pop(str(directory), None)
+    def note_seen(self, directory: Path, stamp: object) -> bool:
+        """Whether that is news."""
+        before = self.seen.pop(str(directory), None)
         self.seen[str(directory)] = stamp
         while len(self.seen) > MAX_SEEN:
             del self.seen[next(iter(self.seen))]
+        return before != stamp
 
     @property
     def in_flight(self) -> int:

@@ -113,12 +113,3 @@ class Upload:
 
     def _error(self, problem: str) -> AdapterUploadError:
         return AdapterUploadError(self.manifest.name, problem)
-
-
-def sync_directory(directory: Path) -> None:
-    """What was renamed in it stays renamed."""
-    opened = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(opened)
-    finally:
-        os.close(opened)

@@ -26,9 +26,10 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from gralora_runtime.adapters.catalogue.durable import sync_directory
 from gralora_runtime.adapters.catalogue.manifest import Manifest
 from gralora_runtime.adapters.catalogue.sources.source import Found
-from gralora_runtime.adapters.catalogue.upload import Upload, sync_directory
+from gralora_runtime.adapters.catalogue.upload import Upload
 from gralora_runtime.errors import (
     AdapterUploadError,
     AdapterUploadQuotaError,

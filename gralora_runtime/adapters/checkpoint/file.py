@@ -50,6 +50,15 @@ def read_at_most(opened: BinaryIO, file: str, num_bytes: int) -> bytes:
         raise MalformedError(f"{file} cannot be read ({cause.strerror})") from cause
 
 
+def read_text(directory: Path, file: str, roots: Sequence[Path], *, max_bytes: int) -> bytes:
+    """The whole file. One with more than `max_bytes` is refused, not read."""
+    with open_regular(directory, file, roots) as opened:
+        text = read_at_most(opened, file, max_bytes + 1)
+    if len(text) > max_bytes:
+        raise MalformedError(f"{file} has more than {max_bytes} bytes")
+    return text
+
+
 def parse_object(
     file: str, text: bytes, *, max_values: int, make: Callable[[list[tuple[str, Any]]], Any] | None = None
 ) -> dict[str, Any]:

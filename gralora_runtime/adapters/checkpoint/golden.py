@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gralora_runtime.adapters.checkpoint.file import MalformedError, open_regular, parse_object, read_at_most
+from gralora_runtime.adapters.checkpoint.file import MalformedError, parse_object, read_text
 from gralora_runtime.adapters.checkpoint.spec import clipped, rejected
 from gralora_runtime.adapters.checkpoint.writer import replace_file
 
@@ -52,7 +52,9 @@ def read_golden(directory: Path, *, vocab_size: int, roots: Sequence[Path] = ())
     except (FileNotFoundError, NotADirectoryError):
         return None
     try:
-        found = parse_object(GOLDEN_FILE, _text(directory, roots), max_values=_MAX_VALUES)
+        found = parse_object(
+            GOLDEN_FILE, read_text(directory, GOLDEN_FILE, roots, max_bytes=MAX_BYTES), max_values=_MAX_VALUES
+        )
     except MalformedError as cause:
         raise rejected(directory.name, [str(cause)]) from cause
     return _checked(directory.name, found, vocab_size)
@@ -67,14 +69,6 @@ def write_golden(directory: Path, golden: Golden, *, vocab_size: int) -> None:
     if len(text) > MAX_BYTES:
         raise rejected(directory.name, [f"{GOLDEN_FILE} would have {len(text)} bytes (at most {MAX_BYTES})"])
     replace_file(directory / GOLDEN_FILE, text)
-
-
-def _text(directory: Path, roots: Sequence[Path]) -> bytes:
-    with open_regular(directory, GOLDEN_FILE, roots) as opened:
-        text = read_at_most(opened, GOLDEN_FILE, MAX_BYTES + 1)
-    if len(text) > MAX_BYTES:
-        raise MalformedError(f"{GOLDEN_FILE} has more than {MAX_BYTES} bytes")
-    return text
 
 
 def _checked(name: str, document: Mapping[str, Any], vocab_size: int) -> Golden:

@@ -14,7 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from gralora_runtime.adapters.checkpoint.file import MalformedError, open_regular, parse_object, read_at_most
+from gralora_runtime.adapters.checkpoint.file import MalformedError, open_regular, parse_object, read_text
 from gralora_runtime.adapters.checkpoint.spec import AdapterSpec, Dialect, ModuleShape, Part, parse_config, rejected
 from gralora_runtime.adapters.checkpoint.targets import MATCHING_BUDGET_S, MatchingBudget, SlowPatternError
 from gralora_runtime.adapters.checkpoint.tensors import DTYPES, WEIGHTS_FILE, TensorInfo, parse_header, read_header
@@ -230,7 +230,7 @@ def inspect(path: Path, *, name: str = "", roots: Sequence[Path] = ()) -> Adapte
     """Read an adapter directory's config and header. Files that leave `roots` through a link are refused."""
     name = name or path.name
     try:
-        config = _config_text(path, roots)
+        config = read_text(path, CONFIG_FILE, roots, max_bytes=MAX_CONFIG_BYTES)
         spec = parse_config(name, parse_object(CONFIG_FILE, config, max_values=MAX_CONFIG_VALUES))
         header, file_bytes = _read_header(path, roots)
         tensors = parse_header(header, file_bytes)
@@ -257,15 +257,9 @@ def aligned(numel: int) -> int:
 
 def read_config(path: Path) -> dict[str, Any]:
     """The config as it stands in its file, unread. Raises MalformedError."""
-    return parse_object(CONFIG_FILE, _config_text(path, ()), max_values=MAX_CONFIG_VALUES)
-
-
-def _config_text(path: Path, roots: Sequence[Path]) -> bytes:
-    with open_regular(path, CONFIG_FILE, roots) as opened:
-        text = read_at_most(opened, CONFIG_FILE, MAX_CONFIG_BYTES + 1)
-    if len(text) > MAX_CONFIG_BYTES:
-        raise MalformedError(f"{CONFIG_FILE} has more than {MAX_CONFIG_BYTES} bytes")
-    return text
+    return parse_object(
+        CONFIG_FILE, read_text(path, CONFIG_FILE, (), max_bytes=MAX_CONFIG_BYTES), max_values=MAX_CONFIG_VALUES
+    )
 
 
 def _read_header(path: Path, roots: Sequence[Path]) -> tuple[bytes, int]:

@@ -205,8 +205,7 @@ class Mover:
                 spread=self._pool.spread,
             )
             failures = 0
-            if version.copy is None:
-                version.stamp = stamp[1]
+            version.stamp = stamp[1] if source == version.source else None
         except AdapterRejectedError as error:
             version.refused = (stamp, to_keep(error))
             raise

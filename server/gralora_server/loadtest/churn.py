@@ -14,7 +14,7 @@ from gralora_runtime.errors import ConfigError
 from gralora_server.client import Adapter, AsyncClient, GraloraClientError
 from gralora_server.loadtest.result import ChurnStats
 from gralora_server.loadtest.summary import Distribution
-from gralora_server.loadtest.uninterrupted import uninterrupted
+from gralora_server.uninterrupted import uninterrupted
 
 
 @dataclass(slots=True, kw_only=True)

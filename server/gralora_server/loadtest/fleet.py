@@ -31,7 +31,7 @@ from gralora_runtime.model.merging import merge_adapter
 from gralora_runtime.observation.snapshot import EngineSnapshot
 from gralora_runtime.request import GenerationRequest, Prompt
 from gralora_runtime.stream import RequestStream
-from gralora_server.loadtest.uninterrupted import uninterrupted
+from gralora_server.uninterrupted import uninterrupted
 
 # A merged model serves no adapter; its engine wants a pool all the same.
 POOL_BYTES = 1 << 20
