@@ -232,6 +232,7 @@ def _adapter_manager(
             max_width=config.max_adapter_rank,
             packing=packing,
             wait_for_steps=wait_for_steps,
+            vocab_size=base.model.config.vocab_size,
         )
     )
     return manager[0]

@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from gralora_runtime.adapters.catalogue.names import numbered
+from gralora_runtime.adapters.checkpoint.golden import GoldenAnswer, GoldenCase
 from gralora_runtime.adapters.manager import AdapterManager
 from gralora_runtime.adapters.residency.lease import AdapterLease
 from gralora_runtime.assemble import EngineParts, assemble
@@ -33,12 +34,18 @@ from gralora_runtime.info import EngineInfo, EngineLoad, TokenizeResult
 from gralora_runtime.observation.requests import RequestMeter, RequestObservation, outcome_of
 from gralora_runtime.observation.snapshot import EngineSnapshot
 from gralora_runtime.observation.usage import OTHER
-from gralora_runtime.request import GenerationRequest, Prompt
+from gralora_runtime.request import GenerationRequest, Prompt, ResponseParams, SamplingParams, StoppingParams
 from gralora_runtime.sampling.state import SamplerState
 from gralora_runtime.scheduler import StepOutput
 from gralora_runtime.sequence import Sequence
 from gralora_runtime.stepping.engine_thread import EngineThread
-from gralora_runtime.stream import RequestStream
+from gralora_runtime.stream import RequestStream, merge_deltas
+
+# How far behind the likeliest token one may be, by its log probability, and have been chosen where sums are rounded
+# otherwise: logits agree to 1e-3 in float32; 16 bits leave logits of 16 to 32 an eighth between two values.
+TIE = 2e-3
+TIE_OF_16_BITS = 0.125
+NUM_RIVALS = 5
 
 
 @dataclass(slots=True, eq=False)
@@ -48,6 +55,7 @@ class _Entry:
     stream: RequestStream
     adapter: str
     submitted_s: float
+    observed: RequestObservation
     meter: RequestMeter
     aborted: asyncio.Event  # wakes a submission that still waits for its adapter
     queued: bool = False  # the scheduler has it
@@ -70,7 +78,9 @@ class AsyncEngine:
         self._idle = asyncio.Event()
         self._idle.set()
         self._draining = False
+        self._closing = False
         self.requests = RequestObservation(config.max_named_adapters)
+        self._trials = RequestObservation(0)  # golden prompts are nobody's requests
         self._mean_service_s = 1.0
         self._thread = EngineThread(
             parts.engine,
@@ -80,6 +90,7 @@ class AsyncEngine:
             turn=turn,
         )
         self._thread.start()
+        self.adapters.examine_with(self._examine_soon)
 
     @classmethod
     async def start(cls, config: EngineConfig) -> AsyncEngine:
@@ -97,16 +108,20 @@ class AsyncEngine:
             raise
 
     async def _submit(self, request: GenerationRequest) -> RequestStream:
-        entry = self._enter(request)
+        self._refuse_when_full()
+        entry = self._enter(request, self.requests)
         try:
             sequence = await self._prepare(request, entry)
         except BaseException:
             self._leave(request.request_id)
             raise
+        self._queue(request, entry, sequence)
+        return entry.stream
+
+    def _queue(self, request: GenerationRequest, entry: _Entry, sequence: Sequence) -> None:
         entry.meter.admit(entry.stream.served_by, sequence.num_prompt)
         entry.queued = True
         self._thread.post(request.request_id, lambda scheduler: scheduler.add(sequence))
-        return entry.stream
 
     def abort(self, request_id: str) -> bool:
         """End a request wherever it stands; False if there is none of that id."""
@@ -188,13 +203,58 @@ class AsyncEngine:
     async def close(self) -> None:
         """End every request with `DrainingError`, then the thread and the adapter loads."""
         self.begin_drain()
+        self._closing = True
         await asyncio.to_thread(self._thread.stop)
         for request_id, entry in list(self._entries.items()):
             entry.aborted.set()
             self._fail(request_id, entry, DrainingError())
         await asyncio.to_thread(self.adapters.close)
 
-    def _enter(self, request: GenerationRequest) -> _Entry:
+    def _examine_soon(self, case: GoldenCase, lease: AdapterLease) -> concurrent.futures.Future[GoldenAnswer]:
+        """From any thread. See `Examiner`."""
+        examining = self._examine(case, lease)
+        try:
+            return asyncio.run_coroutine_threadsafe(examining, self._loop)
+        except RuntimeError as cause:  # the loop has ended
+            examining.close()
+            self.adapters.release(lease)
+            raise DrainingError from cause
+
+    async def _examine(self, case: GoldenCase, lease: AdapterLease) -> GoldenAnswer:
+        """A request like any other, but for a lease that is there already, and that no client's request makes it wait.
+
+        Requests that were taken on may wait for its outcome, so it is not refused while the server drains.
+        """
+        request = GenerationRequest(
+            request_id=f"golden-{secrets.token_hex(8)}",
+            prompt=Prompt(token_ids=case.prompt_token_ids),
+            adapter=numbered(lease.name, lease.version),
+            sampling=SamplingParams(temperature=0.0),
+            stopping=StoppingParams(max_tokens=len(case.expected_token_ids)),
+            response=ResponseParams(logprobs=True, top_logprobs=NUM_RIVALS),
+        )
+        queued = False
+        try:
+            entry = self._enter(request, self._trials)
+            try:
+                sequence = await self._prepare(request, entry, lease)
+                self._check_still_wanted(request.request_id, entry)
+                self._queue(request, entry, sequence)
+                queued = True
+            finally:
+                if not queued:
+                    self._leave(request.request_id)
+        finally:
+            if not queued:
+                self.adapters.release(lease)
+        whole = merge_deltas([delta async for delta in entry.stream])
+        return GoldenAnswer(
+            token_ids=whole.token_ids,
+            rivals=tuple(logprob.top for logprob in whole.logprobs),
+            tie=TIE if self.info().dtype == "float32" else TIE_OF_16_BITS,
+        )
+
+    def _refuse_when_full(self) -> None:
         if self.dead.is_set():
             raise EngineDeadError
         if self._draining:
@@ -202,6 +262,12 @@ class AsyncEngine:
         limit = self._config.max_num_seqs + self._config.max_queue
         if len(self._entries) >= limit:
             raise QueueFullError(self._config.max_queue, retry_after_s=self._mean_service_s)
+
+    def _enter(self, request: GenerationRequest, observed: RequestObservation) -> _Entry:
+        if self.dead.is_set():
+            raise EngineDeadError
+        if self._closing:
+            raise DrainingError
         if request.request_id in self._entries:
             raise InvalidRequestError("request_id", request.request_id, "a request of that id is already running")
         now_s = time.monotonic()
@@ -209,7 +275,8 @@ class AsyncEngine:
             stream=RequestStream(request.request_id, self.abort),
             adapter=request.adapter,
             submitted_s=now_s,
-            meter=self.requests.meter(now_s),
+            observed=observed,
+            meter=observed.meter(now_s),
             aborted=asyncio.Event(),
         )
         self._entries[request.request_id] = entry
@@ -220,7 +287,8 @@ class AsyncEngine:
         if self._entries.pop(request_id, None) is not None and not self._entries:
             self._idle.set()
 
-    async def _prepare(self, request: GenerationRequest, entry: _Entry) -> Sequence:
+    async def _prepare(self, request: GenerationRequest, entry: _Entry, lease: AdapterLease | None = None) -> Sequence:
+        """`lease`: if there is one already."""
         deadline_s = None if request.timeout_s is None else entry.submitted_s + request.timeout_s
         tokens = await asyncio.to_thread(self._parts.prompts.encode, request.prompt)
         max_tokens = self._max_tokens(request, len(tokens))
@@ -247,7 +315,8 @@ class AsyncEngine:
         if not stops_at_text:
             entry.stream.detokenizer = detokenizer
         # Last, because from here on nothing may fail: the lease has to reach the scheduler, which releases it.
-        lease = await self._acquire(request, entry, deadline_s)
+        if lease is None:
+            lease = await self._acquire(request, entry, deadline_s)
         return Sequence(
             request_id=request.request_id,
             adapter_name=lease.name,
@@ -329,7 +398,7 @@ class AsyncEngine:
                 outcome = self._give_up(entry, output, cause)
             if outcome is not None:
                 self._mean_service_s += 0.1 * (now_s - entry.submitted_s - self._mean_service_s)
-                self.requests.end(entry.given_up or outcome)
+                entry.observed.end(entry.given_up or outcome)
                 self._leave(output.request_id)
 
     @staticmethod
@@ -363,7 +432,7 @@ class AsyncEngine:
         """From outside of the scheduler. A request that is not queued yet ends in `submit`."""
         entry.stream.fail(error)
         if entry.queued:
-            self.requests.end(outcome_of(error))
+            entry.observed.end(outcome_of(error))
             self._leave(request_id)
 
     def _call_soon(self, callback: object, *args: object) -> None:

@@ -52,7 +52,7 @@ class Descriptions:
 
     def state(self, version: AdapterVersion) -> AdapterState:
         resident = self._pool.find(version.digest)
-        if resident is not None and not resident.leaving:
+        if resident is not None and not resident.leaving and not version.untried:
             return AdapterState.RESIDENT
         if version.loading:
             return AdapterState.LOADING

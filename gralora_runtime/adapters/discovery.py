@@ -87,9 +87,10 @@ class Discovery:
         modules: Sequence[ModuleShape],
         max_width: int,
         keeps_16_bit: bool,
+        tries: bool,
         watch: str,
     ) -> None:
-        """`watch`: see `EngineConfig`."""
+        """`tries`: golden prompts count. `watch`: see `EngineConfig`."""
         self._sources = tuple(sources)
         self._store = store
         self._catalogue = catalogue
@@ -100,6 +101,7 @@ class Discovery:
         self._modules = tuple(modules)
         self._max_width = max_width
         self._keeps_16_bit = keeps_16_bit
+        self._tries = tries
         # By an operator, so that no request brings them back; and the last number that each has given to a version.
         self._unloaded: dict[str, int] = {}
         self._closed = False
@@ -209,8 +211,10 @@ class Discovery:
         newest = alias.versions.get(alias.newest)  # None: an operator removed it, and no request brings it back
         is_source = newest is not None and version.source == newest.source
         now = self._take_note(alias, adapter, found, is_source=is_source)
-        alias.note_seen(version.source, version.stamp)
-        moved = [w for w in version.waiters if now is alias.current and not (w.reference and w.reference.is_exact)]
+        if not now.untried:
+            alias.note_seen(version.source, version.stamp)
+        comes_next = now.number in (alias.promoted, alias.on_trial)
+        moved = [w for w in version.waiters if comes_next and not (w.reference and w.reference.is_exact)]
         version.waiters = [waiter for waiter in version.waiters if waiter not in moved]
         problem = f"its files have other content since (version {now.number})"
         self._household.fail(version, AdapterVersionLostError(version.name, version.number, problem), answers)
@@ -269,7 +273,7 @@ class Discovery:
         with self._answering() as answers:
             alias = self._store.alias_of(version)
             error = DrainingError() if self._closed else resolving.exception()
-            if alias is None or isinstance(error, AdapterNotFoundError) or version.number != alias.newest:
+            if alias is None or isinstance(error, AdapterNotFoundError) or version.number != alias.in_source:
                 error = AdapterVersionLostError(version.name, version.number, "its files are gone")
             if error is not None:
                 answers.error(waiter.future, error)
@@ -304,6 +308,8 @@ class Discovery:
             if last_number:
                 self._persistence.forget(name)
             alias = self._store.find(name)
+            if alias is not None:
+                alias.current.quarantine.end()
             if alias is None:
                 alias = self._catalogue.register(
                     name, found, follows=resolved.source.follows, provisional=True, last_number=last_number
@@ -373,7 +379,8 @@ class Discovery:
             elif error is None and waiter is not None:
                 error = self._capacity_problem(alias.name, reading.result(), found)
             elif error is not None and (waiter is None or found.directory == alias.current.source):
-                alias.error = to_keep(error) if isinstance(error, AdapterRejectedError) else error
+                alias.error = to_keep(error)
+                alias.quarantine.extend()
                 log.warning("the newest files of adapter %r are not served: %s", alias.name, error)
             if error is None:
                 version = self._take_note(alias, reading.result(), found)
@@ -406,7 +413,9 @@ class Discovery:
     def _take_note(
         self, alias: Alias, adapter: LoadedAdapter, found: Found, *, is_source: bool = True
     ) -> AdapterVersion:
-        version = self._catalogue.take_note(alias, adapter.digest, found, is_source=is_source)
+        version = self._catalogue.take_note(
+            alias, adapter.digest, found, is_source=is_source, has_golden=adapter.has_golden and self._tries
+        )
         version.summary, version.error = adapter.layout.summary, None
         return version
 

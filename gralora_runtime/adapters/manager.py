@@ -7,6 +7,7 @@ catalogue's to say. The lock is held for bookkeeping only.
 from __future__ import annotations
 
 import itertools
+import logging
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 
 from gralora_kernels.packing import ROW_MAJOR, Packing
+from gralora_runtime.adapters.admission import Admission, Examiner
 from gralora_runtime.adapters.answers import Answers
 from gralora_runtime.adapters.catalogue.catalogue import RETENTION, Catalogue, Retention
 from gralora_runtime.adapters.catalogue.changes import Changes
@@ -27,7 +29,7 @@ from gralora_runtime.adapters.catalogue.sources.source import Source
 from gralora_runtime.adapters.catalogue.store import AdapterState, AdapterStore, AdapterVersion, Alias, Waiter
 from gralora_runtime.adapters.catalogue.uploads import Uploads
 from gralora_runtime.adapters.checkpoint.loader import LoadedAdapter
-from gralora_runtime.adapters.checkpoint.spec import ModuleShape
+from gralora_runtime.adapters.checkpoint.spec import ModuleShape, to_keep
 from gralora_runtime.adapters.descriptions import Descriptions
 from gralora_runtime.adapters.discovery import Discovery
 from gralora_runtime.adapters.info import AdapterInfo, AdapterPage, AdapterResidency, AdapterStats, UnloadResult
@@ -35,11 +37,13 @@ from gralora_runtime.adapters.persistence import Persistence
 from gralora_runtime.adapters.residency.eviction import worth_after_use
 from gralora_runtime.adapters.residency.host_cache import HostCache
 from gralora_runtime.adapters.residency.lease import BASE_LEASE, AdapterLease
-from gralora_runtime.adapters.residency.mover import Mover
+from gralora_runtime.adapters.residency.mover import Mover, log_if_unexpected
 from gralora_runtime.adapters.residency.pool import AdapterPool, Resident
 from gralora_runtime.adapters.residency.transfer import no_steps
 from gralora_runtime.adapters.watch import AdapterWatch
 from gralora_runtime.errors import AdapterBusyError, AdapterCapacityError, DrainingError, InvalidRequestError
+
+log = logging.getLogger(__name__)
 
 
 class AdapterManager:
@@ -63,8 +67,12 @@ class AdapterManager:
         watch: str = "off",
         state_dir: Path | None = None,
         copies_bytes: int = 20 << 30,
+        vocab_size: int = 0,
     ) -> None:
-        """`watch`, `state_dir`, `copies_bytes`: see `EngineConfig`. Raises CatalogueError."""
+        """`watch`, `state_dir`, `copies_bytes`: see `EngineConfig`. Raises CatalogueError.
+
+        `vocab_size`: the base model's, if golden prompts count; then somebody has to call `examine_with`.
+        """
         self.pool = AdapterPool(
             modules=modules,
             device=device,
@@ -87,6 +95,7 @@ class AdapterManager:
         self._serials = itertools.count(1)
         self._clock = itertools.count(1)  # orders uses of residents
         self._closed = False
+        self._admission = Admission(vocab_size=vocab_size, acquire=self._lease_for_trial, decided=self._on_tried)
         self._warming = 0  # elements of the pool that were asked for at start
         self._mover = Mover(
             pool=self.pool,
@@ -100,6 +109,8 @@ class AdapterManager:
             forget=self._forget_provisional,
             moved=self._changes.touch,
             identified=self.identified,
+            examine=self._examine,
+            tries=vocab_size > 0,
         )
         self._descriptions = Descriptions(self._lock, self._store, self.pool, self._cache)
         self._discovery = Discovery(
@@ -113,6 +124,7 @@ class AdapterManager:
             modules=modules,
             max_width=max_width,
             keeps_16_bit=self.pool.packing.keeps_16_bit,
+            tries=vocab_size > 0,
             watch=watch,
         )
         self._discovery.begin()
@@ -133,6 +145,7 @@ class AdapterManager:
             self._refuse_when_closed()
             alias = self._store.find(waiter.reference.name)
             if alias is not None:
+                self._try_newest_again(alias, answers)
                 return self.enter(alias.select(waiter.reference, key), waiter, answers)
         self._discovery.request(waiter.reference.name, key, waiter)
         return waiter.future
@@ -142,20 +155,16 @@ class AdapterManager:
         if lease.slot == BASE_LEASE.slot:
             return
         with self._answering() as answers:
-            held = self._leases.pop(lease.serial, None)
-            if held is None:
-                raise RuntimeError(f"{lease} is not held: it was released before")
-            version, resident = held
-            version.leases -= 1
-            resident.leases -= 1
-            self._changes.touch(version.name)
-            if resident.leases == 0 and self._mover.num_waiting:
-                self._mover.wake(answers)
+            self._take_back(lease, answers)
 
     def abandon(self, acquired: Future[AdapterLease]) -> None:
         """Give up an `acquire`, answered or not. For a task that was cancelled and cannot know which of the two."""
         if not acquired.cancel():
             acquired.add_done_callback(self._release_answer)
+
+    def examine_with(self, examiner: Examiner) -> None:
+        """Who answers golden prompts. Versions that have some wait until somebody does."""
+        self._admission.examine_with(examiner)
 
     # For operators.
 
@@ -347,6 +356,7 @@ class AdapterManager:
             self._mover.close(answers)
         self._discovery.close()
         self._mover.join()
+        self._admission.close()
         self._persistence.close()
 
     # Below: with the lock held, but for those that take it.
@@ -367,9 +377,12 @@ class AdapterManager:
 
     def enter(self, version: AdapterVersion, waiter: Waiter, answers: Answers) -> Future[Any]:
         """Serve the waiter at once, or let it wait for a load that is under way or begins now."""
+        if version.untried and version.error is not None and version.quarantine.lasts:
+            answers.error(waiter.future, version.error)
+            return waiter.future
         resident = self.pool.find(version.digest)
         if resident is not None and resident.open:
-            self._serve(version, resident, waiter, answers)
+            self._serve_tried(version, resident, waiter, answers)
             return waiter.future
         if self._is_gone(version):
             answers.later(partial(self._discovery.find_again, version, waiter))
@@ -387,6 +400,15 @@ class AdapterManager:
             return False
         return not version.place[0].is_dir()
 
+    def _serve_tried(self, version: AdapterVersion, resident: Resident, waiter: Waiter, answers: Answers) -> None:
+        if not version.untried:
+            self._serve(version, resident, waiter, answers)
+            return
+        self._stand_in_line(version, waiter, answers)
+        if not version.loading:
+            version.loading, version.error = True, None
+            self._examine(version, resident, answers)
+
     def _serve(self, version: AdapterVersion, resident: Resident, waiter: Waiter, answers: Answers) -> None:
         alias = self._store.get(version.name)
         if waiter.reference is not None and not resident.layout.digest.startswith(waiter.reference.digest):
@@ -403,6 +425,9 @@ class AdapterManager:
         if not waiter.wants_lease:
             answers.result(waiter.future, self._descriptions.info(alias))
             return
+        answers.result(waiter.future, self._grant(version, resident))
+
+    def _grant(self, version: AdapterVersion, resident: Resident) -> AdapterLease:
         lease = AdapterLease(
             name=version.name,
             version=version.number,
@@ -416,7 +441,62 @@ class AdapterManager:
         version.leases += 1
         resident.leases += 1
         self._changes.touch(version.name)
-        answers.result(waiter.future, lease)
+        return lease
+
+    def _take_back(self, lease: AdapterLease, answers: Answers) -> tuple[AdapterVersion, Resident]:
+        held = self._leases.pop(lease.serial, None)
+        if held is None:
+            raise RuntimeError(f"{lease} is not held: it was released before")
+        version, resident = held
+        version.leases -= 1
+        resident.leases -= 1
+        self._changes.touch(version.name)
+        if resident.leases == 0 and self._mover.num_waiting:
+            self._mover.wake(answers)
+        return held
+
+    def _examine(self, version: AdapterVersion, resident: Resident, answers: Answers) -> None:
+        """It is there. Who waits for it goes on waiting until it has answered its golden prompts."""
+        if not self._closed:
+            answers.later(partial(self._admission.begin, version, self._grant(version, resident)))
+
+    def _lease_for_trial(self, version: AdapterVersion) -> AdapterLease:
+        with self._lock:
+            resident = self.pool.find(version.digest)
+            assert resident is not None, f"{version.label} is being tried and lost its slot"
+            return self._grant(version, resident)
+
+    def _on_tried(self, version: AdapterVersion, held: AdapterLease, error: BaseException | None) -> None:
+        """In the thread of trials."""
+        log_if_unexpected(version.name, error)
+        with self._answering() as answers:
+            _, resident = self._take_back(held, answers)
+            alias = self._store.alias_of(version)
+            if alias is None or self._closed:
+                return
+            if error is None:
+                self._catalogue.admit(alias, version)
+                self.identified(version)
+                self._mover.arrive(version, resident, answers)
+                self.settle(alias, answers)
+            else:
+                log.warning("%s: %s", version.label, error)
+                self._catalogue.refuse(alias, version, to_keep(error))
+                self.fail(version, error, answers)
+
+    def _on_brought_to_try(self, version: AdapterVersion, brought: Future[Any]) -> None:
+        """Without the lock. It may not even have come into the pool."""
+        error = None if brought.cancelled() else brought.exception()
+        with self._lock:
+            alias = self._store.alias_of(version)
+            if error is not None and alias is not None and not self._closed:
+                self._catalogue.refuse(alias, version, error)
+
+    def _try_newest_again(self, alias: Alias, answers: Answers) -> None:
+        """What its source has by now could not be served. Somebody uses the name, so it may be worth another try."""
+        if alias.error is not None and not (alias.quarantine.lasts or alias.refreshing):
+            alias.quarantine.extend()
+            answers.later(partial(self._discovery.refresh, alias.name))
 
     def settle(self, alias: Alias, answers: Answers) -> AdapterInfo:
         """After the catalogue changed what a name stands for."""
@@ -470,6 +550,9 @@ class AdapterManager:
         self, version: AdapterVersion, adapter: LoadedAdapter, waiters: Sequence[Waiter], answers: Answers
     ) -> None:
         """Weights that were read for this version go where somebody waits for them, or into the host cache."""
+        if version.untried and not waiters:
+            waiters = [Waiter(future=Future(), wants_lease=False)]
+            waiters[0].future.add_done_callback(partial(self._on_brought_to_try, version))
         for waiter in waiters:
             self._stand_in_line(version, waiter, answers)
         if waiters and not version.loading:
@@ -498,8 +581,14 @@ class AdapterManager:
 
     def identified(self, version: AdapterVersion) -> None:
         alias = self._store.alias_of(version)
-        # An adapter that only comes back from the disk is written down and copied no second time.
-        if alias is not None and version.stamp and alias.note_seen(version.source, version.stamp):
+        # An adapter that only comes back from the disk is written down and copied no second time. One that is on trial
+        # is looked at anew by the next start, if it is not decided by then.
+        if (
+            alias is not None
+            and not version.untried
+            and version.stamp
+            and alias.note_seen(version.source, version.stamp)
+        ):
             self._persistence.note(alias)
             self._persistence.keep_copy(version, self._on_copied)
 

@@ -80,10 +80,10 @@ class Persistence:
             self._recorder.close()
 
     def _is_last(self, digest: str) -> bool:
-        """No directory has this content any more: it is not the newest of any name."""
+        """No directory has this content any more: it is that of no name's source."""
         sharing = self._store.sharing(digest)
         aliases = [(version, self._store.alias_of(version)) for version in sharing]
-        return bool(sharing) and all(alias is None or version.number != alias.newest for version, alias in aliases)
+        return bool(sharing) and all(alias is None or version.number != alias.in_source for version, alias in aliases)
 
     def _alias(self, row: NameRow, roots_of: Callable[[Path], Roots]) -> Alias:
         assert row.current is not None

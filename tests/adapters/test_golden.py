@@ -13,13 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gralora_runtime.adapters.checkpoint.golden import (
-    GOLDEN_FILE,
     MAX_BYTES,
     Golden,
     GoldenCase,
     read_golden,
     write_golden,
 )
+from gralora_runtime.adapters.checkpoint.header import GOLDEN_FILE
 from gralora_runtime.errors import AdapterRejectedError, ConfigError
 
 VOCAB = 320

@@ -13,7 +13,8 @@ from support.checkpoints import write_gralora
 from support.peft_adapters import gralora_config, save_adapter
 from support.tiny_models import VOCAB_SIZE, save_tiny_model, tiny_model, tiny_tokenizer
 
-from gralora_runtime.adapters.checkpoint.golden import GOLDEN_FILE, read_golden
+from gralora_runtime.adapters.checkpoint.golden import read_golden
+from gralora_runtime.adapters.checkpoint.header import GOLDEN_FILE
 from gralora_server.cli.app import run
 from gralora_server.cli.output import ExitCode
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -92,6 +94,26 @@ def test_a_broken_adapter_is_refused_and_leaves_nothing(
 
     assert caught.value.reason == "ADAPTER_REJECTED"
     assert kept(state) == there
+
+
+def test_one_that_does_not_answer_its_golden_prompts_is_refused_and_leaves_nothing(
+    client: Client, trained: list[Path], state: Path, tmp_path: Path
+) -> None:
+    adapter = Path(shutil.copytree(trained[0], tmp_path / "adapter"))
+    case = {"prompt_token_ids": [5, 6, 7], "expected_token_ids": [3, 3, 3, 3]}
+    (adapter / "golden.json").write_text(json.dumps({"version": 1, "model": "", "cases": [case]}))
+    there = kept(state)
+    with pytest.raises(FailedPreconditionError, match=r"golden.json: cases\[0\] answers"):
+        client.adapters.push(adapter, "new")
+    with pytest.raises(NotFoundError):
+        client.adapters.get("new")
+    assert kept(state) == there
+
+    right = client.generate(token_ids=[5, 6, 7], adapter="a0", max_tokens=4, temperature=0.0)
+    case["expected_token_ids"] = list(right.token_ids)
+    served = Path(shutil.copytree(Path(client.adapters.get("a0").source), tmp_path / "served"))
+    (served / "golden.json").write_text(json.dumps({"version": 1, "model": "", "cases": [case]}))
+    assert client.adapters.push(served, "new").version == 1
 
 
 @pytest.mark.parametrize("known", [True, False], ids=["read", "unread"])

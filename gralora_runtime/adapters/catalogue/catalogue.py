@@ -64,8 +64,12 @@ class Catalogue:
         self._changed(alias)
         return alias
 
-    def take_note(self, alias: Alias, digest: str, found: Found, *, is_source: bool = True) -> AdapterVersion:
+    def take_note(
+        self, alias: Alias, digest: str, found: Found, *, is_source: bool = True, has_golden: bool = False
+    ) -> AdapterVersion:
         """The alias's source has this content now. Returns the version that it is, new or not.
+
+        `has_golden`: it has to be tried first, and is the newest once it is admitted.
 
         `is_source` False: some other directory has it, that one of its versions was once read from. That promotes none.
 
@@ -74,18 +78,39 @@ class Catalogue:
         """
         version = self._version_of(alias, digest, found)
         self._store.identify(version, digest)
+        version.untried = has_golden and not version.admitted
+        version.quarantine.end()
         alias.error = None
-        if is_source and version.number != alias.newest:
-            alias.newest = version.number
-            if alias.follows:
-                self._stand_for(alias, version.number)
+        if is_source:
+            alias.on_trial = version.number if version.untried and version.number != alias.newest else 0
+            if not version.untried:
+                self._be_newest(alias, version)
         self._prune(alias)
         self._changed(alias)
         return version
 
+    def admit(self, alias: Alias, version: AdapterVersion) -> None:
+        """Its golden prompts are answered. It becomes the newest, if its source still has it."""
+        version.untried, version.admitted = False, True
+        version.quarantine.end()
+        if alias.on_trial == version.number:
+            alias.on_trial = 0
+            self._be_newest(alias, version)
+        self._prune(alias)
+        self._changed(alias)
+
+    def refuse(self, alias: Alias, version: AdapterVersion, error: BaseException) -> None:
+        """They are not. What the name stands for stays as it is."""
+        version.quarantine.extend()
+        if alias.on_trial == version.number:
+            alias.error = error
+            alias.quarantine.extend()
+        self._changed(alias)
+
     def promote(self, alias: Alias, reference: Reference) -> AdapterVersion:
         """Let the name stand for a version. Raises AdapterVersionNotFoundError."""
         version = alias.select(reference, "")
+        _refuse_untried(version)
         if version.number != alias.promoted:
             self._stand_for(alias, version.number)
             self._prune(alias)
@@ -111,6 +136,7 @@ class Catalogue:
         version = alias.select(reference, "")
         if version.number == alias.promoted:
             raise InvalidRequestError("version", version.label, "is promoted already, so it cannot be a canary")
+        _refuse_untried(version)
         alias.canary = Canary(number=version.number, share=share)
         self._changed(alias)
         return version
@@ -121,6 +147,8 @@ class Catalogue:
             alias.previous = 0
         if alias.newest == version.number:
             alias.newest = 0
+        if alias.on_trial == version.number:
+            alias.on_trial = 0
         if alias.canary is not None and alias.canary.number == version.number:
             alias.canary = None
         self._removed(version)
@@ -150,6 +178,13 @@ class Catalogue:
         version.source, version.roots = found.directory, found.roots
         return version
 
+    def _be_newest(self, alias: Alias, version: AdapterVersion) -> None:
+        alias.quarantine.end()
+        if version.number != alias.newest:
+            alias.newest = version.number
+            if alias.follows:
+                self._stand_for(alias, version.number)
+
     @staticmethod
     def _stand_for(alias: Alias, number: int) -> None:
         if number == alias.promoted:
@@ -168,7 +203,15 @@ class Catalogue:
 
     @staticmethod
     def _spare(alias: Alias) -> Iterator[AdapterVersion]:
-        kept = {alias.promoted, alias.previous, alias.newest, alias.canary.number if alias.canary else 0}
+        canary = alias.canary.number if alias.canary else 0
+        kept = {alias.promoted, alias.previous, alias.newest, alias.on_trial, canary}
         for number, version in alias.versions.items():
             if number not in kept and not (version.pinned or version.in_flight or version.loading):
                 yield version
+
+
+def _refuse_untried(version: AdapterVersion) -> None:
+    """What is not read yet is tried when it is."""
+    if version.untried:
+        why = f"has not answered its golden prompts: {version.error}" if version.error else "is being tried"
+        raise InvalidRequestError("version", version.label, why)

@@ -15,13 +15,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from gralora_runtime.adapters.checkpoint.containment import resolve_inside
-from gralora_runtime.adapters.checkpoint.header import CONFIG_FILE, files_stamp
+from gralora_runtime.adapters.checkpoint.header import CONFIG_FILE, GOLDEN_FILE, files_stamp
 from gralora_runtime.adapters.checkpoint.tensors import WEIGHTS_FILE
 
 log = logging.getLogger(__name__)
 
 UNFINISHED = "tmp"
 FILES = (CONFIG_FILE, WEIGHTS_FILE)
+WANTED = (*FILES, GOLDEN_FILE)  # the last, where there is one
 
 
 class ContentStore:
@@ -79,16 +80,16 @@ class ContentStore:
     def _copy(self, digest: str, directory: Path, roots: tuple[Path, ...], stamp: object) -> Path | None:
         if (known := self.find(digest)) is not None:
             return known
-        files = [resolve_inside(roots, directory / file) for file in FILES]
-        if files_stamp(directory) != stamp or None in files:
+        inside = {name: resolve_inside(roots, directory / name) for name in WANTED}
+        files = {name: file for name, file in inside.items() if file is not None and file.exists()}
+        if files_stamp(directory) != stamp or not files.keys() >= set(FILES):
             return None
-        num_bytes = sum(file.stat().st_size for file in files if file is not None)
+        num_bytes = sum(file.stat().st_size for file in files.values())
         if not self._make_room(num_bytes):
             return None
         fresh = self._folder / UNFINISHED / digest
         fresh.mkdir(exist_ok=True)
-        for name, file in zip(FILES, files, strict=True):
-            assert file is not None
+        for name, file in files.items():
             copy_file(file, fresh / name)
         if files_stamp(directory) != stamp:  # it is not what was read
             shutil.rmtree(fresh)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from gralora_runtime.adapters.catalogue.names import Reference, numbered
+from gralora_runtime.adapters.catalogue.quarantine import Quarantine
 from gralora_runtime.adapters.checkpoint.header import AdapterSummary, files_stamp
 from gralora_runtime.errors import AdapterNotFoundError, AdapterRejectedError, AdapterVersionNotFoundError
 
@@ -59,6 +60,9 @@ class AdapterVersion:
     created_s: float = field(default_factory=time.time)
     error: BaseException | None = None  # why the last attempt failed
     refused: tuple[tuple[Path, object], AdapterRejectedError] | None = None  # directory and stamp of its files, and why
+    quarantine: Quarantine = field(default_factory=Quarantine)
+    untried: bool = False  # golden prompts lie beside its files, and nobody gets it before it has answered them
+    admitted: bool = False  # it has: once, for as long as the server lives
     provisional: bool = False  # registered by a load that has not succeeded yet: forgotten if it fails
     loading: bool = False
     pinned: bool = False  # this version, whatever the name stands for
@@ -103,13 +107,15 @@ class Alias:
     promoted: int = 0  # 0: none yet
     previous: int = 0  # what a rollback returns to
     newest: int = 0  # the version whose content the source had when it was last read
+    on_trial: int = 0  # the source has this one by now, but its golden prompts are not answered; 0: none
     last_number: int = 0  # the highest that was ever given: a number never means two contents
     seen: dict[str, object] = field(
         default_factory=dict
     )  # by directory: the stamp of its files when they were last read
     canary: Canary | None = None
     pinned: bool = False  # whichever version is promoted
-    error: BaseException | None = None  # why the source's newest files are no version
+    error: BaseException | None = None  # why the source's newest files do not serve
+    quarantine: Quarantine = field(default_factory=Quarantine)  # of these files
     refreshing: bool = False  # its files are being read anew
     again: bool = False  # they changed meanwhile
 
@@ -117,6 +123,11 @@ class Alias:
     def current(self) -> AdapterVersion:
         """The version that the name stands for."""
         return self.versions[self.promoted]
+
+    @property
+    def in_source(self) -> int:
+        """The version whose content its source has, whether that may serve or not."""
+        return self.on_trial or self.newest
 
     @property
     def is_known(self) -> bool:

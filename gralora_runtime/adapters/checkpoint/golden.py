@@ -9,6 +9,7 @@ tokens as are expected.
 from __future__ import annotations
 
 import json
+import os
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from gralora_runtime.adapters.checkpoint.file import MalformedError, parse_object, read_text
+from gralora_runtime.adapters.checkpoint.header import GOLDEN_FILE
 from gralora_runtime.adapters.checkpoint.spec import clipped, rejected
 from gralora_runtime.adapters.checkpoint.writer import replace_file
 
-GOLDEN_FILE = "golden.json"
 VERSION = 1
 MAX_BYTES = 64 << 10
 MAX_CASES = 16
@@ -45,11 +46,45 @@ class Golden:
     cases: tuple[GoldenCase, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class GoldenAnswer:
+    """What a server answers to one prompt. `rivals`: per token, the likeliest ones and their log probabilities."""
+
+    token_ids: tuple[int, ...]
+    rivals: tuple[tuple[tuple[int, float], ...], ...]
+    tie: float  # natural log: what is closer than that to the likeliest may be chosen as well, by rounding
+
+
+def difference(case: GoldenCase, answer: GoldenAnswer) -> str:
+    """What is wrong with the answer; "" if nothing is.
+
+    Behind a tie that went the other way the two say nothing of each other, so that is where comparing ends.
+    """
+    expected, answered = case.expected_token_ids, answer.token_ids
+    pairs = zip(expected, answered, strict=False)
+    at = next((at for at, (wanted, given) in enumerate(pairs) if wanted != given), min(len(expected), len(answered)))
+    if at == len(expected) == len(answered) or _is_tie(case, answer, at):
+        return ""
+    wanted, given = _shown(list(expected[at : at + 3])), _shown(list(answered[at : at + 3]))
+    return f" answers {given} where {wanted} was expected, from its token {at} on"
+
+
+def _is_tie(case: GoldenCase, answer: GoldenAnswer, at: int) -> bool:
+    if at >= min(len(case.expected_token_ids), len(answer.rivals)):
+        return False
+    logprobs = dict(answer.rivals[at])
+    wanted = logprobs.get(case.expected_token_ids[at])
+    return wanted is not None and max(logprobs.values()) - wanted <= answer.tie
+
+
+def has_golden(directory: Path) -> bool:
+    """Whether there is such a file, readable or not."""
+    return os.path.lexists(directory / GOLDEN_FILE)
+
+
 def read_golden(directory: Path, *, vocab_size: int, roots: Sequence[Path] = ()) -> Golden | None:
     """None if the adapter has no such file. Raises AdapterRejectedError with every reason why it cannot be used."""
-    try:
-        (directory / GOLDEN_FILE).lstat()
-    except (FileNotFoundError, NotADirectoryError):
+    if not has_golden(directory):
         return None
     try:
         found = parse_object(

@@ -20,6 +20,7 @@ from gralora_runtime.adapters.checkpoint.targets import MATCHING_BUDGET_S, Match
 from gralora_runtime.adapters.checkpoint.tensors import DTYPES, WEIGHTS_FILE, TensorInfo, parse_header, read_header
 
 CONFIG_FILE = "adapter_config.json"
+GOLDEN_FILE = "golden.json"
 PICKLE_FILE = "adapter_model.bin"
 MAX_CONFIG_BYTES = 1 << 20
 MAX_CONFIG_VALUES = 1 << 17
@@ -242,7 +243,7 @@ def inspect(path: Path, *, name: str = "", roots: Sequence[Path] = ()) -> Adapte
 def files_stamp(path: Path) -> tuple[tuple[int, ...], ...]:
     """Changes whenever one of an adapter directory's files does, is exchanged, comes or goes."""
     stamps: list[tuple[int, ...]] = []
-    for file in (CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE):
+    for file in (CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE, GOLDEN_FILE):
         try:
             seen = (path / file).stat()
             stamps.append((seen.st_dev, seen.st_ino, seen.st_size, seen.st_mtime_ns, seen.st_ctime_ns))

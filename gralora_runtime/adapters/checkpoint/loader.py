@@ -24,6 +24,7 @@ from torch import Tensor
 from gralora_kernels.packing import ROW_MAJOR, Array, Packing, place_a, place_b
 from gralora_kernels.tables import Entry, Storage
 from gralora_runtime.adapters.checkpoint.file import MalformedError, open_regular, read_at_most
+from gralora_runtime.adapters.checkpoint.golden import has_golden
 from gralora_runtime.adapters.checkpoint.header import AdapterHeader, AdapterSummary, Plan, inspect
 from gralora_runtime.adapters.checkpoint.spec import ModuleShape, rejected
 from gralora_runtime.adapters.checkpoint.tensors import DTYPES, WEIGHTS_FILE, TensorInfo
@@ -60,6 +61,7 @@ class LoadedAdapter:
 
     layout: AdapterLayout
     blob: Tensor  # [numel], of the pool's dtype
+    has_golden: bool = False  # prompts whose answers are known lie beside its files
 
     @property
     def digest(self) -> str:
@@ -106,7 +108,7 @@ def load(
         modules=packer.layout,
         summary=header.summary(modules, keeps_16_bit=packing.keeps_16_bit),
     )
-    return LoadedAdapter(layout, packer.blob)
+    return LoadedAdapter(layout, packer.blob, has_golden(path))
 
 
 def check_width(name: str, width: int, max_width: int) -> None:

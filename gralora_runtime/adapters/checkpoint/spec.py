@@ -10,7 +10,7 @@ import reprlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import Any, TypeVar
 
 from gralora_runtime.adapters.checkpoint.targets import (
     ALL_LINEAR,
@@ -27,6 +27,8 @@ from gralora_runtime.adapters.checkpoint.targets import (
     compile_pattern,
 )
 from gralora_runtime.errors import AdapterRejectedError
+
+Error = TypeVar("Error", bound=BaseException)
 
 MAX_PROBLEMS = 20  # in one message; the rest is counted
 MAX_PROBLEM_CHARS = 1500  # the name of a tensor may have 1,024
@@ -151,7 +153,7 @@ def rejected(name: str, problems: list[str]) -> AdapterRejectedError:
     return AdapterRejectedError(name, shown)
 
 
-def to_keep(error: AdapterRejectedError) -> AdapterRejectedError:
+def to_keep(error: Error) -> Error:
     """Without where it came from: a traceback holds what its frames did, which is a stranger's whole header."""
     error.__traceback__ = error.__cause__ = error.__context__ = None
     return error

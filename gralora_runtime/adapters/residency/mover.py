@@ -35,6 +35,7 @@ READ_AHEAD_BYTES = 1 << 30
 Serve = Callable[[AdapterVersion, Resident, Waiter, Answers], None]
 Changed = Callable[[AdapterVersion, LoadedAdapter, Answers], None]
 Forget = Callable[[AdapterVersion, Answers], None]
+Examine = Callable[[AdapterVersion, Resident, Answers], None]
 
 
 class Mover:
@@ -54,6 +55,8 @@ class Mover:
         forget: Forget,
         moved: Callable[[str], None],
         identified: Callable[[AdapterVersion], None],
+        examine: Examine,
+        tries: bool,
     ) -> None:
         self.loads = self.load_failures = self.placements = self.evictions = self.moves = 0
         self.load_s = Histogram(REQUEST_S)  # observed under the lock: there are several readers
@@ -65,6 +68,8 @@ class Mover:
         self._answering = answering  # takes the lock
         self._serve = serve  # what a waiter gets once its adapter is there
         self._changed = changed  # a version's files hold other content than it had
+        self._examine = examine  # a version is there that has to answer golden prompts first
+        self._tries = tries  # golden prompts count
         self._identified = identified  # a version was read: what it is, is known
         self._moved = moved  # something is different about where a name's weights are
         self._forget = forget  # a version that came with a load which failed
@@ -185,12 +190,12 @@ class Mover:
     def fetch(self, version: AdapterVersion) -> LoadedAdapter:
         """Read and check its files, in the calling thread.
 
-        Files that were refused are not read again until they change: a customer who asks for a broken adapter again
-        and again must not keep the others' from being read.
+        Files that were refused are not read again until they change, or it is worth another try: a customer who asks
+        for a broken adapter again and again must not keep the others' from being read.
         """
         source, roots = version.place
         stamp = (source, files_stamp(source))
-        if version.refused is not None and version.refused[0] == stamp:
+        if version.refused is not None and version.refused[0] == stamp and version.quarantine.lasts:
             raise to_keep(version.refused[1])  # or its traceback would grow by each raise
         started_s, failures = time.perf_counter(), 1
         try:
@@ -208,6 +213,7 @@ class Mover:
             version.stamp = stamp[1] if source == version.source else None
         except AdapterRejectedError as error:
             version.refused = (stamp, to_keep(error))
+            version.quarantine.extend()
             raise
         finally:
             with self._answering():
@@ -253,9 +259,13 @@ class Mover:
         (queued or placement).versions.append(version)
         self.wake(answers)
 
-    def _arrive(self, version: AdapterVersion, resident: Resident, answers: Answers) -> None:
-        """The load is over, everybody is served."""
+    def arrive(self, version: AdapterVersion, resident: Resident, answers: Answers) -> None:
+        """The load is over, everybody is served; but who has golden prompts has to answer them first."""
+        if version.untried:
+            self._examine(version, resident, answers)
+            return
         version.loading = version.provisional = False
+        version.quarantine.end()
         waiters, version.waiters = version.waiters, []
         for waiter in waiters:
             self._serve(version, resident, waiter, answers)
@@ -279,10 +289,11 @@ class Mover:
         self._cache.pop(adapter.digest)  # read although it was there: whoever asked wanted to see the files
         self._store.identify(version, adapter.digest)
         version.summary = adapter.layout.summary
+        version.untried = adapter.has_golden and self._tries and not version.admitted
         self._identified(version)
         resident = self._pool.find(adapter.digest)
         if resident is not None and resident.open:
-            self._arrive(version, resident, answers)
+            self.arrive(version, resident, answers)
         elif version.waiters:
             self._wait_for_room(version, adapter, answers)
         else:
@@ -296,7 +307,7 @@ class Mover:
             if resident is not None and resident.open:  # it was to leave, but may stay after all
                 self._queue.remove(placement)
                 for version in placement.versions:
-                    self._arrive(version, resident, answers)
+                    self.arrive(version, resident, answers)
                 return True
             if position == 0 and resident is None and not self._queue.possible(placement.numel):
                 for version in placement.versions:
@@ -396,7 +407,7 @@ class Mover:
         """It is there, for these versions. Unless every name of it was unloaded meanwhile: then it has to go."""
         self.refresh_pin(resident)
         for version in versions:
-            self._arrive(version, resident, answers)
+            self.arrive(version, resident, answers)
         if not self._store.sharing(resident.layout.digest):
             self._pool.withdraw(resident)
             answers.later(partial(self.erase, resident))

@@ -31,7 +31,8 @@ def golden(
 
     An engine is started in this process, with the adapter alone.
     """
-    from gralora_runtime.adapters.checkpoint.golden import GOLDEN_FILE, write_golden
+    from gralora_runtime.adapters.checkpoint.golden import write_golden
+    from gralora_runtime.adapters.checkpoint.header import GOLDEN_FILE
     from gralora_runtime.golden_answers import answer
 
     prompts = [_prompt(text, raw=raw) for text in prompt or DEFAULT_PROMPTS]

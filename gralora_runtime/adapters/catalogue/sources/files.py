@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from gralora_runtime.adapters.checkpoint.header import CONFIG_FILE
+from gralora_runtime.adapters.checkpoint.header import CONFIG_FILE, GOLDEN_FILE
 from gralora_runtime.adapters.checkpoint.tensors import WEIGHTS_FILE
 
-GOLDEN_FILE = "golden.json"  # what the adapter answered where it was made
 KNOWN_FILES = (CONFIG_FILE, WEIGHTS_FILE, GOLDEN_FILE)
