@@ -23,7 +23,8 @@ from gralora_runtime.adapters.catalogue.sources.s3_access import S3Access
 from gralora_runtime.adapters.catalogue.sources.source import Source
 from gralora_runtime.adapters.catalogue.uploads import UploadLimits, Uploads
 from gralora_runtime.adapters.manager import AdapterManager
-from gralora_runtime.adapters.residency.transfer import no_steps
+from gralora_runtime.adapters.residency.pace import Pace
+from gralora_runtime.adapters.residency.transfer import Transfer, no_steps, transfer_to
 from gralora_runtime.config import EngineConfig
 from gralora_runtime.errors import ConfigError
 from gralora_runtime.info import EngineInfo
@@ -88,7 +89,9 @@ def assemble(config: EngineConfig, base: BaseModel | None = None) -> EngineParts
     pipelined = config.pipeline == "on" or (config.pipeline == "auto" and device.type == "cuda")
     fence = StepFence()
     wait_for_steps = fence.wait if pipelined else no_steps  # unpipelined, no step runs whose leases were given back
-    adapters = _adapter_manager(config, base, _free_bytes(device) - reserved, backend.packing, wait_for_steps)
+    pace = Pace(share=config.load_share, cores=num_threads, steps_run=lambda: fence.is_open)
+    transfer = transfer_to(device, wait_for_steps, pace)
+    adapters = _adapter_manager(config, base, _free_bytes(device) - reserved, backend.packing, transfer)
     try:
         kv_pool, max_model_len = _kv_pool(
             config, base, _free_bytes(device) - reserved, in_panels=kv_in_panels(backend, device)
@@ -206,7 +209,7 @@ def _free_bytes(device: torch.device) -> int:
 
 
 def _adapter_manager(
-    config: EngineConfig, base: BaseModel, free_bytes: int, packing: Packing, wait_for_steps: Callable[[], None]
+    config: EngineConfig, base: BaseModel, free_bytes: int, packing: Packing, transfer: Transfer
 ) -> AdapterManager:
     device = base.model.device
     pool_bytes = config.adapter_pool_bytes or int(free_bytes * ADAPTER_POOL_SHARE[device.type])
@@ -231,7 +234,7 @@ def _adapter_manager(
             base_model=base.name,
             max_width=config.max_adapter_rank,
             packing=packing,
-            wait_for_steps=wait_for_steps,
+            transfer=transfer,
             vocab_size=base.model.config.vocab_size,
         )
     )

@@ -58,6 +58,7 @@ class EngineConfig:
     max_adapter_rank: int = 2048  # of r * k + hybrid_r: bounds the kernels' intermediate
     enable_prefix_cache: bool = True
     num_threads: int | None = None
+    load_share: float = 0.05  # of the cores' time, for loading adapters while steps run on the same cores
     cuda_graphs: tuple[int, ...] | None = None  # rows of the decode steps that a GPU captures; (): none of them
     batch_invariant: bool = False  # on a GPU, too, the same bits whatever shares the batch; the CPU's always are
     pipeline: str = "auto"  # a step is planned and launched while the one before runs; auto: on a GPU
@@ -85,6 +86,8 @@ class EngineConfig:
                 f"cuda_graphs must be numbers of rows from 1 to max_num_seqs ({self.max_num_seqs}), "
                 f"got {', '.join(map(str, self.cuda_graphs or ()))}"
             )
+        if not 0.0 < self.load_share <= 1.0:
+            raise ConfigError(f"load_share must be above 0 and at most 1, got {self.load_share:g}")
         if self.max_named_adapters < 0:
             raise ConfigError(f"max_named_adapters must be at least 0, got {self.max_named_adapters}")
         if self.max_num_batched_tokens < self.max_num_seqs:

@@ -39,7 +39,7 @@ from gralora_runtime.adapters.residency.host_cache import HostCache
 from gralora_runtime.adapters.residency.lease import BASE_LEASE, AdapterLease
 from gralora_runtime.adapters.residency.mover import Mover, log_if_unexpected
 from gralora_runtime.adapters.residency.pool import AdapterPool, Resident
-from gralora_runtime.adapters.residency.transfer import no_steps
+from gralora_runtime.adapters.residency.transfer import Transfer
 from gralora_runtime.adapters.watch import AdapterWatch
 from gralora_runtime.errors import AdapterBusyError, AdapterCapacityError, DrainingError, InvalidRequestError
 
@@ -62,7 +62,7 @@ class AdapterManager:
         base_model: str,
         max_width: int,
         packing: Packing = ROW_MAJOR,
-        wait_for_steps: Callable[[], None] = no_steps,
+        transfer: Transfer | None = None,
         retention: Retention = RETENTION,
         watch: str = "off",
         state_dir: Path | None = None,
@@ -80,7 +80,7 @@ class AdapterManager:
             pool_bytes=pool_bytes,
             max_slots=max_slots,
             packing=packing,
-            wait_for_steps=wait_for_steps,
+            transfer=transfer,
         )
         self.base_model = base_model
         self.uploads = next((source for source in sources if isinstance(source, Uploads)), None)

@@ -29,6 +29,11 @@ class StepFence:
             self._returned = self._launched
             self._moved.notify_all()
 
+    @property
+    def is_open(self) -> bool:
+        """Whether a step is on its way. Nobody is kept waiting for the answer, which may be of a moment ago."""
+        return self._returned < self._launched
+
     def wait(self) -> None:
         """Until all steps that are on their way now have ended."""
         with self._moved:

@@ -21,6 +21,7 @@ from gralora_kernels.tables import TableSet
 from gralora_runtime.adapters.checkpoint import loader
 from gralora_runtime.adapters.checkpoint.loader import LoadedAdapter, load
 from gralora_runtime.adapters.residency import transfer
+from gralora_runtime.adapters.residency.pace import Pace
 from gralora_runtime.adapters.residency.pool import AdapterPool, Resident
 from gralora_runtime.adapters.residency.transfer import DeviceTransfer, HostTransfer, serially, transfer_to
 
@@ -300,10 +301,11 @@ def test_a_manager_loads_evicts_and_erases_through_it(tmp_path: Path, monkeypatc
     assert any(name.startswith("adapter-helper") for name in packers)
 
 
-def test_on_the_cpu_nothing_is_copied_twice_and_one_thread_does_it() -> None:
-    host = transfer_to(CPU)
+@pytest.mark.parametrize("steps_run", [True, False])
+def test_on_the_cpu_everything_is_moved_whether_steps_run_or_not(steps_run: bool) -> None:
+    host = transfer_to(CPU, pace=Pace(share=0.5, steps_run=lambda: steps_run))
     assert isinstance(host, HostTransfer)
-    source = torch.arange(100_000, dtype=torch.float32)
+    source = torch.arange(1_000_000, dtype=torch.float32)
     target = torch.zeros_like(source)
 
     with host.moving():
@@ -313,7 +315,72 @@ def test_on_the_cpu_nothing_is_copied_twice_and_one_thread_does_it() -> None:
 
     assert torch.equal(source, copy)
     assert not target.any()
-    assert {threading.get_ident()} == set(host.spread(lambda _: threading.get_ident(), range(8)))
+
+
+def spread_over(*, steps_run: bool, helpers: int = 3) -> HostTransfer:
+    host = HostTransfer(lambda: None, Pace(steps_run=lambda: steps_run))
+    host._num_helpers = helpers
+    host._helpers = ThreadPoolExecutor(helpers)
+    return host
+
+
+def test_while_steps_run_the_caller_works_alone_and_else_all_cores_do() -> None:
+    alone = spread_over(steps_run=True).spread(lambda _: threading.get_ident(), range(8))
+    assert set(alone) == {threading.get_ident()}
+
+    together = threading.Barrier(4)
+
+    def meet(_: int) -> int:
+        together.wait(20)
+        return threading.get_ident()
+
+    assert len(set(spread_over(steps_run=False).spread(meet, range(4)))) == 4
+
+
+def test_a_load_needs_no_helper_that_waits_for_anothers_disk() -> None:
+    host, disk = spread_over(steps_run=False, helpers=1), threading.Event()
+    slow = ThreadPoolExecutor(1).submit(host.spread, lambda _: disk.wait(20), range(2))  # itself, and the helper
+    assert host.spread(lambda item: item + 1, range(5)) == [1, 2, 3, 4, 5]
+    disk.set()
+    assert slow.result(20) == [True, True]
+
+
+@pytest.mark.parametrize("error", [ValueError, IndexError, StopIteration])
+def test_the_first_error_is_raised_once_all_work_has_ended(error: type[Exception]) -> None:
+    running: list[int] = []
+
+    def fail(item: int) -> None:
+        running.append(item)
+        try:
+            if item == 3:
+                raise error("three")
+            time.sleep(0.002)
+        finally:
+            running.remove(item)
+
+    with pytest.raises(error):
+        spread_over(steps_run=False).spread(fail, range(100))
+    assert not running
+
+
+@pytest.mark.parametrize(
+    ("share", "cores", "pause_per_work"), [(0.05, 2, 9.0), (0.1, 1, 9.0), (0.5, 4, 0.0), (1.0, 1, 0.0)]
+)
+def test_loads_take_their_share_of_the_cores_and_no_more(
+    monkeypatch: pytest.MonkeyPatch, share: float, cores: int, pause_per_work: float
+) -> None:
+    pauses: list[float] = []
+    clock = iter(range(100))
+    monkeypatch.setattr(time, "sleep", pauses.append)
+    monkeypatch.setattr(time, "thread_time", lambda: next(clock) * 0.001)
+    kept = Pace(share=share, cores=cores, steps_run=lambda: True)
+    assert [kept.keep(lambda item: item, item) for item in range(3)] == [0, 1, 2]
+    assert pauses == pytest.approx([0.001 * pause_per_work] * 3 if pause_per_work else [])
+
+
+def test_nothing_is_slowed_down_while_no_step_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "sleep", lambda _: pytest.fail("a pause"))
+    assert Pace(share=0.01, steps_run=lambda: False).keep(lambda item: item, 5) == 5
 
 
 @pytest.mark.gpu

@@ -39,9 +39,9 @@ ARRAYS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.ui
 TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 STORAGES = {"F16": Storage.FLOAT16, "BF16": Storage.BFLOAT16}
 
-# Bytes of the file that are one piece of work: enough that handing it over costs nothing beside it, and few enough that
-# an adapter of 84 MB is dozens of them.
-PIECE_BYTES = 2 << 20
+# Bytes of the file that are one piece of work: enough that handing it over costs little beside it, and few enough that
+# a step which runs on the same cores is kept up by a millisecond and no more.
+PIECE_BYTES = 256 << 10
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,7 +7,7 @@ memory that nobody else owns, outside of it.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 
@@ -20,7 +20,7 @@ from gralora_runtime.adapters.checkpoint.spec import ModuleShape
 from gralora_runtime.adapters.residency.arena import ArenaAllocator
 from gralora_runtime.adapters.residency.eviction import WORTHLESS, Segment
 from gralora_runtime.adapters.residency.shared_inputs import group_siblings
-from gralora_runtime.adapters.residency.transfer import Spread, Transfer, no_steps, transfer_to
+from gralora_runtime.adapters.residency.transfer import Spread, Transfer, transfer_to
 from gralora_runtime.memory import lazy_zeros
 
 
@@ -66,7 +66,6 @@ class AdapterPool:
         max_slots: int,
         packing: Packing = ROW_MAJOR,
         transfer: Transfer | None = None,
-        wait_for_steps: Callable[[], None] = no_steps,
     ) -> None:
         self.max_slots = max_slots
         self.packing = packing if dtype == torch.float32 else replace(packing, keeps_16_bit=False)
@@ -81,7 +80,7 @@ class AdapterPool:
         in_order = list(chain.from_iterable(names))
         self.tables: dict[str, ModuleTable] = dict(zip(in_order, self.table_set.modules, strict=True))
         self._positions = {name: position for position, name in enumerate(in_order)}
-        self.transfer = transfer or transfer_to(device, wait_for_steps)
+        self.transfer = transfer or transfer_to(device)
         self._generations = [0] * max_slots
         self._free_slots = list(range(max_slots))  # a heap: low slots first
         self._residents: dict[int, Resident] = {}  # by slot: everything that owns a range

@@ -1,13 +1,15 @@
 """Moves weights and table rows between host memory and where kernels read them. Knows no adapter, and no books.
 
-On the CPU that is plain copying, in the calling thread alone. A GPU has a stream of its own for it, for which no step
-waits. Either way, what was asked for inside a `moving` block is done, in that order, when the block is left.
+On the CPU that is plain copying, on all cores, or at a pace that leaves them to the steps that run. A GPU has a stream
+of its own for it, for which no step waits. Either way, what was asked for inside a `moving` block is done, in that
+order, when the block is left.
 """
 
 from __future__ import annotations
 
 import os
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -17,7 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gralora_kernels.packing import Array
 from gralora_kernels.tables import TableSet
+from gralora_runtime.adapters.residency.pace import Pace
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -28,6 +32,7 @@ SERIAL_NUMEL = 32_000
 STAGING_BYTES = 128 << 20
 STAGING_ALIGNMENT = 64  # bytes: a cache line, and a multiple of every element's size
 COPY_BYTES = 4 << 20  # of one thread's piece of a copy within host memory
+PIECE_BYTES = 1 << 20  # the same, where the cores have steps to compute: a tenth of a millisecond, or two
 MAX_HELPERS = 8  # threads: SHA-256 of 84 MB takes one of them 50 to 70 ms
 
 
@@ -81,20 +86,56 @@ def no_steps() -> None:
     """For whoever computes none, or none that has not ended when it returns."""
 
 
-def transfer_to(device: torch.device, wait_for_steps: Callable[[], None] = no_steps) -> Transfer:
-    """The one way in which a device is filled. `wait_for_steps` returns when those that are on their way have ended."""
+def transfer_to(
+    device: torch.device, wait_for_steps: Callable[[], None] = no_steps, pace: Pace | None = None
+) -> Transfer:
+    """The one way in which a device is filled. `wait_for_steps` returns when those that are on their way have ended.
+
+    `pace`: where steps run on the host's cores.
+    """
     if device.type == "cpu":
-        return HostTransfer(wait_for_steps)
+        return HostTransfer(wait_for_steps, pace or Pace())
     return DeviceTransfer(CudaQueue(device))
 
 
 class HostTransfer:
-    """Copies in pieces that torch copies in this thread alone: the other cores are busy decoding."""
+    """Works in pieces: on all cores while nobody decodes there, and else one after another, at a pace."""
 
-    spread: Spread = staticmethod(serially)
-
-    def __init__(self, wait_for_steps: Callable[[], None] = no_steps) -> None:
+    def __init__(self, wait_for_steps: Callable[[], None], pace: Pace) -> None:
         self._wait_for_steps = wait_for_steps
+        self._pace = pace
+        self._num_helpers = len(os.sched_getaffinity(0)) - 1
+        self._helpers = ThreadPoolExecutor(max(1, self._num_helpers), thread_name_prefix="adapter-helper")
+
+    def spread(self, work: Callable[[Item], Result], items: Sequence[Item], /) -> list[Result]:
+        """The caller works too, and needs nobody: helpers may all be waiting for another load's disk."""
+        results: dict[int, Result] = {}
+        left = deque(enumerate(items))
+        lock = threading.Lock()
+
+        def claim() -> tuple[int, Item] | None:
+            with lock:
+                return left.popleft() if left else None
+
+        def take_turns(*, is_helper: bool) -> None:
+            while not (is_helper and self._pace.steps_run()) and (claimed := claim()) is not None:
+                try:
+                    results[claimed[0]] = self._pace.keep(work, claimed[1])
+                except BaseException:
+                    with lock:
+                        left.clear()
+                    raise
+
+        wanted = 0 if self._pace.steps_run() else min(self._num_helpers, len(items) - 1)
+        helping = [self._helpers.submit(take_turns, is_helper=True) for _ in range(wanted)]
+        try:
+            take_turns(is_helper=False)
+        finally:
+            helping = [helper for helper in helping if not helper.cancel()]
+            wait(helping)
+        for helper in helping:
+            helper.result()
+        return [results[at] for at in range(len(items))]
 
     def moving(self, *, after_steps: bool = False) -> AbstractContextManager[None]:
         if after_steps:
@@ -102,20 +143,30 @@ class HostTransfer:
         return nullcontext()
 
     def upload(self, target: Tensor, source: Tensor) -> None:
-        for to, of in zip(serial_pieces(target), serial_pieces(source), strict=True):
-            to.copy_(of)
+        to, of = _bytes(target), _bytes(source)
+
+        def copy(start: int) -> None:
+            np.copyto(to[start : start + PIECE_BYTES], of[start : start + PIECE_BYTES])
+
+        self.spread(copy, range(0, len(to), PIECE_BYTES))
 
     def write_rows(self, tables: TableSet, slot: int) -> None:
         """Kernels read the rows in host memory."""
 
     def zero(self, target: Tensor) -> None:
-        for piece in serial_pieces(target):
-            piece.zero_()
+        to = _bytes(target)
+        self.spread(lambda start: to[start : start + PIECE_BYTES].fill(0), range(0, len(to), PIECE_BYTES))
 
     def download(self, source: Tensor) -> Tensor:
         copy = host_memory(source.numel(), source.dtype)
         self.upload(copy, source)
         return copy
+
+
+def _bytes(flat: Tensor) -> Array:
+    """uint8, the same memory. Numpy copies in the calling thread alone; torch would start a team of threads."""
+    array: Array = flat.view(torch.uint8).numpy()
+    return array
 
 
 class Queue(Protocol):
@@ -230,7 +281,7 @@ class DeviceTransfer:
         self._staged = 0
 
     def _copy_on_host(self, target: Tensor, source: Tensor) -> None:
-        to, of = (tensor.view(torch.uint8).numpy() for tensor in (target, source))
+        to, of = _bytes(target), _bytes(source)
 
         def copy(start: int) -> None:
             np.copyto(to[start : start + COPY_BYTES], of[start : start + COPY_BYTES])

@@ -84,6 +84,9 @@ def serve(
     watch: str = _engine_option(
         "watch", f"Whether directories are watched for changes: {', '.join(WATCHES)}.", panel=ADAPTERS
     ),
+    load_share: float = _engine_option(
+        "load_share", "Of the cores' time, for loading adapters while steps run on them. 1: no limit.", panel=ADAPTERS
+    ),
     address: Annotated[
         str, typer.Option(help="HOST:PORT to listen on; port 0 lets the system choose.")
     ] = DEFAULT_ADDRESS,
@@ -194,6 +197,7 @@ def serve(
         max_adapter_rank=max_adapter_rank,
         enable_prefix_cache=prefix_cache,
         num_threads=threads,
+        load_share=load_share,
         cuda_graphs=cuda_graphs,
         pipeline=pipeline,
         batch_invariant=batch_invariant,
