@@ -408,6 +408,7 @@ class Discovery:
     ) -> AdapterVersion:
         version = self._catalogue.take_note(alias, adapter.digest, found, is_source=is_source)
         version.summary, version.error = adapter.layout.summary, None
+        version.warn(adapter.warnings)
         return version
 
     def _end_refresh(self, alias: Alias, answers: Answers) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import partial
@@ -31,6 +31,7 @@ from gralora_runtime.adapters.checkpoint.spec import ModuleShape
 from gralora_runtime.adapters.descriptions import Descriptions
 from gralora_runtime.adapters.discovery import Discovery
 from gralora_runtime.adapters.info import AdapterInfo, AdapterPage, AdapterResidency, AdapterStats, UnloadResult
+from gralora_runtime.adapters.oddities import Oddities
 from gralora_runtime.adapters.persistence import Persistence
 from gralora_runtime.adapters.residency.eviction import worth_after_use
 from gralora_runtime.adapters.residency.host_cache import HostCache
@@ -56,6 +57,7 @@ class AdapterManager:
         host_cache_bytes: int,
         sources: Sequence[Source] = (),
         base_model: str,
+        base_norms: Mapping[str, float],
         max_width: int,
         packing: Packing = ROW_MAJOR,
         wait_for_steps: Callable[[], None] = no_steps,
@@ -64,7 +66,7 @@ class AdapterManager:
         state_dir: Path | None = None,
         copies_bytes: int = 20 << 30,
     ) -> None:
-        """`watch`, `state_dir`, `copies_bytes`: see `EngineConfig`. Raises CatalogueError."""
+        """`base_norms`: see `Oddities`. `watch`, `state_dir`, `copies_bytes`: see `EngineConfig`. Raises CatalogueError."""
         self.pool = AdapterPool(
             modules=modules,
             device=device,
@@ -88,6 +90,7 @@ class AdapterManager:
         self._clock = itertools.count(1)  # orders uses of residents
         self._closed = False
         self._warming = 0  # elements of the pool that were asked for at start
+        oddities = Oddities(base_model=base_model, base_norms=base_norms, modules=tuple(modules))
         self._mover = Mover(
             pool=self.pool,
             store=self._store,
@@ -100,8 +103,9 @@ class AdapterManager:
             forget=self._forget_provisional,
             moved=self._changes.touch,
             identified=self.identified,
+            oddities=oddities,
         )
-        self._descriptions = Descriptions(self._lock, self._store, self.pool, self._cache)
+        self._descriptions = Descriptions(self._lock, self._store, self.pool, self._cache, oddities)
         self._discovery = Discovery(
             sources=sources,
             store=self._store,
