@@ -34,6 +34,7 @@ from safetensors.torch import load_file, save_file
 from gralora_kernels.packing import ROW_MAJOR, place_a, place_b
 from gralora_runtime.adapters.catalogue.sources.directory import DirectorySource
 from gralora_runtime.adapters.checkpoint import loader
+from gralora_runtime.adapters.checkpoint.bounds import largest_magnitude
 from gralora_runtime.adapters.checkpoint.loader import ARRAYS, Packer
 from gralora_runtime.adapters.checkpoint.spec import ModuleShape
 from gralora_runtime.adapters.checkpoint.tensors import WEIGHTS_FILE
@@ -185,7 +186,7 @@ def measure_packing(phases: Phases, path: Path, modules: Sequence[ModuleShape], 
     values = [own.view(ARRAYS[matrix.stored.dtype]) for matrix, own in zip(matrices, data, strict=True)]
     with _timed(phases, "  finite"):
         for matrix, own in zip(matrices, values, strict=True):
-            loader.is_within(own, torch.finfo(dtype).max, matrix.stored.dtype)
+            largest_magnitude(own, matrix.stored.dtype)
     with _timed(phases, "  cast"):
         held = [loader.held(own, m.stored.dtype, m.dtype) for m, own in zip(matrices, values, strict=True)]
     places = [np.ones_like(own) for own in held]
@@ -243,6 +244,7 @@ def _managing(
         host_cache_bytes=0,
         sources=[DirectorySource(folder)],
         base_model="",
+        base_norms={},
         max_width=MAX_WIDTH,
     )
     try:

@@ -28,7 +28,7 @@ from gralora_runtime.adapters.residency.transfer import Transfer, no_steps, tran
 from gralora_runtime.config import EngineConfig
 from gralora_runtime.errors import ConfigError
 from gralora_runtime.info import EngineInfo
-from gralora_runtime.model.adaptable import adaptable_modules
+from gralora_runtime.model.adaptable import adaptable_modules, weight_norms
 from gralora_runtime.model.kv_pool import KVPool, page_bytes
 from gralora_runtime.model.loading import BaseModel, load_base_model
 from gralora_runtime.model.programs.choice import kv_in_panels, make_runner, reserved_bytes
@@ -232,6 +232,8 @@ def _adapter_manager(
             state_dir=config.state_dir,
             copies_bytes=config.copies_bytes,
             base_model=base.name,
+            # While the model still has its weights: programs free them. 30 to 90 ms for 135M parameters on two cores.
+            base_norms=weight_norms(base.model) if sources else {},
             max_width=config.max_adapter_rank,
             packing=packing,
             transfer=transfer,

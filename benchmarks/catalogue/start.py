@@ -134,6 +134,7 @@ def _managing(fleet: Fleet, adapters: Path) -> Iterator[AdapterManager]:
         host_cache_bytes=0,
         sources=[DirectorySource(adapters)],
         base_model="",
+        base_norms={},
         max_width=2048,
     )
     try:

@@ -16,6 +16,7 @@ from gralora_runtime.adapters.info import (
     Residence,
     VersionInfo,
 )
+from gralora_runtime.adapters.oddities import Oddities
 from gralora_runtime.adapters.residency.host_cache import HostCache
 from gralora_runtime.adapters.residency.pool import AdapterPool
 
@@ -23,11 +24,14 @@ from gralora_runtime.adapters.residency.pool import AdapterPool
 class Descriptions:
     """`info` and `state` are called with the lock held; the others take it, never while thousands are described."""
 
-    def __init__(self, lock: threading.Lock, store: AdapterStore, pool: AdapterPool, cache: HostCache) -> None:
+    def __init__(
+        self, lock: threading.Lock, store: AdapterStore, pool: AdapterPool, cache: HostCache, oddities: Oddities
+    ) -> None:
         self._lock = lock
         self._store = store
         self._pool = pool
         self._cache = cache
+        self._oddities = oddities
 
     def info(self, alias: Alias, *, with_versions: bool = True) -> AdapterInfo:
         version = alias.current
@@ -43,6 +47,7 @@ class Descriptions:
             last_used_s=max(v.last_used_s for v in alias.versions.values()),
             pool_bytes=self._pool_bytes(version),
             error=str(error) if error else "",
+            warnings=self._warnings(version),
             summary=version.summary,
             previous=alias.previous,
             follows=alias.follows,
@@ -121,7 +126,14 @@ class Descriptions:
             created_s=version.created_s,
             last_used_s=version.last_used_s,
             error=str(version.error) if version.error else "",
+            warnings=self._warnings(version),
         )
+
+    def _warnings(self, version: AdapterVersion) -> tuple[str, ...]:
+        """What its headers alone say, until somebody has read it."""
+        if version.warnings is not None:
+            return version.warnings
+        return self._oddities.of_header(version.summary) if version.summary else ()
 
     def _pool_bytes(self, version: AdapterVersion) -> int:
         return version.summary.packed_numel * self._pool.arena.element_size() if version.summary else 0

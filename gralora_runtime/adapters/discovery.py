@@ -417,6 +417,7 @@ class Discovery:
             alias, adapter.digest, found, is_source=is_source, has_golden=adapter.has_golden and self._tries
         )
         version.summary, version.error = adapter.layout.summary, None
+        version.warn(adapter.warnings)
         return version
 
     def _end_refresh(self, alias: Alias, answers: Answers) -> None:

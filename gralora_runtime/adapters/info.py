@@ -22,6 +22,7 @@ class VersionInfo:
     created_s: float  # seconds since the epoch
     last_used_s: float
     error: str
+    warnings: tuple[str, ...]  # what is odd about it, though it is served
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +47,7 @@ class AdapterInfo:
     last_used_s: float  # seconds since the epoch; 0: never
     pool_bytes: int  # what it takes in the pool, there or not; 0: unknown
     error: str  # why the last attempt to load it failed; "": it did not
+    warnings: tuple[str, ...]  # what is odd about it, though it is served; of its weights once they were read
     summary: AdapterSummary | None  # None: its header could not be read
     previous: int  # the version that a rollback returns to; 0: none
     follows: bool  # new content of its source is promoted by itself

@@ -10,7 +10,7 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import partial
@@ -33,6 +33,7 @@ from gralora_runtime.adapters.checkpoint.spec import ModuleShape, to_keep
 from gralora_runtime.adapters.descriptions import Descriptions
 from gralora_runtime.adapters.discovery import Discovery
 from gralora_runtime.adapters.info import AdapterInfo, AdapterPage, AdapterResidency, AdapterStats, UnloadResult
+from gralora_runtime.adapters.oddities import Oddities
 from gralora_runtime.adapters.persistence import Persistence
 from gralora_runtime.adapters.residency.eviction import worth_after_use
 from gralora_runtime.adapters.residency.host_cache import HostCache
@@ -60,6 +61,7 @@ class AdapterManager:
         host_cache_bytes: int,
         sources: Sequence[Source] = (),
         base_model: str,
+        base_norms: Mapping[str, float],
         max_width: int,
         packing: Packing = ROW_MAJOR,
         transfer: Transfer | None = None,
@@ -71,7 +73,8 @@ class AdapterManager:
     ) -> None:
         """`watch`, `state_dir`, `copies_bytes`: see `EngineConfig`. Raises CatalogueError.
 
-        `vocab_size`: the base model's, if golden prompts count; then somebody has to call `examine_with`.
+        `base_norms`: see `Oddities`. `vocab_size`: the base model's, if golden prompts count; then somebody has to call
+        `examine_with`.
         """
         self.pool = AdapterPool(
             modules=modules,
@@ -97,6 +100,7 @@ class AdapterManager:
         self._closed = False
         self._admission = Admission(vocab_size=vocab_size, acquire=self._lease_for_trial, decided=self._on_tried)
         self._warming = 0  # elements of the pool that were asked for at start
+        oddities = Oddities(base_model=base_model, base_norms=base_norms, modules=tuple(modules))
         self._mover = Mover(
             pool=self.pool,
             store=self._store,
@@ -111,8 +115,9 @@ class AdapterManager:
             identified=self.identified,
             examine=self._examine,
             tries=vocab_size > 0,
+            oddities=oddities,
         )
-        self._descriptions = Descriptions(self._lock, self._store, self.pool, self._cache)
+        self._descriptions = Descriptions(self._lock, self._store, self.pool, self._cache, oddities)
         self._discovery = Discovery(
             sources=sources,
             store=self._store,

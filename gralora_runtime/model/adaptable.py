@@ -32,11 +32,12 @@ def weight_and_bias(module: nn.Module) -> tuple[Tensor, Tensor | None]:
 
 
 def weight_norms(model: PreTrainedModel) -> dict[str, float]:
-    """The Frobenius norm of every weight that an adapter may be added to, by module."""
-    return {
-        shape.name: float(torch.linalg.vector_norm(weight_and_bias(module)[0].detach(), dtype=torch.float32))
+    """The Frobenius norm of every weight that an adapter may be added to, by module. A GPU is waited for once."""
+    norms = {
+        shape.name: torch.linalg.vector_norm(weight_and_bias(module)[0].detach(), dtype=torch.float32)
         for shape, module in adaptable_modules(model)
     }
+    return dict(zip(norms, torch.stack(list(norms.values())).tolist(), strict=True))
 
 
 def joined_weight_and_bias(modules: Sequence[nn.Module]) -> tuple[Tensor, Tensor | None]:

@@ -174,6 +174,7 @@ def to_adapter(info: AdapterInfo) -> adapters_pb2.Adapter:
         previous_version=info.previous,
         follows=info.follows,
         versions=[to_version(version) for version in info.versions],
+        warnings=_clipped(info.warnings),
     )
     if info.last_used_s:
         message.last_used.FromNanoseconds(int(info.last_used_s * 1e9))
@@ -199,11 +200,16 @@ def to_version(info: VersionInfo) -> adapters_pb2.AdapterVersion:
         pinned=info.pinned,
         in_flight=info.in_flight,
         error=clip(info.error, MAX_TEXT_BYTES),
+        warnings=_clipped(info.warnings),
     )
     message.created.FromNanoseconds(int(info.created_s * 1e9))
     if info.last_used_s:
         message.last_used.FromNanoseconds(int(info.last_used_s * 1e9))
     return message
+
+
+def _clipped(sentences: Iterable[str]) -> list[str]:
+    return [clip(sentence, MAX_TEXT_BYTES) for sentence in sentences]
 
 
 def to_news(news: AdapterNews) -> adapters_pb2.WatchAdaptersResponse:

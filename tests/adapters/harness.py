@@ -43,6 +43,7 @@ def manager_of(root: Path | None, *, units: float = 2, slots: int = 8, host_unit
         "host_cache_bytes": int(host_units * UNIT_BYTES),
         "sources": [DirectorySource(root)] if root else [],
         "base_model": "toy",
+        "base_norms": {},
         "max_width": 256,
     }
     return AdapterManager(**settings | options)

@@ -299,6 +299,7 @@ def adapter_info(name: str, *, pinned: bool = False) -> AdapterInfo:
         last_used_s=1_700_000_000.5,
         pool_bytes=1200,
         error="",
+        warnings=("it is odd",),
         summary=summary,
         version=2,
         previous=1,
@@ -318,4 +319,5 @@ def version_info(number: int) -> VersionInfo:
         created_s=1_600_000_000.0 + number,
         last_used_s=0.0 if number == 3 else 1_700_000_000.5,
         error="",
+        warnings=("it is odd",) if number == 2 else (),
     )

@@ -7,6 +7,7 @@ version by its number or its content gets that one. No torch.
 from __future__ import annotations
 
 import hashlib
+import logging
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -19,6 +20,8 @@ from gralora_runtime.adapters.catalogue.names import Reference, numbered
 from gralora_runtime.adapters.catalogue.quarantine import Quarantine
 from gralora_runtime.adapters.checkpoint.header import AdapterSummary, files_stamp
 from gralora_runtime.errors import AdapterNotFoundError, AdapterRejectedError, AdapterVersionNotFoundError
+
+log = logging.getLogger(__name__)
 
 MAX_SEEN = 8  # directories of one name whose stamps are remembered
 
@@ -58,6 +61,7 @@ class AdapterVersion:
     copy: Path | None = None  # in the content store: what it was, whatever becomes of its source
     stamp: object = None  # of its source's files, if it was last read from there
     created_s: float = field(default_factory=time.time)
+    warnings: tuple[str, ...] | None = None  # what is odd about its content; None: nobody has read it since the start
     error: BaseException | None = None  # why the last attempt failed
     refused: tuple[tuple[Path, object], AdapterRejectedError] | None = None  # directory and stamp of its files, and why
     quarantine: Quarantine = field(default_factory=Quarantine)
@@ -77,6 +81,12 @@ class AdapterVersion:
     @property
     def label(self) -> str:
         return numbered(self.name, self.number)
+
+    def warn(self, warnings: tuple[str, ...]) -> None:
+        """Its content was read, and this is odd about it. The log says it once, however often it is read."""
+        if self.warnings is None and warnings:
+            log.warning("%s: %s", self.label, "; ".join(warnings))
+        self.warnings = warnings
 
     @property
     def place(self) -> tuple[Path, tuple[Path, ...]]:

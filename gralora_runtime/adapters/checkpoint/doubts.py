@@ -7,21 +7,25 @@ takes. Torch does it, on as many threads as it has where it is called.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 
 from gralora_runtime.adapters.checkpoint.update import Update, rough_norm
 
 FAR_OUTSIDE = 10.0  # times its weight's norm; what training gives is a hundredth of it, or a tenth
 SHOWN = 3  # modules in a sentence
+_COMMIT = re.compile("[0-9a-f]{40}")
+CHANGES_NOTHING = "it changes nothing: in every module A, B or the scale is zero, as B is before any training"
 
 
 def about_names(trained_for: str, served_model: str) -> list[str]:
     """`trained_for`: the base model that the config names. A name that is not known, "", raises no doubts.
 
-    Only its end counts: that of a path, or of a repository's name behind its owner.
+    Only its end counts: that of a path, or of a repository's name behind its owner. In the Hub's cache a model's
+    directory is called by a commit, which is no name either.
     """
     ours, theirs = (name.rstrip("/").rpartition("/")[2].casefold() for name in (served_model, trained_for))
-    if not ours or not theirs or ours == theirs:
+    if ours in ("", theirs) or not theirs or _COMMIT.fullmatch(ours) or _COMMIT.fullmatch(theirs):
         return []
     return [f"its config names the base model {trained_for!r}, and this one is called {served_model!r}"]
 
@@ -29,8 +33,15 @@ def about_names(trained_for: str, served_model: str) -> list[str]:
 def about_weights(updates: Mapping[str, Update], base_norms: Mapping[str, float]) -> list[str]:
     """`base_norms`: Frobenius norms of the weights that updates are added to; modules without one raise no doubts."""
     if not any(map(_changes_something, updates.values())):
-        return ["it changes nothing: in every module A, B or the scale is zero, as B is before any training"]
+        return [CHANGES_NOTHING]
     return _about_sizes(updates, base_norms)
+
+
+def beyond(bounds: Mapping[str, float], base_norms: Mapping[str, float]) -> frozenset[str]:
+    """Modules whose update may be as large as `about_weights` tells of, if nothing but a bound of its norm is known."""
+    return frozenset(
+        module for module in bounds.keys() & base_norms.keys() if bounds[module] > FAR_OUTSIDE * base_norms[module]
+    )
 
 
 def _changes_something(update: Update) -> bool:

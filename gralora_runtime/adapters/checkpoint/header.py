@@ -256,10 +256,10 @@ def aligned(numel: int) -> int:
     return -(-numel // ALIGNMENT) * ALIGNMENT
 
 
-def read_config(path: Path) -> dict[str, Any]:
+def read_config(path: Path, roots: Sequence[Path] = ()) -> dict[str, Any]:
     """The config as it stands in its file, unread. Raises MalformedError."""
     return parse_object(
-        CONFIG_FILE, read_text(path, CONFIG_FILE, (), max_bytes=MAX_CONFIG_BYTES), max_values=MAX_CONFIG_VALUES
+        CONFIG_FILE, read_text(path, CONFIG_FILE, roots, max_bytes=MAX_CONFIG_BYTES), max_values=MAX_CONFIG_VALUES
     )
 
 

@@ -13,7 +13,6 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO
 
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from gralora_kernels.packing import ROW_MAJOR, Array, Packing, place_a, place_b
 from gralora_kernels.tables import Entry, Storage
+from gralora_runtime.adapters.checkpoint.bounds import largest_magnitude, norm_bounds
 from gralora_runtime.adapters.checkpoint.file import MalformedError, open_regular, read_at_most
 from gralora_runtime.adapters.checkpoint.golden import has_golden
 from gralora_runtime.adapters.checkpoint.header import AdapterHeader, AdapterSummary, Plan, inspect
@@ -61,7 +61,10 @@ class LoadedAdapter:
 
     layout: AdapterLayout
     blob: Tensor  # [numel], of the pool's dtype
-    has_golden: bool = False  # prompts whose answers are known lie beside its files
+    # As it came from its files; nothing once it was in the pool.
+    has_golden: bool = False  # prompts whose answers are known lie beside them
+    bounds: tuple[float, ...] = ()  # what the norm of each module's update does not exceed
+    warnings: tuple[str, ...] = ()  # what is odd about it, in sentences for a person
 
     @property
     def digest(self) -> str:
@@ -108,7 +111,8 @@ def load(
         modules=packer.layout,
         summary=header.summary(modules, keeps_16_bit=packing.keeps_16_bit),
     )
-    return LoadedAdapter(layout, packer.blob, has_golden(path))
+    bounds = norm_bounds(plan, [fact.magnitude for fact in facts])
+    return LoadedAdapter(layout, packer.blob, has_golden=has_golden(path), bounds=bounds)
 
 
 def check_width(name: str, width: int, max_width: int) -> None:
@@ -168,6 +172,7 @@ class Fact:
 
     name: str
     digest: bytes  # SHA-256 of its bytes
+    magnitude: float  # the largest of its values
     problem: str = ""
 
 
@@ -238,16 +243,18 @@ class Packer:
         stored = matrix.stored
         digest = hashlib.sha256(data.data).digest()
         values: Array = data.view(ARRAYS[stored.dtype])  # [numel]
-        if values.size and not is_within(values, self._largest, stored.dtype):
+        magnitude = largest_magnitude(values, stored.dtype)
+        if magnitude > self._largest:
             kind = str(self._dtype).removeprefix("torch.")
-            return Fact(matrix.name, digest, f"tensor {matrix.name} has values that are not finite in {kind}")
+            problem = f"tensor {matrix.name} has values that are not finite in {kind}"
+            return Fact(matrix.name, digest, magnitude, problem)
         tensor = held(values, stored.dtype, matrix.dtype).reshape(stored.shape)
         cells = self._cells[matrix.offset :].view(tensor.dtype)[: tensor.size]
         # A plain pair is A [r, in], B [out, r]; blocks are A [k, in/k, r], B [k, r, out/k].
         blocks = tensor if tensor.ndim == 3 else tensor.T[np.newaxis]
         place = place_a if matrix.is_a else place_b
         place(cells, blocks, self._panel)
-        return Fact(matrix.name, digest)
+        return Fact(matrix.name, digest, magnitude)
 
 
 def _pieces(matrices: Iterable[Matrix]) -> Iterator[list[Matrix]]:
@@ -278,23 +285,6 @@ def read_range(file: int, start: int, end: int) -> Array:
             raise _changed()
         num_read += num_new
     return data
-
-
-def is_within(values: Array, largest: float, dtype: str) -> bool:
-    """Whether all values are finite and none is beyond `largest`. Takes no memory."""
-    if dtype not in STORAGES:
-        return bool(values.min() >= -largest and values.max() <= largest)  # NaN compares false with everything
-    # Without their sign, bits are ordered as the values that they stand for, and NaN is above all. Read as signed, the
-    # largest is the largest of the positive ones; as unsigned, of the negative ones if there are any.
-    limit = largest_bits(largest, dtype)
-    signed, unsigned = np.maximum.reduce(values.view(np.int16)), np.maximum.reduce(values.view(np.uint16))
-    return int(signed) <= limit and int(unsigned) <= 0x8000 | limit
-
-
-@lru_cache
-def largest_bits(largest: float, dtype: str) -> int:
-    """The bits of the largest value of a 16-bit `dtype` that is not beyond `largest`."""
-    return 0x7BFF if dtype == "F16" else int(np.float32(largest).view(np.uint32) >> 16)
 
 
 def held(values: Array, stored: str, dtype: torch.dtype) -> Array:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gralora_runtime.adapters.checkpoint.bounds import largest_magnitude
 from gralora_runtime.adapters.checkpoint.file import MalformedError, open_regular
 from gralora_runtime.adapters.checkpoint.header import AdapterHeader, Plan, inspect, read_config
 from gralora_runtime.adapters.checkpoint.loader import (
@@ -22,7 +23,6 @@ from gralora_runtime.adapters.checkpoint.loader import (
     TORCH_DTYPES,
     check_unchanged,
     digest_of,
-    is_within,
     read_range,
 )
 from gralora_runtime.adapters.checkpoint.spec import ModuleShape, parse_config, rejected
@@ -45,19 +45,19 @@ class WholeAdapter:
         return {module.module.name: update_of(module, self.tensors) for module in self.plan}
 
 
-def read_whole(path: Path, modules: Sequence[ModuleShape] | None = None) -> WholeAdapter:
+def read_whole(path: Path, modules: Sequence[ModuleShape] | None = None, *, roots: Sequence[Path] = ()) -> WholeAdapter:
     """Read and check an adapter, or raise AdapterRejectedError with every reason.
 
     `modules`: of the base model. Without them, the adapter's own tensors say how wide its modules are.
     """
-    header = inspect(path)
+    header = inspect(path, roots=roots)
     plan = header.fitting_plan(implied_shapes(header) if modules is None else modules)
     names = [name for module in plan for pair in module.parts for name in (pair.a_name, pair.b_name)]
     try:
-        config = read_config(path)
+        config = read_config(path, roots)
         if parse_config(header.name, config) != header.spec:
             raise rejected(header.name, ["its config changed while it was being read"])
-        with open_regular(path, WEIGHTS_FILE, ()) as opened:
+        with open_regular(path, WEIGHTS_FILE, roots) as opened:
             check_unchanged(opened, header)
             arrays = {name: _array(opened.fileno(), header.tensors[name]) for name in names}
     except MalformedError as cause:
@@ -66,7 +66,7 @@ def read_whole(path: Path, modules: Sequence[ModuleShape] | None = None) -> Whol
     if problems := [
         f"tensor {name} has values that are not finite in float32"
         for name, values in arrays.items()
-        if values.size and not is_within(values, largest, header.tensors[name].dtype)
+        if largest_magnitude(values, header.tensors[name].dtype) > largest
     ]:
         raise rejected(header.name, problems)
     digest = digest_of(plan, header, [hashlib.sha256(arrays[name].data).digest() for name in names])

@@ -11,13 +11,16 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 from gralora_runtime.adapters.answers import Answers
 from gralora_runtime.adapters.catalogue.store import AdapterStore, AdapterVersion, Waiter
 from gralora_runtime.adapters.checkpoint.header import files_stamp
 from gralora_runtime.adapters.checkpoint.loader import LoadedAdapter, load
 from gralora_runtime.adapters.checkpoint.spec import ModuleShape, to_keep
+from gralora_runtime.adapters.oddities import Oddities
 from gralora_runtime.adapters.residency.eviction import Window
 from gralora_runtime.adapters.residency.host_cache import HostCache
 from gralora_runtime.adapters.residency.placement import Placement, PlacementQueue
@@ -57,6 +60,7 @@ class Mover:
         identified: Callable[[AdapterVersion], None],
         examine: Examine,
         tries: bool,
+        oddities: Oddities,
     ) -> None:
         self.loads = self.load_failures = self.placements = self.evictions = self.moves = 0
         self.load_s = Histogram(REQUEST_S)  # observed under the lock: there are several readers
@@ -72,6 +76,7 @@ class Mover:
         self._tries = tries  # golden prompts count
         self._identified = identified  # a version was read: what it is, is known
         self._moved = moved  # something is different about where a name's weights are
+        self._oddities = oddities
         self._forget = forget  # a version that came with a load which failed
         self._to_read: deque[AdapterVersion] = deque()
         self._to_read_last: deque[AdapterVersion] = deque()  # once nothing else is to be read
@@ -219,7 +224,15 @@ class Mover:
             with self._answering():
                 self.load_s.observe(time.perf_counter() - started_s)
                 self.load_failures += failures
-        return adapter
+        return replace(adapter, warnings=self._warnings(version, adapter, source, roots))
+
+    def _warnings(
+        self, version: AdapterVersion, adapter: LoadedAdapter, source: Path, roots: Sequence[Path]
+    ) -> tuple[str, ...]:
+        """Found once: what is read again and again may be something to wonder about each time."""
+        if version.warnings is not None and version.digest == adapter.digest:
+            return version.warnings
+        return self._oddities.of_content(adapter, source, roots)
 
     def _read_more(self, answers: Answers) -> None:
         """Read on, in order of arrival, while little enough waits for room. Nobody's wish any more: not read at all."""
@@ -290,6 +303,7 @@ class Mover:
         self._store.identify(version, adapter.digest)
         version.summary = adapter.layout.summary
         version.untried = adapter.has_golden and self._tries and not version.admitted
+        version.warn(adapter.warnings)
         self._identified(version)
         resident = self._pool.find(adapter.digest)
         if resident is not None and resident.open:

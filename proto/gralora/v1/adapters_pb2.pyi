@@ -72,6 +72,7 @@ class AdapterVersion(_message.Message):
     CREATED_FIELD_NUMBER: _builtins.int
     LAST_USED_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
+    WARNINGS_FIELD_NUMBER: _builtins.int
     number: _builtins.int
     """1 and more. "name@3" asks for it."""
     digest: _builtins.str
@@ -92,6 +93,10 @@ class AdapterVersion(_message.Message):
     def last_used(self) -> _timestamp_pb2.Timestamp:
         """When a request last used it. Not set: none has."""
 
+    @_builtins.property
+    def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What is odd about it, though it is served, in sentences for a person. About its weights: once they have been read."""
+
     def __init__(
         self,
         *,
@@ -103,10 +108,11 @@ class AdapterVersion(_message.Message):
         created: _timestamp_pb2.Timestamp | None = ...,
         last_used: _timestamp_pb2.Timestamp | None = ...,
         error: _builtins.str = ...,
+        warnings: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["created", b"created", "last_used", b"last_used"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["created", b"created", "digest", b"digest", "error", b"error", "in_flight", b"in_flight", "last_used", b"last_used", "number", b"number", "pinned", b"pinned", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["created", b"created", "digest", b"digest", "error", b"error", "in_flight", b"in_flight", "last_used", b"last_used", "number", b"number", "pinned", b"pinned", "state", b"state", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -141,6 +147,7 @@ class Adapter(_message.Message):
     CANARY_VERSION_FIELD_NUMBER: _builtins.int
     CANARY_SHARE_FIELD_NUMBER: _builtins.int
     VERSIONS_FIELD_NUMBER: _builtins.int
+    WARNINGS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """What requests call it."""
     source: _builtins.str
@@ -193,6 +200,12 @@ class Adapter(_message.Message):
     def versions(self) -> _containers.RepeatedCompositeFieldContainer[Global___AdapterVersion]:
         """All versions, by number. Left out of lists."""
 
+    @_builtins.property
+    def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What is odd about the version that the name stands for, though it is served, in sentences for a person: that it
+        changes nothing, or was trained for another base model. About its weights: once they have been read.
+        """
+
     def __init__(
         self,
         *,
@@ -219,10 +232,11 @@ class Adapter(_message.Message):
         canary_version: _builtins.int = ...,
         canary_share: _builtins.float = ...,
         versions: _abc.Iterable[Global___AdapterVersion] | None = ...,
+        warnings: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["last_used", b"last_used"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "canary_share", b"canary_share", "canary_version", b"canary_version", "digest", b"digest", "equivalent_rank", b"equivalent_rank", "error", b"error", "follows", b"follows", "hybrid_rank", b"hybrid_rank", "in_flight", b"in_flight", "k", b"k", "kind", b"kind", "last_used", b"last_used", "name", b"name", "num_modules", b"num_modules", "pinned", b"pinned", "pool_bytes", b"pool_bytes", "previous_version", b"previous_version", "rank", b"rank", "scale", b"scale", "source", b"source", "state", b"state", "version", b"version", "versions", b"versions"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "canary_share", b"canary_share", "canary_version", b"canary_version", "digest", b"digest", "equivalent_rank", b"equivalent_rank", "error", b"error", "follows", b"follows", "hybrid_rank", b"hybrid_rank", "in_flight", b"in_flight", "k", b"k", "kind", b"kind", "last_used", b"last_used", "name", b"name", "num_modules", b"num_modules", "pinned", b"pinned", "pool_bytes", b"pool_bytes", "previous_version", b"previous_version", "rank", b"rank", "scale", b"scale", "source", b"source", "state", b"state", "version", b"version", "versions", b"versions", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

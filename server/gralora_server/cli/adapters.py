@@ -69,6 +69,8 @@ def list_adapters(
         print_json({"adapters": [asdict(adapter) for adapter in adapters]})
     else:
         _print_table(adapters)
+        if any(adapter.warnings for adapter in adapters):
+            stdout().print("`gralora adapters versions NAME` says what the warnings are.")
 
 
 @app.command("load")
@@ -301,12 +303,15 @@ def _print_one(adapter: Adapter, *, as_json: bool) -> None:
         print_json(adapter)
     else:
         _print_table([adapter])
+        _print_warnings(adapter.name, adapter.warnings)
 
 
 def _print_table(adapters: Sequence[Adapter]) -> None:
     table = Table(box=None)
-    for heading in ("name", "version", "state", "kind", "rank", "size", "in flight", "pinned", "digest"):
-        table.add_column(heading, justify="right" if heading in ("size", "in flight") else "left", no_wrap=True)
+    for heading in ("name", "version", "state", "kind", "rank", "size", "in flight", "pinned", "digest", "warnings"):
+        table.add_column(
+            heading, justify="right" if heading in ("size", "in flight", "warnings") else "left", no_wrap=True
+        )
     for one in adapters:
         table.add_row(
             one.name,
@@ -318,6 +323,7 @@ def _print_table(adapters: Sequence[Adapter]) -> None:
             str(one.in_flight),
             "yes" if one.pinned else "",
             one.digest[:8],
+            str(len(one.warnings) or ""),
         )
     stdout().print(table)
     for one in adapters:
@@ -345,6 +351,13 @@ def _print_versions(adapter: Adapter) -> None:
             one.digest[:12],
         )
     stdout().print(table)
+    for one in adapter.versions:
+        _print_warnings(f"{adapter.name}@{one.number}", one.warnings)
+
+
+def _print_warnings(name: str, warnings: Sequence[str]) -> None:
+    for warning in warnings:
+        stdout().print(f"{name}: {warning}", style="yellow", markup=False, soft_wrap=True)
 
 
 def _rank(adapter: Adapter) -> str:

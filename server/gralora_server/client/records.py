@@ -56,6 +56,7 @@ class AdapterVersion:
     created: datetime
     last_used: datetime | None
     error: str
+    warnings: tuple[str, ...]  # what is odd about it, though it is served
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +98,7 @@ class Adapter:
     canary_version: int  # 0: none
     canary_share: float
     versions: tuple[AdapterVersion, ...]
+    warnings: tuple[str, ...]  # what is odd about that version, though it is served
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -87,7 +87,14 @@ def delta(message: AnyGenerateResponse) -> StreamDelta:
 
 def adapter(message: adapters_pb2.Adapter) -> Adapter:
     versions = tuple(_version(version) for version in message.versions)
-    return _record(Adapter, message, state=_STATES[message.state], last_used=_last_used(message), versions=versions)
+    return _record(
+        Adapter,
+        message,
+        state=_STATES[message.state],
+        last_used=_last_used(message),
+        versions=versions,
+        warnings=tuple(message.warnings),
+    )
 
 
 def adapter_page(message: adapters_pb2.ListAdaptersResponse) -> tuple[tuple[Adapter, ...], str]:
@@ -110,6 +117,7 @@ def _version(message: adapters_pb2.AdapterVersion) -> AdapterVersion:
         state=_STATES[message.state],
         created=message.created.ToDatetime(UTC),
         last_used=_last_used(message),
+        warnings=tuple(message.warnings),
     )
 
 
