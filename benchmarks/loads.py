@@ -35,7 +35,8 @@ from gralora_kernels.packing import ROW_MAJOR, place_a, place_b
 from gralora_runtime.adapters.catalogue.sources.directory import DirectorySource
 from gralora_runtime.adapters.checkpoint import loader
 from gralora_runtime.adapters.checkpoint.bounds import largest_magnitude
-from gralora_runtime.adapters.checkpoint.loader import ARRAYS, Packer
+from gralora_runtime.adapters.checkpoint.loader import ARRAYS
+from gralora_runtime.adapters.checkpoint.recipe import recipe_of
 from gralora_runtime.adapters.checkpoint.spec import ModuleShape
 from gralora_runtime.adapters.checkpoint.tensors import WEIGHTS_FILE
 from gralora_runtime.adapters.manager import AdapterManager
@@ -176,8 +177,8 @@ def measure_packing(phases: Phases, path: Path, modules: Sequence[ModuleShape], 
     """Steps of packing, over all tensors each, and without the memory that packing writes for the first time."""
     with _timed(phases, "  header, plan and layout"):
         header = loader.inspect(path)
-        packer = Packer(header.fitting_plan(modules), header, dtype, ROW_MAJOR)
-    matrices = packer.matrices
+        recipe = recipe_of(header.fitting_plan(modules), header.tensors, dtype, keeps_16_bit=ROW_MAJOR.keeps_16_bit)
+    matrices = recipe.matrices
     with _timed(phases, "  read"), (path / WEIGHTS_FILE).open("rb") as opened:
         data = [loader.read_range(opened.fileno(), m.stored.begin, m.stored.end) for m in matrices]
     with _timed(phases, "  digest"):

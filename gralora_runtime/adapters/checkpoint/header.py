@@ -142,20 +142,10 @@ class AdapterHeader:
             raise rejected(self.name, problems)
         return plan
 
-    def dtype_of_16_bits(self, pair: PartTensors) -> str | None:
-        """The dtype that both tensors have, if it is one of 16 bits."""
-        a, b = self.tensors[pair.a_name].dtype, self.tensors[pair.b_name].dtype
-        return a if a == b and DTYPES[a] == 2 else None
-
-    def pair_numel(self, pair: PartTensors, *, keeps_16_bit: bool) -> tuple[int, int]:
-        """Elements of a pool that each of two matrices takes; two of 16 bits take one element, if they are kept."""
-        share = 2 if keeps_16_bit and self.dtype_of_16_bits(pair) else 1
-        a, b = (aligned(-(-math.prod(shape) // share)) for shape in (pair.a_shape, pair.b_shape))
-        return a, b
-
     def packed_numel(self, plan: Plan, *, keeps_16_bit: bool) -> int:
         """Elements of a pool that an adapter takes which follows this plan."""
-        return sum(sum(self.pair_numel(pair, keeps_16_bit=keeps_16_bit)) for module in plan for pair in module.parts)
+        pairs = (pair for module in plan for pair in module.parts)
+        return sum(sum(pair_numel(self.tensors, pair, keeps_16_bit=keeps_16_bit)) for pair in pairs)
 
     def cpu_pool_bytes(self, modules: Sequence[ModuleShape]) -> int:
         """What an adapter that fits these modules takes in a pool on the CPU: fp32, but for what comes in 16 bits."""
@@ -250,6 +240,19 @@ def files_stamp(path: Path) -> tuple[tuple[int, ...], ...]:
         except OSError as cause:
             stamps.append((cause.errno or 0,))
     return tuple(stamps)
+
+
+def dtype_of_16_bits(tensors: Mapping[str, TensorInfo], pair: PartTensors) -> str | None:
+    """The dtype that both of the pair's tensors have, if it is one of 16 bits."""
+    a, b = tensors[pair.a_name].dtype, tensors[pair.b_name].dtype
+    return a if a == b and DTYPES[a] == 2 else None
+
+
+def pair_numel(tensors: Mapping[str, TensorInfo], pair: PartTensors, *, keeps_16_bit: bool) -> tuple[int, int]:
+    """Elements of a pool that each of two matrices takes; two of 16 bits take one element, if they are kept."""
+    share = 2 if keeps_16_bit and dtype_of_16_bits(tensors, pair) else 1
+    a, b = (aligned(-(-math.prod(shape) // share)) for shape in (pair.a_shape, pair.b_shape))
+    return a, b
 
 
 def aligned(numel: int) -> int:

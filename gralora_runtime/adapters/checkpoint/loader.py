@@ -9,7 +9,6 @@ those would spin against the ones that decode.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,23 +20,19 @@ import torch
 from torch import Tensor
 
 from gralora_kernels.packing import ROW_MAJOR, Array, Packing, place_a, place_b
-from gralora_kernels.tables import Entry, Storage
 from gralora_runtime.adapters.checkpoint.bounds import largest_magnitude, norm_bounds
 from gralora_runtime.adapters.checkpoint.file import MalformedError, open_regular, read_at_most
 from gralora_runtime.adapters.checkpoint.golden import has_golden
-from gralora_runtime.adapters.checkpoint.header import AdapterHeader, AdapterSummary, Plan, inspect
+from gralora_runtime.adapters.checkpoint.header import AdapterHeader, AdapterSummary, inspect
+from gralora_runtime.adapters.checkpoint.recipe import TORCH_DTYPES, Layout, Matrix, Recipe, recipe_of
 from gralora_runtime.adapters.checkpoint.spec import ModuleShape, rejected
-from gralora_runtime.adapters.checkpoint.tensors import DTYPES, WEIGHTS_FILE, TensorInfo
+from gralora_runtime.adapters.checkpoint.tensors import DTYPES, WEIGHTS_FILE
 from gralora_runtime.adapters.residency.transfer import Spread, serial_pieces, serially
 
 __all__ = ["AdapterLayout", "LoadedAdapter", "inspect", "load"]
 
-Layout = tuple[tuple[str, tuple[Entry, ...]], ...]  # per module: its name and its entries
-
 # How numpy holds what safetensors calls so. It has no bfloat16: those stay bits, and so do all 16 bits in a blob.
 ARRAYS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}
-TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-STORAGES = {"F16": Storage.FLOAT16, "BF16": Storage.BFLOAT16}
 
 # Bytes of the file that are one piece of work: enough that handing it over costs little beside it, and few enough that
 # a step which runs on the same cores is kept up by a millisecond and no more.
@@ -98,17 +93,18 @@ def load(
     try:
         with open_regular(path, WEIGHTS_FILE, roots) as opened:
             check_unchanged(opened, header)
-            packer = Packer(plan, header, dtype, packing)
+            recipe = recipe_of(plan, header.tensors, dtype, keeps_16_bit=packing.keeps_16_bit)
+            packer = Packer(recipe, dtype, packing)
             facts = packer.pack(opened.fileno(), spread)
     except MalformedError as cause:
         raise rejected(name, [str(cause)]) from cause
     if problems := [fact.problem for fact in facts if fact.problem]:
         raise rejected(name, problems)
     layout = AdapterLayout(
-        digest=digest_of(plan, header, [fact.digest for fact in facts]),
-        numel=packer.blob.numel(),
+        digest=digest_of(recipe.description, [fact.digest for fact in facts]),
+        numel=recipe.numel,
         width=width,
-        modules=packer.layout,
+        modules=recipe.layout,
         summary=header.summary(modules, keeps_16_bit=packing.keeps_16_bit),
     )
     bounds = norm_bounds(plan, [fact.magnitude for fact in facts])
@@ -121,19 +117,11 @@ def check_width(name: str, width: int, max_width: int) -> None:
         raise rejected(name, [f"its rank r * k + hybrid_r is {width}, this server takes at most {max_width}"])
 
 
-def digest_of(plan: Plan, header: AdapterHeader, digests: Iterable[bytes]) -> str:
-    """SHA-256 of what the adapter computes, with its weights as they are stored: of a description of all tensors, and
-    the SHA-256 of each one's bytes, A before B, in the order of modules. Those can be had in any order, and beside one
-    another. Names of tensors, dialects and training settings leave no trace in it.
+def digest_of(description: bytes, digests: Iterable[bytes]) -> str:
+    """SHA-256 of what the adapter computes, with its weights as they are stored: of `describe`, and of the SHA-256 of
+    each tensor's bytes, A before B, in the order of modules. Those can be had in any order, and beside one another.
     """
-    layers = [
-        (module.module.name, module.module.in_features, module.module.out_features, pair.part.r, pair.part.k,
-         float(pair.part.scale).hex(), pair.a_shape, pair.b_shape,
-         (header.tensors[pair.a_name].dtype, header.tensors[pair.b_name].dtype))
-        for module in plan
-        for pair in module.parts
-    ]  # fmt: skip
-    digest = hashlib.sha256(json.dumps(layers).encode())
+    digest = hashlib.sha256(description)
     for of_tensor in digests:
         digest.update(of_tensor)
     return digest.hexdigest()
@@ -151,21 +139,6 @@ def _changed() -> MalformedError:
     return MalformedError(f"{WEIGHTS_FILE} changed while it was being read")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Matrix:
-    """One tensor of the file, and where it goes."""
-
-    name: str
-    stored: TensorInfo
-    is_a: bool
-    offset: int  # of the blob, in its elements
-    dtype: torch.dtype  # as the blob holds it
-
-    @property
-    def num_bytes(self) -> int:
-        return self.stored.end - self.stored.begin
-
-
 @dataclass(frozen=True, slots=True)
 class Fact:
     """What was found out about a tensor. One that has a problem is not in the blob."""
@@ -177,19 +150,15 @@ class Fact:
 
 
 class Packer:
-    """The blob of a checkpoint that follows its plan: first all A, then all B, in the order of modules.
+    """Fills the blob of a checkpoint as its recipe says."""
 
-    So what one kernel reads of a projection group lies side by side.
-    """
-
-    def __init__(self, plan: Plan, header: AdapterHeader, dtype: torch.dtype, packing: Packing) -> None:
+    def __init__(self, recipe: Recipe, dtype: torch.dtype, packing: Packing) -> None:
+        self._recipe = recipe
         self._dtype = dtype
         self._panel = packing.panel
         self._largest = torch.finfo(dtype).max
-        self.matrices: list[Matrix] = []
-        self.layout, numel = self._lay_out(plan, header, keeps_16_bit=packing.keeps_16_bit)
         # Untouched memory until it is written, in large pages where the system has them.
-        self._cells = np.zeros(numel, np.float32 if dtype == torch.float32 else np.uint16)
+        self._cells = np.zeros(recipe.numel, np.float32 if dtype == torch.float32 else np.uint16)
         self.blob = torch.from_numpy(self._cells).view(dtype)  # [numel]
 
     def pack(self, file: int, spread: Spread) -> list[Fact]:
@@ -203,40 +172,9 @@ class Packer:
             data = read_range(file, start, piece[-1].stored.end)
             return [self.take(m, data[m.stored.begin - start : m.stored.end - start]) for m in piece]
 
-        in_file = sorted(self.matrices, key=lambda matrix: (matrix.stored.begin, matrix.stored.end))
-        found = {fact.name: fact for facts in spread(work, list(_pieces(in_file))) for fact in facts}
-        return [found[matrix.name] for matrix in self.matrices]
-
-    def _lay_out(self, plan: Plan, header: AdapterHeader, *, keeps_16_bit: bool) -> tuple[Layout, int]:
-        """Where each matrix goes, and how many elements that makes."""
-        sizes = [header.pair_numel(pair, keeps_16_bit=keeps_16_bit) for module in plan for pair in module.parts]
-        a_offset, b_offset = 0, sum(a_numel for a_numel, _ in sizes)
-        numels = iter(sizes)
-        layout: list[tuple[str, tuple[Entry, ...]]] = []
-        for module in plan:
-            entries: list[Entry] = []
-            for pair in module.parts:
-                kept = header.dtype_of_16_bits(pair) if keeps_16_bit else None
-                dtype = TORCH_DTYPES[kept] if kept else self._dtype
-                for is_a, name, offset in ((True, pair.a_name, a_offset), (False, pair.b_name, b_offset)):
-                    self.matrices.append(
-                        Matrix(name=name, stored=header.tensors[name], is_a=is_a, offset=offset, dtype=dtype)
-                    )
-                entries.append(
-                    Entry(
-                        a_offset=a_offset,
-                        b_offset=b_offset,
-                        r=pair.part.r,
-                        k=pair.part.k,
-                        scale=pair.part.scale,
-                        storage=STORAGES[kept] if kept else Storage.NATIVE,
-                    )
-                )
-                a_numel, b_numel = next(numels)
-                a_offset += a_numel
-                b_offset += b_numel
-            layout.append((module.module.name, tuple(entries)))
-        return tuple(layout), b_offset
+        pieces = list(_pieces(self._recipe.in_file))
+        found = {fact.name: fact for facts in spread(work, pieces) for fact in facts}
+        return [found[matrix.name] for matrix in self._recipe.matrices]
 
     def take(self, matrix: Matrix, data: Array) -> Fact:
         """Check, hash, convert and place a tensor, uint8 [bytes]."""

@@ -20,11 +20,11 @@ from gralora_runtime.adapters.checkpoint.file import MalformedError, open_regula
 from gralora_runtime.adapters.checkpoint.header import AdapterHeader, Plan, inspect, read_config
 from gralora_runtime.adapters.checkpoint.loader import (
     ARRAYS,
-    TORCH_DTYPES,
     check_unchanged,
     digest_of,
     read_range,
 )
+from gralora_runtime.adapters.checkpoint.recipe import TORCH_DTYPES, describe
 from gralora_runtime.adapters.checkpoint.spec import ModuleShape, parse_config, rejected
 from gralora_runtime.adapters.checkpoint.tensors import WEIGHTS_FILE, TensorInfo
 from gralora_runtime.adapters.checkpoint.update import Update, update_of
@@ -69,7 +69,7 @@ def read_whole(path: Path, modules: Sequence[ModuleShape] | None = None, *, root
         if largest_magnitude(values, header.tensors[name].dtype) > largest
     ]:
         raise rejected(header.name, problems)
-    digest = digest_of(plan, header, [hashlib.sha256(arrays[name].data).digest() for name in names])
+    digest = digest_of(describe(plan, header.tensors), [hashlib.sha256(arrays[name].data).digest() for name in names])
     tensors = {name: _tensor(values, header.tensors[name]) for name, values in arrays.items()}
     return WholeAdapter(header=header, config=config, plan=plan, tensors=tensors, digest=digest)
 
