@@ -66,7 +66,7 @@ class AdapterManager:
         state_dir: Path | None = None,
         copies_bytes: int = 20 << 30,
     ) -> None:
-        """`base_norms`: see `Oddities`. `watch`, `state_dir`, `copies_bytes`: see `EngineConfig`. Raises CatalogueError."""
+        """`watch`, `state_dir`, `copies_bytes`: see `EngineConfig`; `base_norms`: `Oddities`. Raises CatalogueError."""
         self.pool = AdapterPool(
             modules=modules,
             device=device,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,7 +23,7 @@ OTHER = "its config names the base model 'owner/other', and this one is called '
 
 
 @pytest.fixture
-def read_again(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+def read_again(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The directories whose files were read a second time."""
     read: list[str] = []
 
@@ -33,7 +32,7 @@ def read_again(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         return read_whole(path, *args, **options)
 
     monkeypatch.setattr(oddities, "read_whole", counted)
-    yield read
+    return read
 
 
 def write_unit(root: Path, name: str, *, size: float = 1.0, seed: int = 0, **config: object) -> Path:
@@ -41,7 +40,7 @@ def write_unit(root: Path, name: str, *, size: float = 1.0, seed: int = 0, **con
 
     def resized(tensors: dict[str, torch.Tensor]) -> None:
         for tensor_name, tensor in tensors.items():
-            tensor *= size if "_B" in tensor_name else 1.0
+            tensor.mul_(size if "_B" in tensor_name else 1.0)
 
     return edit_tensors(write_gralora(root / name, r=4, k=2, seed=seed, **config), resized)
 

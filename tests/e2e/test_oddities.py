@@ -16,9 +16,9 @@ from torch import Tensor
 from e2e.conftest import serving
 from gralora_runtime.adapters.checkpoint.doubts import CHANGES_NOTHING
 from gralora_server import Client
-from gralora_server.client import AdapterState
 from gralora_server.cli.app import run
 from gralora_server.cli.output import ExitCode
+from gralora_server.client import AdapterState
 
 NAMES = ("usual", "untrained", "huge", "foreign")
 OTHER = "its config names the base model 'owner/other', and this one is called 'model'"
@@ -28,7 +28,7 @@ ONE_ADAPTER = ("--host-cache-bytes", "0", "--max-adapter-slots", "1", "--threads
 def multiplied(size: float) -> Callable[[dict[str, Tensor]], None]:
     def change(tensors: dict[str, Tensor]) -> None:
         for name, tensor in tensors.items():
-            tensor *= size if "_B" in name else 1.0
+            tensor.mul_(size if "_B" in name else 1.0)
 
     return change
 
