@@ -82,7 +82,7 @@ def test_squares_that_float32_does_not_hold_are_infinite_and_no_warning() -> Non
     assert sum_of_squares(flat([3e38] * 20_000, torch.float32), "F32") == float("inf")
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     seed=st.integers(0, 2**32 - 1),
     kind=st.sampled_from([(4, 2, 0), (8, 4, 0), (4, 1, 0), (4, 2, 3)]),
@@ -91,7 +91,7 @@ def test_squares_that_float32_does_not_hold_are_infinite_and_no_warning() -> Non
     alpha=st.sampled_from([0, 1e-3, 16, -64]),
     stored=DTYPES,
     pool=st.sampled_from(POOLS),
-    sparse=st.booleans(),
+    filled=st.sampled_from(["at random", "here and there", "evenly"]),  # evenly, a plain pair's norm is |A| |B|
 )
 def test_no_bound_is_below_the_norm(
     tmp_path_factory: pytest.TempPathFactory,
@@ -102,15 +102,19 @@ def test_no_bound_is_below_the_norm(
     alpha: float,
     stored: torch.dtype,
     pool: tuple[torch.dtype, Packing],
-    sparse: bool,
+    filled: str,
 ) -> None:
     r, k, hybrid_r = kind
+    fill = {
+        "at random": lambda tensor: tensor,
+        "here and there": lambda tensor: tensor * (torch.rand(tensor.shape, generator=generator) < 0.1),
+        "evenly": torch.ones_like,
+    }[filled]
 
     def scaled(tensors: dict[str, torch.Tensor]) -> None:
         for name, tensor in tensors.items():
             size = of_a if "_A" in name else of_b
-            kept = tensor * (torch.rand(tensor.shape, generator=generator) < 0.1) if sparse else tensor
-            tensors[name] = (kept * 10.0**size).clamp(-6e4, 6e4).to(stored)
+            tensors[name] = (fill(tensor) * 10.0**size).clamp(-6e4, 6e4).to(stored)
 
     generator = torch.Generator().manual_seed(seed)
     path = tmp_path_factory.mktemp("adapter") / "x"
@@ -122,6 +126,22 @@ def test_no_bound_is_below_the_norm(
         assert bounds.keys() == exact.keys()
         assert all(bounds[module] >= size for module, size in exact.items())
     assert all(size == 0 for module, size in exact.items() if bounds_of(adapter)[module] == 0)
+
+
+@pytest.mark.parametrize(("dtype", "value"), [(torch.bfloat16, 1.00390624), (torch.float16, 2.9e-8)], ids=str)
+def test_what_a_pool_rounds_down_is_within_the_closer_bound(tmp_path: Path, dtype: torch.dtype, value: float) -> None:
+    """A plain pair of equal numbers has the norm |A| |B|, and nothing to spare."""
+
+    def even(tensors: dict[str, torch.Tensor]) -> None:
+        for tensor in tensors.values():
+            tensor.fill_(value)
+
+    path = edit_tensors(write_lora(tmp_path / "x"), even)
+    adapter = loaded(path, dtype)
+    exact = {module: norm(update) for module, update in read_whole(path, MODULES).updates().items()}
+
+    assert float(torch.tensor(value).to(dtype)) < value
+    assert all(closer_bounds_of(adapter)[module] >= size for module, size in exact.items())
 
 
 def test_the_closer_bound_is_closer_and_not_far_from_the_norm(tmp_path: Path) -> None:

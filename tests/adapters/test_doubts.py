@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gralora_runtime.adapters.checkpoint.doubts import about_names, about_weights
+from gralora_runtime.adapters.checkpoint.doubts import about_names, about_weights, beyond
 from gralora_runtime.adapters.checkpoint.update import LowRank, Update, norm
 
 
@@ -65,10 +65,24 @@ def test_a_weight_of_zeros_is_no_division_by_zero() -> None:
 
 @pytest.mark.parametrize(
     ("trained_for", "served"),
-    [("", "m"), ("m", ""), ("owner/M-135m", "m-135M"), ("/models/m/", "m"), ("m", "m")],
+    [
+        ("", "m"),
+        ("m", ""),
+        ("owner/M-135m", "m-135M"),
+        ("/models/m/", "m"),
+        ("m", "m"),
+        ("owner/m", "0123456789abcdef" * 2 + "01234567"),
+        ("snapshots/" + "A" * 40, "m"),
+    ],
 )
 def test_names_that_agree_or_are_not_known_raise_no_doubts(trained_for: str, served: str) -> None:
     assert about_names(trained_for, served) == []
+
+
+def test_a_module_is_beyond_if_its_bound_is_above_ten_times_a_norm_that_is_known() -> None:
+    bounds = {"m.0": 10.0, "m.1": 10.1, "m.2": float("inf"), "m.3": 0.0, "m.4": 1e9}
+
+    assert beyond(bounds, {"m.0": 1.0, "m.1": 1.0, "m.2": 1e30, "m.3": 0.0}) == {"m.1", "m.2"}
 
 
 def test_another_name_is_told() -> None:

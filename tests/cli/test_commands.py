@@ -157,6 +157,16 @@ async def test_adapters_list_prints_a_table(capsys) -> None:
 
     assert "poet" in out
     assert "resident" in out
+    assert out.splitlines()[1].split()[-1] == "1"
+    assert "`gralora adapters versions NAME` says what the warnings are." in out
+
+
+@pytest.mark.parametrize(("command", "line"), [("versions", "poet@2: it is odd"), ("pin", "poet: it is odd")])
+async def test_what_is_odd_about_one_adapter_is_printed(command: str, line: str, capsys) -> None:
+    async with served() as s:
+        assert await gralora("adapters", command, "poet", port=s.port) == ExitCode.OK
+
+    assert line in capsys.readouterr().out.splitlines()
 
 
 async def test_adapters_list_json(capsys) -> None:
@@ -166,6 +176,7 @@ async def test_adapters_list_json(capsys) -> None:
 
     assert (adapter["name"], adapter["state"], adapter["equivalent_rank"]) == ("poet", "resident", 20)
     assert adapter["last_used"] == "2023-11-14T22:13:20.500000+00:00"
+    assert adapter["warnings"] == ["it is odd"]
 
 
 async def test_adapters_are_loaded_pinned_and_unloaded(capsys) -> None:
