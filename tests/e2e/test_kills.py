@@ -1,4 +1,4 @@
-"""A real server that is killed again and again while two clients write: what it acknowledged is there, and nothing else.
+"""A real server that is killed again and again while two clients write: what it acknowledged is there, and no rest.
 
 `GRALORA_TEST_THOROUGH=1` kills a hundred times.
 """
@@ -153,9 +153,8 @@ class Writer:
                 generation = client.generate("the quick", adapter=f"{name}@{number}" if number else name, **ASKED)
             except FailedPreconditionError as error:
                 # Files that were overwritten before there was a copy of them: of nobody who pushes.
-                assert error.reason == "ADAPTER_VERSION_LOST"
-                assert content not in (model.on_disk, model.uploaded)
-                assert name.startswith("files")
+                if error.reason != "ADAPTER_VERSION_LOST" or model.on_disk in (None, content):
+                    raise
                 continue
             assert generation.adapter_version == (number or model.served), (name, number)
             assert generation.adapter_digest == self.contents.digests[content], (name, number)

@@ -1,6 +1,6 @@
 """A program whose children are real servers that live until they are killed. Reads a command's arguments a line.
 
-Of each child it tells: `pid P`; whatever the server says; and once it is gone, `gone STATUS`. All that a server imports is
+Of each child it tells: `pid P`; whatever the server says; and once it is gone, `gone STATUS`. What a server imports is
 imported once and children are forked, because a hundred interpreters would take longer than all that is tested.
 """
 
@@ -16,6 +16,8 @@ from importlib import import_module
 from types import TracebackType
 from typing import Self
 
+from gralora_server.cli import main
+
 HEAVY = (
     "gralora_server.cli.app",
     "gralora_server.service",
@@ -27,8 +29,6 @@ HEAVY = (
 
 
 def serve_until_killed(arguments: Sequence[str]) -> None:
-    from gralora_server.cli import main  # noqa: PLC0415  # here, as the command itself does
-
     os.write(1, f"pid {os.getpid()}\n".encode())
     sys.argv = ["gralora", "serve", *arguments]
     main()
