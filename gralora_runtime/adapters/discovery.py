@@ -122,6 +122,8 @@ class Discovery:
             self._store.add(remembered)
             self._scan.add(remembered.current)
         for source in self._sources:
+            if isinstance(source, Uploads):
+                source.decide({version.source for version in self._store.versions()})
             for name in source.names():
                 alias = self._store.find(name)
                 if alias is not None:
@@ -191,6 +193,14 @@ class Discovery:
         self._catalogue.remove(alias)
         self._unloaded[alias.name] = alias.last_number
         self._persistence.unload(alias)
+
+    def take_back(self, alias: Alias) -> None:
+        """The load that brought the name has failed: it is gone, or unloaded, as it was before. With the lock held."""
+        if alias.last_number > 1:  # it gave numbers to versions before it was unloaded, and they keep their meaning
+            self.forget(alias)
+        else:
+            self._catalogue.remove(alias)
+            self._persistence.forget(alias.name)
 
     def on_files_changed(self, version: AdapterVersion, adapter: LoadedAdapter, answers: Answers) -> None:
         """A version was to be read again, and its files have become another one. With the lock held.
@@ -301,8 +311,6 @@ class Discovery:
                 answers.error(waiter.future, DrainingError())
                 return
             last_number = self._unloaded.pop(name, 0)
-            if last_number:
-                self._persistence.forget(name)
             alias = self._store.find(name)
             if alias is None:
                 alias = self._catalogue.register(

@@ -60,6 +60,8 @@ MAX_VERSIONS = 4
 KEPT = 2  # uploads of a name, so that some go
 AT_ONCE = 3
 DAY_S = 86_400.0
+UNWRITTEN = "accept unwritten"
+DEATHS = ("", "", "", "load", UNWRITTEN, "accept", "flush")  # before what of an upload, and whether the journal had it
 name_of, content_of = st.sampled_from(NAMES), st.sampled_from(CONTENTS)
 number_of, share_of = st.integers(1, 4), st.sampled_from([0.0, 0.5, 1.0])
 
@@ -135,7 +137,7 @@ class Machine(RuleBasedStateMachine):
         self.uploads = Uploads(
             self.state / "uploads",
             limits=LIMITS,
-            in_use=lambda folder: self.manager.has_version_at(folder),
+            in_use=lambda folder: self.manager.has_version_at(folder),  # noqa: PLW0108  # there is no manager yet
             now_s=lambda: time.time() + self.later_s,
         )
         self.manager: AdapterManager = manager_of(
@@ -324,7 +326,8 @@ class Machine(RuleBasedStateMachine):
         except AdapterUploadQuotaError:
             assert too_many or full
         else:
-            assert not (too_many or full)
+            assert not too_many
+            assert not full
             self.sending[name] = Sending(upload, files)
             if manifest not in self.accepted[name]:
                 self.unfinished[manifest] = self.later_s
@@ -367,7 +370,7 @@ class Machine(RuleBasedStateMachine):
         assert self.uploads.received(sending.manifest)[WEIGHTS] == 0
 
     @precondition(lambda self: self.sending and not self.held)
-    @rule(index=st.integers(0, AT_ONCE - 1), dies_before=st.sampled_from(["", "", "", "load", "accept", "flush"]))
+    @rule(index=st.integers(0, AT_ONCE - 1), dies_before=st.sampled_from(DEATHS))
     def finish_upload(self, index: int, dies_before: str) -> None:
         """What the server does with the last byte, and whether it still lives when it would do this."""
         sending = self.nth_sending(index)
@@ -375,18 +378,26 @@ class Machine(RuleBasedStateMachine):
         self.send_rest(sending)
         del self.sending[name]
         before, unfinished = deepcopy(self.known[name]), dict(self.unfinished)
+        self.manager.flush()
+        self.note_answer()
 
         def about_to(call: str) -> None:
-            if call == dies_before:
-                self.manager.flush()  # the most that it may have written by then
+            if call == dies_before.removesuffix(" unwritten"):
+                if dies_before != UNWRITTEN:
+                    self.manager.flush()
                 self.copy_disk()
+            if call == "accept":
+                moves.set()
 
-        error = self.load_upload(sending, about_to)
+        with self.stuck_disk() if dies_before == UNWRITTEN else contextlib.nullcontext(Event()) as moves:
+            error = self.load_upload(sending, about_to)
         if not self.left.exists():
+            if error is None:
+                self.note_answer()
             return
         self.unfinished = unfinished
         after = self.known[name]
-        if dies_before != "flush":  # nobody said that it was loaded
+        if dies_before in ("load", UNWRITTEN):  # nobody knows that it can be loaded
             if sending.manifest not in self.accepted_before:
                 self.unfinished.setdefault(sending.manifest, self.later_s)
             self.accepted[name] = self.accepted_before
@@ -394,7 +405,7 @@ class Machine(RuleBasedStateMachine):
         else:
             assert error is None
             self.unfinished.pop(sending.manifest, None)
-            self.answered[name] = after
+            self.answered[name] = deepcopy(after)
         self.begin_again(self.left)
         self.compare_with_answers()
 
@@ -437,8 +448,7 @@ class Machine(RuleBasedStateMachine):
         with self.stuck_disk():
             self.files_change(name, content)
             self.copy_disk()
-        for name, known in self.known.items():
-            self.answered[name].on_disk = known.on_disk
+        self.answered[name].on_disk = content
         self.known = deepcopy(self.answered)
         self.begin_again(self.left)
         self.compare_with_answers()
@@ -595,7 +605,6 @@ class Machine(RuleBasedStateMachine):
         known.uploaded, known.unloaded = content, False
         self.see(name, content)
         self.note_upload(sending.manifest)
-        self.note_answer()
         return None
 
     def note_upload(self, manifest: Manifest) -> None:
@@ -615,7 +624,7 @@ class Machine(RuleBasedStateMachine):
     # What a crash leaves.
 
     def copy_disk(self) -> None:
-        """All of it as it is now, while the server has it open. Between two transactions: SQLite's are its own matter."""
+        """All of it as it is now, with the server at work. Between two transactions: those are SQLite's matter."""
         recorder = self.manager._persistence._recorder
         copies = self.manager._persistence._copies
         assert recorder is not None
@@ -649,7 +658,8 @@ class Machine(RuleBasedStateMachine):
         for name in NAMES:
             self.known[name] = self.survivor(name)
         self.adopt_all()
-        self.answered = deepcopy(self.known)
+        self.manager.flush()
+        self.note_answer()
         catalogue = {FILE, f"{FILE}-wal", f"{FILE}-shm", LOCK}
         assert {path.name for path in self.state.iterdir()} <= {*catalogue, "uploads", "versions"}
         assert not any((self.state / "versions" / "tmp").iterdir())
@@ -682,11 +692,12 @@ class Machine(RuleBasedStateMachine):
             yield
 
     @contextlib.contextmanager
-    def stuck_disk(self) -> Iterator[None]:
+    def stuck_disk(self) -> Iterator[Event]:
+        """Until its event is set."""
         moves = Event()
         with self.writing_after(partial(moves.wait, WAIT_S)):
             try:
-                yield
+                yield moves
             finally:
                 moves.set()
 
