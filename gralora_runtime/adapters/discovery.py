@@ -128,7 +128,9 @@ class Discovery:
                 alias = self._store.find(name)
                 if alias is not None:
                     alias.follows = source.follows
-                if alias is not None or not isinstance(source, AT_HAND):
+                if alias is not None and isinstance(source, Uploads):
+                    self._refresh_from(source, alias)
+                elif alias is not None or not isinstance(source, AT_HAND):
                     self.refresh(name)  # beside serving: files may have changed, or come from another machine
                 elif name not in self._unloaded and (found := source.find(name)) is not None:
                     with self._answering():
@@ -187,6 +189,14 @@ class Discovery:
             if alias is not None:
                 alias.refreshing = True
         self._resolver.resolve(name).add_done_callback(partial(self._on_found_again, name))
+
+    def _refresh_from(self, source: Uploads, alias: Alias) -> None:
+        """At once, so that an upload which a killed server accepted is read before any that comes now."""
+        found, resolved = source.find(alias.name), Future[Resolved]()
+        if found is not None:
+            resolved.set_result(Resolved(source, found))
+            alias.refreshing = True
+            self._on_found_again(alias.name, resolved)
 
     def forget(self, alias: Alias) -> None:
         """An operator unloads it. With the lock held."""

@@ -127,8 +127,8 @@ class Writer:
         """All that was acknowledged is there; of what was not, all or nothing."""
         pending_name, pending = self.pending or ("", NameModel())
         for name, known in self.names.items():
-            found = self._find(client, name, known)
             candidates = [known, pending] if name == pending_name else [known]
+            found = self._find(client, name, is_settled=len(candidates) == 1 and known.on_disk is None)
             for candidate in candidates:
                 if candidate.on_disk is not None:
                     candidate.see(candidate.on_disk)
@@ -138,9 +138,9 @@ class Writer:
             self._check_answers(client, name, fitting[-1])
         self.pending = None
 
-    def _find(self, client: Client, name: str, known: NameModel) -> tuple[object, ...]:
+    def _find(self, client: Client, name: str, *, is_settled: bool) -> tuple[object, ...]:
         try:
-            if known.on_disk is not None:  # a server sees by itself what changed while it was away, but when it likes
+            if not is_settled:  # a server hears by itself of what its catalogue missed, but beside serving
                 client.adapters.load(name)
             return fields_of(client.adapters.get(name))
         except NotFoundError:
