@@ -124,11 +124,15 @@ class Discovery:
             self._store.add(remembered)
             self._scan.add(remembered.current)
         for source in self._sources:
+            if isinstance(source, Uploads):
+                source.decide({version.source for version in self._store.versions()})
             for name in source.names():
                 alias = self._store.find(name)
                 if alias is not None:
                     alias.follows = source.follows
-                if alias is not None or not isinstance(source, AT_HAND):
+                if alias is not None and isinstance(source, Uploads):
+                    self._refresh_from(source, alias)
+                elif alias is not None or not isinstance(source, AT_HAND):
                     self.refresh(name)  # beside serving: files may have changed, or come from another machine
                 elif name not in self._unloaded and (found := source.find(name)) is not None:
                     with self._answering():
@@ -188,11 +192,27 @@ class Discovery:
                 alias.refreshing = True
         self._resolver.resolve(name).add_done_callback(partial(self._on_found_again, name))
 
+    def _refresh_from(self, source: Uploads, alias: Alias) -> None:
+        """At once, so that an upload which a killed server accepted is read before any that comes now."""
+        found, resolved = source.find(alias.name), Future[Resolved]()
+        if found is not None:
+            resolved.set_result(Resolved(source, found))
+            alias.refreshing = True
+            self._on_found_again(alias.name, resolved)
+
     def forget(self, alias: Alias) -> None:
         """An operator unloads it. With the lock held."""
         self._catalogue.remove(alias)
         self._unloaded[alias.name] = alias.last_number
         self._persistence.unload(alias)
+
+    def take_back(self, alias: Alias) -> None:
+        """The load that brought the name has failed: it is gone, or unloaded, as it was before. With the lock held."""
+        if alias.last_number > 1:  # it gave numbers to versions before it was unloaded, and they keep their meaning
+            self.forget(alias)
+        else:
+            self._catalogue.remove(alias)
+            self._persistence.forget(alias.name)
 
     def on_files_changed(self, version: AdapterVersion, adapter: LoadedAdapter, answers: Answers) -> None:
         """A version was to be read again, and its files have become another one. With the lock held.
@@ -305,8 +325,6 @@ class Discovery:
                 answers.error(waiter.future, DrainingError())
                 return
             last_number = self._unloaded.pop(name, 0)
-            if last_number:
-                self._persistence.forget(name)
             alias = self._store.find(name)
             if alias is not None:
                 alias.current.quarantine.end()

@@ -586,15 +586,15 @@ class AdapterManager:
 
     def identified(self, version: AdapterVersion) -> None:
         alias = self._store.alias_of(version)
-        # An adapter that only comes back from the disk is written down and copied no second time. One that is on trial
-        # is looked at anew by the next start, if it is not decided by then.
-        if (
-            alias is not None
-            and not version.untried
-            and version.stamp
-            and alias.note_seen(version.source, version.stamp)
-        ):
+        # One that is on trial is looked at anew by the next start, if it is not decided by then.
+        if alias is None or not version.stamp or version.untried:
+            return
+        # An adapter that only comes back from the disk is written down and copied no second time.
+        is_new = alias.note_seen(version.source, version.stamp)
+        if is_new:
             self._persistence.note(alias)
+        if is_new or not version.offered:  # the server before this one may have been killed before it had copied it
+            version.offered = True
             self._persistence.keep_copy(version, self._on_copied)
 
     def _on_copied(self, digest: str, copy: Path) -> None:
@@ -613,7 +613,7 @@ class AdapterManager:
     def _forget_provisional(self, version: AdapterVersion, answers: Answers) -> None:
         alias = self._store.alias_of(version)
         if alias is not None:
-            self._catalogue.remove(alias)
+            self._discovery.take_back(alias)
             self._give_back(answers)
 
     def _pool_bytes(self, numel: int) -> int:

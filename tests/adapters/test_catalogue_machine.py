@@ -1,15 +1,24 @@
 """Everything that may happen to adapters, in any order, against a model that is a few dictionaries.
 
-After each step the books add up, and whatever was served is what the model says: this content, under this version.
+After each step the books add up, and whatever was served is what the model says: this content, under this version. A
+crash leaves what was answered before it, and nothing of what was not whole.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import shutil
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from functools import cache, partial
 from pathlib import Path
+from threading import Event
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
 
 import hypothesis.strategies as st
 import pytest
@@ -17,9 +26,18 @@ from adapters.harness import WAIT_S, manager_of, quiesce, until
 from adapters.test_versions import digest_of, write_version
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, precondition, rule
+from support.checkpoints import edit_config
+from support.name_model import NameModel
 from support.thorough import MANY
+from support.uploading import CONFIG, WEIGHTS, manifest_of
 
+from gralora_runtime.adapters.catalogue import uploads as uploads_module
 from gralora_runtime.adapters.catalogue.catalogue import Retention
+from gralora_runtime.adapters.catalogue.database import FILE, LOCK
+from gralora_runtime.adapters.catalogue.manifest import Manifest
+from gralora_runtime.adapters.catalogue.sources.directory import DirectorySource
+from gralora_runtime.adapters.catalogue.upload import Upload
+from gralora_runtime.adapters.catalogue.uploads import OVERHEAD_BYTES, RECORD_FILE, UploadLimits, Uploads
 from gralora_runtime.adapters.manager import AdapterManager
 from gralora_runtime.adapters.residency.lease import AdapterLease
 from gralora_runtime.errors import (
@@ -27,75 +45,141 @@ from gralora_runtime.errors import (
     AdapterCapacityError,
     AdapterError,
     AdapterNotFoundError,
+    AdapterRejectedError,
+    AdapterUploadError,
+    AdapterUploadQuotaError,
+    AdapterVersionLostError,
     AdapterVersionNotFoundError,
     InvalidRequestError,
 )
+from gralora_server.uploading import Uploading
 
 NAMES = ("a", "b", "acme/c", "d")
 CONTENTS = range(6)
 MAX_VERSIONS = 4
+KEPT = 2  # uploads of a name, so that some go
+AT_ONCE = 3
+DAY_S = 86_400.0
+UNWRITTEN = "accept unwritten"
+DEATHS = ("", "", "", "load", UNWRITTEN, "accept", "flush")  # before what of an upload, and whether the journal had it
 name_of, content_of = st.sampled_from(NAMES), st.sampled_from(CONTENTS)
+number_of, share_of = st.integers(1, 4), st.sampled_from([0.0, 0.5, 1.0])
 
 
-class Known:
-    """What the model knows of one name."""
+@cache
+def trained(content: int) -> SimpleNamespace:
+    """As a client has it: its digest, its files, and the room that it takes as an upload."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = write_version(Path(folder) / "trained", "x", content)
+        digest = digest_of(path)
+        files = {file: (path / file).read_bytes() for file in (CONFIG, WEIGHTS)}
+        edit_config(path, gralora_k=3)
+        broken = {CONFIG: (path / CONFIG).read_bytes(), WEIGHTS: files[WEIGHTS]}
+    return SimpleNamespace(digest=digest, files=files, broken=broken)
 
-    def __init__(self) -> None:
-        self.on_disk: int | None = None  # content
-        self.versions: dict[int, int] = {}  # number -> content, those that were seen
-        self.promoted = self.previous = self.newest = 0
-        self.canary: tuple[int, float] | None = None
-        self.last = 0  # number that was given
-        self.unloaded = False
+
+NUM_BYTES = sum(map(len, trained(0).files.values())) + OVERHEAD_BYTES
+LIMITS = UploadLimits(total_bytes=12 * NUM_BYTES + NUM_BYTES // 2, at_once=AT_ONCE)
+
+
+class Sending:
+    """One upload that a client is sending."""
+
+    def __init__(self, upload: Upload, files: dict[str, bytes]) -> None:
+        self.upload, self.files = upload, files
+        self.manifest = upload.manifest
+
+
+class Told:
+    """A manager that says what a server is about to ask of it."""
+
+    def __init__(self, inner: Any, about_to: Callable[[str], None]) -> None:
+        self._inner, self._about_to = inner, about_to
+
+    @property
+    def uploads(self) -> Told:
+        return Told(self._inner.uploads, self._about_to)
+
+    def __getattr__(self, name: str) -> Any:
+        def call(*arguments: Any, **options: Any) -> Any:
+            self._about_to(name)
+            return getattr(self._inner, name)(*arguments, **options)
+
+        return call
 
 
 class Machine(RuleBasedStateMachine):
-    """Room for three of six contents, host memory for one, copies for all."""
+    """Room for three of six contents, host memory for one, copies for all, and for a dozen uploads."""
 
     leases = Bundle("leases")
 
     def __init__(self) -> None:
         super().__init__()
         self.folder = Path(tempfile.mkdtemp())
-        self.root, self.state = self.folder / "adapters", self.folder / "state"
+        self.root, self.state, self.left = (self.folder / each for each in ("adapters", "state", "left"))
         self.root.mkdir()
-        self.known = {name: Known() for name in NAMES}
-        self.digests: dict[int, str] = {}
+        self.known = {name: NameModel() for name in NAMES}
+        self.answered = deepcopy(self.known)  # what a crash must leave
+        self.meant: dict[tuple[str, int], str] = {}  # the digest of every number that was ever answered
         self.held: list[tuple[AdapterLease, str]] = []
-        self.manager = self.open()
+        self.sending: dict[str, Sending] = {}  # by name
+        self.unfinished: dict[Manifest, float] = {}  # when something last came for it
+        self.accepted: dict[str, list[Manifest]] = {name: [] for name in NAMES}
+        self.at_risk: set[tuple[str, int]] = set()  # no copy was made before a crash
+        self.later_s = 0.0
+        self.on_answer: Callable[[], None] = lambda: None
+        self.kept = patch.object(uploads_module, "KEPT", KEPT)
+        self.kept.start()
+        self.open()
 
-    def open(self) -> AdapterManager:
-        return manager_of(
-            self.root, units=3, host_units=1, state_dir=self.state, retention=Retention(max_versions=MAX_VERSIONS)
+    def open(self) -> None:
+        self.later_s = 0.0
+        self.uploads = Uploads(
+            self.state / "uploads",
+            limits=LIMITS,
+            in_use=lambda folder: self.manager.has_version_at(folder),  # noqa: PLW0108  # there is no manager yet
+            now_s=lambda: time.time() + self.later_s,
+        )
+        self.manager: AdapterManager = manager_of(
+            None,
+            sources=[self.uploads, DirectorySource(self.root)],
+            units=3,
+            host_units=1,
+            state_dir=self.state,
+            retention=Retention(max_versions=MAX_VERSIONS),
         )
 
     def teardown(self) -> None:
-        for lease, _ in self.held:
-            self.manager.release(lease)
+        self.release_all()
         quiesce(self.manager)
         self.manager.check_integrity()
         self.manager.close()
+        self.kept.stop()
         shutil.rmtree(self.folder)
+
+    def release_all(self) -> None:
+        for lease, _ in self.held:
+            self.manager.release(lease)
+        self.held.clear()
 
     # What happens.
 
     @rule(name=name_of, content=content_of)
     def files_change(self, name: str, content: int) -> None:
         """And the server hears of it, as from a watcher."""
-        path = write_version(self.root, name, content)
-        self.digests.setdefault(content, digest_of(path))
+        write_version(self.root, name, content)
         known = self.known[name]
         known.on_disk = content
         self.manager.refresh(name)
         self.settle()
-        if known.promoted and not known.unloaded:
-            self.see(name)
+        if known.promoted and not known.unloaded and known.uploaded is None:
+            self.see(name, content)
 
     @rule(name=name_of)
     def load(self, name: str) -> None:
         known = self.known[name]
         loading = self.manager.load(name)
-        if known.on_disk is None:
+        if known.source is None:
             with pytest.raises(AdapterNotFoundError):
                 loading.result(WAIT_S)
             return
@@ -104,9 +188,9 @@ class Machine(RuleBasedStateMachine):
         except AdapterCapacityError:
             if not known.promoted or known.unloaded:  # a name that found no room is not kept
                 self.adopt(name)
-                return
+            return
         known.unloaded = False
-        self.see(name)
+        self.see(name, known.source)
         self.adopt(name)
 
     @rule(name=name_of, key=st.sampled_from(["x", "y", "z"]), hold=st.booleans())
@@ -115,14 +199,17 @@ class Machine(RuleBasedStateMachine):
         try:
             lease = self.ask(name, key)
         except AdapterNotFoundError:
-            assert known.unloaded or known.on_disk is None, name
+            assert known.unloaded or known.source is None, name
             return
         except AdapterCapacityError:
+            return
+        except AdapterVersionLostError:
+            assert (name, known.promoted) in self.at_risk or known.canary, name
             return
         if lease is None:
             return
         assert not known.unloaded, f"{name} was unloaded"
-        self.see(name)
+        self.adopt(name)
         self.check(lease, name, key)
         if hold and len(self.held) < 3:
             self.held.append((lease, lease.digest))
@@ -137,13 +224,15 @@ class Machine(RuleBasedStateMachine):
         except AdapterVersionNotFoundError:
             assert number not in known.versions or known.unloaded, (name, number)
         except AdapterNotFoundError:
-            assert known.unloaded or known.on_disk is None, name
+            assert known.unloaded or known.source is None, name
+        except AdapterVersionLostError:
+            assert (name, number) in self.at_risk
         except AdapterCapacityError:
             pass
         else:
             if lease is not None:
-                self.see(name)
-                assert (lease.version, lease.digest) == (number, self.digests[known.versions[number]])
+                self.adopt(name)
+                assert (lease.version, lease.digest) == (number, trained(known.versions[number]).digest)
                 self.manager.release(lease)
 
     @precondition(lambda self: self.held)
@@ -163,27 +252,38 @@ class Machine(RuleBasedStateMachine):
         known = self.known[name]
         if self.refused(lambda: self.manager.promote(name, str(number)), number in known.versions, name):
             return
-        self.stand_for(known, number)
+        if number != known.promoted:
+            known.stand_for(number)
+            self.prune(name)
+        self.note_answer()
 
     @rule(name=name_of)
     def roll_back(self, name: str) -> None:
         known = self.known[name]
         if self.refused(lambda: self.manager.roll_back(name), known.previous in known.versions, name):
             return
-        self.stand_for(known, known.previous)
+        known.stand_for(known.previous)
+        self.note_answer()
 
-    @rule(name=name_of, number=st.integers(1, 4), share=st.sampled_from([0.0, 0.5, 1.0]))
+    @rule(name=name_of, number=number_of, share=share_of)
     def try_a_canary(self, name: str, number: int, share: float) -> None:
         known = self.known[name]
         allowed = share == 0.0 or (number in known.versions and number != known.promoted)
         if self.refused(lambda: self.manager.set_canary(name, str(number), share), allowed, name):
             return
         known.canary = None if share == 0.0 else (number, share)
+        self.note_answer()
 
     @rule(name=name_of, pinned=st.booleans())
     def pin(self, name: str, pinned: bool) -> None:
-        with contextlib.suppress(AdapterNotFoundError, AdapterCapacityError):
+        try:
             self.manager.pin(name, pinned)
+        except (AdapterNotFoundError, AdapterCapacityError):
+            pass
+        else:
+            self.on_answer()
+            self.known[name].pinned = pinned
+            self.note_answer()
         self.settle()
         self.adopt(name)
 
@@ -195,35 +295,163 @@ class Machine(RuleBasedStateMachine):
             self.manager.unload(name)
         except (AdapterNotFoundError, AdapterBusyError):
             return
+        self.on_answer()
         assert alias is not None
         last = max(known.last, alias.last_number)  # one that nobody has read has a number, too
-        self.known[name] = Known()
-        self.known[name].on_disk, self.known[name].unloaded, self.known[name].last = known.on_disk, True, last
+        self.known[name] = NameModel(on_disk=known.on_disk, uploaded=known.uploaded, unloaded=True, last=last)
+        self.note_answer()
 
     @precondition(lambda self: not self.held)
     @rule()
     def restart(self) -> None:
-        self.manager.close()
-        self.manager = self.open()
-        self.settle()
-        for name in NAMES:
-            self.adopt(name)
+        self.begin_again()
+        self.adopt_all()
 
-    @precondition(lambda self: not self.held)
+    # Uploads.
+
+    @rule(name=name_of, content=content_of, broken=st.booleans())
+    def begin_upload(self, name: str, content: int, broken: bool) -> None:
+        """Or go on with one. Whoever is sending that name is sent away."""
+        files = trained(content).broken if broken and content < 2 else trained(content).files
+        manifest = manifest_of(name, files)
+        is_new = manifest not in self.unfinished and manifest not in self.accepted[name]
+        too_many = name not in self.sending and len(self.sending) >= AT_ONCE
+        old = self.sending.pop(name, None)
+        if not too_many:
+            self.forget_old({manifest} | {each.manifest for each in self.sending.values()})
+            is_new = is_new or (manifest not in self.unfinished and manifest not in self.accepted[name])
+        full = is_new and self.room_used() + NUM_BYTES > LIMITS.total_bytes
+        try:
+            upload = self.uploads.begin(manifest)
+        except AdapterUploadQuotaError:
+            assert too_many or full
+        else:
+            assert not too_many
+            assert not full
+            self.sending[name] = Sending(upload, files)
+            if manifest not in self.accepted[name]:
+                self.unfinished[manifest] = self.later_s
+        if old is not None:
+            with pytest.raises(AdapterUploadError, match="gave way"):
+                old.upload.write(CONFIG, 0, b"")
+            self.leave(old)
+
+    @precondition(lambda self: self.sending)
+    @rule(index=st.integers(0, AT_ONCE - 1), share=st.sampled_from([0.0, 0.5, 1.0]))
+    def send(self, index: int, share: float) -> None:
+        sending = self.nth_sending(index)
+        received = self.uploads.received(sending.manifest)
+        for file, data in sending.files.items():
+            until_byte = received[file] + int((len(data) - received[file]) * share)
+            sending.upload.write(file, received[file], data[received[file] : until_byte])
+
+    @precondition(lambda self: self.sending)
+    @rule(index=st.integers(0, AT_ONCE - 1))
+    def break_off_upload(self, index: int) -> None:
+        sending = self.nth_sending(index)
+        before = self.uploads.received(sending.manifest)
+        del self.sending[sending.manifest.name]
+        self.leave(sending)
+        assert self.uploads.received(sending.manifest) == before
+
+    @precondition(lambda self: self.sending)
+    @rule(index=st.integers(0, AT_ONCE - 1))
+    def damage_upload(self, index: int) -> None:
+        """What came is not what was announced: it is not found, and the damaged file has to come again."""
+        sending = self.nth_sending(index)
+        if sending.manifest in self.accepted[sending.manifest.name]:
+            return
+        self.send_rest(sending)
+        sending.upload.write(WEIGHTS, 0, b"\0" * 16)
+        with pytest.raises(AdapterUploadError, match="wrong"):
+            sending.upload.finish()
+        del self.sending[sending.manifest.name]
+        self.leave(sending)
+        assert self.uploads.received(sending.manifest)[WEIGHTS] == 0
+
+    @precondition(lambda self: self.sending and not self.held)
+    @rule(index=st.integers(0, AT_ONCE - 1), dies_before=st.sampled_from(DEATHS))
+    def finish_upload(self, index: int, dies_before: str) -> None:
+        """What the server does with the last byte, and whether it still lives when it would do this."""
+        sending = self.nth_sending(index)
+        name = sending.manifest.name
+        self.send_rest(sending)
+        del self.sending[name]
+        before, unfinished = deepcopy(self.known[name]), dict(self.unfinished)
+        self.manager.flush()
+        self.note_answer()
+
+        def about_to(call: str) -> None:
+            if call == dies_before.removesuffix(" unwritten"):
+                if dies_before != UNWRITTEN:
+                    self.manager.flush()
+                self.copy_disk()
+            if call == "accept":
+                moves.set()
+
+        with self.stuck_disk() if dies_before == UNWRITTEN else contextlib.nullcontext(Event()) as moves:
+            error = self.load_upload(sending, about_to)
+        if not self.left.exists():
+            if error is None:
+                self.note_answer()
+            return
+        self.unfinished = unfinished
+        after = self.known[name]
+        if dies_before in ("load", UNWRITTEN):  # nobody knows that it can be loaded
+            if sending.manifest not in self.accepted_before:
+                self.unfinished.setdefault(sending.manifest, self.later_s)
+            self.accepted[name] = self.accepted_before
+            self.known[name] = before
+        else:
+            assert error is None
+            self.unfinished.pop(sending.manifest, None)
+            self.answered[name] = deepcopy(after)
+        self.begin_again(self.left)
+        self.compare_with_answers()
+
+    @rule()
+    def a_day_passes(self) -> None:
+        self.later_s += 2 * DAY_S
+
+    # Crashes.
+
     @rule()
     def crash(self) -> None:
-        """The disk as a kill would leave it after the last answer, and a server that begins with that."""
+        """At rest, but with nothing written down that nobody was promised."""
+        self.copy_disk()
+        self.begin_again(self.left)
+        self.compare_with_answers()
+
+    @rule(
+        name=name_of,
+        number=number_of,
+        share=share_of,
+        pinned=st.booleans(),
+        what=st.sampled_from(["promote", "roll_back", "try_a_canary", "pin", "unload"]),
+    )
+    def crash_after_answer(self, name: str, number: int, share: float, pinned: bool, what: str) -> None:
+        """The moment that it has answered, with a disk that takes its time."""
+        arguments = {"promote": (number,), "try_a_canary": (number, share), "pin": (pinned,)}.get(what, ())
+        self.on_answer = self.copy_disk
+        with self.slow_disk():
+            getattr(self, what)(name, *arguments)
+        self.on_answer = lambda: None
+        if self.left.exists():
+            self.begin_again(self.left)
+            self.compare_with_answers()
+
+    @rule(name=name_of, content=content_of)
+    def crash_before_it_is_written(self, name: str, content: int) -> None:
+        """New files were seen, and the disk has taken nothing of it."""
         self.manager.flush()
-        left = self.folder / "left"
-        shutil.copytree(self.state, left)
-        self.manager.close()
-        shutil.rmtree(self.state)
-        left.rename(self.state)
-        (self.state / "catalogue.lock").unlink(missing_ok=True)
-        self.manager = self.open()
-        self.settle()
-        for name in NAMES:
-            self.adopt(name)
+        self.note_answer()
+        with self.stuck_disk():
+            self.files_change(name, content)
+            self.copy_disk()
+        self.answered[name].on_disk = content
+        self.known = deepcopy(self.answered)
+        self.begin_again(self.left)
+        self.compare_with_answers()
 
     # What must hold.
 
@@ -243,13 +471,39 @@ class Machine(RuleBasedStateMachine):
     def names_stand_for_what_they_should(self) -> None:
         for name, known in self.known.items():
             alias = self.manager._store.find(name)
-            if known.unloaded:
+            if known.unloaded or known.source is None:
                 assert alias is None, name
             elif known.versions:
                 assert alias is not None, name
                 found = {number: v.digest for number, v in alias.versions.items() if v.digest}
-                assert found == {number: self.digests[content] for number, content in known.versions.items()}, name
-                assert (alias.promoted, alias.newest) == (known.promoted, known.newest), name
+                expected = {number: trained(content).digest for number, content in known.versions.items()}
+                assert found == expected, name
+                canary = (alias.canary.number, alias.canary.share) if alias.canary else None
+                assert (alias.promoted, alias.previous, alias.newest) == (known.promoted, known.previous, known.newest)
+                assert (alias.pinned, canary) == (known.pinned, known.canary), name
+
+    @invariant()
+    def a_number_never_means_two_contents(self) -> None:
+        for alias in self.manager._store.aliases():
+            for number, version in alias.versions.items():
+                assert version.digest in ("", self.meant.get((alias.name, number), version.digest)), version.label
+
+    @invariant()
+    def uploads_are_whole_or_not_there(self) -> None:
+        """Found, on the disk and counted: those that were accepted, and what may be gone on with."""
+        whole = {}
+        for name, accepted in self.accepted.items():
+            found = self.uploads.find(name)
+            assert (found.revision if found else None) == (accepted[-1].digest if accepted else None), name
+            if accepted:
+                whole[self.uploads._folder_of(name).name] = {each.digest for each in accepted}
+        on_disk = {path.name: path for path in self.uploads.folder.iterdir()}
+        assert on_disk.keys() == {*whole, ".lock", "tmp"}
+        for folder, digests in whole.items():
+            assert {path.name for path in on_disk[folder].iterdir()} == {*digests, RECORD_FILE}
+        unfinished = {self.uploads._staging(manifest).name for manifest in self.unfinished}
+        assert {path.name for path in on_disk["tmp"].iterdir()} == unfinished
+        assert sum(self.uploads._sizes.values()) == self.room_used()
 
     # The model.
 
@@ -277,43 +531,21 @@ class Machine(RuleBasedStateMachine):
         """What happened beside the model: a name that was found, and read or not."""
         alias, known = self.manager._store.find(name), self.known[name]
         if alias is not None and alias.is_known and not known.versions and not known.unloaded:
-            assert known.on_disk is not None
+            assert known.source is not None
             known.last = alias.last_number
-            known.versions = {known.last: known.on_disk}
+            known.versions = {known.last: known.source}
             known.promoted = known.newest = known.last
 
-    def see(self, name: str) -> None:
-        """The source has this content now, and somebody has read it."""
-        known = self.known[name]
-        assert known.on_disk is not None
-        same = [number for number, content in known.versions.items() if content == known.on_disk]
-        number = same[0] if same else known.last + 1
-        known.last = max(known.last, number)
-        known.versions[number] = known.on_disk
-        if number != known.newest:
-            known.newest = number
-            if known.promoted:
-                self.stand_for(known, number)
-            else:
-                known.promoted = number
+    def adopt_all(self) -> None:
+        for name in NAMES:
+            self.adopt(name)
+
+    def see(self, name: str, content: int) -> None:
+        self.known[name].see(content)
         self.prune(name)
 
     def prune(self, name: str) -> None:
-        known = self.known[name]
-        held = {lease.version for lease, _ in self.held if lease.name == name}
-        kept = {known.promoted, known.previous, known.newest, known.canary[0] if known.canary else 0} | held
-        too_many = len(known.versions) - MAX_VERSIONS
-        for number in [number for number in sorted(known.versions) if number not in kept][: max(0, too_many)]:
-            del known.versions[number]
-
-    def stand_for(self, known: Known, number: int) -> None:
-        if number != known.promoted:
-            known.previous, known.promoted = known.promoted, number
-        if known.canary and known.canary[0] == number:
-            known.canary = None
-        for name, one in self.known.items():
-            if one is known:
-                self.prune(name)
+        self.known[name].prune(MAX_VERSIONS, {lease.version for lease, _ in self.held if lease.name == name})
 
     def refused(self, call: Callable[[], object], allowed: bool, name: str) -> bool:
         try:
@@ -322,6 +554,7 @@ class Machine(RuleBasedStateMachine):
             alias = self.manager._store.find(name)
             assert not allowed or alias is None or not alias.is_known, name
             return True
+        self.on_answer()
         self.settle()
         self.adopt(name)
         assert allowed or not self.known[name].versions, name
@@ -330,11 +563,156 @@ class Machine(RuleBasedStateMachine):
     def check(self, lease: AdapterLease, name: str, key: str) -> None:
         known = self.known[name]
         assert lease.name == name
-        assert lease.digest == self.digests[known.versions[lease.version]]
+        assert lease.digest == trained(known.versions[lease.version]).digest
         if known.canary is not None and known.canary[1] == 1.0:
             assert lease.version == known.canary[0], key
         elif known.canary is None:
             assert lease.version == known.promoted
+
+    def note_answer(self) -> None:
+        """All that happened until now is on the disk, because somebody was told so."""
+        self.answered = deepcopy(self.known)
+        for name, known in self.known.items():
+            for number, content in known.versions.items():
+                assert self.meant.setdefault((name, number), trained(content).digest) == trained(content).digest
+
+    def nth_sending(self, index: int) -> Sending:
+        return list(self.sending.values())[index % len(self.sending)]
+
+    def send_rest(self, sending: Sending) -> None:
+        for file, offset in self.uploads.received(sending.manifest).items():
+            sending.upload.write(file, offset, sending.files[file][offset:])
+
+    def leave(self, sending: Sending) -> None:
+        sending.upload.close()
+        if sending.manifest in self.unfinished:
+            self.unfinished[sending.manifest] = self.later_s
+
+    def load_upload(self, sending: Sending, about_to: Callable[[str], None]) -> Exception | None:
+        """As the server does it. Why it was refused, if it was."""
+        name, known = sending.manifest.name, self.known[sending.manifest.name]
+        self.accepted_before = list(self.accepted[name])
+        manager: Any = Told(self.manager, about_to)
+        try:
+            asyncio.run(Uploading()._load(sending.upload, manager, pin=False))
+        except (AdapterRejectedError, AdapterCapacityError) as error:
+            self.settle()
+            self.unfinished.pop(sending.manifest, None)
+            return error
+        self.settle()
+        self.unfinished.pop(sending.manifest, None)
+        content = next(content for content in CONTENTS if trained(content).files == sending.files)
+        known.uploaded, known.unloaded = content, False
+        self.see(name, content)
+        self.note_upload(sending.manifest)
+        return None
+
+    def note_upload(self, manifest: Manifest) -> None:
+        accepted = [each for each in self.accepted[manifest.name] if each != manifest] + [manifest]
+        spare = [each for each in accepted[:-KEPT] if not self.manager.has_version_at(self.uploads._directory(each))]
+        self.accepted[manifest.name] = [each for each in accepted if each not in spare]
+
+    def room_used(self) -> int:
+        manifests = [*self.unfinished, *(each for accepted in self.accepted.values() for each in accepted)]
+        return sum(manifest.num_bytes + OVERHEAD_BYTES for manifest in manifests)
+
+    def forget_old(self, active: set[Manifest]) -> None:
+        for manifest, changed_s in tuple(self.unfinished.items()):
+            if self.later_s - changed_s > DAY_S and manifest not in active:
+                del self.unfinished[manifest]
+
+    # What a crash leaves.
+
+    def copy_disk(self) -> None:
+        """All of it as it is now, with the server at work. Between two transactions: those are SQLite's matter."""
+        recorder = self.manager._persistence._recorder
+        copies = self.manager._persistence._copies
+        assert recorder is not None
+        assert copies is not None
+        with recorder._journal._lock, copies._lock:
+            shutil.copytree(self.state, self.left)
+
+    def begin_again(self, left: Path | None = None) -> None:
+        """With the disk as the server leaves it that closes now, or as it was when it was killed."""
+        self.release_all()
+        self.sending.clear()
+        self.manager.close()
+        if left is not None:
+            shutil.rmtree(self.state)
+            self.litter(left)
+            left.rename(self.state)
+        self.unfinished = dict.fromkeys(self.unfinished, 0.0)
+        self.open()
+        self.settle()
+
+    @staticmethod
+    def litter(left: Path) -> None:
+        """What may lie there if the kill comes between two lines that no rule stops at."""
+        for path in ("versions/tmp/half", "versions/tmp/old.gone", "uploads/tmp/new-1", "uploads/tmp/removed-1"):
+            (left / path).mkdir()
+            (left / path / WEIGHTS).write_bytes(b"half")
+        (left / "uploads" / "tmp" / "record-1").write_text("{")
+
+    def compare_with_answers(self) -> None:
+        """What was answered is there. What was not may be, but only as a whole."""
+        for name in NAMES:
+            self.known[name] = self.survivor(name)
+        self.adopt_all()
+        self.manager.flush()
+        self.note_answer()
+        catalogue = {FILE, f"{FILE}-wal", f"{FILE}-shm", LOCK}
+        assert {path.name for path in self.state.iterdir()} <= {*catalogue, "uploads", "versions"}
+        assert not any((self.state / "versions" / "tmp").iterdir())
+        for version in self.manager._store.versions():
+            if version.digest and version.copy is None and not version.source.is_relative_to(self.uploads.folder):
+                self.at_risk.add((version.name, version.number))
+
+    def survivor(self, name: str) -> NameModel:
+        """Of the two that the name may be after a crash, what it is."""
+        alias, candidates = self.manager._store.find(name), []
+        for candidate in (self.known[name], self.answered[name]):
+            candidate.on_disk, candidate.uploaded = self.known[name].on_disk, self.uploaded(name)
+            if candidate.versions and candidate.source is not None:
+                self.known[name] = candidate
+                self.see(name, candidate.source)
+            candidates.append(candidate)
+        numbers = [] if alias is None else [number for number, version in alias.versions.items() if version.digest]
+        fitting = [each for each in candidates if sorted(each.versions) == numbers]
+        assert fitting, (name, numbers, candidates)
+        return fitting[0]
+
+    def uploaded(self, name: str) -> int | None:
+        accepted = self.accepted[name]
+        return next((c for c in CONTENTS if accepted and manifest_of(name, trained(c).files) == accepted[-1]), None)
+
+    @contextlib.contextmanager
+    def slow_disk(self) -> Iterator[None]:
+        """Whoever does not wait for it is faster."""
+        with self.writing_after(partial(Event().wait, 0.02)):
+            yield
+
+    @contextlib.contextmanager
+    def stuck_disk(self) -> Iterator[Event]:
+        """Until its event is set."""
+        moves = Event()
+        with self.writing_after(partial(moves.wait, WAIT_S)):
+            try:
+                yield moves
+            finally:
+                moves.set()
+
+    @contextlib.contextmanager
+    def writing_after(self, wait: Callable[[], object]) -> Iterator[None]:
+        recorder = self.manager._persistence._recorder
+        assert recorder is not None
+        write = recorder._write
+
+        def later(rows: Any) -> None:
+            wait()
+            write(rows)
+
+        with patch.object(recorder, "_write", later):
+            yield
 
 
 Machine.TestCase.settings = settings(

@@ -18,7 +18,13 @@ from gralora_runtime.adapters.checkpoint.header import files_stamp
 from gralora_runtime.adapters.checkpoint.tensors import WEIGHTS_FILE
 from gralora_runtime.adapters.manager import AdapterManager
 from gralora_runtime.adapters.residency.mover import NUM_READERS, READ_AHEAD
-from gralora_runtime.errors import AdapterNotFoundError, AdapterVersionLostError, CatalogueError
+from gralora_runtime.errors import (
+    AdapterCapacityError,
+    AdapterNotFoundError,
+    AdapterRejectedError,
+    AdapterVersionLostError,
+    CatalogueError,
+)
 
 
 @pytest.fixture
@@ -179,6 +185,59 @@ def test_a_copy_that_made_room_leaves_the_directory_to_read_from(places: tuple[P
             use(manager, "a@1")
 
         assert use(manager, "a").digest == second
+
+
+def test_a_copy_that_a_kill_prevented_is_made_when_the_adapter_is_read_again(
+    places: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its files had been seen, so that nobody used to think of it any more."""
+    root, state = places
+    write_version(root, "a", 0)
+    with managing(root, state_dir=state) as manager, monkeypatch.context() as patch:
+        patch.setattr(ContentStore, "_keep", lambda *_: None)
+        first = use(manager, "a").digest
+    with managing(root, units=1, host_units=0, state_dir=state) as manager:
+        use(manager, "a")
+        until(lambda: copied(manager, "a", 1))
+        write_version(root, "a", 1)
+        assert manager.load("a").result(WAIT_S).version == 2
+
+        assert use(manager, "a@1").digest == first
+
+
+def test_a_load_that_fails_leaves_an_unloaded_name_unloaded_and_its_numbers_what_they_were(
+    places: tuple[Path, Path],
+) -> None:
+    """The next load used to begin with number 1 again, and a request to bring the name back."""
+    root, state = places
+    path = write_version(root, "a", 0)
+    with managing(root, state_dir=state) as manager:
+        use(manager, "a")
+        manager.unload("a")
+        edit_config(path, gralora_k=3)
+        with pytest.raises(AdapterRejectedError):
+            manager.load("a").result(WAIT_S)
+        write_version(root, "a", 1)
+        with pytest.raises(AdapterNotFoundError):
+            use(manager, "a")
+    with managing(root, state_dir=state) as manager:
+        with pytest.raises(AdapterNotFoundError):
+            use(manager, "a")
+        assert manager.load("a").result(WAIT_S).version > 1
+
+
+def test_a_name_that_found_no_room_is_not_there_after_a_restart(places: tuple[Path, Path]) -> None:
+    """It had been read by then, and used to be written down."""
+    root, state = places
+    with managing(root, units=1, state_dir=state) as manager:
+        write_version(root, "a", 0)
+        manager.load("a", pin=True).result(WAIT_S)
+        path = write_version(root, "b", 1)
+        manager.refresh("b")
+        with pytest.raises(AdapterCapacityError):
+            manager.load("c", path).result(WAIT_S)
+    with managing(root, units=1, state_dir=state) as manager:
+        assert [info.name for info in manager.list()] == ["a", "b"]
 
 
 def test_an_adapter_that_only_comes_back_is_written_down_once(places: tuple[Path, Path]) -> None:

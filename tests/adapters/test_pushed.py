@@ -23,7 +23,7 @@ from gralora_runtime.errors import AdapterCapacityError, AdapterNotFoundError, A
 
 
 @contextmanager
-def with_uploads(root: Path, *, units: float = 4) -> Iterator[tuple[AdapterManager, Uploads]]:
+def with_uploads(root: Path, *, units: float = 4, **options: Any) -> Iterator[tuple[AdapterManager, Uploads]]:
     """A manager over `root/adapters`, with `root/uploads` before it."""
     (root / "adapters").mkdir(exist_ok=True)
     made: list[AdapterManager] = []
@@ -32,7 +32,8 @@ def with_uploads(root: Path, *, units: float = 4) -> Iterator[tuple[AdapterManag
         limits=UploadLimits(),
         in_use=lambda folder: any(manager.has_version_at(folder) for manager in made),
     )
-    with managing(None, sources=[uploads, DirectorySource(root / "adapters")], units=units, slots=16) as manager:
+    sources = [uploads, DirectorySource(root / "adapters")]
+    with managing(None, sources=sources, units=units, slots=16, **options) as manager:
         made.append(manager)
         yield manager, uploads
 
@@ -152,6 +153,46 @@ def test_uploads_come_before_directories_at_start(tmp_path: Path, trained: Path)
 
         assert sources == {"a": uploads.find("a").directory, "b": tmp_path / "adapters" / "b"}
         assert use(manager, "a").digest == info.digest
+
+
+def test_an_upload_that_a_killed_server_had_loaded_is_its_names(tmp_path: Path, trained: Path) -> None:
+    """The name used to stand for files that had gone back to the unfinished ones."""
+    with with_uploads(tmp_path, state_dir=tmp_path / "state") as (manager, uploads):
+        first = manager.load("a", upload(uploads, "a", trained / "one")).result(WAIT_S)
+        accept(uploads, "a", trained / "one")
+        second = manager.load("a", upload(uploads, "a", trained / "two")).result(WAIT_S)
+        other = upload(uploads, "a", trained / "three")
+    with with_uploads(tmp_path, state_dir=tmp_path / "state") as (manager, uploads):
+        assert uploads.find("a").directory == Path(second.source)
+        assert [use(manager, name).digest for name in ("a", "a@1")] == [second.digest, first.digest]
+        assert not other.exists()  # nobody had loaded it
+
+
+def test_an_upload_that_a_killed_server_accepted_comes_before_those_that_follow(
+    tmp_path: Path, trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its catalogue had not heard of it, so it was read at start, and used to take the place of a later one."""
+    may_answer, find = threading.Event(), Uploads.find
+
+    def slowly(self: Uploads, name: str) -> Any:
+        if threading.current_thread() is not threading.main_thread():
+            assert may_answer.wait(WAIT_S)
+        return find(self, name)
+
+    with with_uploads(tmp_path, state_dir=tmp_path / "state") as (manager, uploads):
+        manager.load("a", upload(uploads, "a", trained / "one")).result(WAIT_S)
+        accept(uploads, "a", trained / "one")
+    with with_uploads(tmp_path) as (_, uploads):  # without that catalogue
+        upload(uploads, "a", trained / "two")
+        accept(uploads, "a", trained / "two")
+    monkeypatch.setattr(Uploads, "find", slowly)
+    with with_uploads(tmp_path, state_dir=tmp_path / "state") as (manager, uploads):
+        info = manager.load("a", upload(uploads, "a", trained / "three")).result(WAIT_S)
+        may_answer.set()
+        quiesce(manager)
+
+        assert [version.number for version in info.versions] == [1, 2, 3]
+        assert manager.get("a").version == 3
 
 
 def test_what_a_version_is_read_from_stays_while_there_is_that_version(tmp_path: Path, trained: Path) -> None:

@@ -59,6 +59,7 @@ class AdapterVersion:
     summary: AdapterSummary | None = None
     digest: str = ""  # set by `AdapterStore.identify`, once
     copy: Path | None = None  # in the content store: what it was, whatever becomes of its source
+    offered: bool = False  # to the content store, since the server began
     stamp: object = None  # of its source's files, if it was last read from there
     created_s: float = field(default_factory=time.time)
     warnings: tuple[str, ...] | None = None  # what is odd about its content; None: nobody has read it since the start

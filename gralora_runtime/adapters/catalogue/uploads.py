@@ -20,7 +20,7 @@ import shutil
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,6 +84,9 @@ class Uploads:
         self._sizes: dict[Path, int] = {}  # bytes that each directory counts for
         self._changed_s: dict[Path, float] = {}  # of unfinished ones
         self._records: dict[str, list[str]] = {}  # by name: digests of accepted uploads, the newest last
+        self._undecided: list[
+            Path
+        ] = []  # whole when a server was killed, which had not said whether they can be loaded
         self._unfinished = self.folder / UNFINISHED
         self._file_lock = self._open()
         self._recover()
@@ -175,6 +178,21 @@ class Uploads:
             if not (self._closed or self._is_kept(manifest)) and directory.is_dir():
                 self._return_to_unfinished(directory)
                 self._remove_if_empty(directory.parent)
+
+    def decide(self, loaded: Collection[Path]) -> None:
+        """At start. What a killed server had loaded, and neither accepted nor refused yet, is what its name is now.
+
+        The rest of what was whole is unfinished again: nobody knows whether it can be loaded.
+        """
+        with self._lock:
+            for directory in self._undecided:
+                manifest = _read_manifest(directory)
+                if manifest is not None and directory in loaded and self._directory(manifest) == directory:
+                    self._write_record(manifest.name, [*self._records.get(manifest.name, ()), manifest.digest])
+                else:
+                    self._return_to_unfinished(directory)
+                    self._remove_if_empty(directory.parent)
+            self._undecided.clear()
 
     # Below: with the lock held, but for those that take it.
 
@@ -331,16 +349,16 @@ class Uploads:
         name, digests = _read_record(folder)
         is_sound = self._folder_of(name) == folder
         whole = [digest for digest in digests if is_sound and (folder / digest).is_dir()]
-        for directory in tuple(folder.iterdir()):
-            if directory.is_dir() and directory.name not in whole:
-                self._return_to_unfinished(directory)  # nobody has said that it can be loaded
-        if not whole:
+        undecided = [entry for entry in folder.iterdir() if entry.is_dir() and entry.name not in whole]
+        if not whole and not undecided:
             shutil.rmtree(folder)
             return
-        self._records[name] = whole
-        for digest in whole:
-            manifest = _read_manifest(folder / digest)
-            self._sizes[folder / digest] = OVERHEAD_BYTES if manifest is None else _counted(manifest)
+        self._undecided += undecided
+        if whole:
+            self._records[name] = whole
+        for directory in (*undecided, *(folder / digest for digest in whole)):
+            manifest = _read_manifest(directory)
+            self._sizes[directory] = OVERHEAD_BYTES if manifest is None else _counted(manifest)
 
 
 def _write(path: Path, text: str) -> None:
