@@ -30,6 +30,7 @@ from gralora_runtime.adapters.checkpoint.loader import LoadedAdapter
 from gralora_runtime.adapters.checkpoint.spec import ModuleShape
 from gralora_runtime.adapters.descriptions import Descriptions
 from gralora_runtime.adapters.discovery import Discovery
+from gralora_runtime.adapters.housekeeping import Housekeeping
 from gralora_runtime.adapters.info import AdapterInfo, AdapterPage, AdapterResidency, AdapterStats, UnloadResult
 from gralora_runtime.adapters.persistence import Persistence
 from gralora_runtime.adapters.residency.eviction import worth_after_use
@@ -63,6 +64,7 @@ class AdapterManager:
         watch: str = "off",
         state_dir: Path | None = None,
         copies_bytes: int = 20 << 30,
+        now_s: Callable[[], float] = time.time,
     ) -> None:
         """`watch`, `state_dir`, `copies_bytes`: see `EngineConfig`. Raises CatalogueError."""
         self.pool = AdapterPool(
@@ -81,7 +83,7 @@ class AdapterManager:
         self._persistence = Persistence(state_dir, copies_bytes=copies_bytes, store=self._store)
         self._changes = Changes()
         self._removed: list[AdapterVersion] = []  # whose memory nobody has given back yet
-        self._catalogue = Catalogue(self._store, retention, self._on_changed, self._removed.append)
+        self._catalogue = Catalogue(self._store, retention, self._on_changed, self._removed.append, now_s)
         self._cache = HostCache(host_cache_bytes, self._on_dropped)
         self._leases: dict[int, tuple[AdapterVersion, Resident]] = {}  # by serial
         self._serials = itertools.count(1)
@@ -116,6 +118,7 @@ class AdapterManager:
             watch=watch,
         )
         self._discovery.begin()
+        self._housekeeping = Housekeeping(self.tidy)
 
     # For requests.
 
@@ -287,6 +290,20 @@ class AdapterManager:
         """Where all adapters are, and by name at most `limit` that are in memory: `first`, then the last used ones."""
         return self._descriptions.residency(limit, first)
 
+    def tidy(self) -> None:
+        """Give up what was kept for long enough. The lock is not held while thousands of names are gone through."""
+        with self._lock:
+            aliases = tuple(self._store.aliases())
+        for alias in aliases:
+            with self._answering() as answers:
+                if self._closed:
+                    return
+                if len(alias.versions) > 1 and self._store.find(alias.name) is alias:
+                    self._catalogue.prune(alias)
+                    self._give_back(answers)
+        if self.uploads is not None:
+            self.uploads.prune(alias.name for alias in aliases)
+
     def flush(self) -> None:
         """Return when all that happened until now would survive a kill, or raise CatalogueError."""
         self._persistence.flush()
@@ -341,6 +358,7 @@ class AdapterManager:
 
     def close(self) -> None:
         """Answer everybody who waits, and stop the threads."""
+        self._housekeeping.close()
         with self._answering() as answers:
             self._closed = True
             self._discovery.stop()
@@ -435,8 +453,12 @@ class AdapterManager:
         self._mover.wake(answers)
 
     def _give_back(self, answers: Answers) -> tuple[int, int]:
-        """The memory of removed versions, unless others have their content. Returns bytes of the pool, of the cache."""
+        """Memory and copies of removed versions, unless others have their content.
+
+        Returns bytes of the pool, of the cache.
+        """
         pool_bytes = host_bytes = 0
+        self._persistence.drop_unused_copies(version.digest for version in self._removed if version.digest)
         for version in self._removed:
             resident = self.pool.find(version.digest)
             if self._store.sharing(version.digest):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from gralora_runtime.adapters.catalogue.content import ContentStore
 from gralora_runtime.adapters.catalogue.journal import Journal, NameRow, VersionRow
 from gralora_runtime.adapters.catalogue.recorder import Recorder
 from gralora_runtime.adapters.catalogue.store import AdapterStore, AdapterVersion, Alias, Canary
+from gralora_runtime.errors import CatalogueError
 
 Roots = tuple[Path, ...]
 
@@ -29,6 +30,8 @@ class Persistence:
             self._rows = journal.names()
             self._recorder = Recorder(journal)
             self._copies = ContentStore(self._folder / "versions", budget_bytes=copies_bytes, needed=self._is_last)
+            known = {version.digest for row in self._rows for version in row.versions}
+            self.drop_unused_copies(digest for digest in self._copies.digests() if digest not in known)
 
     def unloaded(self) -> Mapping[str, int]:
         """Names that an operator removed before the server ended, and the last number of each."""
@@ -68,6 +71,12 @@ class Persistence:
         if self._copies is not None:
             self._copies.remove(digest)
 
+    def drop_unused_copies(self, digests: Iterable[str]) -> None:
+        """Of these, what no version has any more when it is on the disk that none has."""
+        if self._copies is not None:
+            for digest in digests:
+                self._copies.drop(digest, self._is_unused)
+
     def flush(self) -> None:
         """Return when all that was noted is on the disk, or raise CatalogueError."""
         if self._recorder is not None:
@@ -78,6 +87,14 @@ class Persistence:
             self._copies.close()
         if self._recorder is not None:
             self._recorder.close()
+
+    def _is_unused(self, digest: str) -> bool:
+        """In the content store's thread. A removal that cannot be written down is not done: a kill undoes it."""
+        try:
+            self.flush()
+        except CatalogueError:
+            return False
+        return not self._store.sharing(digest)
 
     def _is_last(self, digest: str) -> bool:
         """No directory has this content any more: it is not the newest of any name."""

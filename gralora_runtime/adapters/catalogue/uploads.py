@@ -20,7 +20,7 @@ import shutil
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -158,7 +158,7 @@ class Uploads:
             self._refuse_when_closed()
             digests = [digest for digest in self._records.get(manifest.name, ()) if digest != manifest.digest]
             self._write_record(manifest.name, [*digests, manifest.digest])
-            self._prune(manifest.name)
+            self._prune(manifest.name, keep=KEPT)
 
     def reject(self, manifest: Manifest) -> None:
         """It cannot be loaded, and goes, unless it could be once."""
@@ -167,6 +167,15 @@ class Uploads:
             if not (self._closed or self._is_kept(manifest)):
                 self._remove(directory)
                 self._remove_if_empty(directory.parent)
+
+    def prune(self, names: Iterable[str]) -> None:
+        """Of these names keep what was accepted last, and what the catalogue still has."""
+        for name in names:
+            with self._lock:
+                if self._closed:
+                    return
+                if name in self._records:
+                    self._prune(name, keep=1)
 
     def set_back(self, manifest: Manifest) -> None:
         """Nobody could say whether it can be loaded: as if its last byte had not come."""
@@ -263,10 +272,10 @@ class Uploads:
         sync_directory(folder)
         self._records[name] = digests
 
-    def _prune(self, name: str) -> None:
-        """The oldest go, but for those that the catalogue still has."""
+    def _prune(self, name: str, *, keep: int) -> None:
+        """All but the newest go, except for those that the catalogue still has."""
         folder, digests = self._folder_of(name), self._records[name]
-        spare = [digest for digest in digests[:-KEPT] if not self._in_use(folder / digest)]
+        spare = [digest for digest in digests[:-keep] if not self._in_use(folder / digest)]
         if spare:
             self._write_record(name, [digest for digest in digests if digest not in spare])
         for digest in spare:
