@@ -301,6 +301,8 @@ class AdapterManager:
                 if len(alias.versions) > 1 and self._store.find(alias.name) is alias:
                     self._catalogue.prune(alias)
                     self._give_back(answers)
+            if alias.gone:
+                self._discovery.give_up_if_nothing_is_left(alias)
         if self.uploads is not None:
             self.uploads.prune(alias.name for alias in aliases)
 
@@ -512,6 +514,10 @@ class AdapterManager:
     def capacity_problem(self, version: AdapterVersion) -> AdapterCapacityError | None:
         return self._mover.capacity_problem(version)
 
+    def holds(self, version: AdapterVersion) -> bool:
+        here = version.digest in self._cache or self.pool.find(version.digest) is not None
+        return here or version.loading or version.in_flight > 0
+
     def fail(self, version: AdapterVersion, error: BaseException, answers: Answers) -> None:
         self._mover.fail(version, error, answers)
 
@@ -541,8 +547,7 @@ class AdapterManager:
     def _forget_provisional(self, version: AdapterVersion, answers: Answers) -> None:
         alias = self._store.alias_of(version)
         if alias is not None:
-            self._catalogue.remove(alias)
-            self._give_back(answers)
+            self._discovery.leave(alias, answers)
 
     def _pool_bytes(self, numel: int) -> int:
         return numel * self.pool.arena.element_size()

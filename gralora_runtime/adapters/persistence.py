@@ -37,6 +37,10 @@ class Persistence:
         """Names that an operator removed before the server ended, and the last number of each."""
         return {row.name: row.last_number for row in self._rows if row.unloaded}
 
+    def departed(self) -> Mapping[str, int]:
+        """Names that were given up because nothing was left of them, and the last number of each."""
+        return {row.name: row.last_number for row in self._rows if not row.unloaded and row.current is None}
+
     def aliases(self, roots_of: Callable[[Path], Roots]) -> Iterator[Alias]:
         """Names and versions as they were. `roots_of`: where links in a directory may end."""
         for row in self._rows:
@@ -51,11 +55,13 @@ class Persistence:
     def unload(self, alias: Alias) -> None:
         """An operator removed it: that is remembered, and the last number that it gave to a version."""
         if self._recorder is not None:
-            self._recorder.note(alias.name, _unloaded_row(alias))
+            self._recorder.note(alias.name, _row_without_versions(alias.name, alias.last_number, unloaded=True))
 
-    def forget(self, name: str) -> None:
+    def depart(self, name: str, last_number: int) -> None:
+        """It is listed no more, and found again whenever it is somewhere. 0: none of its numbers meant a content."""
         if self._recorder is not None:
-            self._recorder.note(name, None)
+            row = _row_without_versions(name, last_number, unloaded=False) if last_number else None
+            self._recorder.note(name, row)
 
     def used(self, version: AdapterVersion) -> None:
         if self._recorder is not None and version.digest:
@@ -162,18 +168,18 @@ def _row(alias: Alias) -> NameRow:
     )
 
 
-def _unloaded_row(alias: Alias) -> NameRow:
+def _row_without_versions(name: str, last_number: int, *, unloaded: bool) -> NameRow:
     return NameRow(
-        name=alias.name,
+        name=name,
         current=None,
         previous=None,
         newest=None,
-        last_number=alias.last_number,
+        last_number=last_number,
         seen="{}",
         canary=None,
         canary_share=0.0,
         pinned=False,
-        unloaded=True,
+        unloaded=unloaded,
     )
 
 

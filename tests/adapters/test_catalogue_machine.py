@@ -92,6 +92,17 @@ class Machine(RuleBasedStateMachine):
             self.see(name)
 
     @rule(name=name_of)
+    def files_go(self, name: str) -> None:
+        """What was read has a copy, so only names that nobody has read leave the list."""
+        self.adopt(name)
+        shutil.rmtree(self.root / name, ignore_errors=True)
+        self.known[name].on_disk = None
+        self.manager.refresh(name)
+        self.settle()
+        alias = self.manager._store.find(name)
+        assert alias is None or (alias.is_known and alias.gone), name
+
+    @rule(name=name_of)
     def load(self, name: str) -> None:
         known = self.known[name]
         loading = self.manager.load(name)
@@ -105,6 +116,7 @@ class Machine(RuleBasedStateMachine):
             if not known.promoted or known.unloaded:  # a name that found no room is not kept
                 self.adopt(name)
                 return
+        self.settle()  # it is copied, too: a crash before that leaves nothing but its directory
         known.unloaded = False
         self.see(name)
         self.adopt(name)
@@ -283,9 +295,10 @@ class Machine(RuleBasedStateMachine):
             known.promoted = known.newest = known.last
 
     def see(self, name: str) -> None:
-        """The source has this content now, and somebody has read it."""
+        """If the source has something, that is known now: somebody has read it."""
         known = self.known[name]
-        assert known.on_disk is not None
+        if known.on_disk is None:  # it is served from a copy
+            return
         same = [number for number, content in known.versions.items() if content == known.on_disk]
         number = same[0] if same else known.last + 1
         known.last = max(known.last, number)

@@ -133,6 +133,12 @@ class Catalogue:
         for version in alias.versions.values():
             self._removed(version)
 
+    def note_gone(self, alias: Alias, gone: bool) -> None:
+        """Whether no source has the alias any more."""
+        if alias.gone != gone:
+            alias.gone = gone
+            self._changed(alias)
+
     def prune(self, alias: Alias) -> None:
         """Versions that are too many or too old go. Called when a name changes, and now and then."""
         spare = list(self._spare(alias))  # the oldest first

@@ -174,7 +174,7 @@ class Adapter(_message.Message):
     base_model: _builtins.str
     """The base model that it was trained on, as its configuration says."""
     error: _builtins.str
-    """Why the last attempt to load it failed. Empty: it did not."""
+    """Why the last attempt to load it failed, or that its files are gone. Empty: neither."""
     version: _builtins.int
     """The number of the version that the name stands for."""
     previous_version: _builtins.int
