@@ -226,6 +226,7 @@ class Machine(RuleBasedStateMachine):
     def crash(self) -> None:
         """The disk as a kill would leave it after the last answer, and a server that begins with that."""
         self.manager.flush()
+        self.settle_copies()  # a directory cannot be copied while it is removed
         left = self.folder / "left"
         shutil.copytree(self.state, left)
         self.manager.close()
@@ -271,6 +272,9 @@ class Machine(RuleBasedStateMachine):
         resolver = self.manager._discovery._resolver
         until(lambda: not resolver._asked and not any(a.refreshing for a in tuple(self.manager._store.aliases())))
         quiesce(self.manager)
+        self.settle_copies()
+
+    def settle_copies(self) -> None:
         copies = self.manager._persistence._copies
         assert copies is not None
         copies._copying.submit(int).result(WAIT_S)

@@ -150,6 +150,39 @@ class Uploads:
             raise
         return upload
 
+    # For operators.
+
+    def has(self, name: str) -> bool:
+        """Whether something was uploaded under the name, and accepted."""
+        with self._lock:
+            return name in self._records
+
+    def delete(self, name: str) -> None:
+        """All that was uploaded under the name, or is being sent. Others get the room.
+
+        Raises AdapterUploadError if the catalogue still reads from it: then all that is whole stays.
+        """
+        with self._lock:
+            sent = self._active.get(name)
+        if sent is not None:  # without the lock: it may be hashing
+            sent.end(AdapterUploadError(name, "was deleted"))
+        with self._lock:
+            self._refuse_when_closed()
+            if self._active.get(name) not in (None, sent):
+                raise AdapterUploadError(name, "is being sent again")
+            folder = self._folder_of(name)
+            entries = list(folder.iterdir()) if folder.is_dir() else []
+            whole = [entry for entry in entries if entry.is_dir() and not entry.is_symlink()]
+            if any(map(self._in_use, whole)):
+                raise AdapterUploadError(name, "stays: an adapter is read from it")
+            if self._records.pop(name, None) is not None:
+                (folder / RECORD_FILE).unlink()  # first, so that a kill leaves nothing that would be found
+                sync_directory(folder)
+            for directory in (*whole, *self._unfinished_of(name)):
+                self._remove(directory)
+            self._remove_if_empty(folder)
+        log.info("what was uploaded as adapter %r is deleted", name)
+
     # For whoever tried to load what came.
 
     def accept(self, manifest: Manifest) -> None:
@@ -243,6 +276,10 @@ class Uploads:
             if changed_s < oldest_s and staging not in active:
                 log.info("%s is removed: nothing came for %g s", staging, self._limits.unfinished_age_s)
                 self._remove(staging)
+
+    def _unfinished_of(self, name: str) -> list[Path]:
+        found = [(staging, _read_manifest(staging)) for staging in self._changed_s]
+        return [staging for staging, manifest in found if manifest is not None and manifest.name == name]
 
     def _publish(self, manifest: Manifest) -> None:
         """All of it is here and checked. Takes the lock."""

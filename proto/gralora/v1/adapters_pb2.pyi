@@ -627,16 +627,22 @@ class UnloadAdapterRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     NAME_FIELD_NUMBER: _builtins.int
+    DELETE_UPLOAD_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """The adapter's name, or "name@3" for one version that the name does not stand for."""
+    delete_upload: _builtins.bool
+    """Whether what was uploaded under the name is deleted, too, once the adapter is unloaded; also if it was unloaded
+    before. Not for one version. FAILED_PRECONDITION: nothing was uploaded under it.
+    """
     def __init__(
         self,
         *,
         name: _builtins.str = ...,
+        delete_upload: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["delete_upload", b"delete_upload", "name", b"name"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
