@@ -16,6 +16,7 @@ import torch
 from gralora_kernels.cpu import threads as cpu_threads
 from gralora_kernels.dispatch import AdapterBackend, resolve_backend
 from gralora_kernels.packing import Packing
+from gralora_runtime.adapters.catalogue.catalogue import Retention
 from gralora_runtime.adapters.catalogue.sources.choice import SourceSettings, open_source
 from gralora_runtime.adapters.catalogue.sources.downloads import Downloads
 from gralora_runtime.adapters.catalogue.sources.fetch import Limits
@@ -50,6 +51,7 @@ logger = logging.getLogger(__name__)
 # the machine wants memory too; on a GPU nobody else does.
 KV_CACHE_SHARE = {"cpu": 0.25, "cuda": 0.75}
 ADAPTER_POOL_SHARE = {"cpu": 0.1, "cuda": 0.15}
+SECONDS_A_DAY = 86_400.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,6 +233,7 @@ def _adapter_manager(
             watch=config.watch,
             state_dir=config.state_dir,
             copies_bytes=config.copies_bytes,
+            retention=Retention(max_versions=config.keep_versions, max_age_s=config.keep_versions_days * SECONDS_A_DAY),
             base_model=base.name,
             # While the model still has its weights: programs free them. 30 to 90 ms for 135M parameters on two cores.
             base_norms=weight_norms(base.model) if sources else {},

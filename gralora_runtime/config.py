@@ -35,6 +35,8 @@ class EngineConfig:
     adapters: tuple[AdapterSource, ...] = ()  # asked in this order
     allow_roots: tuple[Path, ...] = ()  # links in adapter directories may end below these too
     state_dir: Path | None = None  # what outlives the server: the catalogue, downloads, uploads, old versions
+    keep_versions: int = 8  # of a name; those that are promoted, pinned or in use stay besides
+    keep_versions_days: float = 30.0  # since a version was last used, or else made
     copies_bytes: int = 20 << 30  # of copies of what directories held, in the state directory
     download_bytes: int = 50 << 30  # of adapters that came from other machines, in the state directory
     upload_bytes: int = 50 << 30  # of adapters that clients sent, in the state directory
@@ -74,7 +76,14 @@ class EngineConfig:
         ):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-        for name in ("max_num_seqs", "max_num_batched_tokens", "max_queue", "page_size", "max_adapter_slots"):
+        for name in (
+            "max_num_seqs",
+            "max_num_batched_tokens",
+            "max_queue",
+            "page_size",
+            "max_adapter_slots",
+            "keep_versions",
+        ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("max_model_len", "kv_cache_bytes", "adapter_pool_bytes", "num_threads"):
@@ -88,6 +97,8 @@ class EngineConfig:
             )
         if not 0.0 < self.load_share <= 1.0:
             raise ConfigError(f"load_share must be above 0 and at most 1, got {self.load_share:g}")
+        if not self.keep_versions_days > 0:  # neither is what is no number
+            raise ConfigError(f"keep_versions_days must be more than 0, got {self.keep_versions_days}")
         if self.max_named_adapters < 0:
             raise ConfigError(f"max_named_adapters must be at least 0, got {self.max_named_adapters}")
         if self.max_num_batched_tokens < self.max_num_seqs:

@@ -7,7 +7,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Collection
 
-from gralora_runtime.adapters.catalogue.store import AdapterState, AdapterStore, AdapterVersion, Alias
+from gralora_runtime.adapters.catalogue.store import GONE, AdapterState, AdapterStore, AdapterVersion, Alias
 from gralora_runtime.adapters.info import (
     AdapterInfo,
     AdapterPage,
@@ -46,7 +46,7 @@ class Descriptions:
             in_flight=alias.in_flight,
             last_used_s=max(v.last_used_s for v in alias.versions.values()),
             pool_bytes=self._pool_bytes(version),
-            error=str(error) if error else "",
+            error=GONE if alias.gone else str(error) if error else "",
             warnings=self._warnings(version),
             summary=version.summary,
             previous=alias.previous,

@@ -16,12 +16,13 @@ from typing import Protocol
 
 from gralora_runtime.adapters.answers import Answers
 from gralora_runtime.adapters.catalogue.catalogue import Catalogue
+from gralora_runtime.adapters.catalogue.names import split_revision
 from gralora_runtime.adapters.catalogue.resolver import Resolved, Resolver
 from gralora_runtime.adapters.catalogue.scan import Scan, Seen
 from gralora_runtime.adapters.catalogue.similar import similar_name
 from gralora_runtime.adapters.catalogue.sources.directory import DirectorySource
 from gralora_runtime.adapters.catalogue.sources.source import Found, Source
-from gralora_runtime.adapters.catalogue.store import AdapterStore, AdapterVersion, Alias, Waiter
+from gralora_runtime.adapters.catalogue.store import GONE, AdapterStore, AdapterVersion, Alias, Waiter
 from gralora_runtime.adapters.catalogue.uploads import Uploads
 from gralora_runtime.adapters.catalogue.watcher import Watcher
 from gralora_runtime.adapters.checkpoint.header import CONFIG_FILE, AdapterSummary, inspect
@@ -67,6 +68,10 @@ class Household(Protocol):
     def identified(self, version: AdapterVersion) -> None:
         """Its files were read: what it is, is known."""
 
+    def holds(self, version: AdapterVersion) -> bool:
+        """Its weights are in memory, or on their way there, or somebody waits for them."""
+        ...
+
     def fail(self, version: AdapterVersion, error: BaseException, answers: Answers) -> None:
         """Nobody will get this version."""
 
@@ -104,6 +109,7 @@ class Discovery:
         self._tries = tries
         # By an operator, so that no request brings them back; and the last number that each has given to a version.
         self._unloaded: dict[str, int] = {}
+        self._departed: dict[str, int] = {}  # names of which nothing was left, and the same of each
         self._closed = False
         self._resolver = Resolver(self._sources, similar=self._similar)
         self._refresher = ThreadPoolExecutor(1, thread_name_prefix="adapter-refresh")
@@ -111,7 +117,9 @@ class Discovery:
         directories = [source for source in self._sources if isinstance(source, DirectorySource)]
         # Before anything is looked at, so that no change falls between the two.
         self._watcher = (
-            Watcher(directories, self.refresh, poll=watch == "poll") if directories and watch != "off" else None
+            Watcher(directories, self.refresh, self._below, poll=watch == "poll")
+            if directories and watch != "off"
+            else None
         )
 
     def begin(self) -> None:
@@ -120,13 +128,17 @@ class Discovery:
         Headers are read beside serving, weights when somebody asks.
         """
         self._unloaded.update(self._persistence.unloaded())
+        self._departed.update(self._persistence.departed())
+        unseen: dict[str, Alias] = {}
         for remembered in self._persistence.aliases(self._roots_of):
             self._store.add(remembered)
             self._scan.add(remembered.current)
+            unseen[remembered.name] = remembered
         for source in self._sources:
             if isinstance(source, Uploads):
                 source.decide({version.source for version in self._store.versions()})
             for name in source.names():
+                unseen.pop(name, None)
                 alias = self._store.find(name)
                 if alias is not None:
                     alias.follows = source.follows
@@ -137,6 +149,9 @@ class Discovery:
                 elif name not in self._unloaded and (found := source.find(name)) is not None:
                     with self._answering():
                         self._register(name, Resolved(source, found))
+        for name, alias in unseen.items():
+            if not _is_there(alias.latest.source) and self._is_at_hand(alias.latest.source):
+                self.refresh(name)
         self._scan.wait()
         self._refresher.submit(self._warm_up).add_done_callback(_log_failure)
 
@@ -200,19 +215,35 @@ class Discovery:
             alias.refreshing = True
             self._on_found_again(alias.name, resolved)
 
+    def give_up_if_nothing_is_left(self, alias: Alias) -> None:
+        """What a name whose files are gone was served from may have gone since. Without the lock."""
+        with self._answering():
+            is_listed = self._store.find(alias.name) is alias
+            is_over = is_listed and not self._is_left(alias)
+        if is_over:
+            self.refresh(alias.name)  # which asks the sources once more
+
+    def leave(self, alias: Alias, answers: Answers) -> None:
+        """It is listed no more, until it is found again. With the lock held."""
+        self._catalogue.remove(alias)
+        if alias.last_read:
+            self._departed[alias.name] = alias.last_read
+        self._persistence.depart(alias.name, alias.last_read)
+        self._household.settle(alias, answers)
+
     def forget(self, alias: Alias) -> None:
         """An operator unloads it. With the lock held."""
         self._catalogue.remove(alias)
         self._unloaded[alias.name] = alias.last_number
         self._persistence.unload(alias)
 
-    def take_back(self, alias: Alias) -> None:
+    def take_back(self, alias: Alias, answers: Answers) -> None:
         """The load that brought the name has failed: it is gone, or unloaded, as it was before. With the lock held."""
-        if alias.last_number > 1:  # it gave numbers to versions before it was unloaded, and they keep their meaning
+        if alias.was_unloaded:
             self.forget(alias)
+            self._household.settle(alias, answers)
         else:
-            self._catalogue.remove(alias)
-            self._persistence.forget(alias.name)
+            self.leave(alias, answers)
 
     def on_files_changed(self, version: AdapterVersion, adapter: LoadedAdapter, answers: Answers) -> None:
         """A version was to be read again, and its files have become another one. With the lock held.
@@ -253,8 +284,18 @@ class Discovery:
         self._resolver.close()
         self._refresher.shutdown(cancel_futures=True)
 
+    def _enter(self, name: str, resolved: Resolved, *, provisional: bool = False) -> Alias:
+        """Its numbers go on where an earlier life of the name ended."""
+        return self._catalogue.register(
+            name,
+            resolved.found,
+            follows=resolved.source.follows,
+            provisional=provisional,
+            last_number=self._departed.pop(name, 0),
+        )
+
     def _register(self, name: str, resolved: Resolved) -> None:
-        self._scan.add(self._catalogue.register(name, resolved.found, follows=resolved.source.follows).current)
+        self._scan.add(self._enter(name, resolved).current)
 
     def _register_new(self, name: str, resolved: Resolved) -> None:
         """A directory that was made a moment ago may become an adapter, or an organisation's."""
@@ -293,13 +334,18 @@ class Discovery:
         with self._answering() as answers:
             alias = self._store.alias_of(version)
             error = DrainingError() if self._closed else resolving.exception()
-            if alias is None or isinstance(error, AdapterNotFoundError) or version.number != alias.in_source:
-                error = AdapterVersionLostError(version.name, version.number, "its files are gone")
+            is_absent = isinstance(error, AdapterNotFoundError)
+            if alias is None or is_absent or version.number != alias.in_source:
+                answers.error(waiter.future, AdapterVersionLostError(version.name, version.number, GONE))
+                if alias is not None and is_absent:
+                    self._note_absence(alias, answers)
+                return
             if error is not None:
                 answers.error(waiter.future, error)
                 return
             found = resolving.result().found
             version.source, version.roots, version.copy = found.directory, found.roots, None
+            self._catalogue.note_gone(alias, False)
             if not waiter.future.cancelled():
                 self._household.enter(version, waiter, answers)
 
@@ -310,7 +356,7 @@ class Discovery:
         if name in self._unloaded:
             raise AdapterNotFoundError(name)
         alias = self._store.find(name)
-        return alias or self._catalogue.register(name, resolved.found, follows=resolved.source.follows)
+        return alias or self._enter(name, resolved)
 
     def _on_found_to_load(self, name: str, waiter: Waiter, resolving: Future[Resolved]) -> None:
         if (error := resolving.exception()) is None:
@@ -325,13 +371,14 @@ class Discovery:
                 answers.error(waiter.future, DrainingError())
                 return
             last_number = self._unloaded.pop(name, 0)
+            if last_number:
+                self._departed[name] = last_number
             alias = self._store.find(name)
             if alias is not None:
                 alias.current.quarantine.end()
             if alias is None:
-                alias = self._catalogue.register(
-                    name, found, follows=resolved.source.follows, provisional=True, last_number=last_number
-                )
+                alias = self._enter(name, resolved, provisional=True)
+                alias.was_unloaded = last_number > 0
                 self._household.enter(alias.current, waiter, answers)
             elif not alias.is_known and found.directory == alias.current.source:
                 self._point(alias.current, found)
@@ -349,7 +396,13 @@ class Discovery:
                 if error is None and not self._closed and name not in self._unloaded:
                     self._register_new(name, resolving.result())
                 return
+            if isinstance(error, AdapterNotFoundError) and not self._closed:
+                self._end_refresh(alias, answers)
+                self._note_absence(alias, answers)
+                return
             found = None if error else resolving.result().found
+            if found is not None:
+                self._catalogue.note_gone(alias, False)
             if found is None or self._closed or alias.has_seen(found.directory):
                 self._end_refresh(alias, answers)
             elif alias.is_known:
@@ -358,6 +411,38 @@ class Discovery:
                 self._point(alias.current, found)
                 self._scan.add(alias.current)
                 self._end_refresh(alias, answers)
+
+    def _note_absence(self, alias: Alias, answers: Answers) -> None:
+        """No source has it. What was loaded from a path of its own has its files all the same."""
+        if _is_there(alias.latest.source):
+            self._catalogue.note_gone(alias, False)
+        elif self._is_left(alias):
+            self._catalogue.note_gone(alias, True)
+        else:
+            log.info("adapter %r is no longer listed: %s", alias.name, GONE)
+            self.leave(alias, answers)
+
+    def _is_left(self, alias: Alias) -> bool:
+        """Something that it can be served from, or an operator wants to hear that there is nothing: it is pinned."""
+        versions = alias.versions.values()
+        return alias.pinned or any(
+            version.pinned
+            or self._household.holds(version)
+            or _is_there(version.source)
+            or (version.copy is not None and _is_there(version.copy))
+            for version in versions
+        )
+
+    def _is_at_hand(self, directory: Path) -> bool:
+        """Where it is, or was, tells that no other machine has to be asked whether it is still there."""
+        local = [source for source in self._sources if isinstance(source, AT_HAND)]
+        return len(local) == len(self._sources) or any(source.locate(directory) for source in local)
+
+    def _below(self, beginnings: set[str]) -> tuple[str, ...]:
+        """The names that are one of these, or an organisation's or a repository's that is."""
+        with self._answering():
+            names = tuple(self._store.names())
+        return tuple(name for name in names if not beginnings.isdisjoint(_beginnings(name)))
 
     @staticmethod
     def _point(version: AdapterVersion, found: Found) -> None:
@@ -401,6 +486,7 @@ class Discovery:
                 alias.quarantine.extend()
                 log.warning("the newest files of adapter %r are not served: %s", alias.name, error)
             if error is None:
+                self._catalogue.note_gone(alias, False)
                 version = self._take_note(alias, reading.result(), found)
                 version.stamp = files.stamp
                 self._household.identified(version)
@@ -466,6 +552,20 @@ class Discovery:
                 version.summary = seen
             else:
                 version.error = seen
+
+
+def _is_there(directory: Path) -> bool:
+    """As far as anybody can say: a file system that does not answer has lost nothing yet."""
+    try:
+        return directory.is_dir()
+    except OSError:
+        return True
+
+
+def _beginnings(name: str) -> tuple[str, ...]:
+    """`acme/pirate@main`: itself, acme/pirate, acme."""
+    bare, _ = split_revision(name)
+    return (name, bare, bare.split("/")[0])
 
 
 def _log_failure(done: Future[None]) -> None:

@@ -46,7 +46,7 @@ class AdapterInfo:
     in_flight: int  # requests that hold it or wait for it
     last_used_s: float  # seconds since the epoch; 0: never
     pool_bytes: int  # what it takes in the pool, there or not; 0: unknown
-    error: str  # why the last attempt to load it failed; "": it did not
+    error: str  # why the last attempt to load it failed, or that its files are gone; "": neither
     warnings: tuple[str, ...]  # what is odd about it, though it is served; of its weights once they were read
     summary: AdapterSummary | None  # None: its header could not be read
     previous: int  # the version that a rollback returns to; 0: none

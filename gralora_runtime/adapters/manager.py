@@ -32,6 +32,7 @@ from gralora_runtime.adapters.checkpoint.loader import LoadedAdapter
 from gralora_runtime.adapters.checkpoint.spec import ModuleShape, to_keep
 from gralora_runtime.adapters.descriptions import Descriptions
 from gralora_runtime.adapters.discovery import Discovery
+from gralora_runtime.adapters.housekeeping import Housekeeping
 from gralora_runtime.adapters.info import AdapterInfo, AdapterPage, AdapterResidency, AdapterStats, UnloadResult
 from gralora_runtime.adapters.oddities import Oddities
 from gralora_runtime.adapters.persistence import Persistence
@@ -70,6 +71,7 @@ class AdapterManager:
         state_dir: Path | None = None,
         copies_bytes: int = 20 << 30,
         vocab_size: int = 0,
+        now_s: Callable[[], float] = time.time,
     ) -> None:
         """`watch`, `state_dir`, `copies_bytes`: see `EngineConfig`. Raises CatalogueError.
 
@@ -92,7 +94,7 @@ class AdapterManager:
         self._persistence = Persistence(state_dir, copies_bytes=copies_bytes, store=self._store)
         self._changes = Changes()
         self._removed: list[AdapterVersion] = []  # whose memory nobody has given back yet
-        self._catalogue = Catalogue(self._store, retention, self._on_changed, self._removed.append)
+        self._catalogue = Catalogue(self._store, retention, self._on_changed, self._removed.append, now_s)
         self._cache = HostCache(host_cache_bytes, self._on_dropped)
         self._leases: dict[int, tuple[AdapterVersion, Resident]] = {}  # by serial
         self._serials = itertools.count(1)
@@ -133,6 +135,7 @@ class AdapterManager:
             watch=watch,
         )
         self._discovery.begin()
+        self._housekeeping = Housekeeping(self.tidy)
 
     # For requests.
 
@@ -301,6 +304,22 @@ class AdapterManager:
         """Where all adapters are, and by name at most `limit` that are in memory: `first`, then the last used ones."""
         return self._descriptions.residency(limit, first)
 
+    def tidy(self) -> None:
+        """Give up what was kept for long enough. The lock is not held while thousands of names are gone through."""
+        with self._lock:
+            aliases = tuple(self._store.aliases())
+        for alias in aliases:
+            with self._answering() as answers:
+                if self._closed:
+                    return
+                if len(alias.versions) > 1 and self._store.find(alias.name) is alias:
+                    self._catalogue.prune(alias)
+                    self._give_back(answers)
+            if alias.gone:
+                self._discovery.give_up_if_nothing_is_left(alias)
+        if self.uploads is not None:
+            self.uploads.prune(alias.name for alias in aliases)
+
     def flush(self) -> None:
         """Return when all that happened until now would survive a kill, or raise CatalogueError."""
         self._persistence.flush()
@@ -355,6 +374,7 @@ class AdapterManager:
 
     def close(self) -> None:
         """Answer everybody who waits, and stop the threads."""
+        self._housekeeping.close()
         with self._answering() as answers:
             self._closed = True
             self._discovery.stop()
@@ -520,8 +540,12 @@ class AdapterManager:
         self._mover.wake(answers)
 
     def _give_back(self, answers: Answers) -> tuple[int, int]:
-        """The memory of removed versions, unless others have their content. Returns bytes of the pool, of the cache."""
+        """Memory and copies of removed versions, unless others have their content.
+
+        Returns bytes of the pool, of the cache.
+        """
         pool_bytes = host_bytes = 0
+        self._persistence.drop_unused_copies(version.digest for version in self._removed if version.digest)
         for version in self._removed:
             resident = self.pool.find(version.digest)
             if self._store.sharing(version.digest):
@@ -578,6 +602,10 @@ class AdapterManager:
     def capacity_problem(self, version: AdapterVersion) -> AdapterCapacityError | None:
         return self._mover.capacity_problem(version)
 
+    def holds(self, version: AdapterVersion) -> bool:
+        here = version.digest in self._cache or self.pool.find(version.digest) is not None
+        return here or version.loading or version.in_flight > 0
+
     def fail(self, version: AdapterVersion, error: BaseException, answers: Answers) -> None:
         self._mover.fail(version, error, answers)
 
@@ -613,8 +641,7 @@ class AdapterManager:
     def _forget_provisional(self, version: AdapterVersion, answers: Answers) -> None:
         alias = self._store.alias_of(version)
         if alias is not None:
-            self._discovery.take_back(alias)
-            self._give_back(answers)
+            self._discovery.take_back(alias, answers)
 
     def _pool_bytes(self, numel: int) -> int:
         return numel * self.pool.arena.element_size()

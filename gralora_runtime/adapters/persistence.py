@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from gralora_runtime.adapters.catalogue.content import ContentStore
 from gralora_runtime.adapters.catalogue.journal import Journal, NameRow, VersionRow
 from gralora_runtime.adapters.catalogue.recorder import Recorder
 from gralora_runtime.adapters.catalogue.store import AdapterStore, AdapterVersion, Alias, Canary
+from gralora_runtime.errors import CatalogueError
 
 Roots = tuple[Path, ...]
 
@@ -29,10 +30,16 @@ class Persistence:
             self._rows = journal.names()
             self._recorder = Recorder(journal)
             self._copies = ContentStore(self._folder / "versions", budget_bytes=copies_bytes, needed=self._is_last)
+            known = {version.digest for row in self._rows for version in row.versions}
+            self.drop_unused_copies(digest for digest in self._copies.digests() if digest not in known)
 
     def unloaded(self) -> Mapping[str, int]:
         """Names that an operator removed before the server ended, and the last number of each."""
         return {row.name: row.last_number for row in self._rows if row.unloaded}
+
+    def departed(self) -> Mapping[str, int]:
+        """Names that were given up because nothing was left of them, and the last number of each."""
+        return {row.name: row.last_number for row in self._rows if not row.unloaded and row.current is None}
 
     def aliases(self, roots_of: Callable[[Path], Roots]) -> Iterator[Alias]:
         """Names and versions as they were. `roots_of`: where links in a directory may end."""
@@ -48,11 +55,13 @@ class Persistence:
     def unload(self, alias: Alias) -> None:
         """An operator removed it: that is remembered, and the last number that it gave to a version."""
         if self._recorder is not None:
-            self._recorder.note(alias.name, _unloaded_row(alias))
+            self._recorder.note(alias.name, _row_without_versions(alias.name, alias.last_number, unloaded=True))
 
-    def forget(self, name: str) -> None:
+    def depart(self, name: str, last_number: int) -> None:
+        """It is listed no more, and found again whenever it is somewhere. 0: none of its numbers meant a content."""
         if self._recorder is not None:
-            self._recorder.note(name, None)
+            row = _row_without_versions(name, last_number, unloaded=False) if last_number else None
+            self._recorder.note(name, row)
 
     def used(self, version: AdapterVersion) -> None:
         if self._recorder is not None and version.digest:
@@ -68,6 +77,12 @@ class Persistence:
         if self._copies is not None:
             self._copies.remove(digest)
 
+    def drop_unused_copies(self, digests: Iterable[str]) -> None:
+        """Of these, what no version has any more when it is on the disk that none has."""
+        if self._copies is not None:
+            for digest in digests:
+                self._copies.drop(digest, self._is_unused)
+
     def flush(self) -> None:
         """Return when all that was noted is on the disk, or raise CatalogueError."""
         if self._recorder is not None:
@@ -78,6 +93,14 @@ class Persistence:
             self._copies.close()
         if self._recorder is not None:
             self._recorder.close()
+
+    def _is_unused(self, digest: str) -> bool:
+        """In the content store's thread. A removal that cannot be written down is not done: a kill undoes it."""
+        try:
+            self.flush()
+        except CatalogueError:
+            return False
+        return not self._store.sharing(digest)
 
     def _is_last(self, digest: str) -> bool:
         """No directory has this content any more: it is that of no name's source."""
@@ -145,18 +168,18 @@ def _row(alias: Alias) -> NameRow:
     )
 
 
-def _unloaded_row(alias: Alias) -> NameRow:
+def _row_without_versions(name: str, last_number: int, *, unloaded: bool) -> NameRow:
     return NameRow(
-        name=alias.name,
+        name=name,
         current=None,
         previous=None,
         newest=None,
-        last_number=alias.last_number,
+        last_number=last_number,
         seen="{}",
         canary=None,
         canary_share=0.0,
         pinned=False,
-        unloaded=True,
+        unloaded=unloaded,
     )
 
 

@@ -143,8 +143,11 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
     async def UnloadAdapter(
         self, request: adapters_pb2.UnloadAdapterRequest, _context: Context
     ) -> adapters_pb2.UnloadAdapterResponse:
-        validation.validate_name(request.name)
-        return convert.to_unloaded(await asyncio.to_thread(self._gate.engine.adapters.unload, request.name))
+        validation.validate_unload(request)
+        adapters = self._gate.engine.adapters
+        if request.delete_upload:
+            return convert.to_unloaded(await self._uploading.unload_and_delete(request.name, adapters))
+        return convert.to_unloaded(await asyncio.to_thread(adapters.unload, request.name))
 
     async def PinAdapter(
         self, request: adapters_pb2.PinAdapterRequest, _context: Context

@@ -14,8 +14,14 @@ from gralora.v1 import adapters_pb2
 from gralora_runtime.adapters.catalogue.manifest import Manifest
 from gralora_runtime.adapters.catalogue.upload import Upload
 from gralora_runtime.adapters.catalogue.uploads import Uploads
-from gralora_runtime.adapters.info import AdapterInfo
-from gralora_runtime.errors import AdapterUploadError, DrainingError, GraloraError, InvalidRequestError
+from gralora_runtime.adapters.info import AdapterInfo, UnloadResult
+from gralora_runtime.errors import (
+    AdapterNotFoundError,
+    AdapterUploadError,
+    DrainingError,
+    GraloraError,
+    InvalidRequestError,
+)
 from gralora_server import convert, validation
 from gralora_server.ports import Adapters
 from gralora_server.uninterrupted import uninterrupted
@@ -26,7 +32,7 @@ Requests = AsyncIterator[adapters_pb2.UploadAdapterRequest]
 
 
 class Uploading:
-    """All uploads of a server: those of one name are loaded one after the other."""
+    """All uploads of a server: those of one name are loaded, or deleted, one after the other."""
 
     def __init__(self) -> None:
         self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
@@ -52,6 +58,23 @@ class Uploading:
         self._loading.add(loading)
         loading.add_done_callback(self._loading.discard)
         return await asyncio.shield(loading)
+
+    async def unload_and_delete(self, name: str, adapters: Adapters) -> UnloadResult:
+        """Nothing is left of what was uploaded under the name, whoever asked for that goes away meanwhile."""
+        return await uninterrupted(self._unload_and_delete(name, adapters))
+
+    async def _unload_and_delete(self, name: str, adapters: Adapters) -> UnloadResult:
+        uploads = uploads_of(adapters, name)
+        turn = self._turns.setdefault(name, asyncio.Lock())
+        async with turn:
+            if not await asyncio.to_thread(uploads.has, name):
+                raise AdapterUploadError(name, "cannot be deleted: there is none")
+            try:
+                freed = await asyncio.to_thread(adapters.unload, name)
+            except AdapterNotFoundError:  # unloaded before, and its upload stayed
+                freed = UnloadResult(name=name, digest="", pool_bytes_freed=0, host_bytes_freed=0)
+            await asyncio.to_thread(uploads.delete, name)
+        return freed
 
     async def _load(self, upload: Upload, adapters: Adapters, *, pin: bool) -> AdapterInfo:
         manifest = upload.manifest

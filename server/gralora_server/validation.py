@@ -10,7 +10,7 @@ import re
 from collections.abc import Collection, Iterable, Sequence
 
 from gralora.v1 import adapters_pb2, generation_pb2, server_pb2
-from gralora_runtime.adapters.catalogue.names import check_name
+from gralora_runtime.adapters.catalogue.names import check_name, parse_reference
 from gralora_runtime.errors import InvalidRequestError
 
 AnyGenerateRequest = generation_pb2.GenerateRequest | generation_pb2.StreamGenerateRequest
@@ -89,6 +89,12 @@ def validate_prefix(prefix: str) -> None:
 def validate_version(name: str, version: str) -> None:
     check_name("name", name)
     _validate_length("version", version, MAX_VERSION_CHARS)
+
+
+def validate_unload(request: adapters_pb2.UnloadAdapterRequest) -> None:
+    validate_name(request.name)
+    if request.delete_upload and parse_reference("name", request.name).is_exact:
+        raise InvalidRequestError("delete_upload", True, "is for a name with all its versions, not for one of them")
 
 
 def validate_load(request: adapters_pb2.LoadAdapterRequest) -> None:

@@ -551,3 +551,94 @@ def test_a_server_that_is_killed_again_and_again_ends_with_every_upload_whole(tm
     with opening(tmp_path) as uploads:
         files = contents(seen[-1], 20_000)
         assert holds(receive(uploads, manifest_of(f"n{seen[-1]}", files), files), files)
+
+
+# --- deleting
+
+
+def test_deleting_leaves_nothing_of_a_name_and_gives_its_room_back(tmp_path: Path) -> None:
+    size = sum(map(len, contents(0).values())) + OVERHEAD_BYTES
+    limits = replace(LIMITS, total_bytes=3 * size)
+    with opening(tmp_path, limits) as uploads:
+        other = push(uploads, "b", 0)
+        for seed in (1, 2):
+            push(uploads, "a", seed)
+        with pytest.raises(AdapterUploadQuotaError):
+            push(uploads, "c", 3)
+        uploads.delete("a")
+        assert (uploads.has("a"), uploads.find("a"), list(uploads.names())) == (False, None, ["b"])
+        assert {path.split("/")[0] for path in left_in(tmp_path)} == {other.parent.name}
+        again = [push(uploads, "a", seed) for seed in (1, 3)]
+        assert uploads.find("a").directory == again[-1]
+
+    with opening(tmp_path, limits) as uploads:
+        assert sorted(uploads.names()) == ["a", "b"]
+
+
+def test_deleting_ends_what_is_being_sent_and_takes_what_broke_off(tmp_path: Path) -> None:
+    with opening(tmp_path) as uploads:
+        push(uploads, "a", 1)
+        broken_off = uploads.begin(manifest_of("a", contents(2)))
+        broken_off.close()
+        same = uploads.begin(manifest_of("a", contents(1)))
+        others = uploads.begin(manifest_of("b", contents(1)))
+        uploads.delete("a")
+        with pytest.raises(AdapterUploadError, match="was deleted"):
+            same.write(CONFIG, 0, b"{")
+        same.close()
+        others.write(CONFIG, 0, b"{")
+
+        assert left_in(tmp_path) == {
+            f"{UNFINISHED}/{uploads._staging(others.manifest).name}",
+            *(f"{UNFINISHED}/{uploads._staging(others.manifest).name}/{file}" for file in (CONFIG, "manifest.json")),
+        }
+        others.close()
+
+
+def test_what_the_catalogue_reads_is_not_deleted(tmp_path: Path) -> None:
+    used: set[Path] = set()
+    with opening(tmp_path, in_use=used.__contains__) as uploads:
+        directories = [push(uploads, "a", seed) for seed in (1, 2)]
+        used.add(directories[0])
+        with pytest.raises(AdapterUploadError, match="is read from it"):
+            uploads.delete("a")
+
+        assert uploads.find("a").directory == directories[1]
+        assert all(directory.is_dir() for directory in directories)
+
+
+def test_deleting_follows_no_link_out_of_the_folder(tmp_path: Path) -> None:
+    """There is none unless somebody put one there; the files that it means are not ours."""
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / WEIGHTS).write_bytes(b"somebody's")
+    with opening(tmp_path / "uploads") as uploads:
+        directory = push(uploads, "a", 1)
+        (directory / "nested").symlink_to(outside)
+        (directory.parent / ("0" * 64)).symlink_to(outside)
+        uploads.delete("a")
+
+        assert (outside / WEIGHTS).read_bytes() == b"somebody's"
+        assert not directory.exists()
+
+
+@pytest.mark.parametrize("step", ["sync_directory", "shutil.rmtree"])
+def test_a_kill_while_deleting_leaves_nothing_that_is_found(
+    step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class KilledError(BaseException):
+        """Nobody catches it."""
+
+    def killed(*_: object) -> None:
+        raise KilledError
+
+    with opening(tmp_path) as uploads:
+        push(uploads, "a", 1)
+        monkeypatch.setattr(f"gralora_runtime.adapters.catalogue.uploads.{step}", killed)
+        with pytest.raises(KilledError):
+            uploads.delete("a")
+        monkeypatch.undo()
+
+    with opening(tmp_path) as uploads:
+        assert (uploads.find("a"), list(uploads.names())) == (None, [])
+        assert holds(push(uploads, "a", 1), contents(1))

@@ -147,6 +147,21 @@ async def test_a_push_that_cannot_be_says_why(connect: Connect, uploads: Uploads
             await call(client, "adapters.push", directory, "bard")
 
 
+@both
+async def test_what_was_pushed_is_deleted_with_its_adapter(connect: Connect, uploads: Uploads, directory: Path) -> None:
+    async with served() as s, connect(s.port) as client:
+        s.engine.adapters.uploads = uploads
+        await call(client, "adapters.push", directory, "poet")
+        await call(client, "adapters.unload", "poet")
+        assert uploads.has("poet")
+        freed = await call(client, "adapters.unload", "poet", delete_upload=True)
+        assert not uploads.has("poet")
+        with pytest.raises(FailedPreconditionError, match="there is none"):
+            await call(client, "adapters.unload", "poet", delete_upload=True)
+
+    assert (freed.name, freed.pool_bytes_freed) == ("poet", 1000)
+
+
 async def gralora(*arguments: Any, port: int) -> int:
     return await asyncio.to_thread(run, [*map(str, arguments), "--address", f"127.0.0.1:{port}"])
 
@@ -173,3 +188,16 @@ async def test_the_command_says_what_it_cannot_push(uploads: Uploads, directory:
     assert (missing, unfit) == (ExitCode.USAGE, ExitCode.UNFIT_ADAPTER)
     assert f"cannot read {directory / 'checkpoint-10' / CONFIG}: No such file or directory" in err
     assert "it uses DoRA" in err
+
+
+async def test_the_command_deletes_what_was_pushed(uploads: Uploads, directory: Path, capsys) -> None:
+    async with served() as s:
+        s.engine.adapters.uploads = uploads
+        await gralora("adapters", "push", directory, "--name", "poet", port=s.port)
+        capsys.readouterr()
+        codes = [await gralora("adapters", "unload", "poet", "--delete-upload", port=s.port) for _ in range(2)]
+    out, err = capsys.readouterr()
+
+    assert codes == [ExitCode.OK, ExitCode.FAILED]
+    assert out == "poet: unloaded; 1000 B freed in the pool, 2.0 KiB in host memory; what was pushed is deleted\n"
+    assert "the upload of adapter 'poet' cannot be deleted: there is none" in err

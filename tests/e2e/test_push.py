@@ -135,6 +135,23 @@ def test_a_broken_adapter_changes_nothing_for_a_name_that_works(
     assert described is None or (described.error, len(described.versions)) == ("", 1)
 
 
+def test_what_was_pushed_can_be_deleted_and_pushed_again(client: Client, trained: list[Path], state: Path) -> None:
+    there = kept(state)
+    for version in range(2):
+        client.adapters.push(trained[version], "short-lived")
+    before = client.generate("the quick", adapter="short-lived", **ASKED)
+    client.adapters.unload("short-lived", delete_upload=True)
+    assert kept(state) == there
+    with pytest.raises(NotFoundError):
+        client.generate("the quick", adapter="short-lived", **ASKED)
+    again = client.adapters.push(trained[1], "short-lived")
+    after = client.generate("the quick", adapter="short-lived", **ASKED)
+
+    assert (before.adapter_version, again.version) == (2, 3)
+    assert after.token_ids == before.token_ids
+    client.adapters.unload("short-lived", delete_upload=True)
+
+
 def test_pushed_adapters_are_there_after_a_restart(tiny_workspace: Path, trained: list[Path], tmp_path: Path) -> None:
     with serve(tiny_workspace, tmp_path) as address, Client(address) as client:
         client.adapters.push(trained[0], "acme/fox")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from gralora_runtime.adapters.residency.eviction import HALF_LIFE
 from gralora_server.loadtest.record import RequestRecord
 from gralora_server.loadtest.trace import Trace, TraceRequest
 from gralora_server.planner.profile import Profile
@@ -107,7 +108,34 @@ def pool(*, pool_bytes: int, max_slots: int = 9) -> Residency:
     return Residency([10, 10, 10, 10], pool_bytes=pool_bytes, max_slots=max_slots, load_byte_s=1.0)
 
 
-def test_the_least_recently_used_adapter_leaves() -> None:
+def test_the_adapter_that_was_used_least_leaves_though_it_was_used_last() -> None:
+    """As from the server's pool. The simulation used to have a policy of its own: the least recently used one left."""
+    residency = pool(pool_bytes=20)
+    for adapter in (0, 0, 0, 1, 2):
+        residency.acquire(adapter, 0.0)
+        residency.release(adapter)
+    loads = residency.loads
+
+    residency.acquire(0, 100.0)
+
+    assert residency.loads == loads == 3
+    assert residency.evicted_bytes == 10
+
+
+def test_favourites_of_yesterday_leave() -> None:
+    """Though they were used more often in all."""
+    residency = pool(pool_bytes=20)
+    for adapter in (*[0] * (3 * HALF_LIFE // 2), *[1] * HALF_LIFE, 2):
+        residency.acquire(adapter, 0.0)
+        residency.release(adapter)
+
+    residency.acquire(1, 100.0)
+    assert residency.loads == 3
+    residency.acquire(0, 100.0)
+    assert residency.loads == 4
+
+
+def test_an_adapter_that_is_used_again_stays() -> None:
     residency = pool(pool_bytes=20)
     for adapter in (0, 1, 0, 2):  # 1 has to go
         assert residency.acquire(adapter, 0.0) is not None

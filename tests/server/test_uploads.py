@@ -13,11 +13,11 @@ import grpc
 import pytest
 from support.fake_engine import adapter_info
 from support.grpc_harness import Served, failure, served
-from support.uploading import CONFIG, WEIGHTS, chunk, contents, header_of, manifest_of, messages, until
+from support.uploading import CONFIG, WEIGHTS, chunk, contents, header_of, manifest_of, messages, send, until
 
 from gralora.v1 import adapters_pb2
 from gralora_runtime.adapters.catalogue.uploads import UploadLimits, Uploads
-from gralora_runtime.errors import AdapterCapacityError, AdapterRejectedError, DrainingError
+from gralora_runtime.errors import AdapterBusyError, AdapterCapacityError, AdapterRejectedError, DrainingError
 from gralora_server import uploading
 
 Code = grpc.StatusCode
@@ -246,6 +246,92 @@ async def test_uploads_of_one_name_are_loaded_one_after_the_other(uploads: Uploa
 
 async def _answer(call: Any) -> Any:
     return await call
+
+
+def unloading(name: str, *, delete_upload: bool = True) -> adapters_pb2.UnloadAdapterRequest:
+    return adapters_pb2.UnloadAdapterRequest(name=name, delete_upload=delete_upload)
+
+
+async def test_unloading_deletes_an_upload_only_if_asked_to(uploads: Uploads) -> None:
+    async with served() as s:
+        s.engine.adapters.uploads = uploads
+        await s.client.adapters.UploadAdapter(iter(messages("poet", FILES)))
+        await s.client.adapters.UnloadAdapter(unloading("poet", delete_upload=False))
+        assert uploads.has("poet")
+        answer = await s.client.adapters.UnloadAdapter(unloading("poet"))
+        assert not uploads.has("poet")
+        await s.client.adapters.UploadAdapter(iter(messages("poet", FILES)))
+
+    assert (answer.name, answer.pool_bytes_freed) == ("poet", 1000)
+    assert uploads.has("poet")
+
+
+async def test_what_was_unloaded_before_can_still_be_deleted(uploads: Uploads) -> None:
+    async with served() as s:
+        s.engine.adapters.uploads = uploads
+        await s.client.adapters.UploadAdapter(iter(messages("bard", FILES)))
+        answer = await s.client.adapters.UnloadAdapter(unloading("bard"))  # the catalogue has only the poet
+
+    assert (answer.name, answer.digest, answer.pool_bytes_freed) == ("bard", "", 0)
+    assert not uploads.has("bard")
+
+
+async def test_an_adapter_in_use_keeps_its_upload(uploads: Uploads) -> None:
+    async with served() as s:
+        s.engine.adapters.uploads = uploads
+        await s.client.adapters.UploadAdapter(iter(messages("poet", FILES)))
+        s.engine.adapters.error = AdapterBusyError("poet", 3)
+        failed = await failure(s.client.adapters.UnloadAdapter(unloading("poet")))
+
+    assert (failed.code, failed.info.reason) == (Code.FAILED_PRECONDITION, "ADAPTER_BUSY")
+    assert uploads.has("poet")
+
+
+@pytest.mark.parametrize("keeps", [True, False], ids=["uploads", "no uploads"])
+async def test_what_nobody_uploaded_is_not_unloaded_as_if_it_were(keeps: bool, uploads: Uploads) -> None:
+    async with served() as s:
+        s.engine.adapters.uploads = uploads if keeps else None
+        failed = await failure(s.client.adapters.UnloadAdapter(unloading("poet")))
+
+    assert (failed.code, failed.info.reason) == (Code.FAILED_PRECONDITION, "ADAPTER_UPLOAD")
+    assert ("cannot be deleted: there is none" if keeps else "without a state directory") in failed.message
+    assert s.engine.adapters.calls == []
+
+
+async def test_an_upload_is_deleted_with_all_versions_of_its_name_or_not_at_all(uploads: Uploads) -> None:
+    async with served() as s:
+        s.engine.adapters.uploads = uploads
+        await s.client.adapters.UploadAdapter(iter(messages("poet", FILES)))
+        failed = await failure(s.client.adapters.UnloadAdapter(unloading("poet@1")))
+
+    assert (failed.code, failed.fields) == (Code.INVALID_ARGUMENT, ["delete_upload"])
+    assert uploads.has("poet")
+
+
+async def test_an_upload_that_is_being_loaded_is_deleted_only_afterwards(uploads: Uploads) -> None:
+    async with served() as s:
+        s.engine.adapters.uploads = uploads
+        loading = s.engine.adapters.loading = concurrent.futures.Future()
+        await asyncio.to_thread(_put, uploads, "bard")
+        uploading_again = s.client.adapters.UploadAdapter(iter(messages("bard", contents(1))))
+        assert await asyncio.to_thread(s.engine.adapters.called.acquire, timeout=10)
+        deleting = asyncio.ensure_future(_answer(s.client.adapters.UnloadAdapter(unloading("bard"))))
+        unloads = await asyncio.to_thread(s.engine.adapters.called.acquire, timeout=0.3)
+        loading.set_result(adapter_info("bard"))
+        await uploading_again
+        await deleting
+
+    assert not unloads
+    assert not uploads.has("bard")
+
+
+def _put(uploads: Uploads, name: str) -> None:
+    manifest = manifest_of(name, FILES)
+    upload = uploads.begin(manifest)
+    send(upload, FILES, {})
+    upload.finish()
+    upload.close()
+    uploads.accept(manifest)
 
 
 async def test_too_many_uploads_at_once_are_told_to_wait(uploads: Uploads) -> None:

@@ -17,7 +17,7 @@ from gralora_runtime.errors import InvalidRequestError
 
 @dataclass(frozen=True, slots=True)
 class Retention:
-    """Which versions are kept beside the promoted one and the one before it. Looked at when a name changes."""
+    """Which versions are kept beside the promoted one and the one before it."""
 
     max_versions: int = 8  # of a name
     max_age_s: float = 30 * 86_400  # since they were last used, or else made
@@ -85,7 +85,7 @@ class Catalogue:
             alias.on_trial = version.number if version.untried and version.number != alias.newest else 0
             if not version.untried:
                 self._be_newest(alias, version)
-        self._prune(alias)
+        self.prune(alias)
         self._changed(alias)
         return version
 
@@ -96,7 +96,7 @@ class Catalogue:
         if alias.on_trial == version.number:
             alias.on_trial = 0
             self._be_newest(alias, version)
-        self._prune(alias)
+        self.prune(alias)
         self._changed(alias)
 
     def refuse(self, alias: Alias, version: AdapterVersion, error: BaseException) -> None:
@@ -113,7 +113,7 @@ class Catalogue:
         _refuse_untried(version)
         if version.number != alias.promoted:
             self._stand_for(alias, version.number)
-            self._prune(alias)
+            self.prune(alias)
             self._changed(alias)
         return version
 
@@ -161,6 +161,21 @@ class Catalogue:
         for version in alias.versions.values():
             self._removed(version)
 
+    def note_gone(self, alias: Alias, gone: bool) -> None:
+        """Whether no source has the alias any more."""
+        if alias.gone != gone:
+            alias.gone = gone
+            self._changed(alias)
+
+    def prune(self, alias: Alias) -> None:
+        """Versions that are too many or too old go. Called when a name changes, and now and then."""
+        spare = list(self._spare(alias))  # the oldest first
+        too_many = len(alias.versions) - self._retention.max_versions
+        oldest_s = self._now_s() - self._retention.max_age_s
+        for position, version in enumerate(spare):
+            if position < too_many or max(version.last_used_s, version.created_s) < oldest_s:
+                self.remove_version(alias, version)
+
     def _version_of(self, alias: Alias, digest: str, found: Found) -> AdapterVersion:
         same = next((v for v in alias.versions.values() if v.digest == digest), None)
         unread = next((v for v in alias.versions.values() if v.digest == "" and v.number == alias.newest), None)
@@ -192,14 +207,6 @@ class Catalogue:
         alias.previous, alias.promoted = alias.promoted, number
         if alias.canary is not None and alias.canary.number == number:
             alias.canary = None
-
-    def _prune(self, alias: Alias) -> None:
-        spare = list(self._spare(alias))  # the oldest first
-        too_many = len(alias.versions) - self._retention.max_versions
-        oldest_s = self._now_s() - self._retention.max_age_s
-        for position, version in enumerate(spare):
-            if position < too_many or max(version.last_used_s, version.created_s) < oldest_s:
-                self.remove_version(alias, version)
 
     @staticmethod
     def _spare(alias: Alias) -> Iterator[AdapterVersion]:

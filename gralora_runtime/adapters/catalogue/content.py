@@ -12,6 +12,7 @@ import shutil
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 from gralora_runtime.adapters.checkpoint.containment import resolve_inside
@@ -61,6 +62,15 @@ class ContentStore:
             if self._sizes.pop(digest, None) is not None:
                 self._delete(digest)
 
+    def drop(self, digest: str, may_go: Callable[[str], bool]) -> None:
+        """Remove soon, in the store's thread, if `may_go` says so there."""
+        with suppress(RuntimeError):  # closed: the next start finds out that nobody has it
+            self._copying.submit(self._drop, digest, may_go)
+
+    def digests(self) -> tuple[str, ...]:
+        with self._lock:
+            return tuple(self._sizes)
+
     def close(self) -> None:
         self._copying.shutdown(cancel_futures=True)
 
@@ -76,6 +86,13 @@ class ContentStore:
             shutil.rmtree(self._folder / UNFINISHED / digest, ignore_errors=True)
         except Exception:  # ours, and nobody waits for this thread's result
             log.exception("keeping a copy of the adapter with digest %s failed", digest)
+
+    def _drop(self, digest: str, may_go: Callable[[str], bool]) -> None:
+        try:
+            if may_go(digest):
+                self.remove(digest)
+        except Exception:
+            log.exception("removing the copy of the adapter with digest %s failed", digest)
 
     def _copy(self, digest: str, directory: Path, roots: tuple[Path, ...], stamp: object) -> Path | None:
         if (known := self.find(digest)) is not None:

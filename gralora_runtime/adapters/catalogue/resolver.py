@@ -45,6 +45,7 @@ class Resolver:
         self._now_s = now_s
         self._lock = threading.Lock()
         self._asked: dict[str, list[Future[Resolved]]] = {}  # by name: who waits for the answer
+        self._again: set[str] = set()  # names whose files came or changed while they were asked for
         # By name, the oldest first: until when it counts as absent, and what is answered.
         self._absent: OrderedDict[str, tuple[float, AdapterNotFoundError]] = OrderedDict()
         self._closed = False
@@ -72,6 +73,8 @@ class Resolver:
         """Something changed where it may be: ask again."""
         with self._lock:
             self._absent.pop(name, None)
+            if name in self._asked:
+                self._again.add(name)
 
     def close(self) -> None:
         """Answer everybody, and wait for what is being asked."""
@@ -115,16 +118,24 @@ class Resolver:
 
     def _answer_absent(self, name: str) -> None:
         error = AdapterNotFoundError(name, self._similar(name))
+        waiting: list[Future[Resolved]] = []
         with self._lock:
-            self._absent[name] = (self._now_s() + ABSENT_S, error)
-            self._absent.move_to_end(name)
-            while len(self._absent) > MAX_ABSENT:
-                self._absent.popitem(last=False)
-        for future in self._take(name):
+            again = name in self._again
+            self._again.discard(name)
+            if not again:
+                self._absent[name] = (self._now_s() + ABSENT_S, error)
+                self._absent.move_to_end(name)
+                while len(self._absent) > MAX_ABSENT:
+                    self._absent.popitem(last=False)
+                waiting = self._asked.pop(name, [])
+        if again:
+            self._ask(name, 0)
+        for future in waiting:
             _refuse(future, error)
 
     def _take(self, name: str) -> list[Future[Resolved]]:
         with self._lock:
+            self._again.discard(name)
             return self._asked.pop(name, [])
 
     def _absent_error(self, name: str) -> AdapterNotFoundError | None:

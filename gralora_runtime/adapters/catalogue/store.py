@@ -23,6 +23,7 @@ from gralora_runtime.errors import AdapterNotFoundError, AdapterRejectedError, A
 
 log = logging.getLogger(__name__)
 
+GONE = "its files are gone"
 MAX_SEEN = 8  # directories of one name whose stamps are remembered
 
 
@@ -127,6 +128,8 @@ class Alias:
     pinned: bool = False  # whichever version is promoted
     error: BaseException | None = None  # why the source's newest files do not serve
     quarantine: Quarantine = field(default_factory=Quarantine)  # of these files
+    was_unloaded: bool = False  # by an operator, before the load that brings it back
+    gone: bool = False  # no source has it any more: served from what is left of it, as long as anything is
     refreshing: bool = False  # its files are being read anew
     again: bool = False  # they changed meanwhile
 
@@ -144,6 +147,16 @@ class Alias:
     def is_known(self) -> bool:
         """Somebody has read one of its versions."""
         return any(version.digest for version in self.versions.values())
+
+    @property
+    def last_read(self) -> int:
+        """The highest number that has meant a content. One that nobody has read may mean any, also the next time."""
+        return self.last_number if self.is_known else self.last_number - 1
+
+    @property
+    def latest(self) -> AdapterVersion:
+        """What its source had when it was last read; what it stands for, if an operator removed that."""
+        return self.versions.get(self.newest, self.current)
 
     def has_seen(self, directory: Path) -> bool:
         """Nothing has happened to the files there since they were last read."""

@@ -20,7 +20,7 @@ import shutil
 import threading
 import time
 import uuid
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -153,6 +153,39 @@ class Uploads:
             raise
         return upload
 
+    # For operators.
+
+    def has(self, name: str) -> bool:
+        """Whether something was uploaded under the name, and accepted."""
+        with self._lock:
+            return name in self._records
+
+    def delete(self, name: str) -> None:
+        """All that was uploaded under the name, or is being sent. Others get the room.
+
+        Raises AdapterUploadError if the catalogue still reads from it: then all that is whole stays.
+        """
+        with self._lock:
+            sent = self._active.get(name)
+        if sent is not None:  # without the lock: it may be hashing
+            sent.end(AdapterUploadError(name, "was deleted"))
+        with self._lock:
+            self._refuse_when_closed()
+            if self._active.get(name) not in (None, sent):
+                raise AdapterUploadError(name, "is being sent again")
+            folder = self._folder_of(name)
+            entries = list(folder.iterdir()) if folder.is_dir() else []
+            whole = [entry for entry in entries if entry.is_dir() and not entry.is_symlink()]
+            if any(map(self._in_use, whole)):
+                raise AdapterUploadError(name, "stays: an adapter is read from it")
+            if self._records.pop(name, None) is not None:
+                (folder / RECORD_FILE).unlink()  # first, so that a kill leaves nothing that would be found
+                sync_directory(folder)
+            for directory in (*whole, *self._unfinished_of(name)):
+                self._remove(directory)
+            self._remove_if_empty(folder)
+        log.info("what was uploaded as adapter %r is deleted", name)
+
     # For whoever tried to load what came.
 
     def accept(self, manifest: Manifest) -> None:
@@ -161,7 +194,7 @@ class Uploads:
             self._refuse_when_closed()
             digests = [digest for digest in self._records.get(manifest.name, ()) if digest != manifest.digest]
             self._write_record(manifest.name, [*digests, manifest.digest])
-            self._prune(manifest.name)
+            self._prune(manifest.name, keep=KEPT)
 
     def reject(self, manifest: Manifest) -> None:
         """It cannot be loaded, and goes, unless it could be once."""
@@ -170,6 +203,15 @@ class Uploads:
             if not (self._closed or self._is_kept(manifest)):
                 self._remove(directory)
                 self._remove_if_empty(directory.parent)
+
+    def prune(self, names: Iterable[str]) -> None:
+        """Of these names keep what was accepted last, and what the catalogue still has."""
+        for name in names:
+            with self._lock:
+                if self._closed:
+                    return
+                if name in self._records:
+                    self._prune(name, keep=1)
 
     def set_back(self, manifest: Manifest) -> None:
         """Nobody could say whether it can be loaded: as if its last byte had not come."""
@@ -253,6 +295,10 @@ class Uploads:
                 log.info("%s is removed: nothing came for %g s", staging, self._limits.unfinished_age_s)
                 self._remove(staging)
 
+    def _unfinished_of(self, name: str) -> list[Path]:
+        found = [(staging, _read_manifest(staging)) for staging in self._changed_s]
+        return [staging for staging, manifest in found if manifest is not None and manifest.name == name]
+
     def _publish(self, manifest: Manifest) -> None:
         """All of it is here and checked. Takes the lock."""
         staging, directory = self._staging(manifest), self._directory(manifest)
@@ -281,10 +327,10 @@ class Uploads:
         sync_directory(folder)
         self._records[name] = digests
 
-    def _prune(self, name: str) -> None:
-        """The oldest go, but for those that the catalogue still has."""
+    def _prune(self, name: str, *, keep: int) -> None:
+        """All but the newest go, except for those that the catalogue still has."""
         folder, digests = self._folder_of(name), self._records[name]
-        spare = [digest for digest in digests[:-KEPT] if not self._in_use(folder / digest)]
+        spare = [digest for digest in digests[:-keep] if not self._in_use(folder / digest)]
         if spare:
             self._write_record(name, [digest for digest in digests if digest not in spare])
         for digest in spare:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import watchfiles
@@ -21,10 +21,21 @@ POLL_MS = 2000
 class Watcher:
     """One thread for all directories. Events of the system, or looks at all files every two seconds (`poll`)."""
 
-    def __init__(self, sources: Sequence[DirectorySource], changed: Callable[[str], None], *, poll: bool) -> None:
-        """`changed` is called in the watcher's thread, once for each name that a change may concern."""
+    def __init__(
+        self,
+        sources: Sequence[DirectorySource],
+        changed: Callable[[str], None],
+        below: Callable[[set[str]], Collection[str]],
+        *,
+        poll: bool,
+    ) -> None:
+        """`changed` is called in the watcher's thread, once for each name that a change may concern.
+
+        `below`: names that are known and begin with one of these, of which nothing is there any more.
+        """
         self._sources = tuple(sources)
         self._changed = changed
+        self._below = below
         self._poll = poll
         self._stop = threading.Event()
         self.watching = threading.Event()  # changes from now on are seen
@@ -58,11 +69,13 @@ class Watcher:
         )
         for seen in changes:
             self.watching.set()
-            for name in sorted({name for _, path in seen for name in self._names(Path(path))}):
+            for name in sorted(self._names([Path(path) for _, path in seen])):
                 try:
                     self._changed(name)
                 except Exception:
                     log.exception("a change of adapter %r could not be followed", name)
 
-    def _names(self, path: Path) -> set[str]:
-        return {name for source in self._sources for name in source.names_at(path)}
+    def _names(self, paths: Sequence[Path]) -> set[str]:
+        names = {name for source in self._sources for path in paths for name in source.names_at(path)}
+        gone = {name for source in self._sources for path in paths if (name := source.gone_at(path))}
+        return names.union(self._below(gone)) if gone else names

@@ -181,7 +181,7 @@ class Adapter(_message.Message):
     base_model: _builtins.str
     """The base model that it was trained on, as its configuration says."""
     error: _builtins.str
-    """Why the last attempt to load it failed. Empty: it did not."""
+    """Why the last attempt to load it failed, or that its files are gone. Empty: neither."""
     version: _builtins.int
     """The number of the version that the name stands for."""
     previous_version: _builtins.int
@@ -641,16 +641,22 @@ class UnloadAdapterRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     NAME_FIELD_NUMBER: _builtins.int
+    DELETE_UPLOAD_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """The adapter's name, or "name@3" for one version that the name does not stand for."""
+    delete_upload: _builtins.bool
+    """Whether what was uploaded under the name is deleted, too, once the adapter is unloaded; also if it was unloaded
+    before. Not for one version. FAILED_PRECONDITION: nothing was uploaded under it.
+    """
     def __init__(
         self,
         *,
         name: _builtins.str = ...,
+        delete_upload: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["delete_upload", b"delete_upload", "name", b"name"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -185,14 +185,23 @@ def watch(
 
 @app.command("unload")
 @needs_server
-def unload(client: Client, *, name: Name, json: Json = False) -> None:
+def unload(
+    client: Client,
+    *,
+    name: Name,
+    delete_upload: Annotated[
+        bool, typer.Option("--delete-upload", help="Delete what was pushed under that name, too.")
+    ] = False,
+    json: Json = False,
+) -> None:
     """Remove an adapter, or NAME@3, from memory and from the list. Refused while requests use it."""
-    freed = client.adapters.unload(name)
+    freed = client.adapters.unload(name, delete_upload=delete_upload)
     if json:
         print_json(freed)
         return
     pool, host = human_bytes(freed.pool_bytes_freed), human_bytes(freed.host_bytes_freed)
-    stdout().print(f"{name}: unloaded; {pool} freed in the pool, {host} in host memory", markup=False)
+    deleted = "; what was pushed is deleted" if delete_upload else ""
+    stdout().print(f"{name}: unloaded; {pool} freed in the pool, {host} in host memory{deleted}", markup=False)
 
 
 @app.command("inspect")

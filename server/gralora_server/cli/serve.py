@@ -69,6 +69,12 @@ def serve(
             rich_help_panel=ADAPTERS,
         ),
     ] = None,
+    keep_versions: int = _engine_option(
+        "keep_versions", "Versions of a name that are kept; more only if they are in use.", panel=ADAPTERS
+    ),
+    keep_versions_days: float = _engine_option(
+        "keep_versions_days", "Older versions go, counted from their last use.", panel=ADAPTERS
+    ),
     copies_bytes: int = _bytes_option(
         "copies_bytes", "Copies of versions whose files may be overwritten.", panel=ADAPTERS
     ),
@@ -175,6 +181,8 @@ def serve(
         adapters=tuple(map(parse_source, adapters or ())),
         allow_roots=tuple(allow_root or ()),
         state_dir=state_dir,
+        keep_versions=keep_versions,
+        keep_versions_days=keep_versions_days,
         copies_bytes=copies_bytes,
         download_bytes=download_bytes,
         hub_endpoint=hub_endpoint,

@@ -123,8 +123,9 @@ class AsyncAdapterClient:
         except UnavailableError:
             return await self._client.push(push)
 
-    async def unload(self, name: str) -> UnloadResult:
-        return await self._client.run(requests.unload_adapter(name))
+    async def unload(self, name: str, *, delete_upload: bool = False) -> UnloadResult:
+        """`delete_upload`: and what was pushed under that name."""
+        return await self._client.run(requests.unload_adapter(name, delete_upload))
 
     async def pin(self, name: str, *, pinned: bool = True) -> Adapter:
         return await self._client.run(requests.pin_adapter(name, pinned))

@@ -157,10 +157,10 @@ def get_adapter_upload(header: adapters_pb2.AdapterUploadHeader) -> Call[dict[st
     )
 
 
-def unload_adapter(name: str) -> Call[UnloadResult]:
+def unload_adapter(name: str, delete_upload: bool) -> Call[UnloadResult]:
     return Call(
         rpc=lambda stubs: stubs.adapters.UnloadAdapter,
-        message=adapters_pb2.UnloadAdapterRequest(name=name),
+        message=adapters_pb2.UnloadAdapterRequest(name=name, delete_upload=delete_upload),
         convert=responses.unloaded,
     )
 

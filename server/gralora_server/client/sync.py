@@ -110,8 +110,9 @@ class AdapterClient:
         except UnavailableError:
             return self._client.push(push)
 
-    def unload(self, name: str) -> UnloadResult:
-        return self._client.run(requests.unload_adapter(name))
+    def unload(self, name: str, *, delete_upload: bool = False) -> UnloadResult:
+        """`delete_upload`: and what was pushed under that name."""
+        return self._client.run(requests.unload_adapter(name, delete_upload))
 
     def pin(self, name: str, *, pinned: bool = True) -> Adapter:
         return self._client.run(requests.pin_adapter(name, pinned))

@@ -1,11 +1,12 @@
-"""Which adapters are in the pool, in simulated time: least recently used ones leave, leased ones stay."""
+"""Which adapters are in the pool, in simulated time: who leaves is decided as the server does, leased ones stay."""
 
 from __future__ import annotations
 
 import heapq
-from collections import OrderedDict
+import itertools
 from collections.abc import Sequence
 
+from gralora_runtime.adapters.residency.eviction import WORTHLESS, worth_after_use
 from gralora_runtime.adapters.residency.lease import BASE_LEASE, AdapterLease
 
 
@@ -24,7 +25,9 @@ class Residency:
         self._pool_bytes = pool_bytes
         self._max_slots = max_slots
         self._load_byte_s = load_byte_s
-        self._resident: OrderedDict[int, int] = OrderedDict()  # adapter -> leases; the least recently used one first
+        self._resident: dict[int, int] = {}  # adapter -> leases
+        self._worth: dict[int, float] = {}  # of staying, of those that are resident
+        self._uses = itertools.count(1)
         self._ready_s: dict[int, float] = {}  # of those that are being loaded
         self._loading: list[float] = []  # heap of when loads end
         self._loader_free_s = 0.0
@@ -38,7 +41,7 @@ class Residency:
                 return None
             self._load(adapter, now_s)
         self._resident[adapter] += 1
-        self._resident.move_to_end(adapter)
+        self._use(adapter)
         return max(now_s, self._ready_s.get(adapter, 0.0))
 
     def fill(self) -> None:
@@ -47,7 +50,8 @@ class Residency:
             if not self._fits(size):
                 break
             self._place(adapter)
-            self._resident.move_to_end(adapter, last=False)
+        for adapter in reversed(self._resident):
+            self._use(adapter)
 
     def release(self, adapter: int) -> None:
         if adapter >= 0:
@@ -66,6 +70,9 @@ class Residency:
         self.loads += 1
         self._place(adapter)
 
+    def _use(self, adapter: int) -> None:
+        self._worth[adapter] = worth_after_use(self._worth.get(adapter, WORTHLESS), next(self._uses))
+
     def _place(self, adapter: int) -> None:
         self._resident[adapter] = 0
         self.used_bytes += self.sizes[adapter]
@@ -73,10 +80,10 @@ class Residency:
 
     def _make_room(self, num_bytes: int) -> bool:
         idle = [adapter for adapter, leases in self._resident.items() if not leases]
-        for adapter in idle:
+        for adapter in sorted(idle, key=self._worth.__getitem__):
             if self._fits(num_bytes):
                 break
-            del self._resident[adapter]
+            del self._resident[adapter], self._worth[adapter]
             self.used_bytes -= self.sizes[adapter]
             self.evicted_bytes += self.sizes[adapter]
         return self._fits(num_bytes)

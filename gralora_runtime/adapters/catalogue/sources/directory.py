@@ -53,7 +53,7 @@ class DirectorySource:
     def names(self) -> Iterator[str]:
         for entry in self._entries(self.root):
             if is_snapshots(entry):
-                yield entry.name.removeprefix(HUB_PREFIX).replace("--", "/", 1)
+                yield _repository(entry.name)
             elif self._is_organisation(entry):
                 yield from (f"{entry.name}/{inner.name}" for inner in self._entries(entry))
             else:
@@ -68,7 +68,7 @@ class DirectorySource:
         if not parts:
             return ()
         if parts[0].startswith(HUB_PREFIX):
-            return (parts[0].removeprefix(HUB_PREFIX).replace("--", "/", 1),)
+            return (_repository(parts[0]),)
         names = [parts[0]]
         if len(parts) == 1:
             # A directory that is new: nobody watched it when what is in it came.
@@ -77,6 +77,19 @@ class DirectorySource:
         elif (self.root / parts[0] / parts[1]).is_dir():
             names.append("/".join(parts))
         return tuple(name for name in names if is_name(name))
+
+    def gone_at(self, path: Path) -> str:
+        """What names were, or began with, that led where a change left nothing; "": there is still something."""
+        try:
+            parts = path.relative_to(self.root).parts[:2]
+        except ValueError:
+            return ""
+        if parts and parts[0].startswith(HUB_PREFIX):
+            return "" if os.path.lexists(path) else _repository(parts[0])
+        for count in range(1, len(parts) + 1):
+            if not os.path.lexists(self.root.joinpath(*parts[:count])):
+                return "/".join(parts[:count])
+        return ""
 
     def close(self) -> None:
         """Nothing is held."""
@@ -125,3 +138,7 @@ class DirectorySource:
 
 def is_snapshots(directory: Path) -> bool:
     return directory.name.startswith(HUB_PREFIX) and (directory / "snapshots").is_dir()
+
+
+def _repository(folder: str) -> str:
+    return folder.removeprefix(HUB_PREFIX).replace("--", "/", 1)
