@@ -81,6 +81,7 @@ async def test_versions_are_promoted_rolled_back_and_tried(connect: Connect) -> 
         (2, False),
         (3, True),
     ]
+    assert promoted.warnings == promoted.versions[1].warnings == ("it is odd",)
 
 
 async def test_a_watch_is_iterated_over() -> None:

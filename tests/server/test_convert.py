@@ -162,6 +162,8 @@ def test_an_adapter_arrives_with_all_that_is_known() -> None:
     assert (wire.kind, wire.rank, wire.k, wire.hybrid_rank, wire.equivalent_rank) == ("gralora", 8, 2, 4, 20)
     assert (wire.scale, wire.num_modules, wire.pool_bytes, wire.base_model) == (1.5, 90, 1200, "fake")
     assert wire.last_used.ToMilliseconds() == 1_700_000_000_500
+    assert wire.warnings == ["it is odd"]
+    assert [list(version.warnings) for version in wire.versions] == [[], ["it is odd"], []]
 
 
 @pytest.mark.parametrize(

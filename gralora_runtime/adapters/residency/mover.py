@@ -229,7 +229,7 @@ class Mover:
     def _warnings(
         self, version: AdapterVersion, adapter: LoadedAdapter, source: Path, roots: Sequence[Path]
     ) -> tuple[str, ...]:
-        """Found once: what is read again and again may be something to wonder about each time."""
+        """Of content that was read before, what was found then: looking for it may take longer than reading."""
         if version.warnings is not None and version.digest == adapter.digest:
             return version.warnings
         return self._oddities.of_content(adapter, source, roots)
