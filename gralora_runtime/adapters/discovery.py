@@ -218,9 +218,10 @@ class Discovery:
     def give_up_if_nothing_is_left(self, alias: Alias) -> None:
         """What a name whose files are gone was served from may have gone since. Without the lock."""
         with self._answering():
-            is_listed = self._store.find(alias.name) is alias
-            is_over = is_listed and not self._is_left(alias)
-        if is_over:
+            if self._store.find(alias.name) is not alias or self._is_kept(alias):
+                return
+            places = _places(alias)
+        if not any(map(_is_there, places)):
             self.refresh(alias.name)  # which asks the sources once more
 
     def leave(self, alias: Alias, answers: Answers) -> None:
@@ -416,22 +417,16 @@ class Discovery:
         """No source has it. What was loaded from a path of its own has its files all the same."""
         if _is_there(alias.latest.source):
             self._catalogue.note_gone(alias, False)
-        elif self._is_left(alias):
+        elif self._is_kept(alias) or any(map(_is_there, _places(alias))):
             self._catalogue.note_gone(alias, True)
         else:
             log.info("adapter %r is no longer listed: %s", alias.name, GONE)
             self.leave(alias, answers)
 
-    def _is_left(self, alias: Alias) -> bool:
-        """Something that it can be served from, or an operator wants to hear that there is nothing: it is pinned."""
-        versions = alias.versions.values()
-        return alias.pinned or any(
-            version.pinned
-            or self._household.holds(version)
-            or _is_there(version.source)
-            or (version.copy is not None and _is_there(version.copy))
-            for version in versions
-        )
+    def _is_kept(self, alias: Alias) -> bool:
+        """It can be served from memory, or an operator wants to hear that it cannot: it is pinned."""
+        held = any(version.pinned or self._household.holds(version) for version in alias.versions.values())
+        return alias.pinned or held
 
     def _is_at_hand(self, directory: Path) -> bool:
         """Where it is, or was, tells that no other machine has to be asked whether it is still there."""
@@ -552,6 +547,12 @@ class Discovery:
                 version.summary = seen
             else:
                 version.error = seen
+
+
+def _places(alias: Alias) -> tuple[Path, ...]:
+    """Where one of its versions could be read from, if there still is something."""
+    versions = alias.versions.values()
+    return tuple(place for version in versions for place in (version.source, version.copy) if place is not None)
 
 
 def _is_there(directory: Path) -> bool:
