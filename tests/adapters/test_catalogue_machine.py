@@ -25,7 +25,7 @@ import pytest
 from adapters.harness import WAIT_S, manager_of, quiesce, until
 from adapters.test_versions import digest_of, write_version
 from hypothesis import HealthCheck, Phase, settings
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from support.checkpoints import edit_config
 from support.name_model import NameModel
 from support.thorough import MANY
@@ -60,9 +60,12 @@ MAX_VERSIONS = 4
 KEPT = 2  # uploads of a name, so that some go
 AT_ONCE = 3
 DAY_S = 86_400.0
-UNWRITTEN = "accept unwritten"
-DEATHS = ("", "", "", "load", UNWRITTEN, "accept", "flush")  # before what of an upload, and whether the journal had it
+UNWRITTEN = " unwritten"  # the journal has taken nothing by then
+DEATHS = ("", "", "", "load", "accept", f"accept{UNWRITTEN}", "flush", f"flush{UNWRITTEN}")  # before what of an upload
 name_of, content_of = st.sampled_from(NAMES), st.sampled_from(CONTENTS)
+is_broken = st.sampled_from([False, False, True])
+AMONG_VERSIONS = ("promote", "roll_back", "try_a_canary")
+ANSWERED = (*AMONG_VERSIONS, "pin", "unload")
 number_of, share_of = st.integers(1, 4), st.sampled_from([0.0, 0.5, 1.0])
 
 
@@ -110,8 +113,6 @@ class Told:
 
 class Machine(RuleBasedStateMachine):
     """Room for three of six contents, host memory for one, copies for all, and for a dozen uploads."""
-
-    leases = Bundle("leases")
 
     def __init__(self) -> None:
         super().__init__()
@@ -161,6 +162,12 @@ class Machine(RuleBasedStateMachine):
         for lease, _ in self.held:
             self.manager.release(lease)
         self.held.clear()
+
+    @initialize()
+    def one_name_has_a_history(self) -> None:
+        self.files_change("a", 0)
+        self.load("a")
+        self.files_change("a", 1)
 
     # What happens.
 
@@ -309,10 +316,10 @@ class Machine(RuleBasedStateMachine):
 
     # Uploads.
 
-    @rule(name=name_of, content=content_of, broken=st.booleans())
+    @rule(name=name_of, content=content_of, broken=is_broken)
     def begin_upload(self, name: str, content: int, broken: bool) -> None:
         """Or go on with one. Whoever is sending that name is sent away."""
-        files = trained(content).broken if broken and content < 2 else trained(content).files
+        files = trained(content).broken if broken else trained(content).files
         manifest = manifest_of(name, files)
         is_new = manifest not in self.unfinished and manifest not in self.accepted[name]
         too_many = name not in self.sending and len(self.sending) >= AT_ONCE
@@ -369,10 +376,17 @@ class Machine(RuleBasedStateMachine):
         self.leave(sending)
         assert self.uploads.received(sending.manifest)[WEIGHTS] == 0
 
-    @precondition(lambda self: self.sending and not self.held)
+    @rule(name=name_of, content=content_of, broken=is_broken, dies_before=st.sampled_from(DEATHS))
+    def upload(self, name: str, content: int, broken: bool, dies_before: str) -> None:
+        self.begin_upload(name, content, broken)
+        if name in self.sending:
+            self.finish_upload(list(self.sending).index(name), dies_before)
+
+    @precondition(lambda self: self.sending)
     @rule(index=st.integers(0, AT_ONCE - 1), dies_before=st.sampled_from(DEATHS))
     def finish_upload(self, index: int, dies_before: str) -> None:
         """What the server does with the last byte, and whether it still lives when it would do this."""
+        self.release_all()  # or it may wait for room
         sending = self.nth_sending(index)
         name = sending.manifest.name
         self.send_rest(sending)
@@ -381,15 +395,19 @@ class Machine(RuleBasedStateMachine):
         self.manager.flush()
         self.note_answer()
 
+        found = self.uploads.find(name)
+
         def about_to(call: str) -> None:
-            if call == dies_before.removesuffix(" unwritten"):
-                if dies_before != UNWRITTEN:
+            if call in ("load", "accept"):
+                assert self.uploads.find(name) == found  # nobody comes upon it by its name
+            if call == dies_before.removesuffix(UNWRITTEN):
+                if is_written:
                     self.manager.flush()
                 self.copy_disk()
-            if call == "accept":
                 moves.set()
 
-        with self.stuck_disk() if dies_before == UNWRITTEN else contextlib.nullcontext(Event()) as moves:
+        is_written = not dies_before.endswith(UNWRITTEN)
+        with contextlib.nullcontext(Event()) if is_written else self.stuck_disk() as moves:
             error = self.load_upload(sending, about_to)
         if not self.left.exists():
             if error is None:
@@ -397,7 +415,7 @@ class Machine(RuleBasedStateMachine):
             return
         self.unfinished = unfinished
         after = self.known[name]
-        if dies_before in ("load", UNWRITTEN):  # nobody knows that it can be loaded
+        if dies_before in ("load", f"accept{UNWRITTEN}"):  # nobody knows that it can be loaded
             if sending.manifest not in self.accepted_before:
                 self.unfinished.setdefault(sending.manifest, self.later_s)
             self.accepted[name] = self.accepted_before
@@ -405,9 +423,20 @@ class Machine(RuleBasedStateMachine):
         else:
             assert error is None
             self.unfinished.pop(sending.manifest, None)
-            self.answered[name] = deepcopy(after)
+            if is_written:
+                self.answered[name] = deepcopy(after)
+            else:
+                self.forget_unwritten(name, before)
         self.begin_again(self.left)
         self.compare_with_answers()
+
+    def forget_unwritten(self, name: str, before: NameModel) -> None:
+        """An upload was accepted, and the catalogue has not heard of it: another one that it knows is the name's."""
+        accepted = self.accepted[name]
+        if before.versions and before.uploaded is not None:
+            newest = manifest_of(name, trained(before.versions[before.newest]).files)
+            self.accepted[name] = [each for each in accepted if each != newest] + [newest]
+        self.known[name] = before
 
     @rule()
     def a_day_passes(self) -> None:
@@ -422,16 +451,16 @@ class Machine(RuleBasedStateMachine):
         self.begin_again(self.left)
         self.compare_with_answers()
 
-    @rule(
-        name=name_of,
-        number=number_of,
-        share=share_of,
-        pinned=st.booleans(),
-        what=st.sampled_from(["promote", "roll_back", "try_a_canary", "pin", "unload"]),
-    )
-    def crash_after_answer(self, name: str, number: int, share: float, pinned: bool, what: str) -> None:
+    @rule(index=st.integers(0, 11), share=share_of, what=st.sampled_from(ANSWERED))
+    def crash_after_answer(self, index: int, share: float, what: str) -> None:
         """The moment that it has answered, with a disk that takes its time."""
-        arguments = {"promote": (number,), "try_a_canary": (number, share), "pin": (pinned,)}.get(what, ())
+        many = [name for name in NAMES if len(self.known[name].versions) > 1]
+        some = [name for name in NAMES if self.known[name].versions] or list(NAMES)
+        name = (many or some)[index % len(many or some)] if what in AMONG_VERSIONS else some[index % len(some)]
+        known = self.known[name]
+        others = [number for number in known.versions if number != known.promoted] or [1]
+        number = others[index % len(others)]
+        arguments = {"promote": (number,), "try_a_canary": (number, share), "pin": (not known.pinned,)}.get(what, ())
         self.on_answer = self.copy_disk
         with self.slow_disk():
             getattr(self, what)(name, *arguments)
@@ -716,7 +745,7 @@ class Machine(RuleBasedStateMachine):
 
 
 Machine.TestCase.settings = settings(
-    max_examples=200 if MANY else 25,
+    max_examples=220 if MANY else 25,
     stateful_step_count=50,
     deadline=None,
     suppress_health_check=list(HealthCheck),
