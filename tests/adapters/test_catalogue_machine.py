@@ -186,6 +186,9 @@ class Machine(RuleBasedStateMachine):
     def load(self, name: str) -> None:
         known = self.known[name]
         loading = self.manager.load(name)
+        self.settle()  # with its copy, or new files may be faster
+        if not loading.done():
+            self.release_all()  # it waits for room
         if known.source is None:
             with pytest.raises(AdapterNotFoundError):
                 loading.result(WAIT_S)
@@ -594,7 +597,7 @@ class Machine(RuleBasedStateMachine):
         assert lease.name == name
         assert lease.digest == trained(known.versions[lease.version]).digest
         if known.canary is not None and known.canary[1] == 1.0:
-            assert lease.version == known.canary[0], key
+            assert lease.version == known.canary[0] or (name, known.canary[0]) in self.at_risk, key
         elif known.canary is None:
             assert lease.version == known.promoted
 

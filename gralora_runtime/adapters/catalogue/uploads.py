@@ -195,8 +195,9 @@ class Uploads:
                     self._remove_if_empty(directory.parent)
             self._undecided.clear()
             for name, directory in newest.items():
-                others = [digest for digest in self._records.get(name, ()) if digest != directory.name]
-                if directory.parent == self._folder_of(name) and self._records[name] != [*others, directory.name]:
+                digests = self._records.get(name, [])
+                if directory.parent == self._folder_of(name) and directory.name in digests[:-1]:
+                    others = [digest for digest in digests if digest != directory.name]
                     self._write_record(name, [*others, directory.name])
 
     # Below: with the lock held, but for those that take it.
