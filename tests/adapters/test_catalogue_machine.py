@@ -61,7 +61,8 @@ KEPT = 2  # uploads of a name, so that some go
 AT_ONCE = 3
 DAY_S = 86_400.0
 UNWRITTEN = " unwritten"  # the journal has taken nothing by then
-DEATHS = ("", "", "", "load", "accept", f"accept{UNWRITTEN}", "flush", f"flush{UNWRITTEN}")  # before what of an upload
+AFTERWARDS = "the moment that it has answered"
+DEATHS = ("", "", "", "load", "accept", f"accept{UNWRITTEN}", "flush", f"flush{UNWRITTEN}", AFTERWARDS)
 name_of, content_of = st.sampled_from(NAMES), st.sampled_from(CONTENTS)
 is_broken = st.sampled_from([False, False, True])
 AMONG_VERSIONS = ("promote", "roll_back", "try_a_canary")
@@ -410,8 +411,10 @@ class Machine(RuleBasedStateMachine):
                 moves.set()
 
         is_written = not dies_before.endswith(UNWRITTEN)
-        with contextlib.nullcontext(Event()) if is_written else self.stuck_disk() as moves:
+        self.on_answer = self.copy_disk if dies_before == AFTERWARDS else lambda: None
+        with self.slow_disk() if is_written else self.stuck_disk() as moves:
             error = self.load_upload(sending, about_to)
+        self.on_answer = lambda: None
         if not self.left.exists():
             if error is None:
                 self.note_answer()
@@ -513,6 +516,13 @@ class Machine(RuleBasedStateMachine):
                 canary = (alias.canary.number, alias.canary.share) if alias.canary else None
                 assert (alias.promoted, alias.previous, alias.newest) == (known.promoted, known.previous, known.newest)
                 assert (alias.pinned, canary) == (known.pinned, known.canary), name
+
+    @invariant()
+    def what_was_unloaded_is_known_to_be(self) -> None:
+        """By whatever failed since, and by the number that its next version must be above."""
+        unloaded = self.manager._discovery._unloaded
+        assert unloaded.keys() == {name for name, known in self.known.items() if known.unloaded}
+        assert all(number >= self.known[name].last for name, number in unloaded.items())
 
     @invariant()
     def a_number_never_means_two_contents(self) -> None:
@@ -631,6 +641,7 @@ class Machine(RuleBasedStateMachine):
             self.settle()
             self.unfinished.pop(sending.manifest, None)
             return error
+        self.on_answer()
         self.settle()
         self.unfinished.pop(sending.manifest, None)
         content = next(content for content in CONTENTS if trained(content).files == sending.files)
@@ -718,10 +729,11 @@ class Machine(RuleBasedStateMachine):
         return next((c for c in CONTENTS if accepted and manifest_of(name, trained(c).files) == accepted[-1]), None)
 
     @contextlib.contextmanager
-    def slow_disk(self) -> Iterator[None]:
-        """Whoever does not wait for it is faster."""
-        with self.writing_after(partial(Event().wait, 0.02)):
-            yield
+    def slow_disk(self) -> Iterator[Event]:
+        """Whoever does not wait for it is faster, unless its event is set."""
+        moves = Event()
+        with self.writing_after(partial(moves.wait, 0.02)):
+            yield moves
 
     @contextlib.contextmanager
     def stuck_disk(self) -> Iterator[Event]:
