@@ -60,7 +60,8 @@ MAX_VERSIONS = 4
 KEPT = 2  # uploads of a name, so that some go
 AT_ONCE = 3
 DAY_S = 86_400.0
-UNWRITTEN = " unwritten"  # the journal has taken nothing by then
+# Before what of an upload the server dies.
+UNWRITTEN = " unwritten"  # and the journal has taken nothing by then
 AFTERWARDS = "the moment that it has answered"
 DEATHS = ("", "", "", "load", "accept", f"accept{UNWRITTEN}", "flush", f"flush{UNWRITTEN}", AFTERWARDS)
 name_of, content_of = st.sampled_from(NAMES), st.sampled_from(CONTENTS)
@@ -199,6 +200,7 @@ class Machine(RuleBasedStateMachine):
         except AdapterCapacityError:
             if not known.promoted or known.unloaded:  # a name that found no room is not kept
                 self.adopt(name)
+            self.note_failed_load(name)
             return
         known.unloaded = False
         self.see(name, known.source)
@@ -611,6 +613,14 @@ class Machine(RuleBasedStateMachine):
         elif known.canary is None:
             assert lease.version == known.promoted
 
+    def note_failed_load(self, name: str) -> None:
+        """It may have used a number up, and never gives one back."""
+        known = self.known[name]
+        if known.unloaded:
+            last = self.manager._discovery._unloaded[name]
+            assert last >= known.last, name
+            known.last = last
+
     def note_answer(self) -> None:
         """All that happened until now is on the disk, because somebody was told so."""
         self.answered = deepcopy(self.known)
@@ -640,6 +650,7 @@ class Machine(RuleBasedStateMachine):
         except (AdapterRejectedError, AdapterCapacityError) as error:
             self.settle()
             self.unfinished.pop(sending.manifest, None)
+            self.note_failed_load(name)
             return error
         self.on_answer()
         self.settle()
