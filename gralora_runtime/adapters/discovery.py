@@ -136,7 +136,7 @@ class Discovery:
             unseen[remembered.name] = remembered
         for source in self._sources:
             if isinstance(source, Uploads):
-                source.decide({version.source for version in self._store.versions()})
+                self._agree_with(source)
             for name in source.names():
                 unseen.pop(name, None)
                 alias = self._store.find(name)
@@ -206,6 +206,11 @@ class Discovery:
             if alias is not None:
                 alias.refreshing = True
         self._resolver.resolve(name).add_done_callback(partial(self._on_found_again, name))
+
+    def _agree_with(self, uploads: Uploads) -> None:
+        aliases = [alias for alias in self._store.aliases() if alias.newest in alias.versions]
+        newest = {alias.name: alias.versions[alias.newest].source for alias in aliases}
+        uploads.decide({version.source for version in self._store.versions()}, newest)
 
     def _refresh_from(self, source: Uploads, alias: Alias) -> None:
         """At once, so that an upload which a killed server accepted is read before any that comes now."""

@@ -233,6 +233,8 @@ class AdapterManager:
             else:
                 alias.pinned = pinned
             self._on_changed(alias)
+            if not (alias.is_known or alias.pinned):  # only its pin was remembered
+                self._persistence.depart(alias.name, alias.last_read)
             info = self.settle(alias, answers)
         self._persistence.flush()
         return info

@@ -25,7 +25,7 @@ import pytest
 from adapters.harness import WAIT_S, manager_of, quiesce, until
 from adapters.test_versions import digest_of, write_version
 from hypothesis import HealthCheck, Phase, settings
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from support.checkpoints import edit_config
 from support.name_model import NameModel
 from support.thorough import MANY
@@ -60,9 +60,14 @@ MAX_VERSIONS = 4
 KEPT = 2  # uploads of a name, so that some go
 AT_ONCE = 3
 DAY_S = 86_400.0
-UNWRITTEN = "accept unwritten"
-DEATHS = ("", "", "", "load", UNWRITTEN, "accept", "flush")  # before what of an upload, and whether the journal had it
+# Before what of an upload the server dies.
+UNWRITTEN = " unwritten"  # and the journal has taken nothing by then
+AFTERWARDS = "the moment that it has answered"
+DEATHS = ("", "", "", "load", "accept", f"accept{UNWRITTEN}", "flush", f"flush{UNWRITTEN}", AFTERWARDS)
 name_of, content_of = st.sampled_from(NAMES), st.sampled_from(CONTENTS)
+is_broken = st.sampled_from([False, False, True])
+AMONG_VERSIONS = ("promote", "roll_back", "try_a_canary")
+ANSWERED = (*AMONG_VERSIONS, "pin", "unload")
 number_of, share_of = st.integers(1, 4), st.sampled_from([0.0, 0.5, 1.0])
 
 
@@ -110,8 +115,6 @@ class Told:
 
 class Machine(RuleBasedStateMachine):
     """Room for three of six contents, host memory for one, copies for all, and for a dozen uploads."""
-
-    leases = Bundle("leases")
 
     def __init__(self) -> None:
         super().__init__()
@@ -162,6 +165,12 @@ class Machine(RuleBasedStateMachine):
             self.manager.release(lease)
         self.held.clear()
 
+    @initialize()
+    def one_name_has_a_history(self) -> None:
+        self.files_change("a", 0)
+        self.load("a")
+        self.files_change("a", 1)
+
     # What happens.
 
     @rule(name=name_of, content=content_of)
@@ -179,6 +188,9 @@ class Machine(RuleBasedStateMachine):
     def load(self, name: str) -> None:
         known = self.known[name]
         loading = self.manager.load(name)
+        self.settle()  # with its copy, or new files may be faster
+        if not loading.done():
+            self.release_all()  # it waits for room
         if known.source is None:
             with pytest.raises(AdapterNotFoundError):
                 loading.result(WAIT_S)
@@ -188,6 +200,7 @@ class Machine(RuleBasedStateMachine):
         except AdapterCapacityError:
             if not known.promoted or known.unloaded:  # a name that found no room is not kept
                 self.adopt(name)
+            self.note_failed_load(name)
             return
         known.unloaded = False
         self.see(name, known.source)
@@ -309,10 +322,10 @@ class Machine(RuleBasedStateMachine):
 
     # Uploads.
 
-    @rule(name=name_of, content=content_of, broken=st.booleans())
+    @rule(name=name_of, content=content_of, broken=is_broken)
     def begin_upload(self, name: str, content: int, broken: bool) -> None:
         """Or go on with one. Whoever is sending that name is sent away."""
-        files = trained(content).broken if broken and content < 2 else trained(content).files
+        files = trained(content).broken if broken else trained(content).files
         manifest = manifest_of(name, files)
         is_new = manifest not in self.unfinished and manifest not in self.accepted[name]
         too_many = name not in self.sending and len(self.sending) >= AT_ONCE
@@ -369,10 +382,17 @@ class Machine(RuleBasedStateMachine):
         self.leave(sending)
         assert self.uploads.received(sending.manifest)[WEIGHTS] == 0
 
-    @precondition(lambda self: self.sending and not self.held)
+    @rule(name=name_of, content=content_of, broken=is_broken, dies_before=st.sampled_from(DEATHS))
+    def upload(self, name: str, content: int, broken: bool, dies_before: str) -> None:
+        self.begin_upload(name, content, broken)
+        if name in self.sending:
+            self.finish_upload(list(self.sending).index(name), dies_before)
+
+    @precondition(lambda self: self.sending)
     @rule(index=st.integers(0, AT_ONCE - 1), dies_before=st.sampled_from(DEATHS))
     def finish_upload(self, index: int, dies_before: str) -> None:
         """What the server does with the last byte, and whether it still lives when it would do this."""
+        self.release_all()  # or it may wait for room
         sending = self.nth_sending(index)
         name = sending.manifest.name
         self.send_rest(sending)
@@ -381,23 +401,29 @@ class Machine(RuleBasedStateMachine):
         self.manager.flush()
         self.note_answer()
 
+        found = self.uploads.find(name)
+
         def about_to(call: str) -> None:
-            if call == dies_before.removesuffix(" unwritten"):
-                if dies_before != UNWRITTEN:
+            if call in ("load", "accept"):
+                assert self.uploads.find(name) == found  # nobody comes upon it by its name
+            if call == dies_before.removesuffix(UNWRITTEN):
+                if is_written:
                     self.manager.flush()
                 self.copy_disk()
-            if call == "accept":
                 moves.set()
 
-        with self.stuck_disk() if dies_before == UNWRITTEN else contextlib.nullcontext(Event()) as moves:
+        is_written = not dies_before.endswith(UNWRITTEN)
+        self.on_answer = self.copy_disk if dies_before == AFTERWARDS else lambda: None
+        with self.slow_disk() if is_written else self.stuck_disk() as moves:
             error = self.load_upload(sending, about_to)
+        self.on_answer = lambda: None
         if not self.left.exists():
             if error is None:
                 self.note_answer()
             return
         self.unfinished = unfinished
         after = self.known[name]
-        if dies_before in ("load", UNWRITTEN):  # nobody knows that it can be loaded
+        if dies_before in ("load", f"accept{UNWRITTEN}"):  # nobody knows that it can be loaded
             if sending.manifest not in self.accepted_before:
                 self.unfinished.setdefault(sending.manifest, self.later_s)
             self.accepted[name] = self.accepted_before
@@ -405,9 +431,20 @@ class Machine(RuleBasedStateMachine):
         else:
             assert error is None
             self.unfinished.pop(sending.manifest, None)
-            self.answered[name] = deepcopy(after)
+            if is_written:
+                self.answered[name] = deepcopy(after)
+            else:
+                self.forget_unwritten(name, before)
         self.begin_again(self.left)
         self.compare_with_answers()
+
+    def forget_unwritten(self, name: str, before: NameModel) -> None:
+        """An upload was accepted, and the catalogue has not heard of it: another one that it knows is the name's."""
+        accepted = self.accepted[name]
+        if before.versions and before.uploaded is not None:
+            newest = manifest_of(name, trained(before.versions[before.newest]).files)
+            self.accepted[name] = [each for each in accepted if each != newest] + [newest]
+        self.known[name] = before
 
     @rule()
     def a_day_passes(self) -> None:
@@ -422,16 +459,16 @@ class Machine(RuleBasedStateMachine):
         self.begin_again(self.left)
         self.compare_with_answers()
 
-    @rule(
-        name=name_of,
-        number=number_of,
-        share=share_of,
-        pinned=st.booleans(),
-        what=st.sampled_from(["promote", "roll_back", "try_a_canary", "pin", "unload"]),
-    )
-    def crash_after_answer(self, name: str, number: int, share: float, pinned: bool, what: str) -> None:
+    @rule(index=st.integers(0, 11), share=share_of, what=st.sampled_from(ANSWERED))
+    def crash_after_answer(self, index: int, share: float, what: str) -> None:
         """The moment that it has answered, with a disk that takes its time."""
-        arguments = {"promote": (number,), "try_a_canary": (number, share), "pin": (pinned,)}.get(what, ())
+        many = [name for name in NAMES if len(self.known[name].versions) > 1]
+        some = [name for name in NAMES if self.known[name].versions] or list(NAMES)
+        name = (many or some)[index % len(many or some)] if what in AMONG_VERSIONS else some[index % len(some)]
+        known = self.known[name]
+        others = [number for number in known.versions if number != known.promoted] or [1]
+        number = others[index % len(others)]
+        arguments = {"promote": (number,), "try_a_canary": (number, share), "pin": (not known.pinned,)}.get(what, ())
         self.on_answer = self.copy_disk
         with self.slow_disk():
             getattr(self, what)(name, *arguments)
@@ -481,6 +518,13 @@ class Machine(RuleBasedStateMachine):
                 canary = (alias.canary.number, alias.canary.share) if alias.canary else None
                 assert (alias.promoted, alias.previous, alias.newest) == (known.promoted, known.previous, known.newest)
                 assert (alias.pinned, canary) == (known.pinned, known.canary), name
+
+    @invariant()
+    def what_was_unloaded_is_known_to_be(self) -> None:
+        """By whatever failed since, and by the number that its next version must be above."""
+        unloaded = self.manager._discovery._unloaded
+        assert unloaded.keys() == {name for name, known in self.known.items() if known.unloaded}
+        assert all(number >= self.known[name].last for name, number in unloaded.items())
 
     @invariant()
     def a_number_never_means_two_contents(self) -> None:
@@ -565,9 +609,17 @@ class Machine(RuleBasedStateMachine):
         assert lease.name == name
         assert lease.digest == trained(known.versions[lease.version]).digest
         if known.canary is not None and known.canary[1] == 1.0:
-            assert lease.version == known.canary[0], key
+            assert lease.version == known.canary[0] or (name, known.canary[0]) in self.at_risk, key
         elif known.canary is None:
             assert lease.version == known.promoted
+
+    def note_failed_load(self, name: str) -> None:
+        """It may have used a number up, and never gives one back."""
+        known = self.known[name]
+        if known.unloaded:
+            last = self.manager._discovery._unloaded[name]
+            assert last >= known.last, name
+            known.last = last
 
     def note_answer(self) -> None:
         """All that happened until now is on the disk, because somebody was told so."""
@@ -598,7 +650,9 @@ class Machine(RuleBasedStateMachine):
         except (AdapterRejectedError, AdapterCapacityError) as error:
             self.settle()
             self.unfinished.pop(sending.manifest, None)
+            self.note_failed_load(name)
             return error
+        self.on_answer()
         self.settle()
         self.unfinished.pop(sending.manifest, None)
         content = next(content for content in CONTENTS if trained(content).files == sending.files)
@@ -686,10 +740,11 @@ class Machine(RuleBasedStateMachine):
         return next((c for c in CONTENTS if accepted and manifest_of(name, trained(c).files) == accepted[-1]), None)
 
     @contextlib.contextmanager
-    def slow_disk(self) -> Iterator[None]:
-        """Whoever does not wait for it is faster."""
-        with self.writing_after(partial(Event().wait, 0.02)):
-            yield
+    def slow_disk(self) -> Iterator[Event]:
+        """Whoever does not wait for it is faster, unless its event is set."""
+        moves = Event()
+        with self.writing_after(partial(moves.wait, 0.02)):
+            yield moves
 
     @contextlib.contextmanager
     def stuck_disk(self) -> Iterator[Event]:
@@ -716,7 +771,7 @@ class Machine(RuleBasedStateMachine):
 
 
 Machine.TestCase.settings = settings(
-    max_examples=200 if MANY else 25,
+    max_examples=220 if MANY else 25,
     stateful_step_count=50,
     deadline=None,
     suppress_health_check=list(HealthCheck),

@@ -168,6 +168,20 @@ def test_an_upload_that_a_killed_server_had_loaded_is_its_names(tmp_path: Path, 
         assert not other.exists()  # nobody had loaded it
 
 
+def test_an_upload_that_is_sent_again_and_killed_before_the_answer_is_the_one_to_serve(
+    tmp_path: Path, trained: Path
+) -> None:
+    """The catalogue said one, the uploads' record another, and the next load believed the record."""
+    with with_uploads(tmp_path, state_dir=tmp_path / "state") as (manager, uploads):
+        for sent in ("one", "two"):
+            manager.load("a", upload(uploads, "a", trained / sent)).result(WAIT_S)
+            accept(uploads, "a", trained / sent)
+        manager.load("a", upload(uploads, "a", trained / "one")).result(WAIT_S)
+    with with_uploads(tmp_path, state_dir=tmp_path / "state") as (manager, uploads):
+        assert manager.get("a").version == 1
+        assert manager.load("a").result(WAIT_S).version == 1
+
+
 def test_an_upload_that_a_killed_server_accepted_comes_before_those_that_follow(
     tmp_path: Path, trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -179,9 +193,9 @@ def test_an_upload_that_a_killed_server_accepted_comes_before_those_that_follow(
             assert may_answer.wait(WAIT_S)
         return find(self, name)
 
+    write_units(tmp_path / "adapters", ["a"])
     with with_uploads(tmp_path, state_dir=tmp_path / "state") as (manager, uploads):
-        manager.load("a", upload(uploads, "a", trained / "one")).result(WAIT_S)
-        accept(uploads, "a", trained / "one")
+        use(manager, "a")
     with with_uploads(tmp_path) as (_, uploads):  # without that catalogue
         upload(uploads, "a", trained / "two")
         accept(uploads, "a", trained / "two")

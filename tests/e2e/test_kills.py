@@ -48,6 +48,9 @@ class Contents:
     def path(self, content: int) -> Path:
         return self.folder / f"c{content}"
 
+    def of(self, digest: str) -> int:
+        return next(content for content, known in self.digests.items() if known == digest)
+
     def learn(self, client: Client) -> None:
         """From a server that nobody has killed yet."""
         for content in CONTENTS:
@@ -103,7 +106,7 @@ class Writer:
         else:
             after.canary = None if now.canary else (number, 1.0)
             answer = adapters.set_canary(name, str(number), 1.0 if after.canary else 0.0)
-        assert fields_of(answer) == self.expected(after), (name, kind)
+        assert self.fields_of(answer) == self.expected(after), (name, kind, now)
         self.names[name], self.pending = after, None
 
     def _bring(self, client: Client, name: str, after: NameModel, content: int) -> Adapter:
@@ -120,8 +123,12 @@ class Writer:
         return client.adapters.load(name)
 
     def expected(self, model: NameModel) -> tuple[object, ...]:
-        versions = {number: self.contents.digests[content] for number, content in model.versions.items()}
-        return model.promoted, model.previous, model.pinned, model.canary or (0, 0.0), versions
+        return model.promoted, model.previous, model.pinned, model.canary or (0, 0.0), model.versions
+
+    def fields_of(self, adapter: Adapter) -> tuple[object, ...]:
+        versions = {version.number: self.contents.of(version.digest) for version in adapter.versions}
+        canary = adapter.canary_version, adapter.canary_share
+        return adapter.version, adapter.previous_version, adapter.pinned, canary, versions
 
     def check(self, client: Client) -> None:
         """All that was acknowledged is there; of what was not, all or nothing."""
@@ -133,7 +140,7 @@ class Writer:
                 if candidate.on_disk is not None:
                     candidate.see(candidate.on_disk)
             fitting = [candidate for candidate in candidates if self.expected(candidate) == found]
-            assert fitting, (name, found, [self.expected(candidate) for candidate in candidates])
+            assert fitting, f"{name}: {found} is none of {candidates}"
             self.names[name] = fitting[-1]
             self._check_answers(client, name, fitting[-1])
         self.pending = None
@@ -142,7 +149,7 @@ class Writer:
         try:
             if not is_settled:  # a server hears by itself of what its catalogue missed, but beside serving
                 client.adapters.load(name)
-            return fields_of(client.adapters.get(name))
+            return self.fields_of(client.adapters.get(name))
         except NotFoundError:
             return self.expected(NameModel())
 
@@ -159,12 +166,6 @@ class Writer:
             assert generation.adapter_version == (number or model.served), (name, number)
             assert generation.adapter_digest == self.contents.digests[content], (name, number)
             assert generation.token_ids == self.contents.tokens[content], (name, number)
-
-
-def fields_of(adapter: Adapter) -> tuple[object, ...]:
-    versions = {version.number: version.digest for version in adapter.versions}
-    canary = adapter.canary_version, adapter.canary_share
-    return adapter.version, adapter.previous_version, adapter.pinned, canary, versions
 
 
 def put(adapter: Path, directory: Path) -> None:

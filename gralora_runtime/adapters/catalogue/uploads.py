@@ -20,7 +20,7 @@ import shutil
 import threading
 import time
 import uuid
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -221,10 +221,11 @@ class Uploads:
                 self._return_to_unfinished(directory)
                 self._remove_if_empty(directory.parent)
 
-    def decide(self, loaded: Collection[Path]) -> None:
-        """At start. What a killed server had loaded, and neither accepted nor refused yet, is what its name is now.
+    def decide(self, loaded: Collection[Path], newest: Mapping[str, Path]) -> None:
+        """At start, after a kill between an upload's load and the answer: what the catalogue remembers is so.
 
-        The rest of what was whole is unfinished again: nobody knows whether it can be loaded.
+        What it had loaded is accepted, and what it saw last, by name, is the upload to serve. What was whole and is
+        none of its versions is unfinished again: nobody knows whether it can be loaded.
         """
         with self._lock:
             for directory in self._undecided:
@@ -235,6 +236,11 @@ class Uploads:
                     self._return_to_unfinished(directory)
                     self._remove_if_empty(directory.parent)
             self._undecided.clear()
+            for name, directory in newest.items():
+                digests = self._records.get(name, [])
+                if directory.parent == self._folder_of(name) and directory.name in digests[:-1]:
+                    others = [digest for digest in digests if digest != directory.name]
+                    self._write_record(name, [*others, directory.name])
 
     # Below: with the lock held, but for those that take it.
 
