@@ -6,7 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -213,6 +213,8 @@ def _free_bytes(device: torch.device) -> int:
 def _adapter_manager(
     config: EngineConfig, base: BaseModel, free_bytes: int, packing: Packing, transfer: Transfer
 ) -> AdapterManager:
+    if config.state_dir is not None:  # whatever link leads there today: paths below it are remembered
+        config = replace(config, state_dir=config.state_dir.resolve())
     device = base.model.device
     pool_bytes = config.adapter_pool_bytes or int(free_bytes * ADAPTER_POOL_SHARE[device.type])
     manager: list[AdapterManager] = []  # once there is one

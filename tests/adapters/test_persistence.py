@@ -318,3 +318,16 @@ def test_copies_stay_within_their_budget_and_those_that_matter_stay_longest(plac
     assert [again.find(f"d{i}") is not None for i in range(4)] == [True, True, False, True]
     assert list((state / "tmp").iterdir()) == []
     again.close()
+
+
+def test_a_pin_that_was_taken_back_does_not_return_though_nobody_could_read_the_adapter(
+    places: tuple[Path, Path],
+) -> None:
+    root, state = places
+    edit_config(write_version(root, "a", 0), r=0)
+    for pinned in (True, False):
+        with managing(root, state_dir=state) as manager:
+            assert manager.get("a").pinned != pinned
+            manager.pin("a", pinned)
+    with managing(root, state_dir=state) as manager:
+        assert not manager.get("a").pinned

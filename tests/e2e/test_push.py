@@ -104,16 +104,16 @@ def test_one_that_does_not_answer_its_golden_prompts_is_refused_and_leaves_nothi
     (adapter / "golden.json").write_text(json.dumps({"version": 1, "model": "", "cases": [case]}))
     there = kept(state)
     with pytest.raises(FailedPreconditionError, match=r"golden.json: cases\[0\] answers"):
-        client.adapters.push(adapter, "new")
+        client.adapters.push(adapter, "tried")
     with pytest.raises(NotFoundError):
-        client.adapters.get("new")
+        client.adapters.get("tried")
     assert kept(state) == there
 
     right = client.generate(token_ids=[5, 6, 7], adapter="a0", max_tokens=4, temperature=0.0)
     case["expected_token_ids"] = list(right.token_ids)
     served = Path(shutil.copytree(Path(client.adapters.get("a0").source), tmp_path / "served"))
     (served / "golden.json").write_text(json.dumps({"version": 1, "model": "", "cases": [case]}))
-    assert client.adapters.push(served, "new").version == 1
+    assert client.adapters.push(served, "tried").version == 2  # 1 is what was refused, for good
 
 
 @pytest.mark.parametrize("known", [True, False], ids=["read", "unread"])
