@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from support.litter import litter
 from support.lives import Lives
 from support.name_model import NameModel
 from support.peft_adapters import gralora_config
@@ -148,7 +149,7 @@ class Writer:
         self.pending = None
 
     def _push_again(self, client: Client, name: str, pending: NameModel, alike: list[NameModel]) -> list[NameModel]:
-        """As a client would that got no answer: what the source had last cannot be seen, but matters to the next push."""
+        """As a client would that got no answer: what was sent last cannot be seen, but matters to the next push."""
         assert pending.uploaded is not None
         answer = self.fields_of(client.adapters.push(self.contents.path(pending.uploaded), name))
         for candidate in alike:
@@ -252,6 +253,7 @@ def test_what_was_acknowledged_survives_kill_9_at_any_moment(lives: Lives, tmp_p
                 told.get(timeout=LONG_S)
             time.sleep(rng.uniform(0, 0.05))  # somewhere in whatever they do
             lives.kill(server)
+            litter(state)
             for each in writing:
                 each.result(LONG_S)
 
