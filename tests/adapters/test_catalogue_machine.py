@@ -27,6 +27,7 @@ from adapters.test_versions import digest_of, write_version
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from support.checkpoints import edit_config
+from support.litter import litter
 from support.name_model import NameModel
 from support.thorough import MANY
 from support.uploading import CONFIG, WEIGHTS, manifest_of
@@ -693,19 +694,11 @@ class Machine(RuleBasedStateMachine):
         self.manager.close()
         if left is not None:
             shutil.rmtree(self.state)
-            self.litter(left)
+            litter(left)
             left.rename(self.state)
         self.unfinished = dict.fromkeys(self.unfinished, 0.0)
         self.open()
         self.settle()
-
-    @staticmethod
-    def litter(left: Path) -> None:
-        """What may lie there if the kill comes between two lines that no rule stops at."""
-        for path in ("versions/tmp/half", "versions/tmp/old.gone", "uploads/tmp/new-1", "uploads/tmp/removed-1"):
-            (left / path).mkdir()
-            (left / path / WEIGHTS).write_bytes(b"half")
-        (left / "uploads" / "tmp" / "record-1").write_text("{")
 
     def compare_with_answers(self) -> None:
         """What was answered is there. What was not may be, but only as a whole."""
