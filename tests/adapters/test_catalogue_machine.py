@@ -186,6 +186,22 @@ class Machine(RuleBasedStateMachine):
             self.see(name, content)
 
     @rule(name=name_of)
+    def files_go(self, name: str) -> None:
+        """Of what was read there is a copy, on the disk by then; a name that nobody has read leaves the list."""
+        self.adopt(name)
+        self.manager.flush()
+        alias, known = self.manager._store.find(name), self.known[name]
+        if alias is not None and any(version.digest and version.copy is None for version in alias.versions.values()):
+            return
+        shutil.rmtree(self.root / name, ignore_errors=True)
+        known.on_disk = None
+        self.manager.refresh(name)
+        self.settle()
+        alias = self.manager._store.find(name)
+        assert alias is None or known.uploaded is not None or (alias.is_known and alias.gone), name
+        assert alias is not None or known.unloaded or not known.versions, name
+
+    @rule(name=name_of)
     def load(self, name: str) -> None:
         known = self.known[name]
         loading = self.manager.load(name)
@@ -509,7 +525,7 @@ class Machine(RuleBasedStateMachine):
     def names_stand_for_what_they_should(self) -> None:
         for name, known in self.known.items():
             alias = self.manager._store.find(name)
-            if known.unloaded or known.source is None:
+            if known.unloaded or (known.source is None and not known.versions):
                 assert alias is None, name
             elif known.versions:
                 assert alias is not None, name
