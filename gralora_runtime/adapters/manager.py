@@ -135,6 +135,8 @@ class AdapterManager:
             watch=watch,
         )
         self._discovery.begin()
+        with self._answering() as answers:
+            self._mover.wake(answers)  # nobody waits yet, but there is something to prepare
         self._housekeeping = Housekeeping(self.tidy)
 
     # For requests.

@@ -131,6 +131,8 @@ class Machine(RuleBasedStateMachine):
         self.accepted: dict[str, list[Manifest]] = {name: [] for name in NAMES}
         self.at_risk: set[tuple[str, int]] = set()  # no copy was made before a crash
         self.later_s = 0.0
+        self.disk_moves = Event()  # is not set while a disk is stuck
+        self.disk_moves.set()
         self.on_answer: Callable[[], None] = lambda: None
         self.kept = patch.object(uploads_module, "KEPT", KEPT)
         self.kept.start()
@@ -569,14 +571,15 @@ class Machine(RuleBasedStateMachine):
     # The model.
 
     def settle(self) -> None:
-        """Until nothing is being looked up, read, copied or moved."""
+        """Until nothing is being looked up, read, copied or moved. Copies wait for the disk, if they have to go."""
         quiesce(self.manager)
         resolver = self.manager._discovery._resolver
         until(lambda: not resolver._asked and not any(a.refreshing for a in tuple(self.manager._store.aliases())))
         quiesce(self.manager)
         copies = self.manager._persistence._copies
         assert copies is not None
-        copies._copying.submit(int).result(WAIT_S)
+        if self.disk_moves.is_set():
+            copies._copying.submit(int).result(WAIT_S)
 
     def ask(self, adapter: str, key: str) -> AdapterLease | None:
         """None: pins and leases leave no room for it until one of them ends, so nobody waits."""
@@ -720,6 +723,9 @@ class Machine(RuleBasedStateMachine):
         """What was answered is there. What was not may be, but only as a whole."""
         for name in NAMES:
             self.known[name] = self.survivor(name)
+        for name, number in self.manager._discovery._unloaded.items():  # what a failed load used up meant nothing
+            assert number >= self.answered[name].last, name
+            self.known[name].last = number
         self.adopt_all()
         self.manager.flush()
         self.note_answer()
@@ -758,7 +764,7 @@ class Machine(RuleBasedStateMachine):
     @contextlib.contextmanager
     def stuck_disk(self) -> Iterator[Event]:
         """Until its event is set."""
-        moves = Event()
+        self.disk_moves = moves = Event()
         with self.writing_after(partial(moves.wait, WAIT_S)):
             try:
                 yield moves

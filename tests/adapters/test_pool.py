@@ -12,6 +12,7 @@ from support.checkpoints import MODULES, edit_tensors, write_gralora, write_lora
 from gralora_kernels.packing import Packing
 from gralora_kernels.tables import Storage
 from gralora_runtime.adapters.checkpoint.loader import LoadedAdapter, load
+from gralora_runtime.adapters.residency import pool as pool_module
 from gralora_runtime.adapters.residency.pool import AdapterPool, Resident
 
 CPU = torch.device("cpu")
@@ -222,3 +223,40 @@ def test_only_who_is_leaving_can_be_moved(adapters: list[LoadedAdapter]) -> None
     with pytest.raises(AssertionError):
         pool.relocate(resident, 1 << 12)
     pool.check_integrity()
+
+
+def test_memory_is_written_ahead_of_its_use_and_no_weight_changes(
+    adapters: list[LoadedAdapter], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool_module, "AHEAD_BYTES", 4000)
+    monkeypatch.setattr(pool_module, "TOUCHED_BYTES", 1000)
+    zeroed: list[int] = []
+    pool = pool_of(1 << 20)
+    zero = pool.transfer.zero
+    monkeypatch.setattr(pool.transfer, "zero", lambda target: (zeroed.append(target.numel()), zero(target)))
+
+    while pool.touch_ahead():
+        pass
+    assert zeroed == [250] * 4  # elements of four bytes, up to the limit and no further
+    first = place(pool, adapters[0])
+    while pool.touch_ahead():
+        pass
+    first.leaving = True
+    copy = pool.read(first)
+    pool.clear(first)
+    pool.relocate(first, 16 * 1000)  # far behind all that was used, or written
+    pool.fill(first, copy)
+    second = place(pool, adapters[1])
+    while pool.touch_ahead():
+        pass
+    for resident, adapter in ((first, adapters[0]), (second, adapters[1])):
+        assert torch.equal(adapter.blob, pool.read(resident).blob)
+    pool.check_integrity()
+
+
+def test_no_more_memory_is_written_than_there_is(adapters: list[LoadedAdapter]) -> None:
+    pool = pool_of(adapters[0].num_bytes)
+    while pool.touch_ahead():
+        pass
+    place(pool, adapters[0])
+    assert not pool.touch_ahead()

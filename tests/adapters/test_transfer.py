@@ -317,50 +317,20 @@ def test_on_the_cpu_everything_is_moved_whether_steps_run_or_not(steps_run: bool
     assert not target.any()
 
 
-def spread_over(*, steps_run: bool, helpers: int = 3) -> HostTransfer:
-    host = HostTransfer(lambda: None, Pace(steps_run=lambda: steps_run))
-    host._num_helpers = helpers
-    host._helpers = ThreadPoolExecutor(helpers)
-    return host
+def test_on_the_cpu_one_thread_works_and_an_error_ends_it() -> None:
+    done: list[int] = []
 
-
-def test_while_steps_run_the_caller_works_alone_and_else_all_cores_do() -> None:
-    alone = spread_over(steps_run=True).spread(lambda _: threading.get_ident(), range(8))
-    assert set(alone) == {threading.get_ident()}
-
-    together = threading.Barrier(4)
-
-    def meet(_: int) -> int:
-        together.wait(20)
+    def work(item: int) -> int:
+        done.append(item)
+        if item == 3:
+            raise IndexError("three")
         return threading.get_ident()
 
-    assert len(set(spread_over(steps_run=False).spread(meet, range(4)))) == 4
-
-
-def test_a_load_needs_no_helper_that_waits_for_anothers_disk() -> None:
-    host, disk = spread_over(steps_run=False, helpers=1), threading.Event()
-    slow = ThreadPoolExecutor(1).submit(host.spread, lambda _: disk.wait(20), range(2))  # itself, and the helper
-    assert host.spread(lambda item: item + 1, range(5)) == [1, 2, 3, 4, 5]
-    disk.set()
-    assert slow.result(20) == [True, True]
-
-
-@pytest.mark.parametrize("error", [ValueError, IndexError, StopIteration])
-def test_the_first_error_is_raised_once_all_work_has_ended(error: type[Exception]) -> None:
-    running: list[int] = []
-
-    def fail(item: int) -> None:
-        running.append(item)
-        try:
-            if item == 3:
-                raise error("three")
-            time.sleep(0.002)
-        finally:
-            running.remove(item)
-
-    with pytest.raises(error):
-        spread_over(steps_run=False).spread(fail, range(100))
-    assert not running
+    host = transfer_to(CPU)
+    assert set(host.spread(work, range(3))) == {threading.get_ident()}
+    with pytest.raises(IndexError, match="three"):
+        host.spread(work, range(9))
+    assert done == [0, 1, 2, 0, 1, 2, 3]
 
 
 @pytest.mark.parametrize(

@@ -356,14 +356,17 @@ class Mover:
             self._changed(version, adapter, answers)
 
     def _pump(self) -> None:
-        """In the placer: move adapters in until the next one has to wait."""
-        while (move := self._next_move()) is not None:
-            placement, window = move
-            for victim in window.victims:
-                self._evict(victim)
-            for step in window.moves:
-                self._shift(step.owner, step.offset)
-            self._place(placement, window)
+        """In the placer: move adapters in until the next one has to wait, and then prepare for those that will come."""
+        while True:
+            while (move := self._next_move()) is not None:
+                placement, window = move
+                for victim in window.victims:
+                    self._evict(victim)
+                for step in window.moves:
+                    self._shift(step.owner, step.offset)
+                self._place(placement, window)
+            if self._closed or not self._pool.touch_ahead():
+                return
 
     def _next_move(self) -> tuple[Placement, Window[Resident]] | None:
         with self._answering() as answers:

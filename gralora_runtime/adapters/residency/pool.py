@@ -23,6 +23,9 @@ from gralora_runtime.adapters.residency.shared_inputs import group_siblings
 from gralora_runtime.adapters.residency.transfer import Spread, Transfer, transfer_to
 from gralora_runtime.memory import lazy_zeros
 
+AHEAD_BYTES = 64 << 20  # of a CPU's pool, written before they are needed
+TOUCHED_BYTES = 1 << 20  # at a time
+
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class Resident:
@@ -81,6 +84,7 @@ class AdapterPool:
         self.tables: dict[str, ModuleTable] = dict(zip(in_order, self.table_set.modules, strict=True))
         self._positions = {name: position for position, name in enumerate(in_order)}
         self.transfer = transfer or transfer_to(device)
+        self._used_end = self._touched_end = 0  # elements: what lies behind was never written
         self._generations = [0] * max_slots
         self._free_slots = list(range(max_slots))  # a heap: low slots first
         self._residents: dict[int, Resident] = {}  # by slot: everything that owns a range
@@ -132,12 +136,27 @@ class AdapterPool:
 
     def reserve(self, layout: AdapterLayout, offset: int) -> Resident:
         """Take a slot and the range at `offset`, which must be free."""
-        self.ranges.allocate_at(offset, layout.numel)
+        self._take(offset, layout.numel)
         slot = heapq.heappop(self._free_slots)
         self._generations[slot] += 1
         resident = Resident(slot=slot, generation=self._generations[slot], offset=offset, layout=layout)
         self._residents[slot] = resident
         return resident
+
+    def touch_ahead(self) -> bool:
+        """Write a piece of the memory that was never used, as the zeros that it is; False if enough of it is written.
+
+        The system gives memory when it is first written, which may take thirty times as long as writing.
+        """
+        per_element = self.arena.element_size()
+        end = min(self._used_end + AHEAD_BYTES // per_element, self.ranges.numel)
+        start = max(self._touched_end, self._used_end)
+        if self.arena.device.type != "cpu" or start >= end:
+            return False
+        self._touched_end = min(start + TOUCHED_BYTES // per_element, end)
+        with self.transfer.moving():
+            self.transfer.zero(self.arena[start : self._touched_end])
+        return True
 
     def fill(self, resident: Resident, adapter: LoadedAdapter) -> None:
         """The weights, then the table rows that point at them."""
@@ -179,7 +198,7 @@ class AdapterPool:
         """
         assert resident.leaving, f"slot {resident.slot} is open"
         self.ranges.free(resident.offset)
-        self.ranges.allocate_at(offset, resident.layout.numel)
+        self._take(offset, resident.layout.numel)
         self._generations[resident.slot] += 1
         resident.offset, resident.generation = offset, self._generations[resident.slot]
 
@@ -226,7 +245,12 @@ class AdapterPool:
         for digest, resident in self._by_digest.items():
             assert resident.layout.digest == digest, f"slot {resident.slot} is filed under another digest"
             assert self._residents[resident.slot] is resident, f"slot {resident.slot} was reused"
+            assert resident.offset + resident.layout.numel <= self._used_end, f"slot {resident.slot} is not in use"
             assert self._generations[resident.slot] == resident.generation, f"slot {resident.slot}"
+
+    def _take(self, offset: int, numel: int) -> None:
+        self.ranges.allocate_at(offset, numel)
+        self._used_end = max(self._used_end, offset + numel)
 
     def _range(self, resident: Resident) -> torch.Tensor:
         return self.arena[resident.offset : resident.offset + resident.layout.numel]

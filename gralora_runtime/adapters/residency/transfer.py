@@ -1,7 +1,7 @@
 """Moves weights and table rows between host memory and where kernels read them. Knows no adapter, and no books.
 
-On the CPU that is plain copying, on all cores, or at a pace that leaves them to the steps that run. A GPU has a stream
-of its own for it, for which no step waits. Either way, what was asked for inside a `moving` block is done, in that
+On the CPU that is plain copying, at a pace that leaves the cores to the steps that run. A GPU has a stream of its own
+for it, for which no step waits. Either way, what was asked for inside a `moving` block is done, in that
 order, when the block is left.
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import threading
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -99,43 +98,15 @@ def transfer_to(
 
 
 class HostTransfer:
-    """Works in pieces: on all cores while nobody decodes there, and else one after another, at a pace."""
+    """Works in pieces, in the calling thread alone: so small ones gain nothing from a second one, which would wait for
+    the interpreter lock more than it works. While steps run there is a pause after each."""
 
     def __init__(self, wait_for_steps: Callable[[], None], pace: Pace) -> None:
         self._wait_for_steps = wait_for_steps
         self._pace = pace
-        self._num_helpers = len(os.sched_getaffinity(0)) - 1
-        self._helpers = ThreadPoolExecutor(max(1, self._num_helpers), thread_name_prefix="adapter-helper")
 
     def spread(self, work: Callable[[Item], Result], items: Sequence[Item], /) -> list[Result]:
-        """The caller works too, and needs nobody: helpers may all be waiting for another load's disk."""
-        results: dict[int, Result] = {}
-        left = deque(enumerate(items))
-        lock = threading.Lock()
-
-        def claim() -> tuple[int, Item] | None:
-            with lock:
-                return left.popleft() if left else None
-
-        def take_turns(*, is_helper: bool) -> None:
-            while not (is_helper and self._pace.steps_run()) and (claimed := claim()) is not None:
-                try:
-                    results[claimed[0]] = self._pace.keep(work, claimed[1])
-                except BaseException:
-                    with lock:
-                        left.clear()
-                    raise
-
-        wanted = 0 if self._pace.steps_run() else min(self._num_helpers, len(items) - 1)
-        helping = [self._helpers.submit(take_turns, is_helper=True) for _ in range(wanted)]
-        try:
-            take_turns(is_helper=False)
-        finally:
-            helping = [helper for helper in helping if not helper.cancel()]
-            wait(helping)
-        for helper in helping:
-            helper.result()
-        return [results[at] for at in range(len(items))]
+        return [self._pace.keep(work, item) for item in items]
 
     def moving(self, *, after_steps: bool = False) -> AbstractContextManager[None]:
         if after_steps:
