@@ -60,7 +60,7 @@ class EngineConfig:
     max_adapter_rank: int = 2048  # of r * k + hybrid_r: bounds the kernels' intermediate
     enable_prefix_cache: bool = True
     num_threads: int | None = None
-    load_share: float = 0.05  # of the cores' time, for loading adapters while steps run on the same cores
+    load_share: float = 0.03  # of the cores' time, for loading adapters while steps run on the same cores
     cuda_graphs: tuple[int, ...] | None = None  # rows of the decode steps that a GPU captures; (): none of them
     batch_invariant: bool = False  # on a GPU, too, the same bits whatever shares the batch; the CPU's always are
     pipeline: str = "auto"  # a step is planned and launched while the one before runs; auto: on a GPU
