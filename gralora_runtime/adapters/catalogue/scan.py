@@ -16,7 +16,7 @@ from gralora_runtime.errors import AdapterRejectedError
 log = logging.getLogger(__name__)
 
 NUM_THREADS = 2  # Python's, so more would not be faster; one directory that takes its whole budget delays no other
-WAIT_S = 1.0  # then serving begins: a request does not need what a scan finds
+WAIT_S = 0.3  # then serving begins: a request does not need what a scan finds
 
 Seen = AdapterSummary | AdapterRejectedError
 

@@ -22,8 +22,9 @@ from gralora_server.client.connection import RECONNECT_PAUSE_S, ChannelOptions
 from gralora_server.client.errors import UnavailableError, client_error, cut_short, not_ready, passing_problem
 from gralora_server.client.push import Progress, Push
 from gralora_server.client.records import Adapter, AdapterNews, Generation, ServerInfo, StreamDelta
-from gralora_server.client.requests import Call, GenerateOptions, Message, generate_fields
+from gralora_server.client.requests import Call, GenerateOptions, Message, Stubs, generate_fields
 from gralora_server.client.responses import Assembler
+from gralora_server.client.sync import open_channel as open_blocking_channel
 
 T = TypeVar("T")
 
@@ -154,6 +155,22 @@ class AsyncAdapterClient:
             call.cancel()
 
 
+async def _result(call: Any) -> Any:
+    """Of a call that threads of gRPC's carry out; it is cancelled if the wait is."""
+    loop, done = asyncio.get_running_loop(), asyncio.Event()
+
+    def wake(_: Any) -> None:
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(done.set)
+
+    call.add_done_callback(wake)
+    try:
+        await done.wait()
+    finally:
+        call.cancel()
+    return call.result()
+
+
 def open_channel(target: str, credentials: grpc.ChannelCredentials | None, options: ChannelOptions) -> grpc.aio.Channel:
     """On the running event loop, with TLS if there are credentials."""
     if credentials is None:
@@ -248,16 +265,16 @@ class AsyncClient(ClientBase[grpc.aio.Channel]):
     async def push(self, push: Push) -> Adapter:
         """What the server lacks of it, in one call."""
         received = await self.run(requests.get_adapter_upload(push.header))
-        messages = push.messages(received)
-
-        async def read() -> AsyncIterator[adapters_pb2.UploadAdapterRequest]:
-            while (message := await asyncio.to_thread(next, messages, None)) is not None:
-                yield message
-
+        # Not by grpc.aio: of a stream that the server ends while we write, it may forget why (grpc/grpc#36066).
+        connection = self._connection
+        channel = open_blocking_channel(connection.target, connection.credentials(), connection.channel_options())
         try:
-            answer = await self._stubs.adapters.UploadAdapter(read(), **self._push_arguments())
+            call = Stubs(channel).adapters.UploadAdapter.future(push.messages(received), **self._push_arguments())
+            answer = await _result(call)
         except grpc.RpcError as error:
             raise client_error(error) from error
+        finally:
+            channel.close()
         return responses.described_adapter(answer)
 
     async def run(self, call: Call[T]) -> T:

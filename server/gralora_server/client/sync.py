@@ -141,13 +141,18 @@ class AdapterClient:
             call.cancel()
 
 
+def open_channel(target: str, credentials: grpc.ChannelCredentials | None, options: ChannelOptions) -> grpc.Channel:
+    """With TLS if there are credentials."""
+    if credentials is None:
+        return grpc.insecure_channel(target, options=options)
+    return grpc.secure_channel(target, credentials, options=options)
+
+
 class Client(ClientBase[grpc.Channel]):
     """A server, from synchronous code. Every failure is a `GraloraClientError`."""
 
     def _open(self, target: str, credentials: grpc.ChannelCredentials | None, options: ChannelOptions) -> grpc.Channel:
-        if credentials is None:
-            return grpc.insecure_channel(target, options=options)
-        return grpc.secure_channel(target, credentials, options=options)
+        return open_channel(target, credentials, options)
 
     @property
     def adapters(self) -> AdapterClient:

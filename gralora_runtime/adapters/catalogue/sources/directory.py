@@ -115,25 +115,25 @@ class DirectorySource:
 
     def _is_organisation(self, directory: Path) -> bool:
         """It holds no adapter, but directories that do."""
-        if (directory / CONFIG_FILE).exists():
+        if os.path.exists(os.path.join(directory, CONFIG_FILE)):  # noqa: PTH110,PTH118  # of thousands, at start
             return False
         return any((entry / CONFIG_FILE).exists() for entry in self._entries(directory))
 
     @staticmethod
     def _entries(directory: Path) -> list[Path]:
         """Directories that have an adapter's name, in order."""
-        found: list[Path] = []
+        found: list[str] = []
         try:
             with os.scandir(directory) as entries:
                 for entry in entries:
                     try:
                         if is_part(entry.name) and entry.is_dir():
-                            found.append(Path(entry.path))
+                            found.append(entry.name)
                     except OSError as cause:
                         log.warning("%s is passed over: %s", entry.path, cause)
         except OSError as cause:
             log.warning("%s cannot be looked into: %s", directory, cause)
-        return sorted(found)
+        return [directory / name for name in sorted(found)]
 
 
 def is_snapshots(directory: Path) -> bool:
