@@ -118,7 +118,7 @@ def _read_cubin(compiled: Any) -> dict[str, Any]:
 
 
 def _disassembled(cubin: str) -> str:
-    """Takes longer than all else, and of what PTX has no `mma` for, ptxas makes no matrix instruction: not asked then."""
+    """Slow, and without a `mma` in PTX there is nothing to find: ptxas makes matrix instructions of nothing else."""
     return _run(TOOLS / "nvdisasm", "--print-code", "--no-dataflow", cubin)
 
 
