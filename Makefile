@@ -33,9 +33,10 @@ test: $(STAMP)
 test-pipelined: $(STAMP)
 	GRALORA_TEST_PIPELINE=on $(BIN)/python -m pytest tests/engine tests/model tests/e2e tests/cli/test_serve.py
 
-# Eight times as many random orders of all that may happen to adapters, other ones each time.
+# Whatever reads tests/support/thorough.py: all that may happen to adapters, in eight times as many random orders, other
+# ones each time.
 test-catalogue: $(STAMP)
-	GRALORA_TEST_THOROUGH=1 $(BIN)/python -m pytest tests/adapters/test_catalogue_machine.py
+	GRALORA_TEST_THOROUGH=1 $(BIN)/python -m pytest $$(grep -rl --include='test_*.py' support.thorough tests)
 
 # Two minutes. It needs atheris, which has wheels for Linux on x86_64 only.
 fuzz: $(STAMP)
