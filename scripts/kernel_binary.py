@@ -108,13 +108,18 @@ def _read_cubin(compiled: Any) -> dict[str, Any]:
         file.write(compiled.asm["cubin"])
         file.flush()
         usage = _run(TOOLS / "cuobjdump", "-res-usage", file.name)
-        code = _run(TOOLS / "nvdisasm", file.name)
+        code = _disassembled(file.name) if "mma" in compiled.asm["ptx"] else ""
     found = re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", usage)
     assert found, usage
     registers, stack, local = map(int, found.groups())
     instructions = re.findall(r"\b(HMMA|HGMMA|UTC\w*MMA|QGMMA|DMMA)\.?([\w.]*)", code)
     names = sorted({".".join(filter(None, parts)) for parts in instructions})
     return {"registers": registers, "spilled_bytes": stack + local, "matrix_instructions": tuple(names)}
+
+
+def _disassembled(cubin: str) -> str:
+    """Slow, and without a `mma` in PTX there is nothing to find: ptxas makes matrix instructions of nothing else."""
+    return _run(TOOLS / "nvdisasm", "--print-code", "--no-dataflow", cubin)
 
 
 def _read_gcn(compiled: Any) -> dict[str, Any]:

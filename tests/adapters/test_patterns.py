@@ -283,6 +283,7 @@ class Neighbour:
             last_s = now_s
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("kind", HOSTILE_PATTERNS)
 @pytest.mark.parametrize("inside", ["{}", MODULE_ENDING, LAYER_NUMBER], ids=["target", "key", "layer"])
 def test_a_hostile_pattern_takes_its_budget_at_most_and_lets_others_run(kind: str, inside: str) -> None:

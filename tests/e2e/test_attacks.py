@@ -26,6 +26,8 @@ from gralora_server.client import AdapterState, GraloraClientError, InvalidArgum
 
 from .conftest import announced
 
+pytestmark = pytest.mark.alone
+
 MAX_HEALTH_S, MAX_PAUSE_S = 1.0, 0.2
 # The worst that `make fuzz` found, where it ran before.
 FUZZED = sorted(Path(os.environ.get("GRALORA_FUZZED_ADAPTERS") or "/nowhere").glob("*/"))

@@ -47,6 +47,7 @@ def drive(trace: Trace, **options) -> Driven:
     return asyncio.run(run())
 
 
+@pytest.mark.alone
 def test_percentiles_are_those_of_the_server() -> None:
     """Within 2 %, of what the server noted when its messages left: a timer may be late, and on a busy machine it is."""
     mix = [0.2 + 0.01 * ((37 * i) % 100) for i in range(100)]  # each of 0.20, 0.21, ... 1.19 once
