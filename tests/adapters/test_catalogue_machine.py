@@ -11,7 +11,7 @@ import contextlib
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from functools import cache, partial
 from pathlib import Path
@@ -112,6 +112,15 @@ class Told:
             return getattr(self._inner, name)(*arguments, **options)
 
         return call
+
+
+def fits(known: NameModel, numbers: Sequence[int]) -> bool:
+    """Whether these are the name's versions, but for some that were too many. What a start loads is not taken away, so
+    which of those that may go went is the real one's to say."""
+    pointed_at = {known.promoted, known.previous, known.newest, known.canary[0] if known.canary else 0}
+    gone = known.versions.keys() - set(numbers)
+    too_many = max(0, len(known.versions) - MAX_VERSIONS)
+    return known.versions.keys() >= set(numbers) and len(gone) <= too_many and gone.isdisjoint(pointed_at)
 
 
 class Machine(RuleBasedStateMachine):
@@ -742,12 +751,12 @@ class Machine(RuleBasedStateMachine):
         for candidate in (self.known[name], self.answered[name]):
             candidate.on_disk, candidate.uploaded = self.known[name].on_disk, self.uploaded(name)
             if candidate.versions and candidate.source is not None:
-                self.known[name] = candidate
-                self.see(name, candidate.source)
+                candidate.see(candidate.source)
             candidates.append(candidate)
         numbers = [] if alias is None else [number for number, version in alias.versions.items() if version.digest]
-        fitting = [each for each in candidates if sorted(each.versions) == numbers]
+        fitting = [each for each in candidates if fits(each, numbers)]
         assert fitting, (name, numbers, candidates)
+        fitting[0].versions = {number: fitting[0].versions[number] for number in numbers}
         return fitting[0]
 
     def uploaded(self, name: str) -> int | None:
