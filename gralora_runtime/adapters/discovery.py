@@ -92,10 +92,9 @@ class Discovery:
         modules: Sequence[ModuleShape],
         max_width: int,
         keeps_16_bit: bool,
-        tries: bool,
         watch: str,
     ) -> None:
-        """`tries`: golden prompts count. `watch`: see `EngineConfig`."""
+        """`watch`: see `EngineConfig`."""
         self._sources = tuple(sources)
         self._store = store
         self._catalogue = catalogue
@@ -106,7 +105,6 @@ class Discovery:
         self._modules = tuple(modules)
         self._max_width = max_width
         self._keeps_16_bit = keeps_16_bit
-        self._tries = tries
         # By an operator, so that no request brings them back; and the last number that each has given to a version.
         self._unloaded: dict[str, int] = {}
         self._departed: dict[str, int] = {}  # names of which nothing was left, and the same of each
@@ -518,7 +516,7 @@ class Discovery:
         self, alias: Alias, adapter: LoadedAdapter, found: Found, *, is_source: bool = True
     ) -> AdapterVersion:
         version = self._catalogue.take_note(
-            alias, adapter.digest, found, is_source=is_source, has_golden=adapter.has_golden and self._tries
+            alias, adapter.digest, found, is_source=is_source, has_golden=adapter.has_golden
         )
         version.summary, version.error = adapter.layout.summary, None
         version.warn(adapter.warnings)

@@ -131,7 +131,6 @@ class AdapterManager:
             modules=modules,
             max_width=max_width,
             keeps_16_bit=self.pool.packing.keeps_16_bit,
-            tries=vocab_size > 0,
             watch=watch,
         )
         self._discovery.begin()

@@ -224,7 +224,11 @@ class Mover:
             with self._answering():
                 self.load_s.observe(time.perf_counter() - started_s)
                 self.load_failures += failures
-        return replace(adapter, warnings=self._warnings(version, adapter, source, roots))
+        return replace(
+            adapter,
+            has_golden=adapter.has_golden and self._tries,
+            warnings=self._warnings(version, adapter, source, roots),
+        )
 
     def _warnings(
         self, version: AdapterVersion, adapter: LoadedAdapter, source: Path, roots: Sequence[Path]
@@ -302,7 +306,7 @@ class Mover:
         self._cache.pop(adapter.digest)  # read although it was there: whoever asked wanted to see the files
         self._store.identify(version, adapter.digest)
         version.summary = adapter.layout.summary
-        version.untried = adapter.has_golden and self._tries and not version.admitted
+        version.untried = adapter.has_golden and not version.admitted
         version.warn(adapter.warnings)
         self._identified(version)
         resident = self._pool.find(adapter.digest)

@@ -1,8 +1,8 @@
 """Moves weights and table rows between host memory and where kernels read them. Knows no adapter, and no books.
 
 On the CPU that is plain copying, at a pace that leaves the cores to the steps that run. A GPU has a stream of its own
-for it, for which no step waits. Either way, what was asked for inside a `moving` block is done, in that
-order, when the block is left.
+for it, for which no step waits. Either way, what was asked for inside a `moving` block is done, in that order, when the
+block is left.
 """
 
 from __future__ import annotations
