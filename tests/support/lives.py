@@ -9,12 +9,11 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from types import TracebackType
-from typing import Self
+
+from support.forking import Forking
 
 from gralora_server.cli import main
 
@@ -45,27 +44,10 @@ def run() -> None:
         os.write(1, f"gone {os.waitstatus_to_exitcode(status)}\n".encode())
 
 
-class Lives:
+class Lives(Forking):
     """That program, seen from a test."""
 
-    def __enter__(self) -> Self:
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-        self._process = subprocess.Popen(
-            [sys.executable, __file__],
-            env=environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            bufsize=1,
-            start_new_session=True,
-        )
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        os.killpg(self._process.pid, signal.SIGKILL)  # with the child of a test that failed before it killed it
-        self._process.communicate()
+    program = __file__
 
     def start(self, *arguments: object) -> int:
         """The pid of a server that begins to start."""

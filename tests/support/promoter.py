@@ -9,12 +9,11 @@ from __future__ import annotations
 import hashlib
 import os
 import signal
-import subprocess
 import sys
 from itertools import count
 from pathlib import Path
-from types import TracebackType
-from typing import Self
+
+from support.forking import Forking
 
 from gralora_runtime.adapters.catalogue.journal import Journal, NameRow, VersionRow
 
@@ -90,28 +89,10 @@ def main() -> None:
         tell(f"gone {os.waitstatus_to_exitcode(status)}")
 
 
-class Promoters:
+class Promoters(Forking):
     """That program, seen from a test."""
 
-    def __enter__(self) -> Self:
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-        command = [sys.executable, str(Path(__file__))]
-        self._process = subprocess.Popen(
-            command,
-            env=environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            bufsize=1,
-            start_new_session=True,
-        )
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        os.killpg(self._process.pid, signal.SIGKILL)  # with the child of a test that failed before it killed it
-        self._process.communicate()
+    program = __file__
 
     def start(self, folder: Path) -> int:
         """The pid of a child that promotes there."""

@@ -84,9 +84,8 @@ class Uploads:
         self._sizes: dict[Path, int] = {}  # bytes that each directory counts for
         self._changed_s: dict[Path, float] = {}  # of unfinished ones
         self._records: dict[str, list[str]] = {}  # by name: digests of accepted uploads, the newest last
-        self._undecided: list[
-            Path
-        ] = []  # whole when a server was killed, which had not said whether they can be loaded
+        # Whole when a server was killed that had not said whether they can be loaded.
+        self._undecided: list[Path] = []
         self._unfinished = self.folder / UNFINISHED
         self._file_lock = self._open()
         self._recover()
