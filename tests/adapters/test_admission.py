@@ -192,6 +192,20 @@ def test_golden_prompts_that_are_put_right_are_tried_at_once(tmp_path: Path) -> 
         assert use(manager, "a").version == 1
 
 
+def test_a_version_that_was_admitted_stays_so_whatever_is_expected_of_it_later(tmp_path: Path) -> None:
+    """Who serves is not taken away by a line in a file; the next start, and the next version, are tried."""
+    write_tried(tmp_path, 0, RIGHT)
+    with trying(tmp_path) as (manager, engine):
+        use(manager, "a")
+        write_golden(tmp_path, "a", WRONG)
+        assert manager.load("a").result(WAIT_S).version == 1
+        assert use(manager, "a").version == 1
+        assert len(engine.asked) == 1
+    with trying(tmp_path) as (manager, _):
+        with pytest.raises(AdapterRejectedError):
+            lease(manager, "a")
+
+
 def test_what_failed_is_tried_again_after_a_while_if_it_is_used(tmp_path: Path) -> None:
     """An engine that could not answer is not the adapter's fault."""
     write_tried(tmp_path, 0, RIGHT)
