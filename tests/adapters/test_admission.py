@@ -201,9 +201,8 @@ def test_a_version_that_was_admitted_stays_so_whatever_is_expected_of_it_later(t
         assert manager.load("a").result(WAIT_S).version == 1
         assert use(manager, "a").version == 1
         assert len(engine.asked) == 1
-    with trying(tmp_path) as (manager, _):
-        with pytest.raises(AdapterRejectedError):
-            lease(manager, "a")
+    with trying(tmp_path) as (manager, _), pytest.raises(AdapterRejectedError):
+        lease(manager, "a")
 
 
 def test_what_failed_is_tried_again_after_a_while_if_it_is_used(tmp_path: Path) -> None:
