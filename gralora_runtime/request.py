@@ -61,7 +61,10 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationRequest:
-    """One request as it enters the engine. `adapter` "" is the base model."""
+    """One request as it enters the engine. `adapter` "" is the base model.
+
+    Tenants share what there is by their weights, and requests of one tenant are served by their priority.
+    """
 
     request_id: str
     prompt: Prompt
@@ -71,6 +74,10 @@ class GenerationRequest:
     stopping: StoppingParams = field(default_factory=StoppingParams)
     response: ResponseParams = field(default_factory=ResponseParams)
     timeout_s: float | None = None  # from now; None: no deadline
+    tenant: str = ""  # whose request it is; "": its adapter is a tenant of its own
+    weight: float = 1.0  # of the tenant
+    priority: int = 0  # higher first, among those of the same tenant
+    prefix_scope: str = ""  # prefixes are shared with requests of the same scope, for the same adapter, alone
 
 
 class FinishReason(Enum):
