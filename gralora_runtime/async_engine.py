@@ -59,6 +59,7 @@ class _Entry:
     meter: RequestMeter
     aborted: asyncio.Event  # wakes a submission that still waits for its adapter
     queued: bool = False  # the scheduler has it
+    loaded_bytes: int = 0  # of its adapter, which was not there yet
     given_up: str | None = None  # the outcome, when an output could not be delivered: what comes after is not heard
 
 
@@ -331,6 +332,11 @@ class AsyncEngine:
             arrival_s=entry.submitted_s,
             seed=seed,
             deadline_s=deadline_s,
+            tenant=request.tenant or f"adapter:{lease.name}",
+            weight=request.weight,
+            priority=request.priority,
+            prefix_scope=request.prefix_scope,
+            loaded_bytes=entry.loaded_bytes,
             echo_prompt_token_ids=request.response.echo_prompt_token_ids,
         )
 
@@ -358,6 +364,7 @@ class AsyncEngine:
     async def _acquire(self, request: GenerationRequest, entry: _Entry, deadline_s: float | None) -> AdapterLease:
         """Wait for the adapter, the deadline or an abort, whichever comes first; never lose a lease."""
         future = self.adapters.acquire(request.adapter, request.canary_key or request.request_id)
+        was_there = future.done()
         waiter = asyncio.ensure_future(_settled(future))
         aborted = asyncio.ensure_future(entry.aborted.wait())
         asked_s = time.monotonic()
@@ -370,6 +377,7 @@ class AsyncEngine:
                 raise DeadlineExceededError(request.request_id)
             lease = future.result()
             kept = True
+            entry.loaded_bytes = 0 if was_there else lease.num_bytes
             entry.stream.served_by = numbered(lease.name, lease.version) if lease.version else lease.name
             if request.adapter:
                 self.requests.adapter_wait.observe(time.monotonic() - asked_s)

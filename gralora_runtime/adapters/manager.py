@@ -464,6 +464,7 @@ class AdapterManager:
             generation=resident.generation,
             width=resident.layout.width,
             serial=next(self._serials),
+            num_bytes=self._pool_bytes(resident.layout.numel),
         )
         self._leases[lease.serial] = (version, resident)
         version.leases += 1
