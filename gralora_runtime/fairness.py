@@ -44,9 +44,9 @@ class Ledger:
         """One more request of this tenant."""
         account = self._accounts.get(tenant)
         if account is None:
-            account = self._accounts[tenant] = self._idle.pop(tenant, None) or Account(weight)
-        if account.weight != weight:  # changed by the operator: what was served stays as it was counted
-            account.weight = weight
+            account = self._idle.pop(tenant) if tenant in self._idle else Account(weight)
+            self._accounts[tenant] = account
+        account.weight = weight  # the operator may have changed it: what was served stays as it was counted
         account.requests += 1
         return account
 

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 
 from gralora_runtime.adapters.residency.lease import AdapterLease
 from gralora_runtime.errors import DeadlineExceededError, GraloraError, NumericalError, RequestCancelledError
-from gralora_runtime.fairness import Account, Ledger, Prices
 from gralora_runtime.failure import contained, request_failed, step_failed
+from gralora_runtime.fairness import Account, Ledger, Prices
 from gralora_runtime.pages import PagePool, page_key
 from gralora_runtime.plan import UNKNOWN, RowPlan, StepPlan
 from gralora_runtime.preemption import giver_among, giver_of_row, givers_of_pages
@@ -518,7 +518,7 @@ class Scheduler:
 
 
 def _less_served(started: Sequence | None, waiting: Sequence | None, ledger: Ledger) -> Sequence:
-    """Whose tenant was served less, of two of which there is at least one. What was started comes first if it is even."""
+    """Whose tenant was served less; one of the two may be missing. What was started comes first if they are even."""
     if started is None or waiting is None:
         found = started or waiting
         assert found is not None

@@ -63,6 +63,8 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
                 request_id=stream.request_id,
                 min_tokens=convert.to_min_tokens_per_message(request.response),
                 write_timeout_s=self._write_timeout_s,
+                on_slow=stream.hold,
+                on_read=stream.go_on,
             )
 
     @asynccontextmanager

@@ -38,6 +38,7 @@ from gralora_runtime.errors import (
     RequestFailedError,
     SlowConsumerError,
     StepFailedError,
+    TooLateError,
 )
 from gralora_server.errors import PermissionDeniedError, StartingError, UnauthenticatedError
 
@@ -67,6 +68,8 @@ CODES: dict[type[GraloraError], grpc.StatusCode] = {
     # The adapter's weights or the prompt are at fault, not us, and the same again ends the same.
     NumericalError: grpc.StatusCode.FAILED_PRECONDITION,
     QueueFullError: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    # Not DEADLINE_EXCEEDED, which says that time has passed: the same request, a little later, may be served at once.
+    TooLateError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     SlowConsumerError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     DeadlineExceededError: grpc.StatusCode.DEADLINE_EXCEEDED,
     RequestCancelledError: grpc.StatusCode.CANCELLED,

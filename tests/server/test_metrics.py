@@ -94,6 +94,8 @@ async def test_numbers_go_where_their_names_say() -> None:
         "gralora_steps_total": {(): 7.0},
         "gralora_generated_tokens_total": {(): 8.0},
         "gralora_preemptions_total": {(): 9.0},
+        "gralora_requests_paused": {(): 13.0},
+        "gralora_pauses_total": {(): 12.0},
         "gralora_prefix_hit_tokens_total": {(): 10.0},
         "gralora_internal_failures_total": {("request",): 2.0, ("step",): 1.0},
         "gralora_prefill_tokens_total": {(): 15.0},
