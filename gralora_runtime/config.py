@@ -85,6 +85,13 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, got {value}")
+        if any(not 1 <= rows <= self.max_num_seqs for rows in self.cuda_graphs or ()):
+            raise ConfigError(
+                f"cuda_graphs must be numbers of rows from 1 to max_num_seqs ({self.max_num_seqs}), "
+                f"got {', '.join(map(str, self.cuda_graphs or ()))}"
+            )
+        if not 0.0 < self.load_share <= 1.0:
+            raise ConfigError(f"load_share must be above 0 and at most 1, got {self.load_share:g}")
         for name in ("keep_versions_days", "first_token_s"):
             value = getattr(self, name)
             if value is not None and not value > 0:  # neither is what is no number
