@@ -32,6 +32,7 @@ from gralora_runtime.errors import (
     TooLateError,
 )
 from gralora_runtime.failure import request_failed
+from gralora_runtime.fairness import Prices
 from gralora_runtime.forecast import SHORTEST_RETRY_S, Estimate, Forecast
 from gralora_runtime.info import EngineInfo, EngineLoad, TokenizeResult
 from gralora_runtime.observation.requests import RequestMeter, RequestObservation, outcome_of
@@ -216,6 +217,16 @@ class AsyncEngine:
             running_adapters=running - {""},
             waiting_adapters=(waiting | coming) - {""},
         )
+
+    @property
+    def prices(self) -> Prices:
+        """By which tenants are charged."""
+        return self._parts.engine.scheduler.ledger.prices
+
+    def served(self) -> dict[str, float]:
+        """What each tenant with requests was served, per unit of its weight; from any thread."""
+        tenants = self._parts.engine.scheduler.ledger.tenants()
+        return {tenant: account.served for tenant, account in tenants.items()}
 
     def begin_drain(self) -> None:
         """Refuse new requests; those that run go on."""
