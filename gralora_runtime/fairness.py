@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import dataclass
 
+CROWD = 4  # times as many requests
 MAX_IDLE = 4096  # tenants without a request whose counts are kept; the one that left first is forgotten
 
 
@@ -30,6 +31,16 @@ class Account:
     weight: float
     served: float = 0.0  # price of all that it was served, over its weight
     requests: int = 0  # that wait or run
+
+    @property
+    def crowd(self) -> float:
+        """Requests by weight."""
+        return self.requests / self.weight
+
+    def crowds(self, other: Account) -> bool:
+        """It has so many more requests, by their weights, that its own are bound by the machine and not by one
+        another, and was served no less: then it is for it to wait where that makes the other's step shorter."""
+        return self is not other and self.served >= other.served and self.crowd >= CROWD * other.crowd
 
 
 class Ledger:

@@ -30,9 +30,9 @@ from gralora_runtime.sampling.outcome import RowFailure, Sampled, SamplingFailur
 from gralora_runtime.sequence import Sequence, SequenceStatus
 from gralora_runtime.waiting import FairQueue
 
-# Of a step's token budget, for prompts of tenants that were served more than one that decodes in this step: what it
-# loses by their prompts is time.
-SHARE_BESIDE_OTHERS = 0.5
+# Of a step's token budget, for prompts of a crowd beside those who decode alone or nearly so: a longer step costs them
+# time.
+SHARE_BESIDE_OTHERS = 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,13 +270,10 @@ class Scheduler:
         return prompts
 
     def _plan_prompts(self, prompts: list[Sequence], rows: dict[Sequence, int]) -> None:
-        """What is left of the step's tokens, for the tenant that was served least, and so on.
-
-        One that was served more than a tenant that decodes in this step gets a part of it only.
-        """
+        """What is left of the step's tokens, for the tenant that was served least, and so on."""
         left = self._max_num_batched_tokens - len(rows)
-        left_beside_others = int(self._max_num_batched_tokens * SHARE_BESIDE_OTHERS)
-        least_of_decoding = min((self._account(sequence).served for sequence in rows), default=math.inf)
+        left_for_crowds = int(self._max_num_batched_tokens * SHARE_BESIDE_OTHERS)
+        decoding, starting = self._accounts(rows), set[Account]()
         admitting = not self._is_crowded  # who just lost its pages would only take them back
         while left > 0:
             started = min(prompts, key=lambda sequence: self._account(sequence).served, default=None)
@@ -286,8 +283,10 @@ class Scheduler:
             if started is None and waiting is None:
                 return
             sequence = _less_served(started, waiting, self.ledger)
-            behind = self._account(sequence).served > least_of_decoding
-            most = min(left, left_beside_others) if behind else left
+            account = self._account(sequence)
+            if any(account.crowds(other) for other in starting):
+                return  # so that this step is short
+            most = min(left, left_for_crowds) if any(account.crowds(other) for other in decoding) else left
             if most <= 0:
                 return
             if sequence is started:
@@ -299,8 +298,13 @@ class Scheduler:
                     continue
                 admitting = admitted > 0
                 count = admitted
+            if count:
+                starting.add(account)
             left -= count
-            left_beside_others -= count
+            left_for_crowds -= count
+
+    def _accounts(self, sequences: Iterable[Sequence]) -> set[Account]:
+        return {self._account(sequence) for sequence in sequences}
 
     def _account(self, sequence: Sequence) -> Account:
         return self.ledger.account(sequence.tenant)
@@ -518,9 +522,10 @@ class Scheduler:
 
 
 def _less_served(started: Sequence | None, waiting: Sequence | None, ledger: Ledger) -> Sequence:
-    """Whose tenant was served less; one of the two may be missing. What was started comes first if they are even."""
+    """Whose tenant was served less; one of the two may be missing. If they are even, the smaller crowd comes first."""
     if started is None or waiting is None:
         found = started or waiting
         assert found is not None
         return found
-    return waiting if ledger.account(waiting.tenant).served < ledger.account(started.tenant).served else started
+    goes_on, comes = ledger.account(started.tenant), ledger.account(waiting.tenant)
+    return waiting if (comes.served, comes.crowd) < (goes_on.served, goes_on.crowd) else started
