@@ -9,6 +9,7 @@ Of two tenants that always want more, what they were served per unit of weight d
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 CROWD = 4  # times as many requests
@@ -37,10 +38,16 @@ class Account:
         """Requests by weight."""
         return self.requests / self.weight
 
-    def crowds(self, other: Account) -> bool:
-        """It has so many more requests, by their weights, that its own are bound by the machine and not by one
-        another, and was served no less: then it is for it to wait where that makes the other's step shorter."""
-        return self is not other and self.served >= other.served and self.crowd >= CROWD * other.crowd
+    def crowds(self, others: Mapping[Account, float]) -> bool:
+        """It has so many more requests than one of the others, by their weights, that they are held up by the machine
+        and not by one another, and was served no less: then it is for it to wait where that makes a step shorter.
+
+        `others`: and what counts as served of each.
+        """
+        return any(
+            self is not other and self.served >= served and self.crowd >= CROWD * other.crowd
+            for other, served in others.items()
+        )
 
 
 class Ledger:

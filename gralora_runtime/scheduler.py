@@ -273,7 +273,9 @@ class Scheduler:
         """What is left of the step's tokens, for the tenant that was served least, and so on."""
         left = self._max_num_batched_tokens - len(rows)
         left_for_crowds = int(self._max_num_batched_tokens * SHARE_BESIDE_OTHERS)
-        decoding, starting = self._accounts(rows), set[Account]()
+        # Beside what each had been served before this step's prompts.
+        decoding = {account: account.served for account in map(self._account, rows)}
+        starting: dict[Account, float] = {}
         admitting = not self._is_crowded  # who just lost its pages would only take them back
         while left > 0:
             started = min(prompts, key=lambda sequence: self._account(sequence).served, default=None)
@@ -284,11 +286,12 @@ class Scheduler:
                 return
             sequence = _less_served(started, waiting, self.ledger)
             account = self._account(sequence)
-            if any(account.crowds(other) for other in starting):
+            if account.crowds(starting):
                 return  # so that this step is short
-            most = min(left, left_for_crowds) if any(account.crowds(other) for other in decoding) else left
+            most = min(left, left_for_crowds) if account.crowds(decoding) else left
             if most <= 0:
                 return
+            served = account.served
             if sequence is started:
                 prompts.remove(sequence)
                 count = self._continue(sequence, most, rows)
@@ -299,12 +302,9 @@ class Scheduler:
                 admitting = admitted > 0
                 count = admitted
             if count:
-                starting.add(account)
+                starting.setdefault(account, served)
             left -= count
             left_for_crowds -= count
-
-    def _accounts(self, sequences: Iterable[Sequence]) -> set[Account]:
-        return {self._account(sequence) for sequence in sequences}
 
     def _account(self, sequence: Sequence) -> Account:
         return self.ledger.account(sequence.tenant)
@@ -522,10 +522,9 @@ class Scheduler:
 
 
 def _less_served(started: Sequence | None, waiting: Sequence | None, ledger: Ledger) -> Sequence:
-    """Whose tenant was served less; one of the two may be missing. If they are even, the smaller crowd comes first."""
+    """Whose tenant was served less; one of the two may be missing. What was started comes first if they are even."""
     if started is None or waiting is None:
         found = started or waiting
         assert found is not None
         return found
-    goes_on, comes = ledger.account(started.tenant), ledger.account(waiting.tenant)
-    return waiting if (comes.served, comes.crowd) < (goes_on.served, goes_on.crowd) else started
+    return waiting if ledger.account(waiting.tenant).served < ledger.account(started.tenant).served else started
