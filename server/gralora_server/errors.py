@@ -53,7 +53,7 @@ class PermissionDeniedError(GraloraError):
 
 
 class ConfigInvalidError(ConfigError):
-    """The configuration file, a variable or an option says what it may not, or what cannot change in a running server."""
+    """A configuration says what it may not, or differs in what cannot change in a running server."""
 
     reason = "CONFIG_INVALID"
 

@@ -1,4 +1,4 @@
-"""What the engine and the service are configured with, of the settings. Each checks its own once more, in its own words."""
+"""What the engine and the service are configured with, of the settings. Each checks its own once more."""
 
 from __future__ import annotations
 

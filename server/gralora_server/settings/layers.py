@@ -68,16 +68,20 @@ class Layers:
                 yield setting, f"${variable}", self.environment[variable]
 
 
+NOTHING_SAID = Layers(None, {}, {})  # every setting has its default
+
+
 def _from_file(document: Document, problems: list[str]) -> Settings:
     """The defaults, if there are problems."""
     # As JSON: a file's types are strict (a text is no number), but paths, roles and times are texts.
     as_json = json.dumps(document.values, default=str)
     try:
-        settings = Settings.model_validate_json(as_json, strict=True)
+        found = Settings.model_validate_json(as_json, strict=True)
     except ValidationError as error:
         problems += problems_of(error, document)
         return Settings()
-    return _below(settings, document.path.absolute().parent)
+    settings: Settings = _below(found, document.path.absolute().parent)
+    return settings
 
 
 def _file_origin(document: Document | None, setting: Setting) -> str:
@@ -106,7 +110,7 @@ def _disagreements(settings: Settings, origins: Mapping[str, str]) -> list[str]:
 
 def _located(message: str, origins: Mapping[str, str]) -> str:
     """A configuration's complaint begins with the name of a field."""
-    field = message.split()[0]
+    field = message.split(maxsplit=1)[0]
     setting = next((one for one in SETTINGS if field in (one.field, one.name)), None)
     origin = DEFAULT if setting is None else origins[setting.key]
     return message if origin == DEFAULT else f"{origin}: {message}"

@@ -1,5 +1,5 @@
-"""On which line of a TOML text each key stands. The text is one that `tomllib` has read: what is wrong in it is not noticed
-here, and what it means neither.
+"""On which line of a TOML text each key stands. The text is one that `tomllib` has read: what would be wrong in it is not
+noticed here, and what it means neither.
 """
 
 from __future__ import annotations
@@ -15,8 +15,13 @@ _BLANK = re.compile(r"(?:[ \t\n]|#[^\n]*)*")
 _SPACE = re.compile(r"[ \t]*")
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 _STRING = re.compile(
-    r'"""(?:\\.|[^\\])*?"{3,5}(?!")' r"|'''.*?'{3,5}(?!')" r'|"(?:\\.|[^"\\])*"' r"|'[^']*'",
-    re.DOTALL,
+    r"""
+    \"{3} (?: \\. | [^\\] )*? \"{3,5} (?!\")
+    | '{3} .*? '{3,5} (?!')
+    | \" (?: \\. | [^"\\] )* \"
+    | ' [^']* '
+    """,
+    re.DOTALL | re.VERBOSE,
 )
 _SCALAR = re.compile(r"[^,\]}#\n]*")
 

@@ -1,5 +1,5 @@
-"""What pydantic found wrong, in words for an operator: the place, the key, what is allowed, and what he wrote, unless that is
-or may be a secret.
+"""What pydantic found wrong, in words for an operator: the place, the key, what is allowed, and what is written there,
+unless that is or may be a secret.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Putting another configuration in force while the server runs: all of it or nothing. Knows nothing of what its parts do."""
+"""Putting another configuration in force while the server runs: all of it or nothing. Knows nothing of its parts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Protocol
 
 from gralora_runtime.errors import ConfigError
 from gralora_server.errors import ConfigInvalidError
-from gralora_server.settings.layers import Effective, Layers
+from gralora_server.settings.layers import Effective
 from gralora_server.settings.sections import Settings
 from gralora_server.settings.table import SETTINGS, sections
 
@@ -20,7 +20,7 @@ class Reloadable(Protocol):
     """A part of the server that takes new settings while it runs."""
 
     def prepare(self, settings: Settings) -> Callable[[], None]:
-        """Check and read all that is needed, and change nothing. Called in a thread of its own; may raise `ConfigError`.
+        """Check and read all that is needed, and change nothing. Called in another thread; may raise `ConfigError`.
 
         What it returns puts the settings in force. It is called on the event loop once every part has prepared, and
         may not fail. It is not called at all if another part refused.
@@ -30,7 +30,7 @@ class Reloadable(Protocol):
 class Reloader:
     """`read` says what the configuration is now; what it said first is in force."""
 
-    def __init__(self, read: Callable[[], Effective] = Layers(None, {}, {}).read) -> None:
+    def __init__(self, read: Callable[[], Effective]) -> None:
         self._read = read
         self._in_force = read()
         self._parts: list[Reloadable] = []
@@ -84,7 +84,7 @@ class Reloader:
 def _fixed(old: Settings, new: Effective) -> list[str]:
     """What differs and cannot, while the server runs."""
     return [
-        f"{new.origins[one.key]}: {one.key} cannot change while the server runs; restart it"
+        f"{one.key} cannot change while the server runs: restart it ({new.origins[one.key]})"
         for one in SETTINGS
         if not sections()[one.section].reloads and one.value(old) != one.value(new.settings)
     ]

@@ -1,5 +1,5 @@
-"""The whole configuration: each setting once, with its type, its text and its default. Knows nothing of where it is read
-from; `configurations.py` says what the engine and the service make of it.
+"""The whole configuration: each setting once, with its type, its text and its default. Knows nothing of where it is
+read from; `configurations.py` says what the engine and the service make of it.
 
 A setting is one line. What it is called in the file is its name here; its option and its variable follow from that
 (`table.py`), and so do the help texts, the JSON schema, the example file and the table in the documentation.
@@ -70,9 +70,7 @@ class AdapterSettings(Section):
     state_dir: Path | None = _engine(
         "state_dir", "What outlives the server: versions and promotions, downloads, uploads, copies of old versions."
     )
-    keep_versions: Count = _engine(
-        "keep_versions", "Versions of a name that are kept; more only if they are in use."
-    )
+    keep_versions: Count = _engine("keep_versions", "Versions of a name that are kept; more only if they are in use.")
     keep_versions_days: Annotated[float, Field(gt=0)] = _engine(
         "keep_versions_days", "Older versions go, counted from their last use."
     )

@@ -14,7 +14,14 @@ from pydantic.fields import FieldInfo
 
 from gralora_server.settings.sections import Called, Section, Settings
 
-_KINDS = {"string": "TEXT", "integer": "INTEGER", "number": "FLOAT", "boolean": "true|false", "path": "PATH"}
+_KINDS = {
+    "string": "TEXT",
+    "integer": "INTEGER",
+    "number": "FLOAT",
+    "boolean": "true|false",
+    "path": "PATH",
+    "password": "TEXT",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +35,7 @@ class Setting:
     field: str  # of the configuration that takes it
     text: str
     kind: str
+    choices: tuple[str, ...]  # (): other values than these are allowed
     default: Any
     is_list: bool
     is_secret: bool
@@ -70,6 +78,7 @@ def _setting(section: str, name: str, field: FieldInfo, schema: dict[str, Any]) 
         field=called.field or name,
         text=field.description or "",
         kind=_kind(schema["items"] if is_list else schema),
+        choices=tuple(schema.get("enum", ())),
         default=field.default,
         is_list=is_list,
         is_secret=SecretStr in _types(field.annotation),
@@ -89,8 +98,8 @@ def _not_null(schema: dict[str, Any]) -> dict[str, Any]:
 def _kind(schema: dict[str, Any]) -> str:
     if "enum" in schema:
         return "|".join(schema["enum"])
-    word = schema.get("format", schema.get("type"))
-    return _KINDS.get(word, _KINDS.get(schema.get("type", ""), "")) if word in (*_KINDS, "password") else word
+    word = str(schema.get("format", schema.get("type", "")))
+    return _KINDS.get(word, word)
 
 
 SETTINGS = tuple(_settings())
