@@ -59,20 +59,21 @@ class Certificates:
 def _read(tls: TlsConfig) -> _Pems:
     """Checked, because gRPC would only refuse connections, one by one, for a reason that it keeps to itself."""
     try:
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(tls.certificate, tls.private_key, password=_no_password)
-        if tls.client_ca is not None:
-            context.load_verify_locations(tls.client_ca)
-        return _Pems(
+        pems = _Pems(
             private_key=tls.private_key.read_bytes(),
             certificate=tls.certificate.read_bytes(),
             client_ca=None if tls.client_ca is None else tls.client_ca.read_bytes(),
         )
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(tls.certificate, tls.private_key, password=_no_password)
+        if tls.client_ca is not None:
+            context.load_verify_locations(tls.client_ca)
     except ssl.SSLError as cause:
         files = ", ".join(str(path) for path in (tls.certificate, tls.private_key, tls.client_ca) if path is not None)
         raise ConfigError(f"a TLS file is broken, or the key is another certificate's ({files}): {cause}") from cause
     except OSError as cause:
         raise ConfigError(f"a TLS file cannot be read: {cause}") from cause
+    return pems
 
 
 def _no_password() -> NoReturn:

@@ -79,7 +79,7 @@ def schema(
 def reload(client: Client, *, json: Json = False) -> None:
     """Let a running server read its configuration, token file and certificates again.
 
-    All of it is put in force, or nothing if anything is wrong with it, or differs that cannot change in a running server.
+    All of it is put in force, or nothing: if anything is wrong, or something differs that cannot change while it runs.
     """
     changed = client.reload_config()
     if json:

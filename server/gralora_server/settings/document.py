@@ -12,7 +12,7 @@ from typing import Any
 from gralora_server.errors import ConfigInvalidError
 from gralora_server.settings.lines import Keys, lines_of
 
-_AT_LINE = re.compile(r" ?\(at line (\d+), column \d+\)")
+_WHERE = re.compile(r" \(at (?:line (\d+), column \d+|end of document)\)$")
 _PLAIN_KEY = re.compile(r"[A-Za-z0-9_-]+")
 
 
@@ -47,7 +47,7 @@ def read(path: Path) -> Document:
     except UnicodeDecodeError as cause:
         raise ConfigInvalidError([f"{path} is not UTF-8: {cause.reason} at byte {cause.start}"]) from cause
     except tomllib.TOMLDecodeError as cause:
-        raise ConfigInvalidError([_syntax(path, str(cause))]) from cause
+        raise ConfigInvalidError([_syntax(path, text, str(cause))]) from cause
     return Document(path, values, lines_of(text))
 
 
@@ -62,8 +62,8 @@ def dotted(keys: Keys) -> str:
     return text
 
 
-def _syntax(path: Path, complaint: str) -> str:
-    """The parser says the line in its words, which are the end of its complaint."""
-    match = _AT_LINE.search(complaint)
-    place = str(path) if match is None else f"{path}:{match[1]}"
-    return f"{place}: this is not TOML: {_AT_LINE.sub('', complaint)}"
+def _syntax(path: Path, text: str, complaint: str) -> str:
+    """The parser says the line in words, at the end of its complaint."""
+    match = _WHERE.search(complaint)
+    line = match[1] if match is not None and match[1] else len(text.splitlines())
+    return f"{path}:{line}: this is not TOML: {_WHERE.sub('', complaint)}"

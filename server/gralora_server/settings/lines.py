@@ -1,4 +1,4 @@
-"""On which line of a TOML text each key stands. The text is one that `tomllib` has read: what would be wrong in it is not
+"""On which line of a TOML text each key stands. `tomllib` has read the text before: what would be wrong in it is not
 noticed here, and what it means neither.
 """
 

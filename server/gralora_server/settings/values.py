@@ -59,6 +59,8 @@ def parse_address(address: str) -> tuple[str, int]:
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit() or (":" in host and not host.startswith("[")):
         raise ValueError(f"{address!r} is not HOST:PORT (examples: 127.0.0.1:50051, 0.0.0.0:0, [::1]:50051)")
+    if int(port) > 65535:
+        raise ValueError(f"{address!r}: a port is at most 65535")
     return host, int(port)
 
 
