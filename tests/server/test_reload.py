@@ -13,6 +13,7 @@ from pathlib import Path
 
 import grpc
 import pytest
+from cryptography.hazmat.primitives import serialization
 from support.fake_engine import FakeEngine
 from support.grpc_harness import Served, failure, served
 
@@ -269,6 +270,19 @@ async def test_a_certificate_that_cannot_be_used_is_refused_and_the_old_one_is_s
     assert failed.info.reason == "CONFIG_INVALID"
     assert str(path) in failed.message
     assert shown == pem(PEMS / "server.pem")
+
+
+def test_a_key_with_a_password_is_refused_and_nobody_is_asked_for_it(tls: TlsConfig) -> None:
+    key = serialization.load_pem_private_key(tls.private_key.read_bytes(), None)
+    locked = key.private_bytes(
+        serialization.Encoding.PEM,
+        serialization.PrivateFormat.PKCS8,
+        serialization.BestAvailableEncryption(b"sesame"),
+    )
+    tls.private_key.write_bytes(locked)
+
+    with pytest.raises(ConfigError, match="has a password"):
+        Certificates(tls)
 
 
 def test_a_broken_authority_is_refused_by_name(tls: TlsConfig, tmp_path: Path) -> None:

@@ -107,6 +107,17 @@ def test_an_empty_variable_says_nothing() -> None:
     assert Layers(None, {"GRALORA_ENGINE_MAX_QUEUE": ""}, {}).read().settings == Settings()
 
 
+def test_a_misspelt_variable_is_refused_and_somebody_elses_is_not() -> None:
+    theirs = {"GRALORA_SERVER_PORT": "tcp://10.0.0.1:50051", "GRALORA_SERVER_SERVICE_HOST": "10.0.0.1"}
+    assert Layers(None, theirs, {}).read().settings == Settings()
+    with pytest.raises(ConfigInvalidError) as caught:
+        Layers(None, theirs | {"GRALORA_ENGINE_MAX_QEUE": "3"}, {}).read()
+
+    assert caught.value.problems == (
+        "$GRALORA_ENGINE_MAX_QEUE is not a setting; did you mean GRALORA_ENGINE_MAX_QUEUE?",
+    )
+
+
 @pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: setting.key)
 def test_names_follow_one_rule(setting: Setting) -> None:
     """What is an exception to it is listed here."""

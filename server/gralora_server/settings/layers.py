@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from gralora_runtime.adapters.catalogue.similar import similar_name
 from gralora_runtime.config import AdapterSource
 from gralora_runtime.errors import ConfigError
 from gralora_server.errors import ConfigInvalidError
@@ -43,7 +44,7 @@ class Layers:
     def read(self) -> Effective:
         """Raises `ConfigInvalidError`, which says all that is wrong."""
         document = None if self.file is None else read(self.file)
-        problems: list[str] = []
+        problems = list(_misspelt(self.environment))
         settings = Settings() if document is None else _from_file(document, problems)
         origins = {one.key: _file_origin(document, one) for one in SETTINGS}
         for setting, origin, given in self._given():
@@ -82,6 +83,20 @@ def _from_file(document: Document, problems: list[str]) -> Settings:
         return Settings()
     settings: Settings = _below(found, document.path.absolute().parent)
     return settings
+
+
+def _misspelt(environment: Mapping[str, str]) -> Iterator[str]:
+    """Variables that nobody reads, where one with nearly that name is read. Others may be somebody else's: where a
+    service is called gralora-server, Kubernetes makes a GRALORA_SERVER_PORT.
+    """
+    for section, kind in sections().items():
+        prefix = f"GRALORA_{section.upper()}_"
+        names = [name.upper() for name in kind.model_fields]
+        for variable in sorted(environment):
+            name = variable.removeprefix(prefix)
+            near = similar_name(name, names) if variable.startswith(prefix) and name not in names else ""
+            if near:
+                yield f"${variable} is not a setting; did you mean {prefix}{near}?"
 
 
 def _file_origin(document: Document | None, setting: Setting) -> str:

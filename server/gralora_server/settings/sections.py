@@ -78,7 +78,9 @@ class AdapterSettings(Section):
     download_bytes: Bytes = _engine("download_bytes", "Adapters from other machines.")
     upload_bytes: Bytes = _engine("upload_bytes", "Adapters that clients sent.")
     hub_endpoint: str = _engine("hub_endpoint", "Of hf:// sources.")
-    hub_token: Annotated[SecretStr | None, Called(variable="HF_TOKEN")] = _engine("hub_token", "For private adapters.")
+    hub_token: Annotated[SecretStr | None, Called(variable="HF_TOKEN")] = _engine(
+        "hub_token", "For private adapters. Default: $HF_TOKEN."
+    )
     s3_endpoint: str | None = _engine("s3_endpoint", "Of s3:// sources. Default: AWS.")
     allow_archives: bool = _engine("allow_archives", "Allow https:// sources.")
     watch: Watch = _engine("watch", "Whether directories are watched for changes.")
