@@ -82,6 +82,7 @@ def test_show_says_where_each_setting_comes_from(file: Path, monkeypatch, capsys
     assert found["tenants.acme.weight"] == (2.0, f"{file}:6")
     assert found["tenants.acme.limits.burst_s"] == (10.0, "default")
     assert found["public_base_model"] == (True, "default")
+    assert found["admin_tokens"] == ([], "default")
     assert {setting.key for setting in SETTINGS} <= found.keys()
 
 
@@ -177,3 +178,13 @@ def test_the_documentation_is_up_to_date() -> None:
     assert table() in (ROOT / "docs" / "config.md").read_text(), (
         "docs/config.md is stale: python scripts/config_table.py"
     )
+
+
+def test_the_tenants_of_the_documentation_are_valid(tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "config.md").read_text()
+    file = tmp_path / "gralora.toml"
+    file.write_text("\n".join(line[4:] for line in text[text.index("## Tenants") :].splitlines() if line[:4] == "    "))
+    settings = Layers(file, {}, {}).read().settings
+
+    assert settings.tenants["acme"].certificates[0].subject == "client.acme.example"
+    assert settings.jwt is not None

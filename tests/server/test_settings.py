@@ -16,7 +16,7 @@ from gralora_server.settings.configurations import engine_config, server_config
 from gralora_server.settings.layers import NOTHING_SAID, Effective, Layers
 from gralora_server.settings.sections import Settings
 from gralora_server.settings.table import SETTINGS, Setting
-from gralora_server.tenants.settings import Role
+from gralora_server.tenants.settings import LimitSettings, Role
 
 KEYS = {setting.key: setting for setting in SETTINGS}
 
@@ -103,6 +103,13 @@ def test_the_hubs_own_variable_counts_after_ours() -> None:
     assert token(HF_TOKEN="theirs", GRALORA_ADAPTERS_HUB_TOKEN="ours") == "ours"
 
 
+def test_a_list_in_a_variable_that_cannot_be_taken_apart_is_refused_by_name() -> None:
+    with pytest.raises(
+        ConfigInvalidError, match=r"\$GRALORA_ADAPTERS_SOURCES cannot be taken apart: No closing quotation"
+    ):
+        Layers(None, {"GRALORA_ADAPTERS_SOURCES": "'a b"}, {}).read()
+
+
 def test_an_empty_variable_says_nothing() -> None:
     assert Layers(None, {"GRALORA_ENGINE_MAX_QUEUE": ""}, {}).read().settings == Settings()
 
@@ -137,9 +144,8 @@ def test_whatever_is_configured_is_a_setting() -> None:
     """A field of a configuration that no operator could set would be no setting. `host` and `port` are `address`."""
     composed = {"host", "port", "tls", "metrics"}
     configured = {field.name for kind in (EngineConfig, ServerConfig) for field in fields(kind)} - composed
-    renamed = {"auth_token_file": "token_file"}
 
-    assert {renamed.get(name, name) for name in configured} <= {setting.field for setting in SETTINGS}
+    assert configured <= {setting.field for setting in SETTINGS}
 
 
 def test_the_defaults_are_those_of_the_configurations() -> None:
@@ -197,6 +203,8 @@ def test_tenants_are_read_with_all_that_is_theirs(folder: Folder) -> None:
     weight = 2
     [tenants.acme.limits]
     streams = 3
+    adapter_bytes = "2GiB"
+    upload_bytes = 4096
     [[tenants.acme.tokens]]
     sha256 = "{"0" * 64}"
     expires = 2030-01-02T03:04:05Z
@@ -207,7 +215,7 @@ def test_tenants_are_read_with_all_that_is_theirs(folder: Folder) -> None:
 
     assert settings.public_adapters == ("free/*",)
     assert settings.tenants["acme"].weight == 2.0
-    assert settings.tenants["acme"].limits.streams == 3
+    assert settings.tenants["acme"].limits == LimitSettings(streams=3, adapter_bytes=2 << 30, upload_bytes=4096)
     assert token.role is Role.MANAGE
     assert token.expires is not None
     assert token.expires.isoformat() == "2030-01-02T03:04:05+00:00"
@@ -240,6 +248,10 @@ def test_tenants_are_read_with_all_that_is_theirs(folder: Folder) -> None:
             "2: tenants.a.tokens[0].role should be 'generate', 'manage' or 'admin'",
         ),
         ("[tenants.a.limits]\nstream = 1", "2: there is no setting tenants.a.limits.stream; did you mean"),
+        (
+            "[tenants.a.limits]\nadapter_bytes = 0",
+            "2: tenants.a.limits.adapter_bytes should be greater than or equal to 1",
+        ),
         ("[tenants.a]\nweight = 0", "2: tenants.a.weight should be greater than 0, got 0"),
         ("[tenants.'a b']", "1: tenants.'a b' should match pattern"),
         ("tenants = 3", "1: tenants should be an object, got 3"),

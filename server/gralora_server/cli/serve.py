@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @takes_settings(ConfigOption)
 def serve(layers: Layers, *, json: Json = False) -> None:
-    """Serve a model and its adapters until SIGTERM or Ctrl-C.
+    """Serve a model and its adapters until SIGTERM or Ctrl-C. SIGHUP reads the file of --config again.
 
     Prints one line, SERVING on HOST:PORT, when requests are taken (with --json: address, model and metrics_address).
     """

@@ -65,5 +65,5 @@ def dotted(keys: Keys) -> str:
 def _syntax(path: Path, text: str, complaint: str) -> str:
     """The parser says the line in words, at the end of its complaint."""
     match = _WHERE.search(complaint)
-    line = match[1] if match is not None and match[1] else len(text.splitlines())
+    line = match[1] if match is not None and match[1] else text.rstrip().count("\n") + 1
     return f"{path}:{line}: this is not TOML: {_WHERE.sub('', complaint)}"

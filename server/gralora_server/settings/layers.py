@@ -53,6 +53,8 @@ class Layers:
                 settings = _with(settings, setting, given)
             except ValidationError as error:
                 problems += [f"{origin} {complaint(found, setting.keys)}" for found in error.errors()]
+            except ValueError as error:  # a list's quotes
+                problems.append(f"{origin} cannot be taken apart: {error}")
         if not problems:
             problems = _disagreements(settings, origins)
         if problems:

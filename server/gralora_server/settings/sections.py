@@ -135,7 +135,7 @@ class ServerSettings(Section):
     address: Address = Field(
         default=DEFAULT_ADDRESS, description="HOST:PORT to listen on; port 0 lets the system choose."
     )
-    token_file: Path | None = _server(
+    token_file: Annotated[Path | None, Called(field="auth_token_file")] = _server(
         "auth_token_file", "Bearer tokens, one a line, each optionally followed by generate or admin."
     )
     tls_cert: Path | None = Field(default=None, description="PEM file of the certificate: serve with TLS.")

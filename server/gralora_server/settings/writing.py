@@ -58,7 +58,7 @@ def in_force(effective: Effective) -> Iterator[tuple[str, Any, str]]:
     for name in TenancySettings.model_fields:
         dumped = effective.settings.model_dump(mode="json", include={name})[name]
         for keys, value in _leaves((name,), dumped):
-            yield dotted(keys), HIDDEN if is_secret(keys) else value, _origin(effective, keys)
+            yield dotted(keys), HIDDEN if value and is_secret(keys) else value, _origin(effective, keys)
 
 
 def example() -> str:
