@@ -7,11 +7,13 @@ The file has one token a line, optionally followed by what it is for: `generate`
 from __future__ import annotations
 
 import hmac
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from gralora_runtime.errors import ConfigError
 from gralora_server.errors import PermissionDeniedError, UnauthenticatedError
+from gralora_server.settings.sections import Settings
 
 ADMIN_METHODS = frozenset(
     f"/gralora.v1.AdapterService/{method}"
@@ -25,7 +27,7 @@ ADMIN_METHODS = frozenset(
         "RollbackAdapter",
         "SetAdapterCanary",
     )
-)
+) | {"/gralora.v1.ServerService/ReloadConfig"}
 MIN_TOKEN_CHARS = 16
 
 
@@ -36,17 +38,20 @@ class _Token:
 
 
 class Tokens:
-    """The tokens of one file, read once."""
+    """The tokens of one file, read at the start and at each reload."""
 
     def __init__(self, path: Path) -> None:
-        try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as cause:
-            raise ConfigError(f"the token file {str(path)!r} cannot be read: {cause}") from cause
-        words = [(number, line.split()) for number, line in enumerate(lines, 1)]
-        self._tokens = [_parse(path, number, line) for number, line in words if line and not line[0].startswith("#")]
-        if not self._tokens:
-            raise ConfigError(f"the token file {str(path)!r} has no token")
+        self._path = path
+        self._tokens = _read(path)
+
+    def prepare(self, _settings: Settings) -> Callable[[], None]:
+        """Reads the same file again: which it is cannot change."""
+        tokens = _read(self._path)
+
+        def put() -> None:
+            self._tokens = tokens
+
+        return put
 
     def authorize(self, method: str, authorization: str) -> None:
         scheme, _, secret = authorization.partition(" ")
@@ -57,6 +62,18 @@ class Tokens:
             raise UnauthenticatedError
         if method in ADMIN_METHODS and not any(token.is_admin for token in matches):
             raise PermissionDeniedError(method)
+
+
+def _read(path: Path) -> list[_Token]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as cause:
+        raise ConfigError(f"the token file {str(path)!r} cannot be read: {cause}") from cause
+    words = [(number, line.split()) for number, line in enumerate(lines, 1)]
+    tokens = [_parse(path, number, line) for number, line in words if line and not line[0].startswith("#")]
+    if not tokens:
+        raise ConfigError(f"the token file {str(path)!r} has no token")
+    return tokens
 
 
 def _parse(path: Path, number: int, words: list[str]) -> _Token:

@@ -6,11 +6,15 @@ GraloraError
 +-- StartingError            the model is still loading
 +-- UnauthenticatedError     no bearer token, or none of ours
 +-- PermissionDeniedError    the token may not call this method
++-- ConfigError
+|   +-- ConfigInvalidError   the configuration says what it may not: all problems at once, each with its place
 """
 
 from __future__ import annotations
 
-from gralora_runtime.errors import GraloraError, SlowConsumerError
+from collections.abc import Sequence
+
+from gralora_runtime.errors import ConfigError, GraloraError, SlowConsumerError
 
 
 class StalledClientError(SlowConsumerError):
@@ -46,3 +50,16 @@ class PermissionDeniedError(GraloraError):
 
     def __init__(self, method: str) -> None:
         super().__init__(f"this token may not call {method}")
+
+
+class ConfigInvalidError(ConfigError):
+    """A configuration says what it may not, or differs in what cannot change in a running server."""
+
+    reason = "CONFIG_INVALID"
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        self.problems = tuple(problems)
+        super().__init__("; ".join(self.problems))
+
+    def metadata(self) -> dict[str, str]:
+        return {"problems": "; ".join(self.problems)}

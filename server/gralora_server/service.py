@@ -7,7 +7,7 @@ import gc
 import logging
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from functools import partial
 from typing import Any, TypeVar
 
@@ -25,13 +25,17 @@ from gralora.v1 import (
 )
 from gralora_runtime.errors import ConfigError, DrainingError, EngineDeadError
 from gralora_server.auth import Tokens
-from gralora_server.config import MetricsConfig, ServerConfig, TlsConfig
+from gralora_server.certificates import Certificates
+from gralora_server.config import MetricsConfig, ServerConfig
+from gralora_server.errors import ConfigInvalidError
 from gralora_server.gate import Gate
 from gralora_server.health import Health
 from gralora_server.interceptors import AuthInterceptor, CallInterceptor
 from gralora_server.metrics.page import MetricsPage
 from gralora_server.ports import Engine, EngineFactory
 from gralora_server.servicers import AdapterServicer, GenerationServicer, ServerServicer
+from gralora_server.settings.layers import NOTHING_SAID
+from gralora_server.settings.reloader import Reloader
 
 SERVICES = tuple(
     file.DESCRIPTOR.services_by_name[name].full_name
@@ -52,13 +56,16 @@ T = TypeVar("T")
 class GrpcServer:
     """Answers from `start` on: with UNAVAILABLE until `open`, and again from `drain` on."""
 
-    def __init__(self, config: ServerConfig) -> None:
+    def __init__(self, config: ServerConfig, reloader: Reloader | None = None) -> None:
         self._config = config
+        self.reloader = reloader if reloader is not None else Reloader(NOTHING_SAID.read)
         self.gate = Gate()
         self._health = Health(SERVICES)
         interceptors: list[grpc.aio.ServerInterceptor[Any, Any]] = [CallInterceptor()]
         if config.auth_token_file is not None:
-            interceptors.insert(0, AuthInterceptor(Tokens(config.auth_token_file)))
+            tokens = Tokens(config.auth_token_file)
+            self.reloader.add(tokens)
+            interceptors.insert(0, AuthInterceptor(tokens))
         self._server = grpc.aio.server(interceptors=interceptors, options=_channel_options(config))
         self._register()
 
@@ -69,7 +76,9 @@ class GrpcServer:
             if self._config.tls is None:
                 port = self._server.add_insecure_port(address)
             else:
-                port = self._server.add_secure_port(address, _credentials(self._config.tls))
+                certificates = Certificates(self._config.tls)
+                self.reloader.add(certificates)
+                port = self._server.add_secure_port(address, certificates.credentials())
         except RuntimeError as cause:
             raise ConfigError(f"cannot listen on {address}: {cause}") from cause
         await self._server.start()
@@ -109,7 +118,7 @@ class GrpcServer:
         )
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(generation, self._server)
         adapters_pb2_grpc.add_AdapterServiceServicer_to_server(AdapterServicer(self.gate), self._server)
-        server_pb2_grpc.add_ServerServiceServicer_to_server(ServerServicer(self.gate), self._server)
+        server_pb2_grpc.add_ServerServiceServicer_to_server(ServerServicer(self.gate, self.reloader), self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         if self._config.reflection:
             names = (*SERVICES, HEALTH_SERVICE, reflection.SERVICE_NAME)
@@ -120,18 +129,20 @@ async def serve(
     config: ServerConfig,
     engine_factory: EngineFactory,
     *,
+    reloader: Reloader | None = None,
     on_bound: Callable[[int], None] | None = None,
     on_serving: Callable[[int], None] | None = None,
     on_metrics: Callable[[int], None] | None = None,
 ) -> None:
-    """Serve until SIGTERM or SIGINT, then drain; a second signal ends the draining at once.
+    """Serve until SIGTERM or SIGINT, then drain; a second signal ends the draining at once. SIGHUP reloads the
+    configuration file, if there is one.
 
     `on_bound` is told the port when calls are answered, if only with UNAVAILABLE; `on_serving` when requests are taken.
     `on_metrics` is told the port of the metrics page, which is there from before the model loads until the very end.
 
     Raises what the factory raises, and `EngineDeadError` when the engine died while serving.
     """
-    server = GrpcServer(config)
+    server = GrpcServer(config, reloader)
     port = await server.start()
     try:
         async with _page(config.metrics, server.gate) as metrics_port:
@@ -215,28 +226,33 @@ async def _unless(event: asyncio.Event, work: Awaitable[T]) -> T | None:
 def _signals(server: GrpcServer) -> Iterator[asyncio.Event]:
     """The event is set by the first SIGTERM or SIGINT; any further one ends what still runs."""
     loop, asked_to_stop = asyncio.get_running_loop(), asyncio.Event()
+    reloads: set[asyncio.Task[None]] = set()
 
     def on_signal() -> None:
         if asked_to_stop.is_set():
             server.expel()
         asked_to_stop.set()
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, on_signal)
+    def on_hangup() -> None:
+        task = loop.create_task(_reload(server.reloader))
+        reloads.add(task)  # the loop itself would forget it
+        task.add_done_callback(reloads.discard)
+
+    handlers = dict.fromkeys((signal.SIGTERM, signal.SIGINT), on_signal)
+    if server.reloader.has_file:  # otherwise a terminal that is closed ends its server, as it always did
+        handlers[signal.SIGHUP] = on_hangup
+    for number, handler in handlers.items():
+        loop.add_signal_handler(number, handler)
     try:
         yield asked_to_stop
     finally:
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in handlers:
             loop.remove_signal_handler(number)
 
 
-def _credentials(tls: TlsConfig) -> grpc.ServerCredentials:
-    try:
-        pair = (tls.private_key.read_bytes(), tls.certificate.read_bytes())
-        client_ca = None if tls.client_ca is None else tls.client_ca.read_bytes()
-    except OSError as cause:
-        raise ConfigError(f"a TLS file cannot be read: {cause}") from cause
-    return grpc.ssl_server_credentials([pair], client_ca, require_client_auth=client_ca is not None)
+async def _reload(reloader: Reloader) -> None:
+    with suppress(ConfigInvalidError):  # it is in the log
+        await reloader.reload()
 
 
 def _channel_options(config: ServerConfig) -> list[tuple[str, int]]:

@@ -28,6 +28,7 @@ from gralora_runtime.stream import RequestStream
 from gralora_server import convert, validation
 from gralora_server.delivery import collect, deliver
 from gralora_server.gate import Gate, Phase
+from gralora_server.settings.reloader import Reloader
 from gralora_server.uploading import Uploading, uploads_of
 
 DEFAULT_PAGE_SIZE = 500
@@ -211,8 +212,9 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
 class ServerServicer(server_pb2_grpc.ServerServiceServicer):
     """All of it is allowed while draining."""
 
-    def __init__(self, gate: Gate) -> None:
+    def __init__(self, gate: Gate, reloader: Reloader) -> None:
         self._gate = gate
+        self._reloader = reloader
 
     async def GetServerInfo(
         self, _request: server_pb2.GetServerInfoRequest, _context: Context
@@ -232,6 +234,12 @@ class ServerServicer(server_pb2_grpc.ServerServiceServicer):
     ) -> server_pb2.AbortRequestResponse:
         validation.validate_abort(request)
         return server_pb2.AbortRequestResponse(aborted=self._gate.engine.abort(request.request_id))
+
+    async def ReloadConfig(
+        self, _request: server_pb2.ReloadConfigRequest, _context: Context
+    ) -> server_pb2.ReloadConfigResponse:
+        # Shielded: a client that leaves in between leaves no half of it behind.
+        return server_pb2.ReloadConfigResponse(changed=await asyncio.shield(self._reloader.reload()))
 
 
 def effective_timeout_s(request_id: str, remaining_s: float | None, maximum_s: float | None) -> float | None:

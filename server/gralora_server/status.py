@@ -40,7 +40,7 @@ from gralora_runtime.errors import (
     StepFailedError,
     TooLateError,
 )
-from gralora_server.errors import PermissionDeniedError, StartingError, UnauthenticatedError
+from gralora_server.errors import ConfigInvalidError, PermissionDeniedError, StartingError, UnauthenticatedError
 
 DOMAIN = "gralora.dev"
 DETAILS_TRAILER = "grpc-status-details-bin"
@@ -65,6 +65,8 @@ CODES: dict[type[GraloraError], grpc.StatusCode] = {
     AdapterSourceError: grpc.StatusCode.UNAVAILABLE,
     # The same: a full disk, or one taken away, is an operator's to mend. What was asked has not happened.
     CatalogueError: grpc.StatusCode.FAILED_PRECONDITION,
+    # A reload that changed nothing.
+    ConfigInvalidError: grpc.StatusCode.FAILED_PRECONDITION,
     # The adapter's weights or the prompt are at fault, not us, and the same again ends the same.
     NumericalError: grpc.StatusCode.FAILED_PRECONDITION,
     QueueFullError: grpc.StatusCode.RESOURCE_EXHAUSTED,

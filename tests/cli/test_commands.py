@@ -244,7 +244,7 @@ async def test_a_token_from_the_environment_or_a_file_and_tls(tmp_path: Path, mo
         (["serve", "--address", "nowhere"], "'nowhere' is not HOST:PORT"),
         (["serve", "--kv-cache-bytes", "lots"], "'lots' is not a size"),
         (["serve", "--model", "x", "--device", "abacus"], "device must be one of auto, cpu, cuda"),
-        (["serve", "--tls-cert", "x"], "--tls-key"),
+        (["serve", "--tls-cert", "x"], "--tls-cert: tls_cert is given alone"),
         (["serve", "--log-level", "loud"], "--log-level"),
         (["frobnicate"], "frobnicate"),
     ],

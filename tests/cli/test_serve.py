@@ -9,22 +9,24 @@ import sys
 from pathlib import Path
 
 import pytest
-import typer
 
 from gralora_runtime.config import AdapterSource, EngineConfig
 from gralora_server.cli import serve
 from gralora_server.cli.app import run
-from gralora_server.cli.options import parse_address, parse_bytes, parse_graphs
 from gralora_server.cli.output import ExitCode
 from gralora_server.client import Client
 from gralora_server.config import MetricsConfig, ServerConfig, TlsConfig
+from gralora_server.settings.table import SETTINGS
+from gralora_server.settings.values import parse_address, parse_bytes, parse_graphs
 
 
 @pytest.fixture
 def configured(monkeypatch: pytest.MonkeyPatch) -> list[tuple[ServerConfig, EngineConfig, bool]]:
     """What `serve` would run with."""
     seen: list[tuple[ServerConfig, EngineConfig, bool]] = []
-    monkeypatch.setattr(serve, "_run", lambda *configs, as_json: seen.append((*configs, as_json)))
+    monkeypatch.setattr(
+        serve, "_run", lambda server, engine, _reloader, *, as_json: seen.append((server, engine, as_json))
+    )
     monkeypatch.setattr(serve, "configure", lambda level: None)
     return seen
 
@@ -48,7 +50,11 @@ def test_every_option_reaches_its_configuration(configured) -> None:
         "--hub-endpoint": "http://h", "--hub-token": "t", "--s3-endpoint": "http://s", "--watch": "poll",
         "--cuda-graphs": "4,2,4", "--pipeline": "on",
         "--max-request-s": "31", "--grace-s": "37", "--metrics-address": "[::1]:41", "--metrics-max-adapters": "43",
+        "--upload-bytes": "5k", "--load-share": "0.5", "--max-message-bytes": "6k", "--write-timeout-s": "47",
+        "--max-connection-age-s": "53", "--log-level": "debug", "--first-token-s": "0.5",
     }  # fmt: skip
+    switches = {"--prefix-cache", "--batch-invariant", "--allow-archives", "--reflection"}
+    assert options.keys() | switches == {setting.option for setting in SETTINGS}
     words = [word for pair in options.items() for word in pair] + ["--adapters", "/b"]
     assert (
         run(
@@ -67,6 +73,9 @@ def test_every_option_reaches_its_configuration(configured) -> None:
         reflection=False,
         max_request_s=31.0,
         drain_grace_s=37.0,
+        max_message_bytes=6144,
+        write_timeout_s=47.0,
+        max_connection_age_s=53.0,
     )
     assert engine == EngineConfig(
         model=Path("/m"),
@@ -77,6 +86,8 @@ def test_every_option_reaches_its_configuration(configured) -> None:
         keep_versions_days=1.5,
         copies_bytes=3072,
         download_bytes=4096,
+        upload_bytes=5120,
+        load_share=0.5,
         hub_endpoint="http://h",
         hub_token="t",
         s3_endpoint="http://s",
@@ -119,7 +130,7 @@ def test_graphs(text: str, expected: tuple[int, ...] | None) -> None:
 
 @pytest.mark.parametrize("text", ["", "some", "1,,2", "1.5"])
 def test_other_words_for_graphs_are_refused_by_name(text: str) -> None:
-    with pytest.raises(typer.BadParameter, match="is not on, off or numbers of rows"):
+    with pytest.raises(ValueError, match="is not on, off or numbers of rows"):
         parse_graphs(text)
 
 
@@ -168,6 +179,25 @@ def test_it_says_where_it_serves_and_ends_cleanly_on_sigterm() -> None:
     assert out == ""
     assert "draining" in err
     assert "Traceback" not in err
+
+
+def test_on_sighup_it_reads_its_file_again_and_keeps_what_it_has_if_that_is_wrong(tmp_path: Path) -> None:
+    file = tmp_path / "gralora.toml"
+    file.write_text("[tenants.acme]\n")
+    with started("--config", str(file)) as process:
+        process.stdout.readline()
+        file.write_text("[tenants.acme]\nweight = -1\n")
+        process.send_signal(signal.SIGHUP)
+        refused = next(line for line in process.stderr if "not reloaded" in line)
+        file.write_text("[tenants.acme]\nweight = 2\n")
+        process.send_signal(signal.SIGHUP)
+        reloaded = next(line for line in process.stderr if "was reloaded" in line)
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=20)
+
+    assert f"{file}:2: tenants.acme.weight should be greater than 0, got -1" in refused
+    assert reloaded.endswith("changed: tenants\n")
+    assert process.returncode == ExitCode.OK
 
 
 def test_with_json_it_says_so_in_json_and_obeys_ctrl_c() -> None:

@@ -21,6 +21,7 @@ from gralora.v1 import (
 )
 from gralora_server.config import ServerConfig
 from gralora_server.service import GrpcServer
+from gralora_server.settings.reloader import Reloader
 
 DETAIL_TYPES = (
     error_details_pb2.ErrorInfo,
@@ -65,10 +66,11 @@ async def served(
     started: bool = True,
     channel_options: tuple[tuple[str, int], ...] = (),
     credentials: grpc.ChannelCredentials | None = None,
+    reloader: Reloader | None = None,
     **settings: object,
 ) -> AsyncIterator[Served]:
     """`started` False leaves the server where it is while a model loads."""
-    server = GrpcServer(ServerConfig(port=0, **settings))
+    server = GrpcServer(ServerConfig(port=0, **settings), reloader)
     port = await server.start()
     engine = FakeEngine()
     if started:

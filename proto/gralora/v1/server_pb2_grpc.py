@@ -55,6 +55,11 @@ class ServerServiceStub:
                 request_serializer=gralora_dot_v1_dot_server__pb2.AbortRequestRequest.SerializeToString,
                 response_deserializer=gralora_dot_v1_dot_server__pb2.AbortRequestResponse.FromString,
                 _registered_method=True)
+        self.ReloadConfig = channel.unary_unary(
+                '/gralora.v1.ServerService/ReloadConfig',
+                request_serializer=gralora_dot_v1_dot_server__pb2.ReloadConfigRequest.SerializeToString,
+                response_deserializer=gralora_dot_v1_dot_server__pb2.ReloadConfigResponse.FromString,
+                _registered_method=True)
 
 
 class ServerServiceServicer:
@@ -89,6 +94,15 @@ class ServerServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ReloadConfig(self, request, context):
+        """Reads the configuration, the token file and the certificates again, and puts in force what can change while the
+        server runs: tenants, their limits and tokens, objectives, certificates. All of it or, with FAILED_PRECONDITION and
+        the reason CONFIG_INVALID, nothing.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ServerServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -111,6 +125,11 @@ def add_ServerServiceServicer_to_server(servicer, server):
                     servicer.AbortRequest,
                     request_deserializer=gralora_dot_v1_dot_server__pb2.AbortRequestRequest.FromString,
                     response_serializer=gralora_dot_v1_dot_server__pb2.AbortRequestResponse.SerializeToString,
+            ),
+            'ReloadConfig': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReloadConfig,
+                    request_deserializer=gralora_dot_v1_dot_server__pb2.ReloadConfigRequest.FromString,
+                    response_serializer=gralora_dot_v1_dot_server__pb2.ReloadConfigResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -222,6 +241,33 @@ class ServerService:
             '/gralora.v1.ServerService/AbortRequest',
             gralora_dot_v1_dot_server__pb2.AbortRequestRequest.SerializeToString,
             gralora_dot_v1_dot_server__pb2.AbortRequestResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReloadConfig(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/gralora.v1.ServerService/ReloadConfig',
+            gralora_dot_v1_dot_server__pb2.ReloadConfigRequest.SerializeToString,
+            gralora_dot_v1_dot_server__pb2.ReloadConfigResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -41,6 +41,11 @@ class ServerServiceStub:
     """Turns a prompt into token ids, exactly as a generation would."""
     AbortRequest: _grpc.UnaryUnaryMultiCallable[_server_pb2.AbortRequestRequest, _server_pb2.AbortRequestResponse]
     """Ends a running or waiting request by its id, for routers that cannot cancel its RPC."""
+    ReloadConfig: _grpc.UnaryUnaryMultiCallable[_server_pb2.ReloadConfigRequest, _server_pb2.ReloadConfigResponse]
+    """Reads the configuration, the token file and the certificates again, and puts in force what can change while the
+    server runs: tenants, their limits and tokens, objectives, certificates. All of it or, with FAILED_PRECONDITION and
+    the reason CONFIG_INVALID, nothing.
+    """
 
 @_typing.type_check_only
 class ServerServiceAsyncStub(ServerServiceStub):
@@ -55,6 +60,11 @@ class ServerServiceAsyncStub(ServerServiceStub):
     """Turns a prompt into token ids, exactly as a generation would."""
     AbortRequest: _aio.UnaryUnaryMultiCallable[_server_pb2.AbortRequestRequest, _server_pb2.AbortRequestResponse]  # type: ignore[assignment]
     """Ends a running or waiting request by its id, for routers that cannot cancel its RPC."""
+    ReloadConfig: _aio.UnaryUnaryMultiCallable[_server_pb2.ReloadConfigRequest, _server_pb2.ReloadConfigResponse]  # type: ignore[assignment]
+    """Reads the configuration, the token file and the certificates again, and puts in force what can change while the
+    server runs: tenants, their limits and tokens, objectives, certificates. All of it or, with FAILED_PRECONDITION and
+    the reason CONFIG_INVALID, nothing.
+    """
 
 class ServerServiceServicer(metaclass=_abc_1.ABCMeta):
     """Describes the server."""
@@ -90,5 +100,16 @@ class ServerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_server_pb2.AbortRequestResponse, _abc.Awaitable[_server_pb2.AbortRequestResponse]]:
         """Ends a running or waiting request by its id, for routers that cannot cancel its RPC."""
+
+    @_abc_1.abstractmethod
+    def ReloadConfig(
+        self,
+        request: _server_pb2.ReloadConfigRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_server_pb2.ReloadConfigResponse, _abc.Awaitable[_server_pb2.ReloadConfigResponse]]:
+        """Reads the configuration, the token file and the certificates again, and puts in force what can change while the
+        server runs: tenants, their limits and tokens, objectives, certificates. All of it or, with FAILED_PRECONDITION and
+        the reason CONFIG_INVALID, nothing.
+        """
 
 def add_ServerServiceServicer_to_server(servicer: ServerServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -236,6 +236,10 @@ class AsyncClient(ClientBase[grpc.aio.Channel]):
     async def load(self) -> EngineLoad:
         return await self.run(requests.get_load())
 
+    async def reload_config(self) -> tuple[str, ...]:
+        """What changed at the top of the server's configuration file. For an admin."""
+        return await self.run(requests.reload_config())
+
     async def wait_ready(self, timeout_s: float = 120.0) -> None:
         """Return when the server takes requests, or raise DeadlineError. It need not be listening yet."""
         end_s = time.monotonic() + timeout_s

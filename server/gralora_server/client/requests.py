@@ -225,3 +225,11 @@ def abort(request_id: str) -> Call[bool]:
         message=server_pb2.AbortRequestRequest(request_id=request_id),
         convert=lambda answer: bool(answer.aborted),
     )
+
+
+def reload_config() -> Call[tuple[str, ...]]:
+    return Call(
+        rpc=lambda stubs: stubs.server.ReloadConfig,
+        message=server_pb2.ReloadConfigRequest(),
+        convert=lambda answer: tuple(answer.changed),
+    )

@@ -203,6 +203,10 @@ class Client(ClientBase[grpc.Channel]):
     def load(self) -> EngineLoad:
         return self.run(requests.get_load())
 
+    def reload_config(self) -> tuple[str, ...]:
+        """What changed at the top of the server's configuration file. For an admin."""
+        return self.run(requests.reload_config())
+
     def wait_ready(self, timeout_s: float = 120.0) -> None:
         """Return when the server takes requests, or raise DeadlineError. It need not be listening yet."""
         end_s = time.monotonic() + timeout_s
