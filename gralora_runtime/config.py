@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gralora_runtime.errors import ConfigError
+from gralora_runtime.fairness import CPU_PRICES, Prices
 
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -54,6 +55,7 @@ class EngineConfig:
     max_queue: int = 1024  # requests waiting, for pages or for their adapter; one tenant may have four fifths of them
     max_queue_tokens: int | None = None  # of prompts that wait; None: sixteen times what the KV cache holds
     first_token_s: float | None = None  # refuse who would wait longer for the first token; None: no objective
+    prices: Prices = CPU_PRICES  # by which tenants are charged
     page_size: int = 16  # tokens
     kv_cache_bytes: int | None = None
     adapter_pool_bytes: int | None = None

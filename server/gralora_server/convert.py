@@ -51,6 +51,7 @@ def from_generate_request(request: AnyGenerateRequest, *, timeout_s: float | Non
         prompt=from_prompt(request),
         adapter=request.adapter,
         canary_key=request.canary_key,
+        priority=request.priority,
         sampling=from_sampling(request.sampling),
         stopping=from_stopping(request.stopping),
         response=from_response(request.response),

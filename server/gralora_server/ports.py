@@ -44,6 +44,7 @@ class Engine(Protocol):
     """Generates. Every method but `snapshot` is called on the event loop."""
 
     dead: asyncio.Event
+    first_token_s: float | None  # who would wait longer for the first token is refused; may change at any time
 
     @property
     def adapters(self) -> Adapters: ...

@@ -32,6 +32,7 @@ from gralora_server.gate import Gate
 from gralora_server.health import Health
 from gralora_server.interceptors import AuthInterceptor, CallInterceptor
 from gralora_server.metrics.page import MetricsPage
+from gralora_server.objectives import Objectives
 from gralora_server.ports import Engine, EngineFactory
 from gralora_server.servicers import AdapterServicer, GenerationServicer, ServerServicer
 from gralora_server.settings.layers import NOTHING_SAID
@@ -60,6 +61,8 @@ class GrpcServer:
         self._config = config
         self.reloader = reloader if reloader is not None else Reloader(NOTHING_SAID.read)
         self.gate = Gate()
+        self._objectives = Objectives(self.gate)
+        self.reloader.add(self._objectives)
         self._health = Health(SERVICES)
         interceptors: list[grpc.aio.ServerInterceptor[Any, Any]] = [CallInterceptor()]
         if config.auth_token_file is not None:
@@ -86,6 +89,7 @@ class GrpcServer:
 
     async def open(self, engine: Engine) -> None:
         """Take requests."""
+        self._objectives.inform(engine)
         self.gate.open(engine)
         await self._health.set_serving(True)
 

@@ -40,6 +40,7 @@ MIN_FLOAT32 = 1.2e-38  # what is written, and a little above the smallest normal
 MAX_REPETITION_PENALTY = 10.0
 MAX_PENALTY = 2.0
 MAX_BIAS = 100.0
+MAX_PRIORITY = 100
 REQUEST_ID = re.compile(r"[!-~]*")
 
 
@@ -47,6 +48,7 @@ def validate_generate(request: AnyGenerateRequest) -> None:
     validate_request_id(request.request_id)
     _validate_length("adapter", request.adapter, MAX_REFERENCE_CHARS)
     _validate_length("canary_key", request.canary_key, MAX_NAME_CHARS)
+    _validate_range("priority", request.priority, -MAX_PRIORITY, MAX_PRIORITY)
     _validate_prompt(request)
     validate_sampling(request.sampling)
     validate_stopping(request.stopping)

@@ -11,13 +11,24 @@ from pathlib import Path
 import pytest
 
 from gralora_runtime.config import AdapterSource, EngineConfig
+from gralora_runtime.fairness import Prices
 from gralora_server.cli import serve
 from gralora_server.cli.app import run
 from gralora_server.cli.output import ExitCode
 from gralora_server.client import Client
 from gralora_server.config import MetricsConfig, ServerConfig, TlsConfig
+from gralora_server.planner.profile import Profile, StepPoint
 from gralora_server.settings.table import SETTINGS
 from gralora_server.settings.values import parse_address, parse_bytes, parse_graphs
+
+# A full step of prompts takes 0.16 s a token, one of 4 rows 0.2 s; loading makes steps half as long again.
+PROFILE = Profile(
+    model="m", made_at="2026-11-30", machine={}, adapters="none",
+    settings={"max_num_seqs": 4, "max_num_batched_tokens": 10, "page_size": 16},
+    step_s=(StepPoint(tokens=4, seconds=0.8), StepPoint(tokens=10, seconds=1.6)),
+    adapter_byte_s=0.0, adapter_token_byte_s=0.0, context_token_s=0.0, prefill_context_s=0.0, request_s=0.0,
+    load_byte_s=1.0, load_slowdown=0.5, server_bytes=1, kv_token_bytes=1,
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -38,11 +49,13 @@ def test_without_options_the_configurations_are_the_defaults(configured, monkeyp
     assert configured == [(ServerConfig(), EngineConfig(model=Path("/default")), False)]
 
 
-def test_every_option_reaches_its_configuration(configured) -> None:
+def test_every_option_reaches_its_configuration(configured, tmp_path: Path) -> None:
+    profile = tmp_path / "profile.json"
+    PROFILE.write(profile)
     options = {
         "--model": "/m", "--adapters": "/a,hold", "--address": "0.0.0.0:0", "--device": "cpu", "--dtype": "bfloat16",
         "--kernel-backend": "reference", "--threads": "3", "--max-num-seqs": "5", "--max-num-batched-tokens": "7",
-        "--max-model-len": "11", "--max-queue": "13", "--max-adapter-rank": "17", "--max-adapter-slots": "19",
+        "--max-model-len": "11", "--max-queue": "13", "--max-queue-tokens": "59", "--profile": str(profile), "--max-adapter-rank": "17", "--max-adapter-slots": "19",
         "--page-size": "23", "--kv-cache-bytes": "1GiB", "--adapter-pool-bytes": "2m", "--host-cache-bytes": "29",
         "--token-file": "/t", "--tls-cert": "/c", "--tls-key": "/k", "--tls-client-ca": "/ca",
         "--allow-root": "/r", "--state-dir": "/s", "--copies-bytes": "3k", "--keep-versions": "3",
@@ -100,6 +113,9 @@ def test_every_option_reaches_its_configuration(configured) -> None:
         max_num_batched_tokens=7,
         max_model_len=11,
         max_queue=13,
+        max_queue_tokens=59,
+        first_token_s=0.5,
+        prices=Prices(output_token=1.25, adapter_byte=3.125),
         page_size=23,
         kv_cache_bytes=1 << 30,
         adapter_pool_bytes=2 << 20,

@@ -313,3 +313,15 @@ async def test_sighup_reloads_the_file_and_a_wrong_one_changes_nothing(file: Pat
     await asyncio.wait_for(task, 10)
 
     assert part.weights == [2.0]
+
+
+async def test_objectives_reach_the_engine_and_one_that_was_still_loading(file: Path) -> None:
+    async with served(reloader=reloader_of(file)) as s:
+        weigh(file, 1, "[objectives]\nfirst_token_s = 1.5\n")
+        await s.server.reloader.reload()
+        running = s.engine.first_token_s
+        objectives = s.server._objectives
+        late = FakeEngine()
+        objectives.inform(late)
+
+    assert (running, late.first_token_s) == (1.5, 1.5)

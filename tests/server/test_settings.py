@@ -141,8 +141,8 @@ def test_options_are_not_ambiguous() -> None:
 
 
 def test_whatever_is_configured_is_a_setting() -> None:
-    """A field of a configuration that no operator could set would be no setting. `host` and `port` are `address`."""
-    composed = {"host", "port", "tls", "metrics"}
+    """A field of a configuration that no operator could set would be no setting. `prices` are a `profile`'s."""
+    composed = {"host", "port", "tls", "metrics", "prices"}
     configured = {field.name for kind in (EngineConfig, ServerConfig) for field in fields(kind)} - composed
 
     assert configured <= {setting.field for setting in SETTINGS}

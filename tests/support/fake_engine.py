@@ -217,6 +217,7 @@ class FakeEngine:
 
     def __init__(self) -> None:
         self.dead = asyncio.Event()
+        self.first_token_s: float | None = None
         self.adapters = FakeAdapters()
         self.requests: list[GenerationRequest] = []
         self.streams: dict[str, RequestStream] = {}

@@ -16,6 +16,8 @@ of domain "gralora.dev"; its `reason` is stable and one of:
   CATALOGUE           FAILED_PRECONDITION  the catalogue could not be written, so nothing was changed; the message says why
   NON_FINITE_LOGITS   FAILED_PRECONDITION  the adapter's weights or the model gave NaN or infinity for this request
   QUEUE_FULL          RESOURCE_EXHAUSTED   RetryInfo, and the trailer "grpc-retry-pushback-ms"
+  TOO_LATE            RESOURCE_EXHAUSTED   RetryInfo and the trailer; its deadline or the server's objective cannot be met; metadata
+                                           "expected_s" and "limit_s"
   SLOW_CONSUMER       RESOURCE_EXHAUSTED   the client did not read its stream
   DEADLINE_EXCEEDED   DEADLINE_EXCEEDED    the deadline passed, or had passed on arrival
   CANCELLED           CANCELLED            the client went away, or AbortRequest was called before the first token
@@ -339,6 +341,7 @@ class GenerateRequest(_message.Message):
     STOPPING_FIELD_NUMBER: _builtins.int
     RESPONSE_FIELD_NUMBER: _builtins.int
     CANARY_KEY_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Names the request in logs and for AbortRequest. At most 128 printable ASCII characters, no spaces, unique among the
     requests that are running. Empty: the server makes one.
@@ -352,6 +355,10 @@ class GenerateRequest(_message.Message):
     canary_key: _builtins.str
     """While a version of the adapter is a canary, requests of one key all get it, or none of them does: a user's id, for
     instance. At most 256 characters. Empty: each request is drawn for itself.
+    """
+    priority: _builtins.int
+    """Of the requests of one tenant, that wait, those of the highest priority come first; others' are not touched by it.
+    -100 to 100. Default 0.
     """
     @_builtins.property
     def token_ids(self) -> Global___TokenIds:
@@ -385,10 +392,11 @@ class GenerateRequest(_message.Message):
         stopping: Global___StoppingParams | None = ...,
         response: Global___ResponseParams | None = ...,
         canary_key: _builtins.str = ...,
+        priority: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["messages", b"messages", "prompt", b"prompt", "response", b"response", "sampling", b"sampling", "stopping", b"stopping", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "canary_key", b"canary_key", "messages", b"messages", "prompt", b"prompt", "request_id", b"request_id", "response", b"response", "sampling", b"sampling", "stopping", b"stopping", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "canary_key", b"canary_key", "messages", b"messages", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "response", b"response", "sampling", b"sampling", "stopping", b"stopping", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_prompt: _TypeAlias = _typing.Literal["text", "token_ids", "messages"]  # noqa: Y015
     _WhichOneofArgType_prompt: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015
@@ -411,6 +419,7 @@ class StreamGenerateRequest(_message.Message):
     STOPPING_FIELD_NUMBER: _builtins.int
     RESPONSE_FIELD_NUMBER: _builtins.int
     CANARY_KEY_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Names the request in logs and for AbortRequest. At most 128 printable ASCII characters, no spaces, unique among the
     requests that are running. Empty: the server makes one.
@@ -424,6 +433,10 @@ class StreamGenerateRequest(_message.Message):
     canary_key: _builtins.str
     """While a version of the adapter is a canary, requests of one key all get it, or none of them does: a user's id, for
     instance. At most 256 characters. Empty: each request is drawn for itself.
+    """
+    priority: _builtins.int
+    """Of the requests of one tenant, that wait, those of the highest priority come first; others' are not touched by it.
+    -100 to 100. Default 0.
     """
     @_builtins.property
     def token_ids(self) -> Global___TokenIds:
@@ -457,10 +470,11 @@ class StreamGenerateRequest(_message.Message):
         stopping: Global___StoppingParams | None = ...,
         response: Global___ResponseParams | None = ...,
         canary_key: _builtins.str = ...,
+        priority: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["messages", b"messages", "prompt", b"prompt", "response", b"response", "sampling", b"sampling", "stopping", b"stopping", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "canary_key", b"canary_key", "messages", b"messages", "prompt", b"prompt", "request_id", b"request_id", "response", b"response", "sampling", b"sampling", "stopping", b"stopping", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "canary_key", b"canary_key", "messages", b"messages", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "response", b"response", "sampling", b"sampling", "stopping", b"stopping", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_prompt: _TypeAlias = _typing.Literal["text", "token_ids", "messages"]  # noqa: Y015
     _WhichOneofArgType_prompt: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015

@@ -16,6 +16,8 @@ of domain "gralora.dev"; its `reason` is stable and one of:
   CATALOGUE           FAILED_PRECONDITION  the catalogue could not be written, so nothing was changed; the message says why
   NON_FINITE_LOGITS   FAILED_PRECONDITION  the adapter's weights or the model gave NaN or infinity for this request
   QUEUE_FULL          RESOURCE_EXHAUSTED   RetryInfo, and the trailer "grpc-retry-pushback-ms"
+  TOO_LATE            RESOURCE_EXHAUSTED   RetryInfo and the trailer; its deadline or the server's objective cannot be met; metadata
+                                           "expected_s" and "limit_s"
   SLOW_CONSUMER       RESOURCE_EXHAUSTED   the client did not read its stream
   DEADLINE_EXCEEDED   DEADLINE_EXCEEDED    the deadline passed, or had passed on arrival
   CANCELLED           CANCELLED            the client went away, or AbortRequest was called before the first token

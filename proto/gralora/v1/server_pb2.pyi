@@ -159,6 +159,8 @@ class GetLoadResponse(_message.Message):
     PREFIX_HIT_TOKENS_FIELD_NUMBER: _builtins.int
     REQUEST_FAILURES_FIELD_NUMBER: _builtins.int
     STEP_FAILURES_FIELD_NUMBER: _builtins.int
+    PAUSED_FIELD_NUMBER: _builtins.int
+    PAUSES_FIELD_NUMBER: _builtins.int
     running: _builtins.int
     """Requests that are being computed."""
     waiting: _builtins.int
@@ -195,6 +197,10 @@ class GetLoadResponse(_message.Message):
     """Requests that ended with INTERNAL since the start, because the server failed on them alone."""
     step_failures: _builtins.int
     """Steps that failed since the start, and ended all their requests with UNAVAILABLE."""
+    paused: _builtins.int
+    """Requests that wait for their client to read on."""
+    pauses: _builtins.int
+    """How often a request had to, since the start."""
     def __init__(
         self,
         *,
@@ -216,10 +222,12 @@ class GetLoadResponse(_message.Message):
         prefix_hit_tokens: _builtins.int = ...,
         request_failures: _builtins.int = ...,
         step_failures: _builtins.int = ...,
+        paused: _builtins.int = ...,
+        pauses: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_leases", b"adapter_leases", "adapter_pool_bytes_total", b"adapter_pool_bytes_total", "adapter_pool_bytes_used", b"adapter_pool_bytes_used", "adapter_slots_total", b"adapter_slots_total", "adapter_slots_used", b"adapter_slots_used", "generated_tokens", b"generated_tokens", "pages_cached", b"pages_cached", "pages_free", b"pages_free", "pages_leased", b"pages_leased", "pages_total", b"pages_total", "preemptions", b"preemptions", "prefix_hit_tokens", b"prefix_hit_tokens", "request_failures", b"request_failures", "running", b"running", "step_failures", b"step_failures", "steps", b"steps", "waiting", b"waiting", "waiting_for_adapter", b"waiting_for_adapter"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_leases", b"adapter_leases", "adapter_pool_bytes_total", b"adapter_pool_bytes_total", "adapter_pool_bytes_used", b"adapter_pool_bytes_used", "adapter_slots_total", b"adapter_slots_total", "adapter_slots_used", b"adapter_slots_used", "generated_tokens", b"generated_tokens", "pages_cached", b"pages_cached", "pages_free", b"pages_free", "pages_leased", b"pages_leased", "pages_total", b"pages_total", "paused", b"paused", "pauses", b"pauses", "preemptions", b"preemptions", "prefix_hit_tokens", b"prefix_hit_tokens", "request_failures", b"request_failures", "running", b"running", "step_failures", b"step_failures", "steps", b"steps", "waiting", b"waiting", "waiting_for_adapter", b"waiting_for_adapter"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -31,6 +31,7 @@ class GenerateOptions(TypedDict, total=False):
     adapter: str  # a name, "name@3" or "name@sha256:..."
     request_id: str
     canary_key: str  # requests of one key get the same version while there is a canary
+    priority: int  # higher first, among those of the same tenant
     # how the next token is chosen
     temperature: float | None
     top_p: float | None
@@ -72,7 +73,7 @@ def generate_fields(
     fields = prompt_fields(prompt, token_ids, messages)
     parts: dict[str, dict[str, object]] = {part: {} for part in _PARTS}
     for name, value in options.items():
-        if name in ("adapter", "request_id", "canary_key"):
+        if name in ("adapter", "request_id", "canary_key", "priority"):
             fields[name] = value
         elif name in _PART_OF:
             if value is not None:

@@ -10,11 +10,13 @@ from pydantic import SecretStr
 from gralora_runtime.config import EngineConfig
 from gralora_runtime.errors import ConfigError
 from gralora_server.config import MetricsConfig, ServerConfig, TlsConfig
+from gralora_server.planner.prices import prices_of
+from gralora_server.planner.profile import Profile
 from gralora_server.settings.sections import ServerSettings, Settings
 from gralora_server.settings.table import SETTINGS
 from gralora_server.settings.values import parse_address
 
-ENGINE_SECTIONS = ("adapters", "engine", "memory")
+ENGINE_SECTIONS = ("adapters", "engine", "memory", "objectives")
 
 
 def engine_config(settings: Settings, model: Path) -> EngineConfig:
@@ -22,6 +24,9 @@ def engine_config(settings: Settings, model: Path) -> EngineConfig:
     values: dict[str, Any] = {
         one.field: _plain(one.value(settings)) for one in SETTINGS if one.section in ENGINE_SECTIONS
     }
+    profile = values.pop("profile")
+    if profile is not None:
+        values["prices"] = prices_of(Profile.read(profile))
     return EngineConfig(
         **values | {"model": model, "max_named_adapters": settings.server.metrics_max_adapters},
     )

@@ -102,7 +102,14 @@ class EngineSettings(Section):
     max_num_seqs: Count = _engine("max_num_seqs", "Requests in one step.")
     max_num_batched_tokens: Count = _engine("max_num_batched_tokens", "Tokens in one step.")
     max_model_len: Count | None = _engine("max_model_len", "Prompt and output. Default: the model's own.")
-    max_queue: Count = _engine("max_queue", "Requests that may wait.")
+    max_queue: Count = _engine("max_queue", "Requests that may wait; one tenant has at most four fifths of them.")
+    max_queue_tokens: Count | None = _engine(
+        "max_queue_tokens", "Tokens of prompts that may wait. Default: sixteen times what the KV cache holds."
+    )
+    profile: Path | None = Field(
+        default=None,
+        description="Of this machine, by gralora plan profile: what tenants are charged for. Default: a CPU's.",
+    )
     max_adapter_rank: int = _engine("max_adapter_rank", "Largest r * k + hybrid r.")
     max_adapter_slots: Count = _engine("max_adapter_slots", "Adapters in the pool at once.")
     prefix_cache: Annotated[bool, Called(field="enable_prefix_cache")] = _engine(
@@ -165,8 +172,8 @@ class ObjectiveSettings(Section):
 
     reloads: ClassVar[bool] = True
 
-    first_token_s: Positive | None = Field(
-        default=None, description="Until a request's first token, where the request says nothing. Default: none."
+    first_token_s: Positive | None = _engine(
+        "first_token_s", "Requests whose first token would come later are refused at once. Default: none is."
     )
 
 
