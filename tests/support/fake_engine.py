@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 
 from gralora_runtime.adapters.catalogue.changes import Changes
+from gralora_runtime.adapters.catalogue.similar import similar_name
 from gralora_runtime.adapters.catalogue.store import AdapterState
 from gralora_runtime.adapters.catalogue.uploads import Uploads
 from gralora_runtime.adapters.checkpoint.header import AdapterSummary
@@ -158,15 +159,20 @@ class FakeAdapters:
         self.called = threading.Semaphore(0)  # once for each of `calls`, which come from other threads
         self.loading: concurrent.futures.Future[AdapterInfo] | None = None  # set: `load` hands it out
 
-    def page(self, *, size: int, after: str, prefix: str, states: Collection[AdapterState]) -> AdapterPage:
-        names = sorted(name for name in self.infos if name.startswith(prefix))
+    def page(
+        self, *, size: int, after: str, prefix: str, states: Collection[AdapterState], sees: Callable[[str], bool]
+    ) -> AdapterPage:
+        names = sorted(name for name in self.infos if name.startswith(prefix) and sees(name))
         left = [name for name in names if name > after]
         page = tuple(self.infos[name] for name in left[:size])
         return AdapterPage(adapters=page, next_after=page[-1].name if len(left) > size else "", total=len(names))
 
-    def watch(self, prefix: str, wake: Callable[[], None]) -> AdapterWatch:
-        names = sorted(name for name in self.infos if name.startswith(prefix))
-        return AdapterWatch(names, self.changes.listen(prefix, wake), self.changes, self.infos.get)
+    def watch(self, prefix: str, wake: Callable[[], None], sees: Callable[[str], bool]) -> AdapterWatch:
+        names = sorted(name for name in self.infos if name.startswith(prefix) and sees(name))
+        return AdapterWatch(names, self.changes.listen(prefix, wake, sees), self.changes, self.infos.get)
+
+    def similar(self, name: str, sees: Callable[[str], bool]) -> str:
+        return similar_name(name, filter(sees, self.infos))
 
     def get(self, name: str) -> AdapterInfo:
         if name not in self.infos:
