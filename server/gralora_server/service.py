@@ -24,14 +24,16 @@ from gralora.v1 import (
     server_pb2_grpc,
 )
 from gralora_runtime.errors import ConfigError, DrainingError, EngineDeadError
-from gralora_server.auth import Tokens
-from gralora_server.config import MetricsConfig, ServerConfig, TlsConfig
+from gralora_server.config import MetricsConfig, ServerConfig
 from gralora_server.gate import Gate
 from gralora_server.health import Health
 from gralora_server.interceptors import AuthInterceptor, CallInterceptor
 from gralora_server.metrics.page import MetricsPage
 from gralora_server.ports import Engine, EngineFactory
 from gralora_server.servicers import AdapterServicer, GenerationServicer, ServerServicer
+from gralora_server.tenants.rights import Rights
+from gralora_server.tenants.tenancy import Tenancy
+from gralora_server.tls import ServerCertificate
 
 SERVICES = tuple(
     file.DESCRIPTOR.services_by_name[name].full_name
@@ -56,9 +58,12 @@ class GrpcServer:
         self._config = config
         self.gate = Gate()
         self._health = Health(SERVICES)
-        interceptors: list[grpc.aio.ServerInterceptor[Any, Any]] = [CallInterceptor()]
-        if config.auth_token_file is not None:
-            interceptors.insert(0, AuthInterceptor(Tokens(config.auth_token_file)))
+        self.tenancy = Tenancy(
+            config.tenancy,
+            token_file=config.auth_token_file,
+            asks_for_certificates=config.tls is not None and config.tls.client_ca is not None,
+        )
+        interceptors: list[grpc.aio.ServerInterceptor[Any, Any]] = [AuthInterceptor(self.tenancy), CallInterceptor()]
         self._server = grpc.aio.server(interceptors=interceptors, options=_channel_options(config))
         self._register()
 
@@ -69,7 +74,7 @@ class GrpcServer:
             if self._config.tls is None:
                 port = self._server.add_insecure_port(address)
             else:
-                port = self._server.add_secure_port(address, _credentials(self._config.tls))
+                port = self._server.add_secure_port(address, ServerCertificate(self._config.tls).credentials())
         except RuntimeError as cause:
             raise ConfigError(f"cannot listen on {address}: {cause}") from cause
         await self._server.start()
@@ -104,12 +109,13 @@ class GrpcServer:
         await self._server.stop(grace=FAREWELL_S)
 
     def _register(self) -> None:
+        rights = Rights(self.tenancy)
         generation = GenerationServicer(
-            self.gate, max_request_s=self._config.max_request_s, write_timeout_s=self._config.write_timeout_s
+            self.gate, rights, max_request_s=self._config.max_request_s, write_timeout_s=self._config.write_timeout_s
         )
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(generation, self._server)
-        adapters_pb2_grpc.add_AdapterServiceServicer_to_server(AdapterServicer(self.gate), self._server)
-        server_pb2_grpc.add_ServerServiceServicer_to_server(ServerServicer(self.gate), self._server)
+        adapters_pb2_grpc.add_AdapterServiceServicer_to_server(AdapterServicer(self.gate, rights), self._server)
+        server_pb2_grpc.add_ServerServiceServicer_to_server(ServerServicer(self.gate, rights), self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         if self._config.reflection:
             names = (*SERVICES, HEALTH_SERVICE, reflection.SERVICE_NAME)
@@ -228,15 +234,6 @@ def _signals(server: GrpcServer) -> Iterator[asyncio.Event]:
     finally:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.remove_signal_handler(number)
-
-
-def _credentials(tls: TlsConfig) -> grpc.ServerCredentials:
-    try:
-        pair = (tls.private_key.read_bytes(), tls.certificate.read_bytes())
-        client_ca = None if tls.client_ca is None else tls.client_ca.read_bytes()
-    except OSError as cause:
-        raise ConfigError(f"a TLS file cannot be read: {cause}") from cause
-    return grpc.ssl_server_credentials([pair], client_ca, require_client_auth=client_ca is not None)
 
 
 def _channel_options(config: ServerConfig) -> list[tuple[str, int]]:

@@ -18,8 +18,8 @@ from grpc_reflection.v1alpha import reflection_pb2
 from support.fake_engine import finished, token
 from support.grpc_harness import Failed, Served, ask, ask_once, failure, read_all, served, unpack
 
-from gralora_server.auth import Tokens
 from gralora_server.interceptors import QUIET_S, AuthInterceptor, CallInterceptor, SparseLog
+from gralora_server.tenants.tenancy import Tenancy
 
 Code = grpc.StatusCode
 ADMIN, GENERATE = "admin-token-0123456789", "generate-token-0123456789"
@@ -358,7 +358,7 @@ async def test_methods_of_every_kind_refuse_junk(caplog) -> None:
 
 
 async def test_a_refused_call_is_never_decoded(tokens: Path) -> None:
-    async with serving_numbers(AuthInterceptor(Tokens(tokens)), CallInterceptor()) as (numbers, channel):
+    async with serving_numbers(AuthInterceptor(Tenancy(token_file=tokens)), CallInterceptor()) as (numbers, channel):
         await failure(channel.unary_unary("/Numbers/same")(b"12"))
         await failure(channel.stream_stream("/Numbers/each")(iter([b"12"])).read())
         refused = list(numbers.decoded)
