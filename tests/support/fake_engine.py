@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import threading
+import time
 from collections.abc import Callable, Collection
 from pathlib import Path
 
@@ -157,6 +158,7 @@ class FakeAdapters:
         self.error: Exception | None = None
         self.calls: list[tuple[object, ...]] = []
         self.called = threading.Semaphore(0)  # once for each of `calls`, which come from other threads
+        self.lookup_s = 0.0  # that `get` takes for a name that there is
         self.loading: concurrent.futures.Future[AdapterInfo] | None = None  # set: `load` hands it out
 
     def page(
@@ -177,6 +179,7 @@ class FakeAdapters:
     def get(self, name: str) -> AdapterInfo:
         if name not in self.infos:
             raise AdapterNotFoundError(name)
+        time.sleep(self.lookup_s)
         return self.infos[name]
 
     def load(self, name: str, path: Path | None, *, pin: bool = False) -> concurrent.futures.Future[AdapterInfo]:
@@ -230,6 +233,7 @@ class FakeEngine:
         self.script: list[Delta] = []
         self.start_at_once = True  # False: not even `started` is there at first
         self.refusals: list[Exception] = []  # of the next submissions, in turn
+        self.knows_any_adapter = True  # False: only those of `adapters`
         self.submitted: asyncio.Queue[str] = asyncio.Queue()  # request ids
         self.abort_happened = asyncio.Event()
         self.draining = asyncio.Event()
@@ -241,6 +245,8 @@ class FakeEngine:
             raise self.refusals.pop(0)
         if self.draining.is_set():
             raise DrainingError
+        if request.adapter and not self.knows_any_adapter:
+            await asyncio.to_thread(self.adapters.get, request.adapter.partition("@")[0])
         if request.request_id in self.streams:
             raise InvalidRequestError("request_id", request.request_id, "a request of that id is already running")
         stream = RequestStream(request.request_id, self.abort)
