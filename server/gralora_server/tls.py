@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 from pathlib import Path
+from typing import Any
 
 import grpc
 from cryptography import x509
@@ -34,7 +35,8 @@ class ServerCertificate:
 
     def credentials(self) -> grpc.ServerCredentials:
         asks_for_certificates = self._files.client_ca is not None
-        return grpc.dynamic_ssl_server_credentials(self._initial, self._newer, asks_for_certificates)
+        newer: Any = self._newer  # the stubs do not know that None means no change
+        return grpc.dynamic_ssl_server_credentials(self._initial, newer, asks_for_certificates)
 
     def _newer(self) -> grpc.ServerCertificateConfiguration | None:
         """gRPC asks for each connection, in threads of its own. None: nothing has changed, or not to the better."""

@@ -40,7 +40,9 @@ class ServerServiceStub:
     Tokenize: _grpc.UnaryUnaryMultiCallable[_server_pb2.TokenizeRequest, _server_pb2.TokenizeResponse]
     """Turns a prompt into token ids, exactly as a generation would."""
     AbortRequest: _grpc.UnaryUnaryMultiCallable[_server_pb2.AbortRequestRequest, _server_pb2.AbortRequestResponse]
-    """Ends a running or waiting request by its id, for routers that cannot cancel its RPC."""
+    """Ends a running or waiting request of the tenant by its id, for routers that cannot cancel its RPC. An admin's call
+    ends those of any tenant.
+    """
 
 @_typing.type_check_only
 class ServerServiceAsyncStub(ServerServiceStub):
@@ -54,7 +56,9 @@ class ServerServiceAsyncStub(ServerServiceStub):
     Tokenize: _aio.UnaryUnaryMultiCallable[_server_pb2.TokenizeRequest, _server_pb2.TokenizeResponse]  # type: ignore[assignment]
     """Turns a prompt into token ids, exactly as a generation would."""
     AbortRequest: _aio.UnaryUnaryMultiCallable[_server_pb2.AbortRequestRequest, _server_pb2.AbortRequestResponse]  # type: ignore[assignment]
-    """Ends a running or waiting request by its id, for routers that cannot cancel its RPC."""
+    """Ends a running or waiting request of the tenant by its id, for routers that cannot cancel its RPC. An admin's call
+    ends those of any tenant.
+    """
 
 class ServerServiceServicer(metaclass=_abc_1.ABCMeta):
     """Describes the server."""
@@ -89,6 +93,8 @@ class ServerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _server_pb2.AbortRequestRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_server_pb2.AbortRequestResponse, _abc.Awaitable[_server_pb2.AbortRequestResponse]]:
-        """Ends a running or waiting request by its id, for routers that cannot cancel its RPC."""
+        """Ends a running or waiting request of the tenant by its id, for routers that cannot cancel its RPC. An admin's call
+        ends those of any tenant.
+        """
 
 def add_ServerServiceServicer_to_server(servicer: ServerServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

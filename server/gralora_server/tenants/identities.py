@@ -59,7 +59,7 @@ class Identities:
         return caller
 
     def _bearer(self, secret: str) -> Caller | None:
-        caller = self._tokens.caller(secret)
+        caller = self._tokens.caller(secret)  # first, as an operator's own token may have dots in it, too
         if caller is None and self._web_tokens is not None and secret.count(".") == 2:
             return self._web_tokens.caller(secret)
         return caller
