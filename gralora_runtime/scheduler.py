@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from gralora_runtime.adapters.residency.lease import AdapterLease
 from gralora_runtime.errors import DeadlineExceededError, GraloraError, NumericalError, RequestCancelledError
 from gralora_runtime.failure import contained, request_failed, step_failed
-from gralora_runtime.fairness import Account, Ledger, Prices
+from gralora_runtime.fairness import CPU_PRICES, Account, Ledger, Prices
 from gralora_runtime.pages import PagePool, page_key
 from gralora_runtime.plan import UNKNOWN, RowPlan, StepPlan
 from gralora_runtime.preemption import giver_among, giver_of_row, givers_of_pages
@@ -69,10 +69,10 @@ class Scheduler:
         max_num_batched_tokens: int,
         release_lease: Callable[[AdapterLease], None],
         now_s: Callable[[], float],
-        prices: Prices | None = None,
+        prices: Prices = CPU_PRICES,
     ) -> None:
         self.pages = pages
-        self.ledger = Ledger(prices or Prices())
+        self.ledger = Ledger(prices)
         self.counters = SchedulerCounters()
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens

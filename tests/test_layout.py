@@ -36,6 +36,8 @@ CONFINED = {
     ],
     "triton": ["gralora_kernels/triton_ops/*"],
     "numba": ["gralora_kernels/cpu/*"],
+    "jwt": ["gralora_server/tenants/web_tokens.py"],
+    "cryptography": ["gralora_server/tls.py"],
     "watchfiles": ["gralora_runtime/adapters/catalogue/watcher.py"],
     "regex": ["gralora_runtime/adapters/checkpoint/targets.py"],
     "huggingface_hub": ["gralora_runtime/adapters/catalogue/sources/hub.py"],

@@ -5,7 +5,7 @@ GraloraError
 |   +-- StalledClientError   the transport could hand the client no message for too long
 +-- StartingError            the model is still loading
 +-- UnauthenticatedError     no bearer token, or none of ours
-+-- PermissionDeniedError    the token may not call this method
++-- PermissionDeniedError    we know the caller, who may not do this
 +-- ConfigError
 |   +-- ConfigInvalidError   the configuration says what it may not: all problems at once, each with its place
 """
@@ -44,12 +44,12 @@ class UnauthenticatedError(GraloraError):
 
 
 class PermissionDeniedError(GraloraError):
-    """The token is ours, but may not call this method."""
+    """We know the caller, who may not do this: `what` goes on after "may not"."""
 
     reason = "PERMISSION_DENIED"
 
-    def __init__(self, method: str) -> None:
-        super().__init__(f"this token may not call {method}")
+    def __init__(self, what: str) -> None:
+        super().__init__(f"this caller may not {what}")
 
 
 class ConfigInvalidError(ConfigError):

@@ -24,8 +24,6 @@ from gralora.v1 import (
     server_pb2_grpc,
 )
 from gralora_runtime.errors import ConfigError, DrainingError, EngineDeadError
-from gralora_server.auth import Tokens
-from gralora_server.certificates import Certificates
 from gralora_server.config import MetricsConfig, ServerConfig
 from gralora_server.errors import ConfigInvalidError
 from gralora_server.gate import Gate
@@ -37,6 +35,9 @@ from gralora_server.ports import Engine, EngineFactory
 from gralora_server.servicers import AdapterServicer, GenerationServicer, ServerServicer
 from gralora_server.settings.layers import NOTHING_SAID
 from gralora_server.settings.reloader import Reloader
+from gralora_server.tenants.rights import Rights
+from gralora_server.tenants.tenancy import Tenancy
+from gralora_server.tls import ServerCertificate
 
 SERVICES = tuple(
     file.DESCRIPTOR.services_by_name[name].full_name
@@ -64,11 +65,13 @@ class GrpcServer:
         self._objectives = Objectives(self.gate)
         self.reloader.add(self._objectives)
         self._health = Health(SERVICES)
-        interceptors: list[grpc.aio.ServerInterceptor[Any, Any]] = [CallInterceptor()]
-        if config.auth_token_file is not None:
-            tokens = Tokens(config.auth_token_file)
-            self.reloader.add(tokens)
-            interceptors.insert(0, AuthInterceptor(tokens))
+        self.tenancy = Tenancy(
+            config.tenancy or self.reloader.settings,
+            token_file=config.auth_token_file,
+            asks_for_certificates=config.tls is not None and config.tls.client_ca is not None,
+        )
+        self.reloader.add(self.tenancy)
+        interceptors: list[grpc.aio.ServerInterceptor[Any, Any]] = [AuthInterceptor(self.tenancy), CallInterceptor()]
         self._server = grpc.aio.server(interceptors=interceptors, options=_channel_options(config))
         self._register()
 
@@ -79,9 +82,9 @@ class GrpcServer:
             if self._config.tls is None:
                 port = self._server.add_insecure_port(address)
             else:
-                certificates = Certificates(self._config.tls)
-                self.reloader.add(certificates)
-                port = self._server.add_secure_port(address, certificates.credentials())
+                certificate = ServerCertificate(self._config.tls)
+                self.reloader.add(certificate)
+                port = self._server.add_secure_port(address, certificate.credentials())
         except RuntimeError as cause:
             raise ConfigError(f"cannot listen on {address}: {cause}") from cause
         await self._server.start()
@@ -117,12 +120,14 @@ class GrpcServer:
         await self._server.stop(grace=FAREWELL_S)
 
     def _register(self) -> None:
+        rights = Rights(self.tenancy)
         generation = GenerationServicer(
-            self.gate, max_request_s=self._config.max_request_s, write_timeout_s=self._config.write_timeout_s
+            self.gate, rights, max_request_s=self._config.max_request_s, write_timeout_s=self._config.write_timeout_s
         )
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(generation, self._server)
-        adapters_pb2_grpc.add_AdapterServiceServicer_to_server(AdapterServicer(self.gate), self._server)
-        server_pb2_grpc.add_ServerServiceServicer_to_server(ServerServicer(self.gate, self.reloader), self._server)
+        adapters_pb2_grpc.add_AdapterServiceServicer_to_server(AdapterServicer(self.gate, rights), self._server)
+        server = ServerServicer(self.gate, rights, self.reloader)
+        server_pb2_grpc.add_ServerServiceServicer_to_server(server, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         if self._config.reflection:
             names = (*SERVICES, HEALTH_SERVICE, reflection.SERVICE_NAME)

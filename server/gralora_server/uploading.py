@@ -7,7 +7,7 @@ on the work goes on without the client, because others may already see the adapt
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from weakref import WeakValueDictionary
 
 from gralora.v1 import adapters_pb2
@@ -38,13 +38,17 @@ class Uploading:
         self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._loading: set[asyncio.Task[AdapterInfo]] = set()  # the loop itself keeps no task alive
 
-    async def receive(self, requests: Requests, adapters: Adapters) -> AdapterInfo:
-        """Everything until the adapter is loaded, or the reason why it is not."""
+    async def receive(self, requests: Requests, adapters: Adapters, check_name: Callable[[str], None]) -> AdapterInfo:
+        """Everything until the adapter is loaded, or the reason why it is not.
+
+        `check_name`: raises when the client may not send an adapter of that name.
+        """
         first = await _next(requests, "")
         if first is None:
             raise InvalidRequestError("part", None, "must be a header here")
         validation.validate_upload_part(first, is_first=True)
         manifest = convert.from_upload_header(first.header)
+        check_name(manifest.name)
         upload = await _begin(uploads_of(adapters, manifest.name), manifest)
         try:
             while (request := await _next(requests, manifest.name)) is not None:

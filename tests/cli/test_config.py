@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from support.grpc_harness import served
+from support.tenants import OPERATOR, admitting_the_operator
 
 from gralora_server.cli.app import run
 from gralora_server.cli.output import ExitCode
@@ -141,10 +142,12 @@ def test_the_example_names_everything_that_is_said_of_tenants() -> None:
 
 
 def weigh(file: Path, weight: float) -> None:
-    file.write_text(f"[tenants.acme]\nweight = {weight}\n")
+    file.write_text(f"[tenants.acme]\nweight = {weight}\n{admitting_the_operator()}")
 
 
-async def test_reload_says_what_changed_or_why_not(file: Path, capsys) -> None:
+async def test_reload_says_what_changed_or_why_not(file: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("GRALORA_TOKEN", OPERATOR)
+
     async def reload(port: int, *options: str) -> int:
         return await asyncio.to_thread(run, ["config", "reload", "--address", f"127.0.0.1:{port}", *options])
 

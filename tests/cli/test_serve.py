@@ -55,7 +55,8 @@ def test_every_option_reaches_its_configuration(configured, tmp_path: Path) -> N
     options = {
         "--model": "/m", "--adapters": "/a,hold", "--address": "0.0.0.0:0", "--device": "cpu", "--dtype": "bfloat16",
         "--kernel-backend": "reference", "--threads": "3", "--max-num-seqs": "5", "--max-num-batched-tokens": "7",
-        "--max-model-len": "11", "--max-queue": "13", "--max-queue-tokens": "59", "--profile": str(profile), "--max-adapter-rank": "17", "--max-adapter-slots": "19",
+        "--max-model-len": "11", "--max-queue": "13", "--max-queue-tokens": "59", "--profile": str(profile),
+        "--max-adapter-rank": "17", "--max-adapter-slots": "19",
         "--page-size": "23", "--kv-cache-bytes": "1GiB", "--adapter-pool-bytes": "2m", "--host-cache-bytes": "29",
         "--token-file": "/t", "--tls-cert": "/c", "--tls-key": "/k", "--tls-client-ca": "/ca",
         "--allow-root": "/r", "--state-dir": "/s", "--copies-bytes": "3k", "--keep-versions": "3",

@@ -16,16 +16,17 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 from support.fake_engine import FakeEngine
 from support.grpc_harness import Served, failure, served
+from support.tenants import OPERATOR, admitting_the_operator, bearing
 
 from gralora.v1 import server_pb2
 from gralora_runtime.errors import ConfigError
-from gralora_server.certificates import Certificates
 from gralora_server.config import ServerConfig, TlsConfig
 from gralora_server.errors import ConfigInvalidError
 from gralora_server.service import serve
 from gralora_server.settings.layers import Layers
 from gralora_server.settings.reloader import Reloader
 from gralora_server.settings.sections import Settings
+from gralora_server.tls import ServerCertificate
 
 PEMS = Path(__file__).parent / "tls"
 RELOAD = server_pb2.ReloadConfigRequest()
@@ -62,7 +63,7 @@ def file(tmp_path: Path) -> Path:
 
 
 def weigh(file: Path, weight: object, more: str = "") -> None:
-    file.write_text(f"[tenants.acme]\nweight = {weight}\n{more}")
+    file.write_text(f"[tenants.acme]\nweight = {weight}\n{more}\n{admitting_the_operator()}")
 
 
 def reloader_of(file: Path) -> Reloader:
@@ -153,9 +154,9 @@ async def test_the_rpc_says_what_changed_or_what_is_wrong(file: Path) -> None:
     async with served(reloader=reloader_of(file)) as s:
         s.server.reloader.add(part)
         weigh(file, 2)
-        answer = await s.client.server.ReloadConfig(RELOAD)
+        answer = await s.client.server.ReloadConfig(RELOAD, metadata=bearing(OPERATOR))
         weigh(file, "'heavy'")
-        failed = await failure(s.client.server.ReloadConfig(RELOAD))
+        failed = await failure(s.client.server.ReloadConfig(RELOAD, metadata=bearing(OPERATOR)))
 
     assert list(answer.changed) == ["tenants"]
     assert failed.code is Code.FAILED_PRECONDITION
@@ -167,7 +168,7 @@ async def test_the_rpc_says_what_changed_or_what_is_wrong(file: Path) -> None:
 async def test_a_server_that_still_loads_its_model_reloads(file: Path) -> None:
     async with served(started=False, reloader=reloader_of(file)) as s:
         weigh(file, 2)
-        answer = await s.client.server.ReloadConfig(RELOAD)
+        answer = await s.client.server.ReloadConfig(RELOAD, metadata=bearing(OPERATOR))
 
     assert list(answer.changed) == ["tenants"]
 
@@ -234,22 +235,6 @@ def pem(path: Path) -> str:
     return text[text.index("-----BEGIN CERTIFICATE") :]
 
 
-async def test_a_renewed_certificate_is_shown_to_new_connections_and_open_ones_go_on(tls: TlsConfig) -> None:
-    credentials = grpc.ssl_channel_credentials((PEMS / "ca.pem").read_bytes())
-    async with served(tls=tls, credentials=credentials) as s:
-        before = await shown_certificate(s.port)
-        shutil.copy(PEMS / "client.pem", tls.certificate)
-        shutil.copy(PEMS / "client.key", tls.private_key)
-        unread = await shown_certificate(s.port)
-        await s.client.server.ReloadConfig(RELOAD)
-        after = [await shown_certificate(s.port) for _ in range(2)]
-        info = await s.client.server.GetServerInfo(server_pb2.GetServerInfoRequest())
-
-    assert (before, unread) == (pem(PEMS / "server.pem"),) * 2
-    assert after == [pem(PEMS / "client.pem")] * 2
-    assert info.model == "fake"
-
-
 @pytest.mark.parametrize(
     ("name", "content"),
     [("server.pem", b"no certificate"), ("server.key", (PEMS / "client.key").read_bytes()), ("server.key", None)],
@@ -281,8 +266,8 @@ def test_a_key_with_a_password_is_refused_and_nobody_is_asked_for_it(tls: TlsCon
     )
     tls.private_key.write_bytes(locked)
 
-    with pytest.raises(ConfigError, match="has a password"):
-        Certificates(tls)
+    with pytest.raises(ConfigError, match="assword"):
+        ServerCertificate(tls)
 
 
 def test_a_broken_authority_is_refused_by_name(tls: TlsConfig, tmp_path: Path) -> None:
@@ -290,7 +275,7 @@ def test_a_broken_authority_is_refused_by_name(tls: TlsConfig, tmp_path: Path) -
     mutual = TlsConfig(certificate=tls.certificate, private_key=tls.private_key, client_ca=tmp_path / "ca.pem")
 
     with pytest.raises(ConfigError, match=r"ca\.pem"):
-        Certificates(mutual)
+        ServerCertificate(mutual)
 
 
 async def test_sighup_reloads_the_file_and_a_wrong_one_changes_nothing(file: Path) -> None:

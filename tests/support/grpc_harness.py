@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import grpc
 from google.protobuf import message
@@ -66,13 +67,14 @@ async def served(
     started: bool = True,
     channel_options: tuple[tuple[str, int], ...] = (),
     credentials: grpc.ChannelCredentials | None = None,
+    engine: Any = None,
     reloader: Reloader | None = None,
     **settings: object,
 ) -> AsyncIterator[Served]:
-    """`started` False leaves the server where it is while a model loads."""
+    """`started` False leaves the server where it is while a model loads. `engine`: instead of a fake one."""
     server = GrpcServer(ServerConfig(port=0, **settings), reloader)
     port = await server.start()
-    engine = FakeEngine()
+    engine = FakeEngine() if engine is None else engine
     if started:
         await server.open(engine)
     # Without a local pool, channels of one process share their connections, and tests would meet in them.

@@ -26,7 +26,8 @@ if _version_not_supported:
 
 
 class AdapterServiceStub:
-    """Manages adapters. Names are what GenerateRequest.adapter says.
+    """Manages adapters. Names are what GenerateRequest.adapter says. To a tenant there are only its own adapters and those
+    that are public.
     """
 
     def __init__(self, channel):
@@ -93,7 +94,8 @@ class AdapterServiceStub:
 
 
 class AdapterServiceServicer:
-    """Manages adapters. Names are what GenerateRequest.adapter says.
+    """Manages adapters. Names are what GenerateRequest.adapter says. To a tenant there are only its own adapters and those
+    that are public.
     """
 
     def ListAdapters(self, request, context):
@@ -248,7 +250,8 @@ def add_AdapterServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class AdapterService:
-    """Manages adapters. Names are what GenerateRequest.adapter says.
+    """Manages adapters. Names are what GenerateRequest.adapter says. To a tenant there are only its own adapters and those
+    that are public.
     """
 
     @staticmethod

@@ -7,7 +7,7 @@ A failure is always a gRPC status, never a message. Every status that the server
 of domain "gralora.dev"; its `reason` is stable and one of:
 
   INVALID_REQUEST     INVALID_ARGUMENT     BadRequest names the field by its path, e.g. "sampling.temperature"
-  ADAPTER_NOT_FOUND   NOT_FOUND            ResourceInfo names the adapter
+  ADAPTER_NOT_FOUND   NOT_FOUND            ResourceInfo names the adapter; also if it is another tenant's
   ADAPTER_VERSION_NOT_FOUND  NOT_FOUND     ResourceInfo; the adapter has no version of that number or content
   ADAPTER_VERSION_LOST  FAILED_PRECONDITION  ResourceInfo; the version's files have other content now, and no copy is kept
   ADAPTER_REJECTED    FAILED_PRECONDITION  ResourceInfo; the checkpoint is broken or unsupported, all reasons at once
@@ -24,8 +24,8 @@ of domain "gralora.dev"; its `reason` is stable and one of:
   STEP_FAILED         UNAVAILABLE          RetryInfo; our bug, met in a step of many requests; metadata "error_id"
   STARTING            UNAVAILABLE          RetryInfo; the model is still loading
   DRAINING            UNAVAILABLE          the server is shutting down; another one may serve the request
-  UNAUTHENTICATED     UNAUTHENTICATED      no bearer token, or not one of the server's
-  PERMISSION_DENIED   PERMISSION_DENIED    the token may generate, but not change adapters
+  UNAUTHENTICATED     UNAUTHENTICATED      no bearer token or certificate that the server knows
+  PERMISSION_DENIED   PERMISSION_DENIED    the caller is known, but may not do this; the message says what
   INTERNAL            INTERNAL             our bug; metadata "error_id" finds it in the server's log
 
 A client may retry on UNAVAILABLE when it has received no message yet.
@@ -344,7 +344,7 @@ class GenerateRequest(_message.Message):
     PRIORITY_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Names the request in logs and for AbortRequest. At most 128 printable ASCII characters, no spaces, unique among the
-    requests that are running. Empty: the server makes one.
+    requests of the tenant that are running. Empty: the server makes one.
     """
     adapter: _builtins.str
     """The adapter's name: "pirate" or "acme/pirate", the version that it stands for. "pirate@3" and
@@ -422,7 +422,7 @@ class StreamGenerateRequest(_message.Message):
     PRIORITY_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Names the request in logs and for AbortRequest. At most 128 printable ASCII characters, no spaces, unique among the
-    requests that are running. Empty: the server makes one.
+    requests of the tenant that are running. Empty: the server makes one.
     """
     adapter: _builtins.str
     """The adapter's name: "pirate" or "acme/pirate", the version that it stands for. "pirate@3" and

@@ -88,7 +88,8 @@ class ServerServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def AbortRequest(self, request, context):
-        """Ends a running or waiting request by its id, for routers that cannot cancel its RPC.
+        """Ends a running or waiting request of the tenant by its id, for routers that cannot cancel its RPC. An admin's call
+        ends those of any tenant.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

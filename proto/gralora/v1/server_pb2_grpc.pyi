@@ -40,7 +40,9 @@ class ServerServiceStub:
     Tokenize: _grpc.UnaryUnaryMultiCallable[_server_pb2.TokenizeRequest, _server_pb2.TokenizeResponse]
     """Turns a prompt into token ids, exactly as a generation would."""
     AbortRequest: _grpc.UnaryUnaryMultiCallable[_server_pb2.AbortRequestRequest, _server_pb2.AbortRequestResponse]
-    """Ends a running or waiting request by its id, for routers that cannot cancel its RPC."""
+    """Ends a running or waiting request of the tenant by its id, for routers that cannot cancel its RPC. An admin's call
+    ends those of any tenant.
+    """
     ReloadConfig: _grpc.UnaryUnaryMultiCallable[_server_pb2.ReloadConfigRequest, _server_pb2.ReloadConfigResponse]
     """Reads the configuration, the token file and the certificates again, and puts in force what can change while the
     server runs: tenants, their limits and tokens, objectives, certificates. All of it or, with FAILED_PRECONDITION and
@@ -59,7 +61,9 @@ class ServerServiceAsyncStub(ServerServiceStub):
     Tokenize: _aio.UnaryUnaryMultiCallable[_server_pb2.TokenizeRequest, _server_pb2.TokenizeResponse]  # type: ignore[assignment]
     """Turns a prompt into token ids, exactly as a generation would."""
     AbortRequest: _aio.UnaryUnaryMultiCallable[_server_pb2.AbortRequestRequest, _server_pb2.AbortRequestResponse]  # type: ignore[assignment]
-    """Ends a running or waiting request by its id, for routers that cannot cancel its RPC."""
+    """Ends a running or waiting request of the tenant by its id, for routers that cannot cancel its RPC. An admin's call
+    ends those of any tenant.
+    """
     ReloadConfig: _aio.UnaryUnaryMultiCallable[_server_pb2.ReloadConfigRequest, _server_pb2.ReloadConfigResponse]  # type: ignore[assignment]
     """Reads the configuration, the token file and the certificates again, and puts in force what can change while the
     server runs: tenants, their limits and tokens, objectives, certificates. All of it or, with FAILED_PRECONDITION and
@@ -99,7 +103,9 @@ class ServerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _server_pb2.AbortRequestRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_server_pb2.AbortRequestResponse, _abc.Awaitable[_server_pb2.AbortRequestResponse]]:
-        """Ends a running or waiting request by its id, for routers that cannot cancel its RPC."""
+        """Ends a running or waiting request of the tenant by its id, for routers that cannot cancel its RPC. An admin's call
+        ends those of any tenant.
+        """
 
     @_abc_1.abstractmethod
     def ReloadConfig(

@@ -30,6 +30,7 @@ from gralora_server.cli import (
     serve,
     serve_fleet,
     status,
+    tokens,
 )
 from gralora_server.cli.output import CommandError, ExitCode, print_error
 
@@ -65,6 +66,7 @@ app.add_typer(adapters.app, name="adapters")
 app.add_typer(model.app, name="model")
 app.add_typer(config.app, name="config")
 app.add_typer(loadtest.app, name="loadtest")
+app.add_typer(tokens.app, name="tokens")
 
 
 def _print_version(wanted: bool) -> None:
