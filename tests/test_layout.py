@@ -48,7 +48,7 @@ CONFINED = {
     "botocore": ["gralora_runtime/adapters/catalogue/sources/s3.py"],
     "aiohttp": ["gralora_runtime/adapters/catalogue/sources/s3.py"],
     "filelock": ["gralora_runtime/adapters/catalogue/*", "gralora_server/model_fetch.py"],
-    "sqlite3": ["gralora_runtime/adapters/catalogue/*"],
+    "sqlite3": ["gralora_runtime/adapters/catalogue/*", "gralora_server/tenants/usage_file.py"],
     "argparse": [],
     "typer": ["gralora_server/cli*"],
     "peft": [],

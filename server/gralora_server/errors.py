@@ -6,11 +6,13 @@ GraloraError
 +-- StartingError            the model is still loading
 +-- UnauthenticatedError     no bearer token, or none of ours
 +-- PermissionDeniedError    the token may not call this method
++-- ConfigError
+|   +-- UsageFileError       what tenants used cannot be kept
 """
 
 from __future__ import annotations
 
-from gralora_runtime.errors import GraloraError, SlowConsumerError
+from gralora_runtime.errors import ConfigError, GraloraError, SlowConsumerError
 
 
 class StalledClientError(SlowConsumerError):
@@ -46,3 +48,13 @@ class PermissionDeniedError(GraloraError):
 
     def __init__(self, method: str) -> None:
         super().__init__(f"this token may not call {method}")
+
+
+class UsageFileError(ConfigError):
+    """The file of what tenants used cannot be opened, read or written, or is none."""
+
+    reason = "USAGE_FILE"
+
+    def __init__(self, path: str, problem: str) -> None:
+        self.path = path
+        super().__init__(f"usage cannot be kept in {path}: it {problem}")
