@@ -32,6 +32,10 @@ from gralora_server.interceptors import AuthInterceptor, CallInterceptor
 from gralora_server.metrics.page import MetricsPage
 from gralora_server.ports import Engine, EngineFactory
 from gralora_server.servicers import AdapterServicer, GenerationServicer, ServerServicer
+from gralora_server.tenants.keeping import keeping
+from gralora_server.tenants.metering import Metering
+from gralora_server.tenants.quotas import Quotas
+from gralora_server.tenants.usage import Usage
 
 SERVICES = tuple(
     file.DESCRIPTOR.services_by_name[name].full_name
@@ -55,6 +59,8 @@ class GrpcServer:
     def __init__(self, config: ServerConfig) -> None:
         self._config = config
         self.gate = Gate()
+        self.quotas = Quotas()
+        self.usage = Usage()
         self._health = Health(SERVICES)
         interceptors: list[grpc.aio.ServerInterceptor[Any, Any]] = [CallInterceptor()]
         if config.auth_token_file is not None:
@@ -104,12 +110,13 @@ class GrpcServer:
         await self._server.stop(grace=FAREWELL_S)
 
     def _register(self) -> None:
+        metering = Metering(self.quotas, self.usage)
         generation = GenerationServicer(
-            self.gate, max_request_s=self._config.max_request_s, write_timeout_s=self._config.write_timeout_s
+            self.gate, metering, max_request_s=self._config.max_request_s, write_timeout_s=self._config.write_timeout_s
         )
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(generation, self._server)
-        adapters_pb2_grpc.add_AdapterServiceServicer_to_server(AdapterServicer(self.gate), self._server)
-        server_pb2_grpc.add_ServerServiceServicer_to_server(ServerServicer(self.gate), self._server)
+        adapters_pb2_grpc.add_AdapterServiceServicer_to_server(AdapterServicer(self.gate, metering), self._server)
+        server_pb2_grpc.add_ServerServiceServicer_to_server(ServerServicer(self.gate, self.usage), self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         if self._config.reflection:
             names = (*SERVICES, HEALTH_SERVICE, reflection.SERVICE_NAME)
@@ -134,7 +141,7 @@ async def serve(
     server = GrpcServer(config)
     port = await server.start()
     try:
-        async with _page(config.metrics, server.gate) as metrics_port:
+        async with keeping(server.usage, config.state_dir), _page(config.metrics, server) as metrics_port:
             if metrics_port is not None and on_metrics is not None:
                 on_metrics(metrics_port)
             if on_bound is not None:
@@ -174,12 +181,12 @@ def _quietly(_port: int) -> None:
 
 
 @asynccontextmanager
-async def _page(config: MetricsConfig | None, gate: Gate) -> AsyncIterator[int | None]:
+async def _page(config: MetricsConfig | None, server: GrpcServer) -> AsyncIterator[int | None]:
     """The port of the metrics page while it is served; None if it is not wanted."""
     if config is None:
         yield None
         return
-    page = await asyncio.to_thread(MetricsPage, config, gate)
+    page = await asyncio.to_thread(MetricsPage, config, server.gate, server.usage)
     _log.info("metrics on http://%s:%d/metrics", config.host, page.port)
     try:
         yield page.port

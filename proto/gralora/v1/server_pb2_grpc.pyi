@@ -41,6 +41,8 @@ class ServerServiceStub:
     """Turns a prompt into token ids, exactly as a generation would."""
     AbortRequest: _grpc.UnaryUnaryMultiCallable[_server_pb2.AbortRequestRequest, _server_pb2.AbortRequestResponse]
     """Ends a running or waiting request by its id, for routers that cannot cancel its RPC."""
+    GetUsage: _grpc.UnaryUnaryMultiCallable[_server_pb2.GetUsageRequest, _server_pb2.GetUsageResponse]
+    """What tenants used so far, for bills. A tenant is told of itself alone, an operator of all."""
 
 @_typing.type_check_only
 class ServerServiceAsyncStub(ServerServiceStub):
@@ -55,6 +57,8 @@ class ServerServiceAsyncStub(ServerServiceStub):
     """Turns a prompt into token ids, exactly as a generation would."""
     AbortRequest: _aio.UnaryUnaryMultiCallable[_server_pb2.AbortRequestRequest, _server_pb2.AbortRequestResponse]  # type: ignore[assignment]
     """Ends a running or waiting request by its id, for routers that cannot cancel its RPC."""
+    GetUsage: _aio.UnaryUnaryMultiCallable[_server_pb2.GetUsageRequest, _server_pb2.GetUsageResponse]  # type: ignore[assignment]
+    """What tenants used so far, for bills. A tenant is told of itself alone, an operator of all."""
 
 class ServerServiceServicer(metaclass=_abc_1.ABCMeta):
     """Describes the server."""
@@ -90,5 +94,13 @@ class ServerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_server_pb2.AbortRequestResponse, _abc.Awaitable[_server_pb2.AbortRequestResponse]]:
         """Ends a running or waiting request by its id, for routers that cannot cancel its RPC."""
+
+    @_abc_1.abstractmethod
+    def GetUsage(
+        self,
+        request: _server_pb2.GetUsageRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_server_pb2.GetUsageResponse, _abc.Awaitable[_server_pb2.GetUsageResponse]]:
+        """What tenants used so far, for bills. A tenant is told of itself alone, an operator of all."""
 
 def add_ServerServiceServicer_to_server(servicer: ServerServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

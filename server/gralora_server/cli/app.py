@@ -28,6 +28,7 @@ from gralora_server.cli import (
     serve,
     serve_fleet,
     status,
+    usage,
 )
 from gralora_server.cli.output import CommandError, ExitCode, print_error
 
@@ -54,6 +55,7 @@ app.command("serve-fleet", hidden=True)(serve_fleet.serve_fleet)
 app.command("generate")(generate.generate)
 app.command("plan")(plan.plan)
 app.command("status")(status.status)
+app.command("usage")(usage.usage)
 adapters.app.command("convert")(adapters_convert.convert)
 adapters.app.command("diff")(adapters_diff.diff)
 adapters.app.command("golden")(adapters_golden.golden)

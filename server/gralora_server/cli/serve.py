@@ -65,7 +65,7 @@ def serve(
     state_dir: Annotated[
         Path | None,
         typer.Option(
-            help="What outlives the server: versions and promotions, downloads, uploads, copies of old versions.",
+            help="What outlives the server: versions and promotions, downloads, uploads, copies of old versions, usage.",
             rich_help_panel=ADAPTERS,
         ),
     ] = None,
@@ -170,6 +170,7 @@ def serve(
         tls=_tls(tls_cert, tls_key, tls_client_ca),
         auth_token_file=token_file,
         metrics=_metrics(metrics_address),
+        state_dir=state_dir,
         reflection=reflection,
         max_request_s=max_request_s,
         drain_grace_s=grace_s,
