@@ -118,6 +118,25 @@ async def test_numbers_go_where_their_names_say() -> None:
     assert {name: samples(page, name) for name in expected} == expected
 
 
+async def test_tenants_are_told_apart_up_to_a_number() -> None:
+    usage = Usage(max_named_tenants=2)
+    for tenant in ("", "acme", "b", "c"):
+        usage.add(tenant, "poet", Counts(1, 2, 3, 4, 0, 6))
+        usage.refuse(tenant, "poet")
+    page = page_of(None, usage)
+    expected = {
+        "gralora_tenant_requests_total": 1.0,
+        "gralora_tenant_prompt_tokens_total": 2.0,
+        "gralora_tenant_cached_tokens_total": 3.0,
+        "gralora_tenant_output_tokens_total": 4.0,
+        "gralora_tenant_refused_total": 1.0,
+        "gralora_tenant_upload_bytes_total": 6.0,
+    }
+
+    for name, value in expected.items():
+        assert samples(page, name) == {("(operator)",): value, ("acme",): value, ("(others)",): 2 * value}
+
+
 async def test_gateways_find_one_lora_series_with_both_lists_and_the_time() -> None:
     asked_s = time.time()
     (labels, value), *others = samples(page_of(snapshot()), "vllm:lora_requests_info").items()

@@ -148,8 +148,9 @@ def test_a_request_that_is_no_good_is_a_request_but_no_tokens() -> None:
 def test_what_was_used_before_the_drain_is_charged() -> None:
     clock = Clock()
     limited = quotas(clock, requests_per_s=1, burst_s=1)
-    with pytest.raises(DrainingError), limited.admit("acme", 0) as tab:
-        tab.take_on()
+    with ExitStack() as stack:
+        stack.enter_context(pytest.raises(DrainingError))
+        stack.enter_context(limited.admit("acme", 0)).take_on()
         raise DrainingError
 
     refusal(limited)

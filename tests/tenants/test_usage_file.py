@@ -88,10 +88,14 @@ async def test_what_cannot_be_written_is_tried_again(tmp_path: Path, monkeypatch
 
 async def test_the_file_is_free_again_whatever_ends_the_server(tmp_path: Path) -> None:
     usage = Usage()
-    with pytest.raises(ZeroDivisionError):
+
+    async def fail() -> None:
         async with keeping(usage, tmp_path):
             usage.add("acme", "poet", Counts(requests=1))
             raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        await fail()
 
     assert kept_in(tmp_path) == everything(usage)
 

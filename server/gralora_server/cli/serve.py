@@ -65,7 +65,7 @@ def serve(
     state_dir: Annotated[
         Path | None,
         typer.Option(
-            help="What outlives the server: versions and promotions, downloads, uploads, copies of old versions, usage.",
+            help="What outlives the server: versions, promotions, downloads, uploads, copies of old versions, usage.",
             rich_help_panel=ADAPTERS,
         ),
     ] = None,

@@ -29,7 +29,7 @@ def usage(
 
     rows = [asdict(row) for row in client.usage(tenant)]
     if json:
-        print_json(rows)
+        print_json({"usage": rows})
         return
     table = Table(box=None)
     for field in fields(TenantUsage):
