@@ -68,6 +68,7 @@ NO_TORCH = [
     "gralora_runtime/adapters/residency/eviction.py",
     "gralora_runtime/adapters/residency/compaction.py",
     "gralora_runtime/adapters/residency/lease.py",
+    "gralora_runtime/adapters/residency/share.py",
     "gralora_runtime/adapters/checkpoint/spec.py",
     "gralora_runtime/adapters/catalogue/database.py",
     "gralora_runtime/adapters/catalogue/journal.py",

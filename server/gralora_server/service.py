@@ -83,6 +83,7 @@ class GrpcServer:
 
     async def open(self, engine: Engine) -> None:
         """Take requests."""
+        engine.adapters.limit_pool(self.quotas.share_of_pool)
         self.gate.open(engine)
         await self._health.set_serving(True)
 

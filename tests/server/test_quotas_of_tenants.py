@@ -329,6 +329,25 @@ async def test_globs_say_which_uploads_are_a_tenants_own(uploads: Uploads) -> No
     assert failed.info.metadata["limit"] == "upload_bytes"
 
 
+async def test_the_pool_is_told_whose_an_adapter_is_and_what_it_may_take() -> None:
+    async with served() as s:
+        share_of = s.engine.adapters.share_of
+        before = share_of("acme/a")
+        limit(s, "acme", adapter_bytes=1000)
+        share = share_of("acme/a")
+        limit(s, "acme", adapters=("own-*",), adapter_bytes=2000)
+        by_glob, no_longer = share_of("own-a"), share_of("acme/a")
+        limit(s, "acme")
+        unlimited = share_of("acme/a")
+
+    assert (share.owner, share.max_bytes) == ("acme", 1000)
+    assert str(share.refusal("acme/a", 1234)) == (
+        "tenant 'acme' is at its limit adapter_bytes = 1000, and asks for 1234 bytes of adapter 'acme/a'"
+    )
+    assert (by_glob.owner, by_glob.max_bytes) == ("acme", 2000)
+    assert (before, no_longer, unlimited) == (None, None, None)
+
+
 async def test_limits_change_under_a_stream() -> None:
     async with served() as s:
         Clock(s)

@@ -1,4 +1,6 @@
-"""All tenants' limits and what each has left. Belongs to the event loop's thread; knows no requests and no transport.
+"""All tenants' limits and what each has left. Knows no requests and no transport.
+
+Belongs to the event loop's thread; `share_of_pool` may be called from any.
 
 A tenant takes memory from its first request until nothing of it runs and its rates have recovered.
 """
@@ -10,9 +12,10 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
-from functools import partial
+from functools import lru_cache, partial
 
 from gralora_runtime.adapters.catalogue.uploads import Share
+from gralora_runtime.adapters.residency.share import PoolShare
 from gralora_runtime.errors import ConfigError, DrainingError, QueueFullError, QuotaExceededError
 from gralora_server.tenants.allowance import Allowance, rates_of
 from gralora_server.tenants.settings import LimitSettings, TenancySettings, TenantSettings
@@ -21,6 +24,7 @@ from gralora_server.tenants.tab import Tab
 UNLIMITED = TenantSettings()
 REFUSALS = (QuotaExceededError, QueueFullError, DrainingError)  # who is told so has used nothing
 MIN_RATE = 1e-6  # one in twelve days; the inverse of much less is no number
+REMEMBERED = 10_000  # names whose owners are
 LOOKED_AT = 2  # tenants at each admission: more than can come with it, so that none is kept for ever
 
 
@@ -30,6 +34,7 @@ class Quotas:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._settings: Mapping[str, TenantSettings] = {}
+        self._owner_of: Callable[[str], tuple[str, TenantSettings] | None] = partial(owner_of, {})
         self._allowances: OrderedDict[str, Allowance] = OrderedDict()  # those that were looked at last come last
 
     def prepare(self, settings: TenancySettings) -> Callable[[], None]:
@@ -69,8 +74,17 @@ class Quotas:
 
         return Share(max_bytes=limit, is_own=partial(is_own_name, tenant, settings), refusal=refusal)
 
+    def share_of_pool(self, name: str) -> PoolShare | None:
+        """What the adapters of this one's owner may take of the pool; None: as much as there is."""
+        owner = self._owner_of(name)
+        limit = None if owner is None else owner[1].limits.adapter_bytes
+        if owner is None or limit is None:
+            return None
+        return PoolShare(owner=owner[0], max_bytes=limit, refusal=partial(_too_large, owner[0], limit))
+
     def _put_in_force(self, settings: Mapping[str, TenantSettings]) -> None:
         self._settings = dict(settings)
+        self._owner_of = lru_cache(REMEMBERED)(partial(owner_of, self._settings))
         now_s = self._clock()
         for tenant, allowance in self._allowances.items():
             allowance.change(self._limits_of(tenant), now_s)
@@ -90,8 +104,18 @@ class Quotas:
                 self._allowances[tenant] = allowance
 
 
+def owner_of(settings: Mapping[str, TenantSettings], name: str) -> tuple[str, TenantSettings] | None:
+    """The tenant whose own an adapter of that name is: the first, if several say so."""
+    owners = ((tenant, of_tenant) for tenant, of_tenant in settings.items() if is_own_name(tenant, of_tenant, name))
+    return next(owners, None)
+
+
 def is_own_name(tenant: str, settings: TenantSettings, name: str) -> bool:
     """Whether an adapter of that name is the tenant's own."""
     if settings.adapters is None:
         return name.startswith(f"{tenant}/")
     return any(fnmatchcase(name, glob) for glob in settings.adapters)
+
+
+def _too_large(tenant: str, limit: int, name: str, num_bytes: int) -> QuotaExceededError:
+    return QuotaExceededError(tenant, "adapter_bytes", limit, f"{num_bytes} bytes of adapter {name!r}")
