@@ -55,7 +55,7 @@ def residents(manager: AdapterManager) -> str:
 
 def test_an_owner_with_its_share_makes_room_with_its_own_though_others_are_worth_less(tmp_path: Path) -> None:
     write_units(tmp_path, ["a1", "a2", "a3", "b1", "b2"])
-    with sharing(tmp_path, {"a": 2}, units=5) as manager:
+    with sharing(tmp_path, {"a": 2}, units=4) as manager:
         for name in ("b1", "b2", "a1", "a2", "a3"):
             use(manager, name)
 

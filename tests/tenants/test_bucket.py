@@ -34,6 +34,14 @@ def test_after_exactly_the_time_that_was_told_one_is_let_in(
     assert bucket.wait_s(now_s + wait_s) == 0
 
 
+def test_a_wait_that_is_rounded_is_not_too_short() -> None:
+    """Half of what tells two such times apart is lost when they are subtracted, and again when they are added."""
+    bucket, now_s = TokenBucket(1.0, 1.0, 0.0), 2.0**-10
+    bucket.charge(2.0**43 + 2.0**-9, 0.0)
+
+    assert bucket.wait_s(now_s + bucket.wait_s(now_s)) == 0
+
+
 @given(rates, bursts, starts, st.lists(st.tuples(pauses, amounts), max_size=20))
 def test_nobody_is_told_to_wait_for_longer_than_necessary(
     rate: float, burst_s: float, start_s: float, uses: list[tuple[float, int]]
