@@ -19,6 +19,7 @@ from gralora_runtime.adapters.checkpoint.loader import LoadedAdapter
 from gralora_runtime.adapters.residency.compaction import choose_moves
 from gralora_runtime.adapters.residency.eviction import Window, choose_window
 from gralora_runtime.adapters.residency.pool import AdapterPool, Resident
+from gralora_runtime.adapters.residency.share import PoolShare
 from gralora_runtime.adapters.residency.shares import Shares, leaving_soonest, take, worth_least
 
 # How many adapters behind a waiting one are tried per change in the pool: bounds the search, which holds a lock.
@@ -44,6 +45,9 @@ class Placement:
         return self.versions[0].name
 
 
+OwnersDrain = tuple[Placement, Sequence[Resident]]  # for whom, and who
+
+
 class PlacementQueue:
     """Placements in order of arrival, and the room kept for the first one."""
 
@@ -52,7 +56,7 @@ class PlacementQueue:
         self._shares = shares
         self._waiting: dict[str, Placement] = {}  # by digest, in order of arrival
         self._drain: tuple[Placement, Window[Resident]] | None = None
-        self._owners_drains: dict[str, tuple[Placement, Sequence[Resident]]] = {}  # by owner: for whom, and who
+        self._owners_drains: dict[str, OwnersDrain] = {}  # by owner
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -112,24 +116,28 @@ class PlacementQueue:
         before, self._owners_drains = self._owners_drains, {}
         waiting: set[str] = set()  # owners of which somebody waits for their share: those behind it wait, too
         for placement, share in shares:
-            placement.owner = "" if share is None else share.owner
-            placement.held_back = placement.owner in waiting
-            placement.excess = 0
-            if share is None or placement.held_back:
+            placement.owner, placement.excess, placement.held_back = "", 0, False
+            if share is None:
                 continue
-            own = holdings.get(share.owner, ())
-            placement.excess = max(0, self._shares.excess(share, placement.numel, own))
+            placement.owner, placement.held_back = share.owner, share.owner in waiting
+            if not placement.held_back:
+                self._claim(placement, share, holdings.get(share.owner, ()), before.get(share.owner))
             if placement.excess:
                 waiting.add(share.owner)
-                placement.held_back = not take([one for one in own if one.idle], placement.excess)
-                drained_for, _ = before.get(share.owner, (None, ()))
-                if placement.held_back or drained_for is placement:
-                    self._owners_drains[share.owner] = (placement, leaving_soonest(own, placement.excess))
         if self._drain is not None and self._drain[0].held_back:
             self._stop_draining()
         elif before or self._owners_drains:
             self._mark_draining()
         return holdings
+
+    def _claim(
+        self, placement: Placement, share: PoolShare, own: Sequence[Resident], before: OwnersDrain | None
+    ) -> None:
+        """For the first of its owner's in line. Until it moves in, those that were drained for it stay so."""
+        placement.excess = max(0, self._shares.excess(share, placement.numel, own))
+        placement.held_back = not take((one for one in own if one.idle), placement.excess)
+        if placement.held_back or (before is not None and before[0] is placement):
+            self._owners_drains[share.owner] = (placement, leaving_soonest(own, placement.excess))
 
     def _room(self, placement: Placement, own: Sequence[Resident], *, is_first: bool) -> Window[Resident] | None:
         """`own`: those of its owner, if some have to leave. They go first, and more of them where room is elsewhere."""
