@@ -16,6 +16,7 @@
     +-- CatalogueError           the catalogue on disk cannot be opened or written: names the file and a way out
     +-- QueueFullError           too many wait: try again after `retry_after_s`
     +-- TooLateError             it would not be served in time: try again after `retry_after_s`
+    +-- QuotaExceededError       a tenant has used what it may: names the limit; try again after `retry_after_s`
     +-- SlowConsumerError        the client stopped reading its stream
     +-- DeadlineExceededError    the deadline passed, or cannot be met
     +-- RequestCancelledError    the client went away or somebody aborted it
@@ -235,6 +236,25 @@ class TooLateError(GraloraError):
 
     def metadata(self) -> dict[str, str]:
         return self._metadata
+
+
+class QuotaExceededError(GraloraError):
+    """A tenant has used what its limits allow. `limit` is the limit's name in the configuration."""
+
+    reason = "QUOTA_EXCEEDED"
+
+    def __init__(self, tenant: str, limit: str, value: float, asked: str, retry_after_s: float | None = None) -> None:
+        """`asked`: what there was no room for. `retry_after_s` None: waiting alone makes no room."""
+        self.tenant = tenant
+        self.limit = limit
+        self.value = value
+        self.asked = asked
+        self.retry_after_s = retry_after_s
+        hint = "" if retry_after_s is None else f"; try again in {retry_after_s:.3f} s"
+        super().__init__(f"tenant {tenant!r} is at its limit {limit} = {value:.15g}, and asks for {asked}{hint}")
+
+    def metadata(self) -> dict[str, str]:
+        return {"tenant": self.tenant, "limit": self.limit, "value": f"{self.value:g}", "asked": self.asked}
 
 
 class SlowConsumerError(GraloraError):

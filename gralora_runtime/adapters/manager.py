@@ -42,9 +42,10 @@ from gralora_runtime.adapters.residency.host_cache import HostCache
 from gralora_runtime.adapters.residency.lease import BASE_LEASE, AdapterLease
 from gralora_runtime.adapters.residency.mover import Mover, log_if_unexpected
 from gralora_runtime.adapters.residency.pool import AdapterPool, Resident
+from gralora_runtime.adapters.residency.share import ShareOf
 from gralora_runtime.adapters.residency.transfer import Transfer
 from gralora_runtime.adapters.watch import AdapterWatch
-from gralora_runtime.errors import AdapterBusyError, AdapterCapacityError, DrainingError, InvalidRequestError
+from gralora_runtime.errors import AdapterBusyError, DrainingError, GraloraError, InvalidRequestError
 
 log = logging.getLogger(__name__)
 
@@ -171,6 +172,12 @@ class AdapterManager:
         """Give up an `acquire`, answered or not. For a task that was cancelled and cannot know which of the two."""
         if not acquired.cancel():
             acquired.add_done_callback(self._release_answer)
+
+    def limit_pool(self, share_of: ShareOf) -> None:
+        """Who owns which names, and how much of the pool its adapters may take. Who is there already may stay."""
+        with self._answering() as answers:
+            self._mover.shares.share_of = share_of
+            self._mover.wake(answers)
 
     def examine_with(self, examiner: Examiner) -> None:
         """Who answers golden prompts. Versions that have some wait until somebody does."""
@@ -618,7 +625,7 @@ class AdapterManager:
             self.enter(version, Waiter(future=Future(), wants_lease=False, patient=True), answers)
         return True
 
-    def capacity_problem(self, version: AdapterVersion) -> AdapterCapacityError | None:
+    def capacity_problem(self, version: AdapterVersion) -> GraloraError | None:
         return self._mover.capacity_problem(version)
 
     def holds(self, version: AdapterVersion) -> bool:

@@ -43,6 +43,7 @@ class ServerConfig:
     auth_token_file: Path | None = None
     tenancy: TenancySettings | None = None
     metrics: MetricsConfig | None = None
+    state_dir: Path | None = None  # what tenants used is kept there
     reflection: bool = True
     max_message_bytes: int = 16 << 20  # received; 4 MiB of prompt text leave room for the rest
     max_request_s: float | None = None  # a request without a deadline gets this one, a longer one is cut to it

@@ -8,6 +8,7 @@ GraloraError
 +-- PermissionDeniedError    we know the caller, who may not do this
 +-- ConfigError
 |   +-- ConfigInvalidError   the configuration says what it may not: all problems at once, each with its place
+|   +-- UsageFileError       what tenants used cannot be kept
 """
 
 from __future__ import annotations
@@ -63,3 +64,13 @@ class ConfigInvalidError(ConfigError):
 
     def metadata(self) -> dict[str, str]:
         return {"problems": "; ".join(self.problems)}
+
+
+class UsageFileError(ConfigError):
+    """The file of what tenants used cannot be opened, read or written, or is none."""
+
+    reason = "USAGE_FILE"
+
+    def __init__(self, path: str, problem: str) -> None:
+        self.path = path
+        super().__init__(f"usage cannot be kept in {path}: it {problem}")

@@ -35,8 +35,12 @@ from gralora_server.ports import Engine, EngineFactory
 from gralora_server.servicers import AdapterServicer, GenerationServicer, ServerServicer
 from gralora_server.settings.layers import NOTHING_SAID
 from gralora_server.settings.reloader import Reloader
+from gralora_server.tenants.keeping import keeping
+from gralora_server.tenants.metering import Metering
+from gralora_server.tenants.quotas import Quotas
 from gralora_server.tenants.rights import Rights
 from gralora_server.tenants.tenancy import Tenancy
+from gralora_server.tenants.usage import Usage
 from gralora_server.tls import ServerCertificate
 
 SERVICES = tuple(
@@ -64,6 +68,8 @@ class GrpcServer:
         self.gate = Gate()
         self._objectives = Objectives(self.gate)
         self.reloader.add(self._objectives)
+        self.quotas = Quotas()
+        self.usage = Usage()
         self._health = Health(SERVICES)
         self.tenancy = Tenancy(
             config.tenancy or self.reloader.settings,
@@ -71,6 +77,8 @@ class GrpcServer:
             asks_for_certificates=config.tls is not None and config.tls.client_ca is not None,
         )
         self.reloader.add(self.tenancy)
+        self.quotas.prepare(self.tenancy.current.settings)()
+        self.reloader.add(self.quotas)
         interceptors: list[grpc.aio.ServerInterceptor[Any, Any]] = [AuthInterceptor(self.tenancy), CallInterceptor()]
         self._server = grpc.aio.server(interceptors=interceptors, options=_channel_options(config))
         self._register()
@@ -93,6 +101,7 @@ class GrpcServer:
     async def open(self, engine: Engine) -> None:
         """Take requests."""
         self._objectives.inform(engine)
+        engine.adapters.limit_pool(self.quotas.share_of_pool)
         self.gate.open(engine)
         await self._health.set_serving(True)
 
@@ -120,13 +129,18 @@ class GrpcServer:
         await self._server.stop(grace=FAREWELL_S)
 
     def _register(self) -> None:
-        rights = Rights(self.tenancy)
+        rights, metering = Rights(self.tenancy), Metering(self.quotas, self.usage)
         generation = GenerationServicer(
-            self.gate, rights, max_request_s=self._config.max_request_s, write_timeout_s=self._config.write_timeout_s
+            self.gate,
+            rights,
+            metering,
+            max_request_s=self._config.max_request_s,
+            write_timeout_s=self._config.write_timeout_s,
         )
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(generation, self._server)
-        adapters_pb2_grpc.add_AdapterServiceServicer_to_server(AdapterServicer(self.gate, rights), self._server)
-        server = ServerServicer(self.gate, rights, self.reloader)
+        adapters = AdapterServicer(self.gate, rights, metering)
+        adapters_pb2_grpc.add_AdapterServiceServicer_to_server(adapters, self._server)
+        server = ServerServicer(self.gate, rights, self.reloader, self.usage)
         server_pb2_grpc.add_ServerServiceServicer_to_server(server, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         if self._config.reflection:
@@ -154,7 +168,7 @@ async def serve(
     server = GrpcServer(config, reloader)
     port = await server.start()
     try:
-        async with _page(config.metrics, server.gate) as metrics_port:
+        async with keeping(server.usage, config.state_dir), _page(config.metrics, server) as metrics_port:
             if metrics_port is not None and on_metrics is not None:
                 on_metrics(metrics_port)
             if on_bound is not None:
@@ -194,12 +208,12 @@ def _quietly(_port: int) -> None:
 
 
 @asynccontextmanager
-async def _page(config: MetricsConfig | None, gate: Gate) -> AsyncIterator[int | None]:
+async def _page(config: MetricsConfig | None, server: GrpcServer) -> AsyncIterator[int | None]:
     """The port of the metrics page while it is served; None if it is not wanted."""
     if config is None:
         yield None
         return
-    page = await asyncio.to_thread(MetricsPage, config, gate)
+    page = await asyncio.to_thread(MetricsPage, config, server.gate, server.usage)
     _log.info("metrics on http://%s:%d/metrics", config.host, page.port)
     try:
         yield page.port

@@ -24,13 +24,17 @@ from gralora.v1 import (
     server_pb2_grpc,
 )
 from gralora_runtime.errors import DeadlineExceededError, DrainingError
-from gralora_runtime.stream import RequestStream
 from gralora_server import convert, validation
 from gralora_server.delivery import collect, deliver
+from gralora_server.errors import PermissionDeniedError, StartingError
 from gralora_server.gate import Gate, Phase
 from gralora_server.settings.reloader import Reloader
+from gralora_server.tenants.caller import Caller, current
+from gralora_server.tenants.metering import MeteredStream, Metering
 from gralora_server.tenants.rights import Rights
+from gralora_server.tenants.settings import Role
 from gralora_server.tenants.suggestions import suggesting
+from gralora_server.tenants.usage import Usage
 from gralora_server.uploading import Uploading, uploads_of
 
 DEFAULT_PAGE_SIZE = 500
@@ -43,9 +47,18 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
     """Each call is one request of the engine, and ends with it: however the call ends, the request is closed."""
 
-    def __init__(self, gate: Gate, rights: Rights, *, max_request_s: float | None, write_timeout_s: float) -> None:
+    def __init__(
+        self,
+        gate: Gate,
+        rights: Rights,
+        metering: Metering,
+        *,
+        max_request_s: float | None,
+        write_timeout_s: float,
+    ) -> None:
         self._gate = gate
         self._rights = rights
+        self._metering = metering
         self._max_request_s = max_request_s
         self._write_timeout_s = write_timeout_s
 
@@ -72,7 +85,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
             )
 
     @asynccontextmanager
-    async def _opened(self, request: validation.AnyGenerateRequest, context: Context) -> AsyncIterator[RequestStream]:
+    async def _opened(self, request: validation.AnyGenerateRequest, context: Context) -> AsyncIterator[MeteredStream]:
         with self._gate.admit() as engine:
             validation.validate_generate(request)
             self._rights.check_use(request.adapter)
@@ -80,21 +93,24 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
             request.request_id = request.request_id or uuid.uuid4().hex
             timeout_s = effective_timeout_s(request.request_id, context.time_remaining(), self._max_request_s)
             wanted = self._rights.owned(convert.from_generate_request(request, timeout_s=timeout_s))
-            async with suggesting(engine.adapters, self._rights.sees()):
-                stream = await engine.submit(wanted)
-            request.adapter = stream.served_by  # for the log line: a name does not say which content served
-            try:
-                yield stream
-            finally:
-                await stream.aclose()
+            with self._metering.admit(current(), request) as meter:
+                async with suggesting(engine.adapters, self._rights.sees()):
+                    stream = await engine.submit(wanted)
+                request.adapter = stream.served_by  # for the log line: a name does not say which content served
+                metered = meter.take_on(stream)
+                try:
+                    yield metered
+                finally:
+                    await metered.aclose()
 
 
 class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
     """The catalogue takes locks that a loading thread may hold for a moment, so it is never called on the loop."""
 
-    def __init__(self, gate: Gate, rights: Rights) -> None:
+    def __init__(self, gate: Gate, rights: Rights, metering: Metering) -> None:
         self._gate = gate
         self._rights = rights
+        self._metering = metering
         self._uploading = Uploading()
 
     async def ListAdapters(
@@ -146,8 +162,8 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
     async def UploadAdapter(
         self, requests: AsyncIterator[adapters_pb2.UploadAdapterRequest], _context: Context
     ) -> adapters_pb2.UploadAdapterResponse:
-        with self._gate.admit() as engine:
-            info = await self._uploading.receive(requests, engine.adapters, self._rights.check_create)
+        with self._gate.admit() as engine, self._metering.upload(current()) as meter:
+            info = await self._uploading.receive(requests, engine.adapters, meter, self._rights.check_create)
         return adapters_pb2.UploadAdapterResponse(adapter=convert.to_adapter(info))
 
     async def GetAdapterUpload(
@@ -233,10 +249,11 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
 class ServerServicer(server_pb2_grpc.ServerServiceServicer):
     """All of it is allowed while draining."""
 
-    def __init__(self, gate: Gate, rights: Rights, reloader: Reloader) -> None:
+    def __init__(self, gate: Gate, rights: Rights, reloader: Reloader, usage: Usage) -> None:
         self._gate = gate
         self._rights = rights
         self._reloader = reloader
+        self._usage = usage
 
     async def GetServerInfo(
         self, _request: server_pb2.GetServerInfoRequest, _context: Context
@@ -245,6 +262,15 @@ class ServerServicer(server_pb2_grpc.ServerServiceServicer):
 
     async def GetLoad(self, _request: server_pb2.GetLoadRequest, _context: Context) -> server_pb2.GetLoadResponse:
         return convert.to_load(self._gate.engine.load())
+
+    async def GetUsage(self, request: server_pb2.GetUsageRequest, _context: Context) -> server_pb2.GetUsageResponse:
+        if self._gate.phase is Phase.STARTING:
+            raise StartingError  # what was kept may not be back yet
+        validation.validate_usage(request)
+        tenant = seen_tenant(current(), request.tenant if request.HasField("tenant") else None)
+        size = request.page_size or DEFAULT_PAGE_SIZE
+        rows = self._usage.rows(tenant=tenant, first=convert.from_usage_token(request.page_token), limit=size + 1)
+        return convert.to_usage(rows, size)
 
     async def Tokenize(self, request: server_pb2.TokenizeRequest, _context: Context) -> server_pb2.TokenizeResponse:
         validation.validate_tokenize(request)
@@ -272,3 +298,12 @@ def effective_timeout_s(request_id: str, remaining_s: float | None, maximum_s: f
         raise DeadlineExceededError(request_id)
     limits = [limit for limit in (remaining_s, maximum_s) if limit is not None]
     return min(limits, default=None)
+
+
+def seen_tenant(caller: Caller, asked: str | None) -> str | None:
+    """Whose usage the caller is told; None: everybody's."""
+    if caller.role is Role.ADMIN:
+        return asked
+    if asked not in (None, caller.tenant):
+        raise PermissionDeniedError("GetUsage for another tenant")
+    return caller.tenant

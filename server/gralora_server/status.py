@@ -34,6 +34,7 @@ from gralora_runtime.errors import (
     InvalidRequestError,
     NumericalError,
     QueueFullError,
+    QuotaExceededError,
     RequestCancelledError,
     RequestFailedError,
     SlowConsumerError,
@@ -72,6 +73,7 @@ CODES: dict[type[GraloraError], grpc.StatusCode] = {
     QueueFullError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     # Not DEADLINE_EXCEEDED, which says that time has passed: the same request, a little later, may be served at once.
     TooLateError: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    QuotaExceededError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     SlowConsumerError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     DeadlineExceededError: grpc.StatusCode.DEADLINE_EXCEEDED,
     RequestCancelledError: grpc.StatusCode.CANCELLED,
@@ -127,6 +129,11 @@ def _details(error: GraloraError) -> list[message.Message]:
     if isinstance(error, AdapterError):
         name = clip(error.name, MAX_VALUE_BYTES)
         details.append(error_details_pb2.ResourceInfo(resource_type="gralora.v1.Adapter", resource_name=name))
+    if isinstance(error, QuotaExceededError):
+        exceeded = error_details_pb2.QuotaFailure.Violation(
+            subject=f"tenant:{error.tenant}", description=clip(f"{error.limit} = {error.value:.15g}", MAX_VALUE_BYTES)
+        )
+        details.append(error_details_pb2.QuotaFailure(violations=[exceeded]))
     if error.retry_after_s is not None:
         delay = Duration()
         delay.FromMilliseconds(math.ceil(error.retry_after_s * 1000))

@@ -126,6 +126,13 @@ def validate_request_id(request_id: str) -> None:
         raise InvalidRequestError("request_id", request_id, "must be printable ASCII without spaces")
 
 
+def validate_usage(request: server_pb2.GetUsageRequest) -> None:
+    if not 0 <= request.page_size <= MAX_PAGE_SIZE:
+        raise InvalidRequestError("page_size", request.page_size, f"must be 0 to {MAX_PAGE_SIZE}")
+    _validate_length("page_token", request.page_token, MAX_REFERENCE_CHARS)
+    _validate_length("tenant", request.tenant, MAX_NAME_CHARS)
+
+
 def validate_abort(request: server_pb2.AbortRequestRequest) -> None:
     if not request.request_id:
         raise InvalidRequestError("request_id", request.request_id, "must not be empty")

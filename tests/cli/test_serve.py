@@ -84,6 +84,7 @@ def test_every_option_reaches_its_configuration(configured, tmp_path: Path) -> N
         tls=TlsConfig(certificate=Path("/c"), private_key=Path("/k"), client_ca=Path("/ca")),
         auth_token_file=Path("/t"),
         metrics=MetricsConfig(host="::1", port=41),
+        state_dir=Path("/s"),
         reflection=False,
         max_request_s=31.0,
         drain_grace_s=37.0,

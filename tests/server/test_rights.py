@@ -114,6 +114,7 @@ RPCS = {
     "SetAdapterCanary": change("SetAdapterCanary", version="2", share=0.5),
     "GetServerInfo": about_no_adapter("GetServerInfo"),
     "GetLoad": about_no_adapter("GetLoad"),
+    "GetUsage": about_no_adapter("GetUsage"),
     "Tokenize": about_no_adapter("Tokenize", text="hello"),
     "AbortRequest": about_no_adapter("AbortRequest", request_id="r1"),
     "ReloadConfig": about_no_adapter("ReloadConfig", role=Role.ADMIN),
@@ -153,7 +154,7 @@ async def test_each_role_may_what_it_may(method: str, relation: str) -> None:
     rpc, name, column = RPCS[method], RELATIONS[relation], list(RELATIONS).index(relation)
     expected = {
         Role.GENERATE: rpc.tenant[column] if rpc.role is Role.GENERATE else DENIED,
-        Role.MANAGE: rpc.tenant[column],
+        Role.MANAGE: DENIED if rpc.role is Role.ADMIN else rpc.tenant[column],
         Role.ADMIN: rpc.admin[column],
     }
     found = {}

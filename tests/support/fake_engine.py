@@ -25,6 +25,7 @@ from gralora_runtime.adapters.info import (
     UnloadResult,
     VersionInfo,
 )
+from gralora_runtime.adapters.residency.share import ShareOf
 from gralora_runtime.adapters.watch import AdapterWatch
 from gralora_runtime.errors import AdapterNotFoundError, DrainingError, EngineDeadError, InvalidRequestError
 from gralora_runtime.info import EngineInfo, EngineLoad, TokenizeResult
@@ -189,6 +190,9 @@ class FakeAdapters:
         done: concurrent.futures.Future[AdapterInfo] = concurrent.futures.Future()
         done.set_result(adapter_info(name, pinned=pin))
         return done
+
+    def limit_pool(self, share_of: ShareOf) -> None:
+        self.share_of = share_of
 
     def flush(self) -> None:
         """Nothing is kept."""

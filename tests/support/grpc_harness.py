@@ -29,6 +29,7 @@ DETAIL_TYPES = (
     error_details_pb2.BadRequest,
     error_details_pb2.RetryInfo,
     error_details_pb2.ResourceInfo,
+    error_details_pb2.QuotaFailure,
 )
 
 

@@ -25,7 +25,14 @@ from gralora_runtime.adapters.residency.eviction import Window
 from gralora_runtime.adapters.residency.host_cache import HostCache
 from gralora_runtime.adapters.residency.placement import Placement, PlacementQueue
 from gralora_runtime.adapters.residency.pool import AdapterPool, Resident
-from gralora_runtime.errors import AdapterCapacityError, AdapterRejectedError, DrainingError, GraloraError
+from gralora_runtime.adapters.residency.shares import Shares
+from gralora_runtime.errors import (
+    AdapterCapacityError,
+    AdapterRejectedError,
+    DrainingError,
+    GraloraError,
+    QuotaExceededError,
+)
 from gralora_runtime.observation.histogram import REQUEST_S, Histogram
 
 log = logging.getLogger(__name__)
@@ -81,7 +88,8 @@ class Mover:
         self._to_read: deque[AdapterVersion] = deque()
         self._to_read_last: deque[AdapterVersion] = deque()  # once nothing else is to be read
         self._reading: dict[AdapterVersion, int] = {}  # and the bytes that it will take
-        self._queue = PlacementQueue(pool)
+        self.shares = Shares(pool, lambda digest: (version.name for version in store.sharing(digest)))
+        self._queue = PlacementQueue(pool, self.shares)
         self._is_awake = False
         self._closed = False
         self._readers = ThreadPoolExecutor(NUM_READERS, thread_name_prefix="adapter-reader")
@@ -138,7 +146,7 @@ class Mover:
         """The load is over. Room and shutting down are not the adapter's fault, so they leave no mark on it."""
         version.loading = False
         self._moved(version.name)
-        if not isinstance(error, (AdapterCapacityError, DrainingError)):
+        if not isinstance(error, (AdapterCapacityError, QuotaExceededError, DrainingError)):
             version.error = error
         waiters, version.waiters = version.waiters, []
         for waiter in waiters:
@@ -149,14 +157,15 @@ class Mover:
     def refresh_pin(self, resident: Resident) -> None:
         resident.pinned = self._store.pinned(resident.layout.digest)
 
-    def capacity_problem(self, version: AdapterVersion) -> AdapterCapacityError | None:
+    def capacity_problem(self, version: AdapterVersion) -> GraloraError | None:
         """What is known before reading. Content not read yet may turn out to be in the pool under another name."""
         if version.summary is None:
             return None
         numel = version.summary.packed_numel
         elsewhere = not version.digest or self._pool.find(version.digest) is not None
-        fits = numel <= self._pool.ranges.numel if elsewhere else self._queue.possible(numel)
-        return None if fits else self._no_room(version, numel)
+        if elsewhere:
+            return None if numel <= self._pool.ranges.numel else self._no_room(version, numel)
+        return self._never_fits(version, numel)
 
     @property
     def num_waiting(self) -> int:
@@ -240,20 +249,30 @@ class Mover:
 
     def _read_more(self, answers: Answers) -> None:
         """Read on, in order of arrival, while little enough waits for room. Nobody's wish any more: not read at all."""
-        while (left := self._to_read or self._to_read_last) and self._has_room_ahead(left[0]):
-            version = left.popleft()
+        while (version := self._next_to_read()) is not None and self._has_room_ahead(version):
+            (self._to_read if version in self._to_read else self._to_read_last).remove(version)
             if version.waiters:
                 self._reading[version] = self._expected_bytes(version)
                 self.read(version, partial(self._on_read, version), answers)
             else:
                 version.loading = False
 
+    def _next_to_read(self) -> AdapterVersion | None:
+        """Not of an owner whose share is in use: what was read would wait in memory, which others need as well."""
+        full = {placement.owner for placement in self._queue if placement.held_back}
+        for version in self._to_read or self._to_read_last:
+            share = self.shares.share_of(version.name) if full else None
+            if share is None or share.owner not in full:
+                return version
+        return None
+
     def _has_room_ahead(self, version: AdapterVersion) -> bool:
-        waiting = (placement.adapter.num_bytes for placement in self._queue if placement.adapter is not None)
-        num_bytes = sum(waiting) + sum(self._reading.values())
+        ahead = [placement for placement in self._queue if not placement.held_back]
+        num_bytes = sum(placement.adapter.num_bytes for placement in ahead if placement.adapter is not None)
+        num_bytes += sum(self._reading.values())
         if num_bytes and num_bytes + self._expected_bytes(version) > READ_AHEAD_BYTES:
             return False
-        return len(self._reading) + len(self._queue) < READ_AHEAD
+        return len(self._reading) + len(ahead) < READ_AHEAD
 
     def _expected_bytes(self, version: AdapterVersion) -> int:
         """One that nobody has looked into yet counts as one of as many as may be on their way."""
@@ -262,8 +281,8 @@ class Mover:
         return version.summary.packed_numel * self._pool.arena.element_size()
 
     def _wait_for_room(self, version: AdapterVersion, adapter: LoadedAdapter, answers: Answers) -> None:
-        if not self._queue.possible(adapter.layout.numel):
-            self.fail(version, self._no_room(version, adapter.layout.numel), answers)
+        if problem := self._never_fits(version, adapter.layout.numel):
+            self.fail(version, problem, answers)
             self.keep(adapter)
             return
         self._join(version, Placement(digest=adapter.digest, numel=adapter.layout.numel, adapter=adapter), answers)
@@ -297,6 +316,12 @@ class Mover:
         for version in self._store.sharing(digest):
             self._moved(version.name)
 
+    def _never_fits(self, version: AdapterVersion, numel: int) -> GraloraError | None:
+        """Not even if every lease ended now."""
+        if not self._queue.possible(numel):
+            return self._no_room(version, numel)
+        return self.shares.problem(version.name, numel)
+
     def _no_room(self, version: AdapterVersion, numel: int) -> AdapterCapacityError:
         return AdapterCapacityError(version.name, numel * self._pool.arena.element_size(), self._pool.total_bytes)
 
@@ -327,12 +352,21 @@ class Mover:
                 for version in placement.versions:
                     self.arrive(version, resident, answers)
                 return True
-            if position == 0 and resident is None and not self._queue.possible(placement.numel):
-                for version in placement.versions:
-                    self.fail(version, self._no_room(version, placement.numel), answers)
-                self._take_out(placement)
+            may_be_hopeless = resident is None and (position == 0 or placement.held_back)
+            if may_be_hopeless and self._send_hopeless_away(placement, answers):
                 return True
         return False
+
+    def _send_hopeless_away(self, placement: Placement, answers: Answers) -> bool:
+        """Whether there were some: others were pinned meanwhile. One content may be within the share of one name."""
+        problems = [(version, self._never_fits(version, placement.numel)) for version in placement.versions]
+        for version, problem in problems:
+            if problem is not None:
+                placement.versions.remove(version)
+                self.fail(version, problem, answers)
+        if not placement.versions:
+            self._take_out(placement)
+        return any(problem for _, problem in problems)
 
     def _on_read(self, version: AdapterVersion, read: Future[LoadedAdapter]) -> None:
         if read.cancelled():

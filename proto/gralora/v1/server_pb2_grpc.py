@@ -60,6 +60,11 @@ class ServerServiceStub:
                 request_serializer=gralora_dot_v1_dot_server__pb2.ReloadConfigRequest.SerializeToString,
                 response_deserializer=gralora_dot_v1_dot_server__pb2.ReloadConfigResponse.FromString,
                 _registered_method=True)
+        self.GetUsage = channel.unary_unary(
+                '/gralora.v1.ServerService/GetUsage',
+                request_serializer=gralora_dot_v1_dot_server__pb2.GetUsageRequest.SerializeToString,
+                response_deserializer=gralora_dot_v1_dot_server__pb2.GetUsageResponse.FromString,
+                _registered_method=True)
 
 
 class ServerServiceServicer:
@@ -104,6 +109,13 @@ class ServerServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetUsage(self, request, context):
+        """What tenants used so far, for bills. A tenant is told of itself alone, an operator of all.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ServerServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -131,6 +143,11 @@ def add_ServerServiceServicer_to_server(servicer, server):
                     servicer.ReloadConfig,
                     request_deserializer=gralora_dot_v1_dot_server__pb2.ReloadConfigRequest.FromString,
                     response_serializer=gralora_dot_v1_dot_server__pb2.ReloadConfigResponse.SerializeToString,
+            ),
+            'GetUsage': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetUsage,
+                    request_deserializer=gralora_dot_v1_dot_server__pb2.GetUsageRequest.FromString,
+                    response_serializer=gralora_dot_v1_dot_server__pb2.GetUsageResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -269,6 +286,33 @@ class ServerService:
             '/gralora.v1.ServerService/ReloadConfig',
             gralora_dot_v1_dot_server__pb2.ReloadConfigRequest.SerializeToString,
             gralora_dot_v1_dot_server__pb2.ReloadConfigResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetUsage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/gralora.v1.ServerService/GetUsage',
+            gralora_dot_v1_dot_server__pb2.GetUsageRequest.SerializeToString,
+            gralora_dot_v1_dot_server__pb2.GetUsageResponse.FromString,
             options,
             channel_credentials,
             insecure,

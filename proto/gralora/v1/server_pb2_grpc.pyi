@@ -48,6 +48,8 @@ class ServerServiceStub:
     server runs: tenants, their limits and tokens, objectives, certificates. All of it or, with FAILED_PRECONDITION and
     the reason CONFIG_INVALID, nothing.
     """
+    GetUsage: _grpc.UnaryUnaryMultiCallable[_server_pb2.GetUsageRequest, _server_pb2.GetUsageResponse]
+    """What tenants used so far, for bills. A tenant is told of itself alone, an operator of all."""
 
 @_typing.type_check_only
 class ServerServiceAsyncStub(ServerServiceStub):
@@ -69,6 +71,8 @@ class ServerServiceAsyncStub(ServerServiceStub):
     server runs: tenants, their limits and tokens, objectives, certificates. All of it or, with FAILED_PRECONDITION and
     the reason CONFIG_INVALID, nothing.
     """
+    GetUsage: _aio.UnaryUnaryMultiCallable[_server_pb2.GetUsageRequest, _server_pb2.GetUsageResponse]  # type: ignore[assignment]
+    """What tenants used so far, for bills. A tenant is told of itself alone, an operator of all."""
 
 class ServerServiceServicer(metaclass=_abc_1.ABCMeta):
     """Describes the server."""
@@ -117,5 +121,13 @@ class ServerServiceServicer(metaclass=_abc_1.ABCMeta):
         server runs: tenants, their limits and tokens, objectives, certificates. All of it or, with FAILED_PRECONDITION and
         the reason CONFIG_INVALID, nothing.
         """
+
+    @_abc_1.abstractmethod
+    def GetUsage(
+        self,
+        request: _server_pb2.GetUsageRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_server_pb2.GetUsageResponse, _abc.Awaitable[_server_pb2.GetUsageResponse]]:
+        """What tenants used so far, for bills. A tenant is told of itself alone, an operator of all."""
 
 def add_ServerServiceServicer_to_server(servicer: ServerServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

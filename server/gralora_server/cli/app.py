@@ -31,6 +31,7 @@ from gralora_server.cli import (
     serve_fleet,
     status,
     tokens,
+    usage,
 )
 from gralora_server.cli.output import CommandError, ExitCode, print_error
 
@@ -58,6 +59,7 @@ app.command("generate")(generate.generate)
 app.command("plan")(plan.plan)
 app.command("status")(status.status)
 app.command("health")(health.health)
+app.command("usage")(usage.usage)
 adapters.app.command("convert")(adapters_convert.convert)
 adapters.app.command("diff")(adapters_diff.diff)
 adapters.app.command("golden")(adapters_golden.golden)

@@ -17,9 +17,9 @@ from gralora_runtime.info import EngineLoad, TokenizeResult
 from gralora_runtime.request import ChatMessage
 from gralora_server.client import responses
 from gralora_server.client.connection import Timeouts
-from gralora_server.client.records import Adapter, ServerInfo
+from gralora_server.client.records import Adapter, ServerInfo, TenantUsage
 
-PAGE_SIZE = 500  # adapters in one answer to a list
+PAGE_SIZE = 500  # adapters, or rows of usage, in one answer
 
 T = TypeVar("T")
 Message = ChatMessage | Mapping[str, str]
@@ -209,6 +209,15 @@ def get_info() -> Call[ServerInfo]:
 def get_load() -> Call[EngineLoad]:
     return Call(
         rpc=lambda stubs: stubs.server.GetLoad, message=server_pb2.GetLoadRequest(), convert=responses.engine_load
+    )
+
+
+def get_usage(tenant: str | None, token: str) -> Call[tuple[tuple[TenantUsage, ...], str]]:
+    """One page, and the token of the next one."""
+    return Call(
+        rpc=lambda stubs: stubs.server.GetUsage,
+        message=server_pb2.GetUsageRequest(tenant=tenant, page_size=PAGE_SIZE, page_token=token),
+        convert=responses.usage_page,
     )
 
 

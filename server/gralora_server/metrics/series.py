@@ -175,6 +175,29 @@ BY_ADAPTER_BYTES = Series(
     ("adapter", "version", "tier"),
 )
 
+# By tenant.
+BY_TENANT_REQUESTS = Series(
+    "gralora_tenant_requests_total", "counter", "Requests of a tenant that the engine took on.", ("tenant",)
+)
+BY_TENANT_PROMPT = Series(
+    "gralora_tenant_prompt_tokens_total", "counter", "Prompt tokens of those requests, cached ones too.", ("tenant",)
+)
+BY_TENANT_CACHED = Series(
+    "gralora_tenant_cached_tokens_total", "counter", "Prompt tokens of these that the prefix cache had.", ("tenant",)
+)
+BY_TENANT_OUTPUT = Series(
+    "gralora_tenant_output_tokens_total", "counter", "Tokens generated for those requests.", ("tenant",)
+)
+BY_TENANT_REFUSED = Series(
+    "gralora_tenant_refused_total",
+    "counter",
+    "Requests and uploads of a tenant that were refused for a quota or a full queue.",
+    ("tenant",),
+)
+BY_TENANT_UPLOADED = Series(
+    "gralora_tenant_upload_bytes_total", "counter", "Bytes of a tenant's uploads that were received.", ("tenant",)
+)
+
 # What gateways scrape.
 VLLM_WAITING = Series("vllm:num_requests_waiting", "gauge", "Requests that wait, for whatever reason.")
 VLLM_RUNNING = Series("vllm:num_requests_running", "gauge", "Requests in the batch.")

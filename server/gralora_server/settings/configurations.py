@@ -47,6 +47,7 @@ def server_config(settings: Settings) -> ServerConfig:
         write_timeout_s=server.write_timeout_s,
         drain_grace_s=server.grace_s,
         max_connection_age_s=server.max_connection_age_s,
+        state_dir=settings.adapters.state_dir,
     )
 
 

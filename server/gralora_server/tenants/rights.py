@@ -16,7 +16,7 @@ from gralora_server.errors import PermissionDeniedError
 from gralora_server.tenants.caller import current
 from gralora_server.tenants.ownership import Ownership, is_operator
 from gralora_server.tenants.request_ids import scoped
-from gralora_server.tenants.settings import Role
+from gralora_server.tenants.settings import LimitSettings, Role
 from gralora_server.tenants.tenancy import Tenancy
 
 
@@ -64,12 +64,16 @@ class Rights:
         caller = current()
         if not caller.tenant:
             return request
+        tenant = self._tenancy.current.settings.tenants.get(caller.tenant)
+        limits = LimitSettings() if tenant is None else tenant.limits
         is_shared = request.adapter and self._ownership.is_public(parse_reference("adapter", request.adapter).name)
         return replace(
             request,
             request_id=scoped(caller.tenant, request.request_id),
             tenant=caller.tenant,
             weight=caller.weight,
+            max_queued_requests=limits.queued_requests,
+            max_queued_tokens=limits.queued_tokens,
             prefix_scope="" if is_shared else caller.tenant,
         )
 

@@ -26,7 +26,7 @@ ROLES: dict[str, Role] = {
                 "SetAdapterCanary",
             ),
         ),
-        ("ServerService", Role.GENERATE, ("GetServerInfo", "GetLoad", "Tokenize", "AbortRequest")),
+        ("ServerService", Role.GENERATE, ("GetServerInfo", "GetLoad", "GetUsage", "Tokenize", "AbortRequest")),
         ("ServerService", Role.ADMIN, ("ReloadConfig",)),
     )
     for method in methods
