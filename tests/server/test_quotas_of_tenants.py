@@ -9,26 +9,21 @@ from typing import Any
 
 import grpc
 import pytest
-from support.callers import CallsByMetadata, calling, limit
+from support.callers import calling, limit, served
 from support.fake_engine import finished, token
-from support.grpc_harness import Served, ask, ask_once, failure, read_all, served
+from support.grpc_harness import Served, ask, ask_once, failure, read_all
 from support.uploading import contents, messages
 
 from gralora.v1 import server_pb2
 from gralora_runtime.adapters.catalogue.uploads import OVERHEAD_BYTES, UploadLimits, Uploads
 from gralora_runtime.errors import InvalidRequestError, QueueFullError, QuotaExceededError, SlowConsumerError
-from gralora_server import service
 from gralora_server.tenants.settings import Role
 
 Code = grpc.StatusCode
-ACME, OTHER, ADMIN = calling("acme"), calling("other"), calling("", Role.ADMIN)
+ACME, OTHER, ADMIN = calling("acme"), calling("other"), calling("")
+ACMES_MANAGER, OTHERS_MANAGER = calling("acme", Role.MANAGE), calling("other", Role.MANAGE)
 FILES = contents(0)
 NUM_BYTES = sum(map(len, FILES.values()))
-
-
-@pytest.fixture(autouse=True)
-def who_calls(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(service, "CallInterceptor", CallsByMetadata)
 
 
 @pytest.fixture
@@ -66,7 +61,7 @@ async def test_a_refusal_says_which_limit_and_when_to_come_again() -> None:
             await s.client.generation.Generate(ask_once(f"r{index}"), **ACME)
         failed = await failure(s.client.generation.Generate(ask_once(), **ACME))
         await s.client.generation.Generate(ask_once("r-other"), **OTHER)
-        await s.client.generation.Generate(ask_once("r-operator"))
+        await s.client.generation.Generate(ask_once("r-operator"), **ADMIN)
         clock.now_s += float(failed.trailers["grpc-retry-pushback-ms"]) / 1000
         await s.client.generation.Generate(ask_once("r-late"), **ACME)
 
@@ -92,11 +87,11 @@ async def test_a_stream_is_charged_while_it_runs() -> None:
         call = s.client.generation.StreamGenerate(ask(adapter="poet"), **ACME)
         await call.read()
         for token_id in range(7):
-            s.engine.streams["r1"].put(token(token_id))
+            s.engine.streams["acme r1"].put(token(token_id))
             await call.read()
         failed = await failure(s.client.generation.Generate(ask_once("r2"), **ACME))
         running = await usage(s)
-        s.engine.streams["r1"].put(finished(output_tokens=7))
+        s.engine.streams["acme r1"].put(finished(output_tokens=7))
         await read_all(call)
 
     assert failed.info.metadata["limit"] == "tokens_per_s"
@@ -111,7 +106,8 @@ async def open_at_once(s: Served, ids: list[str]) -> tuple[dict[str, grpc.aio.Un
     first = await asyncio.gather(*(call.read() for call in calls.values()), return_exceptions=True)
     refused = [error for error in first if isinstance(error, grpc.aio.AioRpcError)]
     assert {error.code() for error in refused} <= {Code.RESOURCE_EXHAUSTED}
-    return {request_id: calls[request_id] for request_id in s.engine.streams if request_id in calls}, len(refused)
+    begun = [request_id.partition(" ")[2] for request_id in s.engine.streams]
+    return {request_id: calls[request_id] for request_id in begun if request_id in calls}, len(refused)
 
 
 async def test_of_twenty_streams_at_once_five_run() -> None:
@@ -120,9 +116,9 @@ async def test_of_twenty_streams_at_once_five_run() -> None:
         limit(s, "acme", streams=5)
         running, refused = await open_at_once(s, [f"r{index}" for index in range(20)])
         done, failing, leaving = list(running)[:3]
-        s.engine.streams[done].put(finished())
+        s.engine.streams[f"acme {done}"].put(finished())
         await read_all(running[done])
-        s.engine.streams[failing].fail(SlowConsumerError(failing, 1))
+        s.engine.streams[f"acme {failing}"].fail(SlowConsumerError(failing, 1))
         await failure(read_all(running[failing]))
         s.engine.abort_happened.clear()
         running[leaving].cancel()
@@ -143,7 +139,7 @@ async def test_a_cancelled_request_pays_for_what_it_used_read_or_not() -> None:
         limit(s, "acme", tokens_per_s=100, burst_s=1)
         call = s.client.generation.StreamGenerate(ask(), **ACME)
         await call.read()
-        stream = s.engine.streams["r1"]
+        stream = s.engine.streams["acme r1"]
         call.cancel()
         for token_id in range(200):  # before the server hears of it
             stream.put(token(token_id))
@@ -189,7 +185,7 @@ async def test_a_mistake_is_no_refusal_and_no_usage() -> None:
 
 
 async def test_without_tenants_everything_is_counted_and_nothing_limited() -> None:
-    async with served() as s:
+    async with served(tenancy=None) as s:
         s.engine.script = [token(1), finished()]
         for index in range(50):
             await s.client.generation.Generate(ask_once(f"r{index}", adapter="poet"))
@@ -213,7 +209,7 @@ async def test_a_request_that_never_started_used_no_tokens() -> None:
 async def test_a_tenant_is_told_of_itself_alone() -> None:
     async with served() as s:
         s.engine.script = [finished()]
-        for index, caller in enumerate((ACME, OTHER, {})):
+        for index, caller in enumerate((ACME, OTHER, ADMIN)):
             await s.client.generation.Generate(ask_once(f"r{index}"), **caller)
         everybody = await usage(s)
         own = await usage(s, ACME)
@@ -263,7 +259,7 @@ async def test_usage_comes_in_pages() -> None:
 )
 async def test_questions_that_make_no_sense_are_refused(fields: dict[str, Any], field: str) -> None:
     async with served() as s:
-        failed = await failure(s.client.server.GetUsage(server_pb2.GetUsageRequest(**fields)))
+        failed = await failure(s.client.server.GetUsage(server_pb2.GetUsageRequest(**fields), **ADMIN))
 
     assert failed.code is Code.INVALID_ARGUMENT
     assert failed.fields == [field]
@@ -271,7 +267,7 @@ async def test_questions_that_make_no_sense_are_refused(fields: dict[str, Any], 
 
 async def test_while_the_server_starts_nobody_is_told_of_usage_that_is_not_back_yet() -> None:
     async with served(started=False) as s:
-        failed = await failure(s.client.server.GetUsage(server_pb2.GetUsageRequest()))
+        failed = await failure(s.client.server.GetUsage(server_pb2.GetUsageRequest(), **ADMIN))
 
     assert (failed.code, failed.info.reason) == (Code.UNAVAILABLE, "STARTING")
 
@@ -294,14 +290,14 @@ async def test_uploads_of_a_tenant_have_their_own_room(uploads: Uploads) -> None
     async with served() as s:
         s.engine.adapters.uploads = uploads
         limit(s, "acme", upload_bytes=2 * whole)
-        for name, caller in (("acme/a", ACME), ("other/x", OTHER), ("acme/b", ACME)):
+        for name, caller in (("acme/a", ACMES_MANAGER), ("other/x", OTHERS_MANAGER), ("acme/b", ACMES_MANAGER)):
             await s.client.adapters.UploadAdapter(iter(messages(name, FILES)), **caller)
-        failed = await failure(s.client.adapters.UploadAdapter(iter(messages("acme/c", FILES)), **ACME))
-        await s.client.adapters.UploadAdapter(iter(messages("other/y", FILES)), **OTHER)
-        await s.client.adapters.UploadAdapter(iter(messages("acme/operators", FILES)))
+        failed = await failure(s.client.adapters.UploadAdapter(iter(messages("acme/c", FILES)), **ACMES_MANAGER))
+        await s.client.adapters.UploadAdapter(iter(messages("other/y", FILES)), **OTHERS_MANAGER)
+        await s.client.adapters.UploadAdapter(iter(messages("acme/operators", FILES)), **ADMIN)
         uploads.delete("acme/a")
         uploads.delete("acme/operators")
-        await s.client.adapters.UploadAdapter(iter(messages("acme/c", FILES)), **ACME)
+        await s.client.adapters.UploadAdapter(iter(messages("acme/c", FILES)), **ACMES_MANAGER)
         counts = await usage(s, tenant="acme")
 
     assert failed.code is Code.RESOURCE_EXHAUSTED
@@ -322,9 +318,9 @@ async def test_globs_say_which_uploads_are_a_tenants_own(uploads: Uploads) -> No
     async with served() as s:
         s.engine.adapters.uploads = uploads
         limit(s, "acme", adapters=("own-*",), upload_bytes=NUM_BYTES + OVERHEAD_BYTES)
-        await s.client.adapters.UploadAdapter(iter(messages("acme/a", FILES)), **ACME)
-        await s.client.adapters.UploadAdapter(iter(messages("own-a", FILES)), **ACME)
-        failed = await failure(s.client.adapters.UploadAdapter(iter(messages("own-b", FILES)), **ACME))
+        await s.client.adapters.UploadAdapter(iter(messages("acme/a", FILES)), **ADMIN)
+        await s.client.adapters.UploadAdapter(iter(messages("own-a", FILES)), **ACMES_MANAGER)
+        failed = await failure(s.client.adapters.UploadAdapter(iter(messages("own-b", FILES)), **ACMES_MANAGER))
 
     assert failed.info.metadata["limit"] == "upload_bytes"
 
@@ -356,7 +352,7 @@ async def test_limits_change_under_a_stream() -> None:
         await call.read()
         limit(s, "acme", tokens_per_s=10, burst_s=1, streams=2)
         for token_id in range(20):
-            s.engine.streams["r1"].put(token(token_id))
+            s.engine.streams["acme r1"].put(token(token_id))
         await call.read()
         failed = await failure(s.client.generation.Generate(ask_once("r2"), **ACME))
         call.cancel()

@@ -1,44 +1,44 @@
-"""Calls that say themselves whose they are: for tests of what a server does for whom, however it would find out."""
+"""A server of two tenants and an operator: for tests of what it does for whom, and what it then remembers."""
 
 from __future__ import annotations
 
+from contextlib import AbstractAsyncContextManager
 from typing import Any
 
-import grpc
 from support.grpc_harness import Served
+from support.grpc_harness import served as served_openly
+from support.tenants import OPERATOR, as_, bearing, secret_of, token
 
-from gralora_server.decoding import Handler, behavior_of, with_behavior
-from gralora_server.interceptors import CallInterceptor, Continuation
-from gralora_server.tenants.caller import Caller, set_current
 from gralora_server.tenants.settings import LimitSettings, Role, TenancySettings, TenantSettings
 
-TENANT_KEY, ROLE_KEY = "test-tenant", "test-role"
-
-
-class CallsByMetadata(CallInterceptor):
-    """In the place of the real one: believes what the metadata say. Without any the caller stays who it was."""
-
-    async def intercept_service(self, continuation: Continuation, call: grpc.HandlerCallDetails) -> Handler:
-        handler = await super().intercept_service(continuation, call)
-        told = dict(call.invocation_metadata)
-        if TENANT_KEY not in told:
-            return handler
-        caller = Caller(told[TENANT_KEY], Role(told.get(ROLE_KEY, Role.GENERATE)))
-        behavior = behavior_of(handler)
-
-        async def called(request: Any, context: Any) -> Any:
-            set_current(caller)
-            return await behavior(request, context)
-
-        return with_behavior(handler, called)
+NAMES = ("acme", "other")
 
 
 def calling(tenant: str, role: Role = Role.GENERATE) -> dict[str, Any]:
-    """Arguments of a call by this tenant."""
-    return {"metadata": ((TENANT_KEY, tenant), (ROLE_KEY, role.value))}
+    """Arguments of a call by this tenant; "": the operator."""
+    return {"metadata": as_(tenant, role) if tenant else bearing(OPERATOR)}
+
+
+def tenancy(limited: str = "", *, adapters: tuple[str, ...] | None = None, **limits: object) -> TenancySettings:
+    """Some adapters are everybody's."""
+    tenants = {
+        name: TenantSettings(
+            tokens=tuple(token(secret_of(name, role), role) for role in Role),
+            adapters=adapters if name == limited else None,
+            limits=LimitSettings(**limits) if name == limited else LimitSettings(),
+        )
+        for name in NAMES
+    }
+    return TenancySettings(tenants=tenants, admin_tokens=(token(OPERATOR),), public_adapters=("poet", "org/*"))
+
+
+def served(**settings: object) -> AbstractAsyncContextManager[Served]:
+    return served_openly(**{"tenancy": tenancy()} | settings)  # type: ignore[arg-type]
 
 
 def limit(s: Served, tenant: str, *, adapters: tuple[str, ...] | None = None, **limits: object) -> None:
-    """From now on the server has this one tenant, with these limits."""
-    settings = TenantSettings(adapters=adapters, limits=LimitSettings(**limits))
-    s.server.quotas.prepare(TenancySettings(tenants={tenant: settings}))()
+    """From now on this one has these limits."""
+    settings = tenancy(tenant, adapters=adapters, **limits)
+    puts = [part.prepare(settings) for part in (s.server.tenancy, s.server.quotas)]
+    for put in puts:
+        put()
