@@ -53,6 +53,6 @@ def test_it_is_the_same_whether_it_was_remembered_or_not(
 ) -> None:
     path = write_gralora(tmp_path / "a", r=4, k=2, hybrid_r=2)
     expected = recipe_at(path)
-    monkeypatch.setattr(remembered, "MAX_KEPT_TENSORS", kept)
+    monkeypatch.setattr(remembered, "MAX_LENGTH", kept)
     assert recipe_at(path) == expected
     assert (recipe_at(path) is expected) == bool(kept)

@@ -68,7 +68,7 @@ def magnitudes_of(bits: Array, dtype: str) -> Array:
 
 def norm_bounds(plan: Plan, tensors: Mapping[str, TensorInfo], magnitudes: Array) -> tuple[float, ...]:
     """For each module, from the largest magnitudes of all its tensors, A before B; see `_bounds`."""
-    sizes = _sizes(plan, tensors)
+    sizes = _sizes(tensors, plan)
     pairs = _bounds(sizes.scale, magnitudes[0::2] * sizes.a, magnitudes[1::2] * sizes.b)
     return tuple(np.add.reduceat(pairs, sizes.first).tolist()) if len(pairs) else ()
 
@@ -84,7 +84,7 @@ class _Sizes:
 
 
 @remembered
-def _sizes(plan: Plan, _: Mapping[str, TensorInfo]) -> _Sizes:
+def _sizes(_: Mapping[str, TensorInfo], plan: Plan) -> _Sizes:
     pairs = [(module.module, pair.part) for module in plan for pair in module.parts]
     return _Sizes(
         scale=np.array([part.scale for _, part in pairs], np.float64),

@@ -139,7 +139,7 @@ class AdapterHeader:
     def fitting_plan(self, modules: Sequence[ModuleShape]) -> Plan:
         """The plan, or AdapterRejectedError with every reason why the checkpoint cannot follow it."""
         plan = self.plan(modules)
-        if not _fits(plan, self.tensors):
+        if not _fits(self.tensors, plan):
             raise rejected(self.name, self._problems(plan, modules))
         return plan
 
@@ -149,7 +149,7 @@ class AdapterHeader:
 
     def summary(self, modules: Sequence[ModuleShape], *, keeps_16_bit: bool = False) -> AdapterSummary:
         """Only for an adapter that fits these modules. `keeps_16_bit`: see `gralora_kernels.packing`."""
-        return _summary(self.plan(modules), self.tensors, self.spec, keeps_16_bit)
+        return _summary(self.tensors, self.plan(modules), self.spec, keeps_16_bit)
 
     def _problems(self, plan: Plan, modules: Sequence[ModuleShape]) -> list[str]:
         problems = list(_problems(plan, self.tensors, modules))
@@ -265,7 +265,7 @@ def _packed_numel(plan: Plan, tensors: Mapping[str, TensorInfo], *, keeps_16_bit
 
 
 @remembered
-def _summary(plan: Plan, tensors: Mapping[str, TensorInfo], spec: AdapterSpec, keeps_16_bit: bool) -> AdapterSummary:
+def _summary(tensors: Mapping[str, TensorInfo], plan: Plan, spec: AdapterSpec, keeps_16_bit: bool) -> AdapterSummary:
     parts = [module.parts[0].part for module in plan]
     return AdapterSummary(
         dialect=spec.dialect,
@@ -282,7 +282,7 @@ def _summary(plan: Plan, tensors: Mapping[str, TensorInfo], spec: AdapterSpec, k
 
 
 @remembered
-def _fits(plan: Plan, tensors: Mapping[str, TensorInfo]) -> bool:
+def _fits(tensors: Mapping[str, TensorInfo], plan: Plan) -> bool:
     """Whether nothing is wrong. What is wrong is a text for one adapter's owner, and not kept."""
     return _matches(plan, tensors) and next(_problems(plan, tensors, ()), None) is None
 

@@ -74,7 +74,7 @@ def recipe_of(
     piece_bytes: int = PIECE_BYTES,
 ) -> Recipe:
     """For a checkpoint that follows its plan, and a pool of `dtype`."""
-    return _recipe(plan, tensors, dtype, keeps_16_bit, piece_bytes)
+    return _recipe(tensors, plan, dtype, keeps_16_bit, piece_bytes)
 
 
 def describe(plan: Plan, tensors: Mapping[str, TensorInfo]) -> bytes:
@@ -92,7 +92,7 @@ def describe(plan: Plan, tensors: Mapping[str, TensorInfo]) -> bytes:
 
 @remembered
 def _recipe(
-    plan: Plan, tensors: Mapping[str, TensorInfo], dtype: torch.dtype, keeps_16_bit: bool, piece_bytes: int
+    tensors: Mapping[str, TensorInfo], plan: Plan, dtype: torch.dtype, keeps_16_bit: bool, piece_bytes: int
 ) -> Recipe:
     pairs = [pair for module in plan for pair in module.parts]
     sizes = [pair_numel(tensors, pair, keeps_16_bit=keeps_16_bit) for pair in pairs]

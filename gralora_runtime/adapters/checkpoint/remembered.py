@@ -1,6 +1,6 @@
-"""Remembers what follows from a plan and the tensors of a file, which adapters of one recipe share. Knows neither.
+"""Remembers what follows from two objects that adapters of one recipe share, like a file's tensors and a plan for them.
 
-Finding it out anew takes longer than reading a small adapter, and holds the interpreter lock.
+Knows neither. Finding it out anew takes longer than reading a small adapter, and holds the interpreter lock.
 """
 
 from __future__ import annotations
@@ -9,17 +9,17 @@ from collections.abc import Callable, Sized
 from functools import lru_cache
 from typing import Any, TypeVar, TypeVarTuple
 
-Plan = TypeVar("Plan")
-Tensors = TypeVar("Tensors", bound=Sized)
-Others = TypeVarTuple("Others")
+Long = TypeVar("Long", bound=Sized)
+Other = TypeVar("Other")
+More = TypeVarTuple("More")
 Result = TypeVar("Result")
 
 MAX_KEPT = 64  # results of one function
-MAX_KEPT_TENSORS = 2_000  # if what follows from more were kept, a few strangers' could fill memory
+MAX_LENGTH = 2_000  # if what follows from longer ones were kept, a few strangers' could fill memory
 
 
 class _Same:
-    """Compares by identity. Of one recipe, plans and tensors are the same objects, because those too are remembered."""
+    """Compares by identity. Of one recipe the objects are the same, because those too are remembered."""
 
     __slots__ = ("it",)
 
@@ -33,18 +33,19 @@ class _Same:
         return isinstance(other, _Same) and self.it is other.it
 
 
-def remembered(
-    function: Callable[[Plan, Tensors, *Others], Result],
-) -> Callable[[Plan, Tensors, *Others], Result]:
-    """Called again with the same two objects, and equal others, `function` is not asked again. Errors are not kept."""
+def remembered(function: Callable[[Long, Other, *More], Result]) -> Callable[[Long, Other, *More], Result]:
+    """Called again with the same two objects, and more that is equal, `function` is not asked again.
+
+    Errors are not kept, nor what follows from an object that is long.
+    """
 
     @lru_cache(maxsize=MAX_KEPT)
-    def ask_once(plan: _Same, tensors: _Same, *others: Any) -> Result:
-        return function(plan.it, tensors.it, *others)
+    def ask_once(long: _Same, other: _Same, *more: Any) -> Result:
+        return function(long.it, other.it, *more)
 
-    def ask(plan: Plan, tensors: Tensors, *others: *Others) -> Result:
-        if len(tensors) > MAX_KEPT_TENSORS:
-            return function(plan, tensors, *others)
-        return ask_once(_Same(plan), _Same(tensors), *others)
+    def ask(long: Long, other: Other, *more: *More) -> Result:
+        if len(long) > MAX_LENGTH:
+            return function(long, other, *more)
+        return ask_once(_Same(long), _Same(other), *more)
 
     return ask

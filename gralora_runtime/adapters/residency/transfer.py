@@ -43,11 +43,15 @@ class Spread(Protocol):
 
 
 class Transfer(Protocol):
-    """All but `spread` belongs into a `moving` block."""
+    """All but `spread` and `is_busy` belongs into a `moving` block."""
 
     @property
     def spread(self) -> Spread:
         """As many threads as serving on this device leaves to loading."""
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether steps run on the cores that this works on. It may be of a moment ago."""
 
     def moving(self, *, after_steps: bool = False) -> AbstractContextManager[None]:
         """`after_steps`: what steps launched until now may read stays as it is until they have ended. A lease that was
@@ -144,6 +148,10 @@ class HostTransfer:
             wait([helping])
         return shared.results()
 
+    @property
+    def is_busy(self) -> bool:
+        return self._pace.steps_run()
+
     def moving(self, *, after_steps: bool = False) -> AbstractContextManager[None]:
         if after_steps:
             self._wait_for_steps()
@@ -236,6 +244,10 @@ class DeviceTransfer:
         futures = [self._helpers.submit(work, item) for item in items]
         wait(futures)
         return [future.result() for future in futures]
+
+    @property
+    def is_busy(self) -> bool:
+        return False
 
     @contextmanager
     def moving(self, *, after_steps: bool = False) -> Iterator[None]:
