@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -104,6 +105,30 @@ def test_every_matrix_is_aligned_and_none_overlaps(tmp_path: Path) -> None:
     assert not adapter.blob[taken == 0].any()
     assert adapter.layout.numel % 16 == 0
     assert adapter.layout.summary.packed_numel == adapter.layout.numel
+
+
+@pytest.mark.parametrize("packing", [Packing(), KEEPING, CpuBackend.packing], ids=["rows", "rows of 16 bits", "cpu"])
+@pytest.mark.parametrize("stored", [torch.float16, torch.float32], ids=str)
+def test_every_byte_of_a_blob_is_a_matrix_s_or_zero(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stored: torch.dtype, packing: Packing
+) -> None:
+    """Memory that was given to it holds what somebody else had there."""
+    modules = (ODD, ModuleShape("odd.v_proj", 21, 3))
+    path = write_gralora(tmp_path / "a", modules, r=3, k=3, hybrid_r=1)
+    edit_tensors(path, lambda tensors: tensors.update({name: t.to(stored) for name, t in tensors.items()}))
+    empty = np.empty
+    blobs = []
+    for fill in (0x00, 0xAB):
+        monkeypatch.setattr(np, "empty", lambda *args, fill=fill: filled(empty(*args), fill))
+        blobs.append(load(path, modules, packing=packing).blob.view(torch.uint8))
+
+    assert torch.equal(*blobs)
+    assert (blobs[0] == 0).any(), "there are no gaps"
+
+
+def filled(array: np.ndarray[Any, np.dtype[Any]], byte: int) -> np.ndarray[Any, np.dtype[Any]]:
+    array.view(np.uint8).fill(byte)
+    return array
 
 
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float64], ids=str)

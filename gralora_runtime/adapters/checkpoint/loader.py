@@ -160,8 +160,10 @@ class Packer:
     def __init__(self, recipe: Recipe, dtype: torch.dtype, packing: Packing) -> None:
         self._recipe = recipe
         self._packing = packing
-        # Untouched memory until it is written, in large pages where the system has them.
-        self._cells = np.zeros(recipe.numel, np.float32 if dtype == torch.float32 else np.uint16)
+        # Written once, by whoever packs; numpy asks for large pages where the system has them.
+        self._cells = np.empty(recipe.numel, np.float32 if dtype == torch.float32 else np.uint16)
+        for begin, end in recipe.gaps:
+            self._cells.view(np.uint8)[begin:end] = 0
         self.blob = torch.from_numpy(self._cells).view(dtype)  # [numel]
 
     def pack(self, file: int, spread: Spread) -> Facts:

@@ -62,6 +62,7 @@ class Recipe:
     numel: int  # of the blob
     matrices: tuple[Matrix, ...]  # A before B, in the order of modules
     pieces: tuple[Piece, ...]  # from the file's front to its end
+    gaps: tuple[tuple[int, int], ...]  # bytes of the blob [begin, end) that belong to no matrix
     description: bytes  # see `describe`
 
 
@@ -126,8 +127,20 @@ def _recipe(
         numel=b_offset,
         matrices=tuple(matrices),
         pieces=tuple(_piece(matrices, part, dtype) for part in _cut(matrices, piece_bytes)),
+        gaps=tuple(_gaps(matrices, b_offset * dtype.itemsize, dtype)),
         description=describe(plan, tensors),
     )
+
+
+def _gaps(matrices: Sequence[Matrix], blob_bytes: int, dtype: torch.dtype) -> Iterator[tuple[int, int]]:
+    end = 0
+    for matrix in sorted(matrices, key=lambda matrix: matrix.offset):
+        begin = matrix.offset * dtype.itemsize
+        if end < begin:
+            yield end, begin
+        end = begin + matrix.stored.numel * matrix.dtype.itemsize
+    if end < blob_bytes:
+        yield end, blob_bytes
 
 
 def _cut(matrices: Sequence[Matrix], piece_bytes: int) -> Iterator[list[int]]:
