@@ -6,11 +6,12 @@ Methods that take a `Answers` are called with the manager's lock held; the other
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -41,6 +42,10 @@ NUM_READERS = 2  # a slow disk holds up at most so many loads before the others 
 # Adapters in memory on their way to the pool, and their bytes: what waits beyond that waits on disk, but for one.
 READ_AHEAD = 16
 READ_AHEAD_BYTES = 1 << 30
+# Before a piece of the pool is prepared. A megabyte that was never written takes a core for 2 to 10 ms, in which nobody
+# who was just given an adapter should have to compute.
+REST_S = 0.01
+BUSY_REST_S = 0.1  # more, while steps run
 
 Serve = Callable[[AdapterVersion, Resident, Waiter, Answers], None]
 Changed = Callable[[AdapterVersion, LoadedAdapter, Answers], None]
@@ -91,6 +96,7 @@ class Mover:
         self.shares = Shares(pool, lambda digest: (version.name for version in store.sharing(digest)))
         self._queue = PlacementQueue(pool, self.shares)
         self._is_awake = False
+        self._called = threading.Event()  # the placer is wanted: it has nothing to prepare now
         self._closed = False
         self._readers = ThreadPoolExecutor(NUM_READERS, thread_name_prefix="adapter-reader")
         self._placer = ThreadPoolExecutor(1, thread_name_prefix="adapter-placer")
@@ -176,11 +182,13 @@ class Mover:
         """Something changed that could let somebody move in."""
         if not (self._is_awake or self._closed):
             self._is_awake = True
+            self._called.set()
             answers.later(partial(self._placer.submit(self._pump).add_done_callback, self._on_pumped))
 
     def close(self, answers: Answers) -> None:
         """Start nothing more, and tell everybody who waits. `join` afterwards."""
         self._closed = True
+        self._called.set()
         self._to_read.clear()
         self._to_read_last.clear()
         for version in tuple(self._store.versions()):
@@ -395,16 +403,23 @@ class Mover:
 
     def _pump(self) -> None:
         """In the placer: move adapters in until the next one has to wait, and then prepare for those that will come."""
-        while True:
-            while (move := self._next_move()) is not None:
-                placement, window = move
+        self._called.clear()
+        while (move := self._next_move()) is not None:
+            placement, window = move
+            try:
                 for victim in window.victims:
                     self._evict(victim)
                 for step in window.moves:
                     self._shift(step.owner, step.offset)
                 self._place(placement, window)
-            if self._closed or not self._pool.touch_ahead():
-                return
+            except BaseException:
+                self._let_stay(window)
+                raise
+        while not (self._is_called_while_resting() or self._closed) and self._pool.touch_ahead():
+            pass
+
+    def _is_called_while_resting(self) -> bool:
+        return self._called.wait(REST_S) or (self._pool.transfer.is_busy and self._called.wait(BUSY_REST_S))
 
     def _next_move(self) -> tuple[Placement, Window[Resident]] | None:
         with self._answering() as answers:
@@ -416,9 +431,31 @@ class Mover:
                 self._read_more(answers)
             return move
 
+    def _let_stay(self, window: Window[Resident]) -> None:
+        """Whoever was to leave or to move and is there as before."""
+        with self._answering():
+            for resident in window.disturbed:
+                if self._pool.find(resident.layout.digest) is resident:
+                    resident.leaving = resident.draining = False
+
+    @contextmanager
+    def _given_up_on_error(self, resident: Resident) -> Iterator[None]:
+        """What a move that fails leaves behind is not known: nobody may find it, and only zeroed room is used again."""
+        try:
+            yield
+        except BaseException:
+            with self._answering():
+                if self._pool.find(resident.layout.digest) is resident:
+                    self._pool.withdraw(resident)
+                resident.leaving = True
+                self._moved_all(resident.layout.digest)
+            self.erase(resident)
+            raise
+
     def _evict(self, victim: Resident) -> None:
         adapter = self._pool.read(victim)
-        self._pool.clear(victim)
+        with self._given_up_on_error(victim):
+            self._pool.clear(victim)
         with self._answering():
             self._pool.withdraw(victim)
             self._pool.release(victim)
@@ -433,10 +470,11 @@ class Mover:
     def _shift(self, resident: Resident, offset: int) -> None:
         """To another place in the pool, through host memory: the two may overlap, and clearing waits for the steps."""
         adapter = self._pool.read(resident)
-        self._pool.clear(resident)
-        with self._answering():
-            self._pool.relocate(resident, offset)
-        self._pool.fill(resident, adapter)
+        with self._given_up_on_error(resident):
+            self._pool.clear(resident)
+            with self._answering():
+                self._pool.relocate(resident, offset)
+            self._pool.fill(resident, adapter)
         with self._answering() as answers:
             self.moves += 1
             resident.leaving = resident.draining = False
@@ -450,7 +488,8 @@ class Mover:
         assert placement.adapter is not None
         with self._answering():
             resident = self._pool.reserve(placement.adapter.layout, window.offset)
-        self._pool.fill(resident, placement.adapter)
+        with self._given_up_on_error(resident):
+            self._pool.fill(resident, placement.adapter)
         with self._answering() as answers:
             self._pool.publish(resident)
             self._queue.remove(placement)
