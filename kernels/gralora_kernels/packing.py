@@ -8,7 +8,7 @@ contiguous: then it reads an adapter from front to back. Both take exactly r * i
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any, Protocol
 
@@ -63,8 +63,8 @@ class Packing:
 
     panel: int = 0
     keeps_16_bit: bool = False
-    place_many: PlaceMany | None = None
-    hash_many: HashMany = hash_each
+    place_many: PlaceMany | None = field(default=None, repr=False)
+    hash_many: HashMany = field(default=hash_each, repr=False)
 
 
 ROW_MAJOR = Packing()
