@@ -165,7 +165,9 @@ def test_tokens_are_read_from_a_file(tmp_path: Path) -> None:
     assert Tenants({}, {}).connection(Connection(target="x")).token is None
 
 
-@pytest.mark.parametrize("text", ["light", "light:", "light:0", "light:-1", ":1", "light:1,", "a:1,a:2", "a:nan", "a:inf"])
+@pytest.mark.parametrize(
+    "text", ["light", "light:", "light:0", "light:-1", ":1", "light:1,", "a:1,a:2", "a:nan", "a:inf"]
+)
 def test_shares_that_are_not_understood(text: str) -> None:
     with pytest.raises(ConfigError, match=r"is not understood at .* \(examples: light:1,flood:50"):
         read_tenants(text, None)

@@ -31,7 +31,9 @@ def write(found: LoadTestResult, out: Path) -> Path:
 
 
 def report(found: LoadTestResult, out: Path, *, as_json: bool) -> None:
-    """Write everything, and print the table."""
+    """Write everything, and print the table and what an overload did."""
+    from gralora_server.loadtest.report.overload_findings import overload_said
+
     page = write(found, out)
     if as_json:
         print_json(found.model_dump(mode="json"))
@@ -40,6 +42,9 @@ def report(found: LoadTestResult, out: Path, *, as_json: bool) -> None:
     for refusal in found.refusals:
         stdout().print(f"{refusal.system}, {refusal.num_adapters} adapters: {refusal.why}", markup=False)
     for run in found.runs:
+        if run.overload is not None:
+            for sentence in overload_said(run.overload, run.summary.slo):
+                stdout().print(sentence, markup=False)
         if run.summary.generator.limited:
             stderr().print(
                 f"{run.summary.label}: the generator was the bottleneck; its figures say little.", style="red"
