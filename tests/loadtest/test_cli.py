@@ -104,7 +104,10 @@ def test_tenants_deadlines_and_retries_become_figures(address: str, tmp_path: Pa
     assert result.workload["tenant flood"] == "arrivals step:5,0.4,60,0.3,5,0.3"
     assert result.workload["deadline"] == "5 s"
     assert (tmp_path / "out" / "served.png").is_file()
-    assert "were in time" in " ".join(capsys.readouterr().out.split())
+    printed = capsys.readouterr().out
+    assert "were in time" in " ".join(printed.split())
+    (row,) = (line for line in printed.splitlines() if "flood" in line)
+    assert str(found.tenants["flood"].requests) in row
 
 
 def test_a_saved_trace_knows_its_tenants(address: str, tmp_path: Path) -> None:

@@ -67,7 +67,8 @@ def loadtest(
         int | None,
         typer.Option(
             min=0,
-            help="Use so many of the server's adapters, in alphabetical order; 0: the base model. Default: all.",
+            help="Use so many of the server's adapters, in alphabetical order; 0: the base model. With --tenants: so "
+            "many for each. Default: all.",
             rich_help_panel=WORKLOAD,
         ),
     ] = None,

@@ -31,7 +31,7 @@ def memory_plot(timeline: Sequence[Sample]) -> Plot:
         axes.plot(times, gigabytes, color=SERIES[0])
         axes.set_ylabel("GB")
         axes.set_xlabel("seconds from the start")
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.1 * max(gigabytes))
 
     text = (
         f"Resident memory in GB: {gigabytes[0]:.2f} at first, {gigabytes[-1]:.2f} in the end, "
