@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from gralora_server.loadtest.patience import Patience
 from gralora_server.loadtest.report import findings, merge, write_report
 from gralora_server.loadtest.report.overload_findings import overload_said
 from gralora_server.loadtest.result import LoadTestResult, Refusal, RunResult
@@ -95,8 +96,8 @@ def test_names_are_escaped_and_nothing_is_loaded(tmp_path: Path) -> None:
     assert outside == []
 
 
-def test_the_page_carries_the_whole_result(tmp_path: Path) -> None:
-    result = comparison()
+@pytest.mark.parametrize("result", [comparison(), result_of(overloaded())], ids=["comparison", "overload"])
+def test_the_page_carries_the_whole_result(result: LoadTestResult, tmp_path: Path) -> None:
 
     found = re.search(r"data:application/json;base64,([^\"]+)", page_of(result, tmp_path))
 
@@ -214,6 +215,7 @@ def test_an_overload_is_told_in_words_figures_and_plots(tmp_path: Path) -> None:
     assert "143 in time, 22 late, 22 refused" in page
     assert "66 tries were refused (44 x TOO_LATE, 22 x QUEUE_FULL), the first 20.50 s after the start" in page
     assert "half of the refusals came within 4.0 ms" in page
+    assert "half told to come again within 2.00 s" in page
     assert "44 requests came again when they were told to; 22 were let in, 100% of them at the first retry" in page
     assert "after 1.00 times what they were told (median; quartiles 1.00 and 1.00)" in page
     assert "165 of all requests were in time" in page
@@ -248,6 +250,16 @@ def test_what_is_said_of_the_time_after_an_overload(changes: dict[str, object], 
     found = [sentence for sentence in overload_said(run.overload, run.summary.slo) if "normal" in sentence.lower()]
 
     assert [said in sentence for sentence in found] == ([] if said is None else [True])
+
+
+def test_of_several_runs_each_has_its_overload(tmp_path: Path) -> None:
+    before, after = (result_of(overloaded(patience=Patience(deadline_s=deadline_s))) for deadline_s in (10.0, 3.0))
+
+    page = words(page_of(merge([before, after]), tmp_path))
+
+    first, second = page.index("Overload: server (1)"), page.index("Overload: server (2)")
+    assert "all of it within 10 s" in page[first:second]
+    assert "all of it within 3 s" in page[second:]
 
 
 def test_an_overload_without_tenants_has_no_table_of_them(tmp_path: Path) -> None:

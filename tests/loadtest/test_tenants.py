@@ -49,7 +49,7 @@ def test_shares_are_of_all_requests() -> None:
     assert all(one.adapter == f"{one.tenant}/x" for one in trace.requests)
     assert [one.arrival_s for one in trace.requests] == sorted(one.arrival_s for one in trace.requests)
     assert trace.tenants == ("flood", "light")
-    assert trace.overload is None
+    assert trace.peak is None
 
 
 FILE = """
@@ -79,7 +79,7 @@ def test_a_file_says_what_each_tenant_does(tmp_path: Path) -> None:
     assert {one.prompt_tokens for one in of["light"]} == {16}
     assert all(512 <= one.prompt_tokens <= 1024 and one.output_tokens == 4 for one in of["flood"])
     assert all(50 <= one.arrival_s < 100 for one in of["flood"])
-    assert trace.overload == (50.0, 100.0)
+    assert trace.peak == (50.0, 100.0)
     assert tenants.tokens == {"light": "secret-light"}
     assert tenants.weights == {"light": 2.0, "flood": 1.0, "rest": 1.0}
     assert "secret" not in " ".join([repr(tenants.loads), *(load.described for load in tenants.loads.values())])

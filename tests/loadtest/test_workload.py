@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from gralora_runtime.errors import ConfigError
-from gralora_server.loadtest.arrivals import Arrivals, Bursts, Closed, Renewal, Steps, overload, parse_arrivals
+from gralora_server.loadtest.arrivals import Arrivals, Bursts, Closed, Renewal, Steps, parse_arrivals, peak
 from gralora_server.loadtest.trace import Trace
 from gralora_server.loadtest.workload import Popularity, Workload, parse_lengths, parse_popularity
 
@@ -99,8 +99,8 @@ def test_steps_are_a_poisson_process_of_each_rate_in_turn(seed: int) -> None:
         (["poisson:4", "closed:8"], None),
     ],
 )
-def test_the_overload_is_where_most_comes(arrivals: list[str], expected: tuple[float, float] | None) -> None:
-    assert overload([parse_arrivals(one) for one in arrivals], 60.0) == expected
+def test_the_peak_is_where_most_comes(arrivals: list[str], expected: tuple[float, float] | None) -> None:
+    assert peak([parse_arrivals(one) for one in arrivals], 60.0) == expected
 
 
 @pytest.mark.parametrize("arrivals", [Renewal(8.0), Renewal(8.0, 2.0), Bursts(8.0, 4), STEPS])
@@ -226,7 +226,7 @@ def test_arrivals_are_parsed() -> None:
 
 def test_a_trace_is_read_as_it_was_written(tmp_path) -> None:
     trace = workload(arrivals=Steps(((1.0, 40.0), (9.0, 20.0), (1.0, 40.0)))).trace()
-    assert trace.overload == (40.0, 60.0)
+    assert trace.peak == (40.0, 60.0)
 
     trace.write(tmp_path / "trace.jsonl")
 
@@ -247,7 +247,7 @@ LINE = '{"arrival_s": 0.5, "adapter": "a", "prompt_tokens": 8, "output_tokens": 
         (HEADER + LINE.replace("8", "0"), "line 2: prompt_tokens must be a number of at least 1, got 0"),
         (HEADER + LINE.replace('"a"', "null"), "line 2: adapter must be a name, got None"),
         (HEADER + LINE.replace("}", ', "tenant": 3}'), "line 2: tenant must be a name, got 3"),
-        (HEADER.replace("}", ', "overload": [2, 1]}') + LINE, r"overload must be null or two times .* got \[2, 1\]"),
+        (HEADER.replace("}", ', "peak": [2, 1]}') + LINE, r"peak must be null or two times .* got \[2, 1\]"),
         (HEADER + LINE.replace("seed", "sede"), "line 2: .*sede"),
         (HEADER + LINE + LINE.replace("0.5", "0.1"), "not in the order"),
         (HEADER.replace("null", "0") + LINE, "concurrency must be null or a number of at least 1, got 0"),

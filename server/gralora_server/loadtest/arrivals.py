@@ -98,7 +98,7 @@ class Closed:
         raise ConfigError("a closed loop has no rate of which tenants could have shares: give an open loop's arrivals")
 
 
-def overload(arrivals: Sequence[Arrivals], duration_s: float) -> tuple[float, float] | None:
+def peak(arrivals: Sequence[Arrivals], duration_s: float) -> tuple[float, float] | None:
     """From when to when most comes, of those whose rate changes; None if less comes neither before nor after."""
     steps = [one.steps for one in arrivals if isinstance(one, Steps)]
     marks = sorted({0.0, duration_s, *(at for one in steps for at in _ends(one) if at < duration_s)})

@@ -110,7 +110,7 @@ def _overload(
     driven: DriverResult, trace: Trace, slo: Slo, patience: Patience | None, weights: Mapping[str, float]
 ) -> Overload | None:
     """None where neither the users nor their arrivals say that there may be one."""
-    if patience is None and not trace.tenants and trace.overload is None:
+    if patience is None and not trace.tenants and trace.peak is None:
         return None
     return overload(
         driven.records,
@@ -118,7 +118,7 @@ def _overload(
         slo=slo,
         patience=patience or Patience(),
         weights=weights,
-        peak=trace.overload,
+        peak=trace.peak,
     )
 
 

@@ -13,7 +13,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from gralora_runtime.errors import ConfigError
 from gralora_server.client.connection import Connection
-from gralora_server.loadtest.arrivals import overload, parse_arrivals
+from gralora_server.loadtest.arrivals import parse_arrivals, peak
 from gralora_server.loadtest.run import adapter_names
 from gralora_server.loadtest.summary import Frozen
 from gralora_server.loadtest.trace import Trace
@@ -101,7 +101,7 @@ class Tenants:
                 requests=tuple(sorted(requests, key=lambda one: one.arrival_s)),
                 warmup_s=common.warmup_s,
                 duration_s=common.duration_s,
-                overload=overload([load.arrivals for load in workloads.values()], common.duration_s),
+                peak=peak([load.arrivals for load in workloads.values()], common.duration_s),
             )
         )
 

@@ -46,7 +46,7 @@ class Trace:
     warmup_s: float  # what happens before is not counted
     duration_s: float  # nothing is sent after it
     concurrency: int | None = None
-    overload: tuple[float, float] | None = None  # from when to when more comes than before and after
+    peak: tuple[float, float] | None = None  # from when to when more comes than before and after
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -61,7 +61,7 @@ class Trace:
     def write(self, path: Path) -> None:
         """JSON lines: a header, then one request a line."""
         times = {"warmup_s": self.warmup_s, "duration_s": self.duration_s}
-        header = {"gralora_trace": VERSION, **times, "concurrency": self.concurrency, "overload": self.overload}
+        header = {"gralora_trace": VERSION, **times, "concurrency": self.concurrency, "peak": self.peak}
         lines = [header, *(asdict(request) for request in self.requests)]
         path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
@@ -85,7 +85,7 @@ class Trace:
             warmup_s=_number(path, header, "warmup_s"),
             duration_s=_number(path, header, "duration_s"),
             concurrency=_concurrency(path, header),
-            overload=_overload(path, header),
+            peak=_peak(path, header),
         )
 
 
@@ -118,14 +118,14 @@ def _concurrency(path: Path, header: dict[str, Any]) -> int | None:
     raise ConfigError(f"{path}: concurrency must be null or a number of at least 1, got {value!r}")
 
 
-def _overload(path: Path, header: dict[str, Any]) -> tuple[float, float] | None:
-    match header.get("overload"):
+def _peak(path: Path, header: dict[str, Any]) -> tuple[float, float] | None:
+    match header.get("peak"):
         case None:
             return None
         case [int() | float() as start_s, int() | float() as end_s] if 0 <= start_s < end_s:
             return (float(start_s), float(end_s))
         case value:
-            raise ConfigError(f"{path}: overload must be null or two times of which the later is last, got {value!r}")
+            raise ConfigError(f"{path}: peak must be null or two times of which the later is last, got {value!r}")
 
 
 def _number(path: Path, header: dict[str, Any], name: str) -> float:

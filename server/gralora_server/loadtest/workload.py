@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from gralora_runtime.errors import ConfigError
-from gralora_server.loadtest.arrivals import Arrivals, Closed, Floats, overload
+from gralora_server.loadtest.arrivals import Arrivals, Closed, Floats, peak
 from gralora_server.loadtest.parsing import parse, positive, share, whole
 from gralora_server.loadtest.trace import Trace, TraceRequest
 
@@ -75,7 +75,7 @@ class Workload:
                 warmup_s=self.warmup_s,
                 duration_s=self.duration_s,
                 concurrency=concurrency,
-                overload=overload([self.arrivals], self.duration_s),
+                peak=peak([self.arrivals], self.duration_s),
             )
         )
 

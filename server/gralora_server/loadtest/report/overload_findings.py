@@ -48,7 +48,8 @@ def _refused(total: TenantSummary) -> str:
     first = "" if total.first_refusal_s is None else f", the first {seconds(total.first_refusal_s)} after the start"
     return (
         f"{sum(total.refusals.values())} tries were refused ({reasons(total.refusals)}){first}; half of the refusals "
-        f"came within {seconds(total.refusal_s.p50)}, 99 % within {seconds(total.refusal_s.p99)}."
+        f"came within {seconds(total.refusal_s.p50)}, 99 % within {seconds(total.refusal_s.p99)}; half told to come "
+        f"again within {seconds(total.told_s.p50)}, all within {seconds(total.told_s.max)}."
     )
 
 
