@@ -54,7 +54,7 @@ CONFINED = {
     "argparse": [],
     "typer": ["gralora_server/cli*"],
     "peft": [],
-    "matplotlib": ["gralora_server/loadtest/report/plots.py"],
+    "matplotlib": ["gralora_server/loadtest/report/drawing.py", "gralora_server/loadtest/report/*plots.py"],
     "jinja2": ["gralora_runtime/model/*", "gralora_server/loadtest/report/page.py"],
 }
 NO_TORCH = [

@@ -120,7 +120,7 @@ def plan(
             duration_s=duration_s,
             warmup_s=warmup_s,
             seed=seed,
-        )
+        ).trace()
 
     planner = Planner(
         profile=measured,
