@@ -28,12 +28,13 @@ from gralora_runtime.errors import (
     EngineDeadError,
     GraloraError,
     InvalidRequestError,
+    QueueFullError,
     RequestCancelledError,
     TooLateError,
 )
 from gralora_runtime.failure import request_failed
 from gralora_runtime.fairness import Prices
-from gralora_runtime.forecast import SHORTEST_RETRY_S, Estimate, Forecast
+from gralora_runtime.forecast import Estimate, Forecast
 from gralora_runtime.info import EngineInfo, EngineLoad, TokenizeResult
 from gralora_runtime.observation.requests import RequestMeter, RequestObservation, outcome_of
 from gralora_runtime.observation.snapshot import EngineSnapshot
@@ -73,7 +74,7 @@ class _Entry:
     aborted: asyncio.Event  # wakes a submission that still waits for its adapter
     place: Place
     estimate: Estimate | None = None
-    first_token_at_s: float | None = None
+    max_tokens: int = 1
     queued: bool = False  # the scheduler has it
     loaded_bytes: int = 0  # of its adapter, which was not there yet
     given_up: str | None = None  # the outcome, when an output could not be delivered: what comes after is not heard
@@ -299,18 +300,19 @@ class AsyncEngine:
             raise EngineDeadError
         if self._draining:
             raise DrainingError
-        tenant = tenant_of(request)
-        self._backlog.check_requests(request, tenant, self._forecast.retry_s(tenant, request.weight))
+        line = self._backlog.line(tenant_of(request), request.weight)
+        problem = self._backlog.full_of_requests(request, line)
+        if problem is not None:
+            raise QueueFullError(problem, self._forecast.retry_s(line, 0.0, time.monotonic()))
 
     def _refuse_when_late(self, request: GenerationRequest, entry: _Entry, num_prompt: int) -> None:
-        """Raises TooLateError if neither its deadline nor the objective can be met, as far as can be told."""
-        estimate = self._forecast.estimate(entry.place, num_prompt=num_prompt, max_tokens=request.stopping.max_tokens)
+        """Raises TooLateError if its deadline or the objective cannot be met, as far as can be told."""
+        estimate = self._forecast.estimate(entry.place, request.stopping, num_prompt=num_prompt)
         entry.estimate = estimate
         if estimate is None:
             return
-        left_s = math.inf
-        if request.timeout_s is not None:
-            left_s = entry.submitted_s + request.timeout_s - time.monotonic()
+        now_s = time.monotonic()
+        left_s = math.inf if request.timeout_s is None else entry.submitted_s + request.timeout_s - now_s
         objective_s = math.inf if self.first_token_s is None else self.first_token_s
         for what, expected_s, limit_s in (
             ("first token", estimate.first_token_s, min(left_s, objective_s)),
@@ -322,7 +324,7 @@ class AsyncEngine:
                     what=what,
                     expected_s=expected_s,
                     limit_s=max(0.0, limit_s),
-                    retry_after_s=max(SHORTEST_RETRY_S, expected_s - limit_s),
+                    retry_after_s=self._forecast.retry_s(entry.place.line, expected_s - limit_s, now_s),
                 )
 
     def _enter(self, request: GenerationRequest, observed: RequestObservation) -> _Entry:
@@ -358,7 +360,7 @@ class AsyncEngine:
         """`lease`: if there is one already."""
         deadline_s = None if request.timeout_s is None else entry.submitted_s + request.timeout_s
         tokens = await asyncio.to_thread(self._parts.prompts.encode, request.prompt)
-        max_tokens = self._max_tokens(request, len(tokens))
+        max_tokens = entry.max_tokens = self._max_tokens(request, len(tokens))
         self._check_token_ids(request)
         self._count_prompt(request, entry, len(tokens), is_trial=lease is not None)
         base, eos_token_ids = self._parts.base, self._parts.base.eos_token_ids
@@ -410,9 +412,9 @@ class AsyncEngine:
     def _count_prompt(self, request: GenerationRequest, entry: _Entry, num_prompt: int, *, is_trial: bool) -> None:
         """A trial is not refused: others wait for its outcome."""
         place = entry.place
-        if not is_trial:
-            retry_s = self._forecast.retry_s(place.line.tenant, request.weight)
-            self._backlog.check_tokens(request, place, num_prompt, retry_s)
+        problem = None if is_trial else self._backlog.full_of_tokens(request, place, num_prompt)
+        if problem is not None:
+            raise QueueFullError(problem, self._forecast.retry_s(place.line, 0.0, time.monotonic()))
         self._backlog.count(place, num_prompt)
         if not is_trial:
             self._refuse_when_late(request, entry, num_prompt)
@@ -482,24 +484,26 @@ class AsyncEngine:
             except Exception as cause:
                 outcome = self._give_up(entry, output, cause)
             if outcome is not None:
-                self._learn(entry, output, now_s)
+                self._learn(entry, output)
                 entry.observed.end(entry.given_up or outcome)
                 self._leave(output.request_id)
 
     def _note_first_token(self, entry: _Entry, now_s: float) -> None:
-        entry.first_token_at_s = now_s
         self._backlog.start(entry.place)
         if entry.estimate is not None:
             took_s = now_s - entry.submitted_s
             entry.observed.forecast.observe(took_s / max(entry.estimate.first_token_s, 1e-3))
 
-    def _learn(self, entry: _Entry, output: StepOutput, now_s: float) -> None:
-        """From a request that had all its tokens, what the next ones will take."""
+    def _learn(self, entry: _Entry, output: StepOutput) -> None:
+        """From an answer, how long the next ones will be."""
         finished = output.delta.finished if output.delta is not None else None
-        if finished is None or entry.first_token_at_s is None:
-            return
-        if finished.reason in {FinishReason.STOP, FinishReason.LENGTH}:
-            self._forecast.ended(since_first_token_s=now_s - entry.first_token_at_s, num_output=finished.output_tokens)
+        if finished is not None and finished.reason is not FinishReason.CANCELLED:
+            self._forecast.learn(
+                entry.place.line.tenant,
+                num_output=finished.output_tokens,
+                max_tokens=entry.max_tokens,
+                whole=finished.reason is not FinishReason.DEADLINE,
+            )
 
     def _deliver_one(self, entry: _Entry, output: StepOutput, now_s: float) -> str | None:
         """The outcome, if this is the request's end."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gralora_runtime.errors import QueueFullError
 from gralora_runtime.request import GenerationRequest
 
 OF_WHAT_IS_FREE = 4
@@ -23,6 +22,7 @@ class TenantBacklog:
     waiting: int = 0  # for their first token
     waiting_tokens: int = 0  # of their prompts, as far as those are known
     running: int = 0
+    returns_at_s: float = 0.0  # when the last of those that were told to come again will
 
     @property
     def requests(self) -> int:
@@ -55,27 +55,28 @@ class Backlog:
         """A tenant's. One that has no request yet is in no sum."""
         return self._lines.get(tenant) or TenantBacklog(tenant, weight)
 
-    def check_requests(self, request: GenerationRequest, tenant: str, retry_after_s: float) -> None:
-        """Raises QueueFullError if one more would be too many."""
-        line = self.line(tenant, request.weight)
+    def full_of_requests(self, request: GenerationRequest, line: TenantBacklog) -> str | None:
+        """Why one more would be too many."""
         if self.requests >= self._max_requests:
-            raise QueueFullError(f"{self.requests} requests are under way", retry_after_s)
+            return f"{self.requests} requests are under way"
         if line.requests >= OF_WHAT_IS_FREE * (self._max_requests - self.requests):
-            raise QueueFullError(f"{line.requests} requests of this tenant are under way", retry_after_s)
-        if request.max_queued_requests is not None and line.waiting >= request.max_queued_requests:
-            limit = f"its limit queued_requests is {request.max_queued_requests}"
-            raise QueueFullError(f"{line.waiting} requests of this tenant are waiting, {limit}", retry_after_s)
+            return f"{line.requests} requests of this tenant are under way"
+        limit = request.max_queued_requests
+        if limit is not None and line.waiting >= limit:
+            return f"{line.waiting} requests of this tenant are waiting, its limit queued_requests is {limit}"
+        return None
 
-    def check_tokens(self, request: GenerationRequest, place: Place, tokens: int, retry_after_s: float) -> None:
-        """Raises QueueFullError if so many more would be too many; a prompt that is alone is never too long."""
+    def full_of_tokens(self, request: GenerationRequest, place: Place, tokens: int) -> str | None:
+        """Why so many more would be too many; a prompt that is alone is never too long."""
         line = place.line
         free = self._max_tokens - self.waiting_tokens
         if self.waiting_tokens and (tokens > free or line.waiting_tokens >= OF_WHAT_IS_FREE * free):
-            raise QueueFullError(f"prompts of {self.waiting_tokens} tokens are waiting", retry_after_s)
+            return f"prompts of {self.waiting_tokens} tokens are waiting"
         limit = request.max_queued_tokens
         if limit is not None and line.waiting_tokens and line.waiting_tokens + tokens > limit:
             found = f"prompts of {line.waiting_tokens} tokens of this tenant are waiting"
-            raise QueueFullError(f"{found}, its limit queued_tokens is {limit}", retry_after_s)
+            return f"{found}, its limit queued_tokens is {limit}"
+        return None
 
     def enter(self, tenant: str, weight: float) -> Place:
         """A request came."""

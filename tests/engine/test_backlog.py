@@ -8,10 +8,9 @@ from hypothesis import strategies as st
 
 from gralora_runtime.adapters.residency.lease import BASE_LEASE
 from gralora_runtime.backlog import Backlog, Place
-from gralora_runtime.errors import QueueFullError
-from gralora_runtime.forecast import SHORTEST_RETRY_S, Forecast, StepTimes
+from gralora_runtime.forecast import LATELY, LONGEST_RETRY_S, REMEMBERED, Forecast, StepTimes
 from gralora_runtime.plan import AdapterUse, RowPlan, StepPlan
-from gralora_runtime.request import GenerationRequest, Prompt
+from gralora_runtime.request import GenerationRequest, Prompt, StoppingParams
 
 BASE = AdapterUse(BASE_LEASE.slot, BASE_LEASE.generation, BASE_LEASE.width)
 
@@ -23,13 +22,10 @@ def ask(tenant: str = "a", **limits: int) -> GenerationRequest:
 def fill(backlog: Backlog, tenant: str) -> int:
     """As many requests of a tenant as are let in."""
     count = 0
-    while True:
-        try:
-            backlog.check_requests(ask(tenant), tenant, 1.0)
-        except QueueFullError:
-            return count
+    while backlog.full_of_requests(ask(tenant), backlog.line(tenant, 1.0)) is None:
         backlog.enter(tenant, 1.0)
         count += 1
+    return count
 
 
 def test_one_tenant_leaves_room_for_others_and_each_next_one_too() -> None:
@@ -45,32 +41,33 @@ def test_all_together_are_never_too_many() -> None:
     let_in = sum(fill(backlog, str(index)) for index in range(20))
 
     assert let_in == backlog.requests == 10
-    with pytest.raises(QueueFullError, match=r"10 requests are under way; try again in 2\.5 s"):
-        backlog.check_requests(ask("late"), "late", 2.5)
+    assert backlog.full_of_requests(ask("late"), backlog.line("late", 1.0)) == "10 requests are under way"
 
 
 def test_a_tenants_own_limits_hold() -> None:
     backlog = Backlog(max_requests=100, max_tokens=1 << 20)
     places = [backlog.enter("a", 1.0) for _ in range(3)]
-    with pytest.raises(QueueFullError, match="3 requests of this tenant are waiting, its limit queued_requests is 3"):
-        backlog.check_requests(ask(max_queued_requests=3), "a", 1.0)
+    line = places[0].line
+
+    full = backlog.full_of_requests(ask(max_queued_requests=3), line)
+    assert full == "3 requests of this tenant are waiting, its limit queued_requests is 3"
     backlog.start(places[0])
-    backlog.check_requests(ask(max_queued_requests=3), "a", 1.0)
+    assert backlog.full_of_requests(ask(max_queued_requests=3), line) is None
     backlog.count(places[1], 80)
-    with pytest.raises(QueueFullError, match="of 80 tokens of this tenant are waiting, its limit queued_tokens is 100"):
-        backlog.check_tokens(ask(max_queued_tokens=100), places[2], 21, 1.0)
-    backlog.check_tokens(ask(max_queued_tokens=100), places[2], 20, 1.0)
+    full = backlog.full_of_tokens(ask(max_queued_tokens=100), places[2], 21)
+    assert full == "prompts of 80 tokens of this tenant are waiting, its limit queued_tokens is 100"
+    assert backlog.full_of_tokens(ask(max_queued_tokens=100), places[2], 20) is None
 
 
 def test_a_prompt_that_is_alone_is_never_too_long_and_a_second_one_is() -> None:
     backlog = Backlog(max_requests=100, max_tokens=50)
     first, second = backlog.enter("a", 1.0), backlog.enter("b", 1.0)
-    backlog.check_tokens(ask(max_queued_tokens=10), first, 60, 1.0)
+
+    assert backlog.full_of_tokens(ask(max_queued_tokens=10), first, 60) is None
     backlog.count(first, 60)
-    with pytest.raises(QueueFullError, match="prompts of 60 tokens are waiting"):
-        backlog.check_tokens(ask("b"), second, 1, 1.0)
+    assert backlog.full_of_tokens(ask("b"), second, 1) == "prompts of 60 tokens are waiting"
     backlog.start(first)
-    backlog.check_tokens(ask("b"), second, 1, 1.0)
+    assert backlog.full_of_tokens(ask("b"), second, 1) is None
 
 
 @given(st.lists(st.tuples(st.sampled_from("ecsl"), st.integers(0, 9), st.sampled_from("abc")), max_size=80))
@@ -109,12 +106,13 @@ def step(prompt_tokens: int, decoding: int) -> StepPlan:
 
 
 def foretelling(*, rows: int = 4) -> tuple[Backlog, Forecast]:
-    """Of a server whose steps take 0.1 s and a prompt's token 0.01, and whose answers have 11 tokens."""
+    """Of a server whose steps take 0.1 s, a prompt's token 0.01, and whose answers have 10 tokens of 20."""
     backlog, steps = Backlog(max_requests=10_000, max_tokens=1 << 20), StepTimes()
     steps.observe(step(0, 4), 0.1)
     steps.observe(step(50, 4), 0.6)
+    steps.step_s.value = 0.2
     forecast = Forecast(backlog, steps, max_num_seqs=rows)
-    forecast.ended(since_first_token_s=2.0, num_output=11)
+    forecast.learn("somebody", num_output=10, max_tokens=20, whole=True)
     return backlog, forecast
 
 
@@ -127,22 +125,35 @@ def wait(backlog: Backlog, tenant: str, count: int, tokens: int = 0, *, running:
     return places
 
 
+ANY, EXACTLY_6 = StoppingParams(), StoppingParams(max_tokens=6, ignore_eos=True)
+
+
+def test_steps_tell_what_decoding_and_prompts_take() -> None:
+    steps = StepTimes()
+    steps.observe(step(0, 4), 0.1)
+    steps.observe(step(50, 4), 0.6)
+
+    assert steps.decode_s.value == 0.1
+    assert steps.step_s.value == pytest.approx(0.1 + LATELY * 0.5)
+    assert steps.prompt_token_s.value == pytest.approx(0.01)
+
+
 def test_nothing_is_foretold_of_who_is_alone_or_before_anything_was_seen() -> None:
     backlog, forecast = foretelling()
     (alone,) = wait(backlog, "a", 1)
     unknown = Forecast(backlog, StepTimes(), max_num_seqs=4)
 
-    assert forecast.estimate(alone, num_prompt=10, max_tokens=5) is None
+    assert forecast.estimate(alone, ANY, num_prompt=10) is None
     wait(backlog, "b", 1)
-    assert forecast.estimate(alone, num_prompt=10, max_tokens=5) is not None
-    assert unknown.estimate(alone, num_prompt=10, max_tokens=5) is None
+    assert forecast.estimate(alone, ANY, num_prompt=10) is not None
+    assert unknown.estimate(alone, ANY, num_prompt=10) is None
 
 
 def test_where_there_are_rows_only_the_prompt_takes_time() -> None:
     backlog, forecast = foretelling()
     wait(backlog, "a", 3, running=True)
     (place,) = wait(backlog, "a", 1)
-    estimate = forecast.estimate(place, num_prompt=20, max_tokens=6)
+    estimate = forecast.estimate(place, EXACTLY_6, num_prompt=20)
 
     assert estimate is not None
     assert estimate.first_token_s == pytest.approx(20 * 0.01 + 0.1)
@@ -154,11 +165,11 @@ def test_whose_rows_are_taken_waits_for_as_many_to_end() -> None:
     wait(backlog, "a", 4, running=True)
     wait(backlog, "a", 7)
     (place,) = wait(backlog, "a", 1)
-    estimate = forecast.estimate(place, num_prompt=20, max_tokens=None)
+    estimate = forecast.estimate(place, ANY, num_prompt=20)
 
     assert estimate is not None
-    assert estimate.first_token_s == pytest.approx(8 * 2.0 / 4 + 20 * 0.01 + 0.1)
-    assert estimate.last_token_s == pytest.approx(estimate.first_token_s + 10 * 0.2)
+    assert estimate.first_token_s == pytest.approx(8 * (10 * 0.2) / 4 + 20 * 0.01 + 0.1)
+    assert estimate.last_token_s == pytest.approx(estimate.first_token_s + 9 * 0.2)
 
 
 def test_another_tenants_flood_delays_nobody_by_more_than_a_share() -> None:
@@ -166,7 +177,7 @@ def test_another_tenants_flood_delays_nobody_by_more_than_a_share() -> None:
     wait(backlog, "flood", 4, running=True)
     wait(backlog, "flood", 100, 30)
     (place,) = wait(backlog, "light", 1)
-    estimate = forecast.estimate(place, num_prompt=20, max_tokens=None)
+    estimate = forecast.estimate(place, ANY, num_prompt=20)
 
     assert estimate is not None
     assert estimate.first_token_s == pytest.approx(20 * 0.01 + 0.1)
@@ -176,29 +187,64 @@ def test_prompts_before_ones_own_take_time() -> None:
     backlog, forecast = foretelling(rows=100)
     wait(backlog, "a", 2, 50)
     (place,) = wait(backlog, "a", 1, 20)
-    estimate = forecast.estimate(place, num_prompt=20, max_tokens=1)
+    estimate = forecast.estimate(place, StoppingParams(max_tokens=1), num_prompt=20)
 
     assert estimate is not None
     assert estimate.first_token_s == pytest.approx(100 * 0.01 + 20 * 0.01 + 0.1)
     assert estimate.last_token_s == estimate.first_token_s
 
 
-def test_what_was_slow_under_load_is_not_held_against_who_comes_afterwards() -> None:
-    backlog, forecast = foretelling()
-    for _ in range(50):
-        forecast.ended(since_first_token_s=60.0, num_output=11)
-    wait(backlog, "a", 1, running=True)
-    (place,) = wait(backlog, "a", 1)
-    estimate = forecast.estimate(place, num_prompt=1, max_tokens=11)
-
+def outputs_of(forecast: Forecast, backlog: Backlog, tenant: str, stopping: StoppingParams) -> float:
+    """How many tokens an answer is thought to have."""
+    (place,) = wait(backlog, tenant, 1)
+    estimate = forecast.estimate(place, stopping, num_prompt=0)
+    backlog.leave(place)
     assert estimate is not None
-    assert estimate.last_token_s < 1.5
+    return 1 + (estimate.last_token_s - estimate.first_token_s) / 0.1
 
 
-def test_when_to_come_back_is_when_a_row_has_been_free() -> None:
+def test_each_tenants_answers_have_their_own_length_and_a_new_ones_those_of_all() -> None:
     backlog, forecast = foretelling()
-    wait(backlog, "a", 8)
+    wait(backlog, "other", 1, running=True)
+    for _ in range(100):
+        forecast.learn("long", num_output=200, max_tokens=200, whole=True)
+        forecast.learn("short", num_output=4, max_tokens=400, whole=True)
 
-    assert forecast.retry_s("a", 1.0) == pytest.approx(2.0 / 4)
-    assert forecast.retry_s("b", 1.0) == pytest.approx(2.0 / 2)
-    assert Forecast(backlog, StepTimes(), max_num_seqs=1000).retry_s("a", 1.0) >= SHORTEST_RETRY_S
+    assert outputs_of(forecast, backlog, "long", ANY) == pytest.approx(200)
+    assert outputs_of(forecast, backlog, "short", StoppingParams(max_tokens=400)) == pytest.approx(4)
+    assert outputs_of(forecast, backlog, "short", StoppingParams(max_tokens=2)) == pytest.approx(2)
+    assert outputs_of(forecast, backlog, "short", StoppingParams(max_tokens=99, ignore_eos=True)) == pytest.approx(99)
+    assert 30 < outputs_of(forecast, backlog, "new", StoppingParams(max_tokens=100)) < 70
+
+
+def test_who_ran_out_of_time_might_have_had_more() -> None:
+    backlog, forecast = foretelling()
+    wait(backlog, "other", 1, running=True)
+    forecast.learn("a", num_output=50, max_tokens=100, whole=True)
+    for _ in range(50):
+        forecast.learn("a", num_output=3, max_tokens=100, whole=False)
+    unmoved = outputs_of(forecast, backlog, "a", ANY)
+    for _ in range(50):
+        forecast.learn("a", num_output=80, max_tokens=100, whole=False)
+
+    assert unmoved == pytest.approx(50)
+    assert outputs_of(forecast, backlog, "a", ANY) > 75
+
+
+def test_those_who_are_told_to_come_again_come_one_after_the_other() -> None:
+    backlog, forecast = foretelling()
+    places = wait(backlog, "a", 8)
+    line = places[0].line
+    told = [forecast.retry_s(line, 1.0, 100.0) for _ in range(5)]
+
+    assert told == pytest.approx([1.0, 1.5, 2.0, 2.5, 3.0])  # a row is free every 10 * 0.2 / 4 s
+    assert forecast.retry_s(line, 0.0, 103.5) == pytest.approx(0.05)
+    assert max(forecast.retry_s(line, 0.0, 103.5) for _ in range(1000)) == LONGEST_RETRY_S
+
+
+def test_the_lengths_of_few_tenants_are_remembered() -> None:
+    _, forecast = foretelling()
+    for number in range(REMEMBERED + 50):
+        forecast.learn(str(number), num_output=1, max_tokens=1, whole=True)
+
+    assert len(forecast._of_tenants) == REMEMBERED
