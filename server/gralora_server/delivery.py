@@ -10,6 +10,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from types import TracebackType
 from typing import Self
 
+import grpc
+
 from gralora.v1 import generation_pb2
 from gralora_runtime.request import Delta
 from gralora_runtime.stream import merge_deltas
@@ -49,7 +51,8 @@ async def deliver(
     on_slow: Callable[[], None] = _nothing,
     on_read: Callable[[], None] = _nothing,
 ) -> None:
-    """Write the whole generation. Raises `StalledClientError` when a write is not taken in time.
+    """Write the whole generation. Raises `StalledClientError` when a write is not taken in time, and `CancelledError`
+    when there is nobody to write to.
 
     `on_slow` is called when a write takes longer than `hold_after_s`, and `on_read` after every one that was taken.
     """
@@ -65,6 +68,8 @@ async def deliver(
                 on_read()
     except TimeoutError as cause:
         raise StalledClientError(request_id, write_timeout_s) from cause
+    except grpc.aio.InternalError as cause:  # the client left while a write was pending, before gRPC noticed
+        raise asyncio.CancelledError from cause
 
 
 class WriteLimit:

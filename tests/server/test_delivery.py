@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 
+import grpc
 import pytest
 from support.fake_engine import finished, token
 
@@ -69,6 +70,14 @@ async def test_a_write_that_is_not_taken_in_time_is_a_stalled_client() -> None:
 
     with pytest.raises(StalledClientError, match="r1"):
         await deliver(stream(STARTED), write, request_id="r1", min_tokens=1, write_timeout_s=0.01)
+
+
+async def test_a_write_to_a_client_that_left_is_no_bug_of_ours() -> None:
+    async def write(_message: generation_pb2.StreamGenerateResponse) -> None:
+        raise grpc.aio.InternalError("Failed execute_batch")
+
+    with pytest.raises(asyncio.CancelledError):
+        await deliver(stream(STARTED), write, request_id="r1", min_tokens=1, write_timeout_s=10)
 
 
 async def test_what_was_generated_before_an_error_is_not_delivered_half_merged() -> None:
