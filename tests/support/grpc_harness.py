@@ -61,6 +61,7 @@ class Served:
 
 @asynccontextmanager
 async def served(
+    engine: FakeEngine | None = None,
     *,
     started: bool = True,
     channel_options: tuple[tuple[str, int], ...] = (),
@@ -70,7 +71,7 @@ async def served(
     """`started` False leaves the server where it is while a model loads."""
     server = GrpcServer(ServerConfig(port=0, **settings))
     port = await server.start()
-    engine = FakeEngine()
+    engine = engine or FakeEngine()
     if started:
         await server.open(engine)
     # Without a local pool, channels of one process share their connections, and tests would meet in them.
