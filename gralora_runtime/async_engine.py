@@ -40,6 +40,7 @@ from gralora_runtime.scheduler import StepOutput
 from gralora_runtime.sequence import Sequence
 from gralora_runtime.stepping.engine_thread import EngineThread
 from gralora_runtime.stream import RequestStream, merge_deltas
+from gralora_runtime.tokenizing import Tokenizing
 
 # How far behind the likeliest token one may be, by its log probability, and have been chosen where sums are rounded
 # otherwise: logits agree to 1e-3 in float32; 16 bits leave logits of 16 to 32 an eighth between two values.
@@ -82,6 +83,7 @@ class AsyncEngine:
         self.requests = RequestObservation(config.max_named_adapters)
         self._trials = RequestObservation(0)  # golden prompts are nobody's requests
         self._mean_service_s = 1.0
+        self._tokenizing = Tokenizing(parts.prompts)
         self._thread = EngineThread(
             parts.engine,
             prepare=parts.prepare_thread,
@@ -136,7 +138,7 @@ class AsyncEngine:
 
     async def tokenize(self, prompt: Prompt) -> TokenizeResult:
         """Token ids as `submit` would compute them."""
-        token_ids = await asyncio.to_thread(self._parts.prompts.encode, prompt)
+        token_ids = await self._tokenizing.encode(prompt)
         return TokenizeResult(token_ids=tuple(token_ids), max_model_len=self._parts.info.max_model_len)
 
     def info(self) -> EngineInfo:
@@ -208,6 +210,7 @@ class AsyncEngine:
         for request_id, entry in list(self._entries.items()):
             entry.aborted.set()
             self._fail(request_id, entry, DrainingError())
+        self._tokenizing.close()
         await asyncio.to_thread(self.adapters.close)
 
     def _examine_soon(self, case: GoldenCase, lease: AdapterLease) -> concurrent.futures.Future[GoldenAnswer]:
@@ -290,7 +293,7 @@ class AsyncEngine:
     async def _prepare(self, request: GenerationRequest, entry: _Entry, lease: AdapterLease | None = None) -> Sequence:
         """`lease`: if there is one already."""
         deadline_s = None if request.timeout_s is None else entry.submitted_s + request.timeout_s
-        tokens = await asyncio.to_thread(self._parts.prompts.encode, request.prompt)
+        tokens = await self._tokenizing.encode(request.prompt, shorter_than=self._parts.info.max_model_len)
         max_tokens = self._max_tokens(request, len(tokens))
         self._check_token_ids(request)
         base, eos_token_ids = self._parts.base, self._parts.base.eos_token_ids
