@@ -141,6 +141,11 @@ class AsyncEngine:
         token_ids = await self._tokenizing.encode(prompt)
         return TokenizeResult(token_ids=tuple(token_ids), max_model_len=self._parts.info.max_model_len)
 
+    @property
+    def busy_since_s(self) -> float | None:
+        """When the step that runs now began, by `time.monotonic`, from any thread; None if there is nothing to do."""
+        return self._thread.busy_since_s
+
     def info(self) -> EngineInfo:
         """What was decided at start."""
         return self._parts.info

@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def refusing(model: str, config: Any, be: str) -> Iterator[None]:
-    """`be`: what the model then cannot be, such as "read". Whatever its own code fails with, or ours that expects another
+    """`be`: what the model then cannot be, such as "read". Whatever its own code fails with, or ours that wants another
     build, it is not served; where that was is for developers, and goes to the log at debug level.
 
     Raises `ModelUnsupportedError`, or `ConfigError` if there is not enough memory.

@@ -39,7 +39,13 @@ from gralora_runtime.errors import (
     SlowConsumerError,
     StepFailedError,
 )
-from gralora_server.errors import PermissionDeniedError, StartingError, UnauthenticatedError
+from gralora_server.errors import (
+    EngineStuckError,
+    PermissionDeniedError,
+    RestartingError,
+    StartingError,
+    UnauthenticatedError,
+)
 
 DOMAIN = "gralora.dev"
 DETAILS_TRAILER = "grpc-status-details-bin"
@@ -73,6 +79,8 @@ CODES: dict[type[GraloraError], grpc.StatusCode] = {
     # Clients and proxies try again on this one: whatever it was, it need not have been this request.
     StepFailedError: grpc.StatusCode.UNAVAILABLE,
     StartingError: grpc.StatusCode.UNAVAILABLE,
+    RestartingError: grpc.StatusCode.UNAVAILABLE,
+    EngineStuckError: grpc.StatusCode.UNAVAILABLE,
     DrainingError: grpc.StatusCode.UNAVAILABLE,
     UnauthenticatedError: grpc.StatusCode.UNAUTHENTICATED,
     PermissionDeniedError: grpc.StatusCode.PERMISSION_DENIED,

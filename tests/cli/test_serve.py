@@ -6,12 +6,14 @@ import json
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import typer
 
 from gralora_runtime.config import AdapterSource, EngineConfig
+from gralora_server import supervisor
 from gralora_server.cli import serve
 from gralora_server.cli.app import run
 from gralora_server.cli.options import parse_address, parse_bytes, parse_graphs
@@ -47,7 +49,8 @@ def test_every_option_reaches_its_configuration(configured) -> None:
         "--keep-versions-days": "1.5", "--download-bytes": "4k",
         "--hub-endpoint": "http://h", "--hub-token": "t", "--s3-endpoint": "http://s", "--watch": "poll",
         "--cuda-graphs": "4,2,4", "--pipeline": "on",
-        "--max-request-s": "31", "--grace-s": "37", "--metrics-address": "[::1]:41", "--metrics-max-adapters": "43",
+        "--max-request-s": "31", "--grace-s": "37", "--step-timeout-s": "47",
+        "--metrics-address": "[::1]:41", "--metrics-max-adapters": "43",
     }  # fmt: skip
     words = [word for pair in options.items() for word in pair] + ["--adapters", "/b"]
     assert (
@@ -67,6 +70,7 @@ def test_every_option_reaches_its_configuration(configured) -> None:
         reflection=False,
         max_request_s=31.0,
         drain_grace_s=37.0,
+        step_timeout_s=47.0,
     )
     assert engine == EngineConfig(
         model=Path("/m"),
@@ -103,6 +107,26 @@ def test_every_option_reaches_its_configuration(configured) -> None:
         max_named_adapters=43,
     )
     assert as_json
+
+
+def test_supervised_it_is_the_same_command_in_a_child_with_the_port_that_the_parent_keeps(
+    configured, monkeypatch
+) -> None:
+    commands: list[list[str]] = []
+
+    async def supervise(config: ServerConfig, command: Callable[[int], list[str]], *, say, hopeless: int) -> int:
+        commands.append(command(7))
+        return 3
+
+    monkeypatch.setattr(supervisor, "supervise", supervise)
+    words = ["serve", "--model", "/m", "--address", "[::1]:0", "--supervise", "--json"]
+    monkeypatch.setattr(sys, "argv", ["gralora", *words])
+    assert run() == 3
+
+    ((executable, _, program, *arguments),) = commands
+    assert (executable, program) == (sys.executable, serve.MAIN)
+    assert run(arguments) == ExitCode.OK
+    assert configured == [(ServerConfig(host="[::1]", port=7, supervised=True), EngineConfig(model=Path("/m")), True)]
 
 
 @pytest.mark.parametrize(

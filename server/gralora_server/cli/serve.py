@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,12 +22,13 @@ from gralora_server.cli.options import (
     parse_graphs,
     parse_source,
 )
-from gralora_server.cli.output import CommandError, ExitCode, announce
+from gralora_server.cli.output import CommandError, ExitCode, announce, print_line
 from gralora_server.config import MetricsConfig, ServerConfig, TlsConfig
 
 if TYPE_CHECKING:
     from gralora_server.ports import Engine
 
+MAIN = "from gralora_server.cli import main; main()"
 ADAPTERS, ENGINE, MEMORY, SERVER = "Adapters", "Engine", "Memory", "Server"
 
 
@@ -154,6 +157,18 @@ def serve(
     reflection: bool = _server_option("reflection", "Answer gRPC reflection."),
     max_request_s: float | None = _server_option("max_request_s", "Longest generation. Default: no limit."),
     grace_s: float = _server_option("drain_grace_s", "Running requests may finish after SIGTERM.", flag="--grace-s"),
+    step_timeout_s: float = _server_option(
+        "step_timeout_s", "A step that takes longer is stuck: no new requests are taken, and --supervise starts anew."
+    ),
+    supervise: Annotated[
+        bool,
+        typer.Option(
+            "--supervise",
+            help="Serve in a child, and start another when it ends; the port stays.",
+            rich_help_panel=SERVER,
+        ),
+    ] = False,
+    supervised: Annotated[bool, typer.Option("--supervised", hidden=True)] = False,
     log_level: Annotated[str, typer.Option(help=", ".join(LEVELS), rich_help_panel=SERVER)] = "info",
     json: Json = False,
 ) -> None:
@@ -173,8 +188,12 @@ def serve(
         reflection=reflection,
         max_request_s=max_request_s,
         drain_grace_s=grace_s,
+        step_timeout_s=step_timeout_s,
+        supervised=supervised,
     )
     configure(log_level)
+    if supervise and not supervised:
+        raise typer.Exit(_supervise(server_config))
     limit_spinning()
     engine_config = EngineConfig(
         model=model if model is not None else default_model(),
@@ -227,6 +246,16 @@ def _metrics(address: str | None) -> MetricsConfig | None:
         return None
     host, port = parse_address(address)
     return MetricsConfig(host=host.strip("[]"), port=port)
+
+
+def _supervise(server_config: ServerConfig) -> int:
+    """The same command in a child, with a port that is known."""
+    from gralora_server.supervisor import supervise
+
+    def command(port: int) -> list[str]:
+        return [sys.executable, "-c", MAIN, *sys.argv[1:], "--supervised", "--address", f"{server_config.host}:{port}"]
+
+    return asyncio.run(supervise(server_config, command, say=print_line, hopeless=ExitCode.USAGE))
 
 
 async def _start_engine(config: EngineConfig) -> Engine:
