@@ -26,6 +26,7 @@ from gralora_runtime.errors import (
     EngineDeadError,
     GraloraError,
     InvalidRequestError,
+    NumericalError,
     QueueFullError,
     RequestCancelledError,
 )
@@ -34,7 +35,14 @@ from gralora_runtime.info import EngineInfo, EngineLoad, TokenizeResult
 from gralora_runtime.observation.requests import RequestMeter, RequestObservation, outcome_of
 from gralora_runtime.observation.snapshot import EngineSnapshot
 from gralora_runtime.observation.usage import OTHER
-from gralora_runtime.request import GenerationRequest, Prompt, ResponseParams, SamplingParams, StoppingParams
+from gralora_runtime.request import (
+    FinishReason,
+    GenerationRequest,
+    Prompt,
+    ResponseParams,
+    SamplingParams,
+    StoppingParams,
+)
 from gralora_runtime.sampling.state import SamplerState
 from gralora_runtime.scheduler import StepOutput
 from gralora_runtime.sequence import Sequence
@@ -84,6 +92,7 @@ class AsyncEngine:
         self._trials = RequestObservation(0)  # golden prompts are nobody's requests
         self._mean_service_s = 1.0
         self._tokenizing = Tokenizing(parts.prompts)
+        self._unsound: set[str] = set()  # versions whose last answer was no numbers
         self._thread = EngineThread(
             parts.engine,
             prepare=parts.prepare_thread,
@@ -408,6 +417,17 @@ class AsyncEngine:
                 self._mean_service_s += 0.1 * (now_s - entry.submitted_s - self._mean_service_s)
                 entry.observed.end(entry.given_up or outcome)
                 self._leave(output.request_id)
+                self._note_numbers(entry.stream.served_by, output)
+
+    def _note_numbers(self, served_by: str, last: StepOutput) -> None:
+        """Whether the adapter gave numbers in a request. Of one that always did there is nothing to tell."""
+        finished = last.delta.finished if last.delta is not None else None
+        if served_by and isinstance(last.error, NumericalError):
+            self._unsound.add(served_by)
+            self.adapters.note_answer(served_by, last.error.problem)
+        elif finished and finished.reason in (FinishReason.STOP, FinishReason.LENGTH) and served_by in self._unsound:
+            self._unsound.remove(served_by)
+            self.adapters.note_answer(served_by)
 
     @staticmethod
     def _deliver_one(entry: _Entry, output: StepOutput, now_s: float) -> str | None:

@@ -22,6 +22,7 @@ from gralora_runtime.errors import (
     AdapterConversionError,
     AdapterError,
     AdapterNotFoundError,
+    AdapterQuarantinedError,
     AdapterRejectedError,
     AdapterSourceError,
     AdapterUploadError,
@@ -59,6 +60,8 @@ CODES: dict[type[GraloraError], grpc.StatusCode] = {
     InvalidRequestError: grpc.StatusCode.INVALID_ARGUMENT,
     AdapterNotFoundError: grpc.StatusCode.NOT_FOUND,
     AdapterRejectedError: grpc.StatusCode.FAILED_PRECONDITION,
+    # As the answers that led to it, but with a time.
+    AdapterQuarantinedError: grpc.StatusCode.FAILED_PRECONDITION,
     AdapterVersionLostError: grpc.StatusCode.FAILED_PRECONDITION,
     AdapterConversionError: grpc.StatusCode.FAILED_PRECONDITION,
     AdapterBusyError: grpc.StatusCode.FAILED_PRECONDITION,
