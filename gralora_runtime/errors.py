@@ -21,6 +21,7 @@
     +-- RequestCancelledError    the client went away or somebody aborted it
     +-- NumericalError           the model or its adapter gave logits that are no numbers, for this request alone
     +-- RequestFailedError       our bug, met while working on this request alone: its cause is in the log, under an id
+    +-- MemoryShortageError      memory ran out while working on it: try again
     +-- StepFailedError          our bug, met while working on all requests of a step: try again
     +-- DrainingError            the server is shutting down
     +-- EngineDeadError          step after step failed, or the engine thread did: our bug
@@ -280,6 +281,16 @@ class RequestFailedError(GraloraError):
 
     def metadata(self) -> dict[str, str]:
         return {"error_id": self.error_id}
+
+
+class MemoryShortageError(GraloraError):
+    """There was not enough memory. Whoever came last had to go, so that the others can go on."""
+
+    reason = "OUT_OF_MEMORY"
+    retry_after_s = 1.0
+
+    def __init__(self, doing: str) -> None:
+        super().__init__(f"memory ran out while {doing}; the same request may be sent again")
 
 
 class StepFailedError(GraloraError):

@@ -33,6 +33,7 @@ from gralora_runtime.errors import (
     DrainingError,
     GraloraError,
     InvalidRequestError,
+    MemoryShortageError,
     NumericalError,
     QueueFullError,
     RequestCancelledError,
@@ -40,6 +41,7 @@ from gralora_runtime.errors import (
     SlowConsumerError,
     StepFailedError,
 )
+from gralora_runtime.shortage import out_of_memory
 from gralora_server.errors import (
     EngineStuckError,
     PermissionDeniedError,
@@ -75,6 +77,7 @@ CODES: dict[type[GraloraError], grpc.StatusCode] = {
     CatalogueError: grpc.StatusCode.FAILED_PRECONDITION,
     # The adapter's weights or the prompt are at fault, not us, and the same again ends the same.
     NumericalError: grpc.StatusCode.FAILED_PRECONDITION,
+    MemoryShortageError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     QueueFullError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     SlowConsumerError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     DeadlineExceededError: grpc.StatusCode.DEADLINE_EXCEEDED,
@@ -110,6 +113,8 @@ def failure_of(error: BaseException) -> Failure:
     code = next((CODES[kind] for kind in type(error).__mro__ if kind in CODES), None)
     if isinstance(error, GraloraError) and code is not None:
         return _build(code, str(error), _details(error), _pushback(error))
+    if out_of_memory(error):
+        return failure_of(MemoryShortageError("the call was answered"))
     error_id = uuid.uuid4().hex
     _log.error("internal error %s", error_id, exc_info=error)
     return _internal(error_id)

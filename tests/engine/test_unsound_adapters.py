@@ -1,4 +1,4 @@
-"""An adapter that gives no numbers, prompt after prompt, does not eat steps for ever; a bad prompt harms nobody else."""
+"""An adapter that gives no numbers, time after time, does not eat steps for ever; a bad prompt harms nobody else."""
 
 from __future__ import annotations
 

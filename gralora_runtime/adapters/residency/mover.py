@@ -25,8 +25,15 @@ from gralora_runtime.adapters.residency.eviction import Window
 from gralora_runtime.adapters.residency.host_cache import HostCache
 from gralora_runtime.adapters.residency.placement import Placement, PlacementQueue
 from gralora_runtime.adapters.residency.pool import AdapterPool, Resident
-from gralora_runtime.errors import AdapterCapacityError, AdapterRejectedError, DrainingError, GraloraError
+from gralora_runtime.errors import (
+    AdapterCapacityError,
+    AdapterRejectedError,
+    DrainingError,
+    GraloraError,
+    MemoryShortageError,
+)
 from gralora_runtime.observation.histogram import REQUEST_S, Histogram
+from gralora_runtime.shortage import out_of_memory
 
 log = logging.getLogger(__name__)
 
@@ -138,7 +145,7 @@ class Mover:
         """The load is over. Room and shutting down are not the adapter's fault, so they leave no mark on it."""
         version.loading = False
         self._moved(version.name)
-        if not isinstance(error, (AdapterCapacityError, DrainingError)):
+        if not isinstance(error, (AdapterCapacityError, DrainingError, MemoryShortageError)):
             version.error = error
         waiters, version.waiters = version.waiters, []
         for waiter in waiters:
@@ -219,6 +226,10 @@ class Mover:
         except AdapterRejectedError as error:
             version.refused = (stamp, to_keep(error))
             version.quarantine.extend()
+            raise
+        except Exception as error:
+            if out_of_memory(error):
+                raise MemoryShortageError(f"adapter {version.name!r} was read") from error
             raise
         finally:
             with self._answering():
@@ -416,13 +427,28 @@ class Mover:
         assert placement.adapter is not None
         with self._answering():
             resident = self._pool.reserve(placement.adapter.layout, window.offset)
-        self._pool.fill(resident, placement.adapter)
+        try:
+            self._pool.fill(resident, placement.adapter)
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            self._leave_out(placement, resident)
+            return
         with self._answering() as answers:
             self._pool.publish(resident)
             self._queue.remove(placement)
             self.placements += 1
             self._moved_all(placement.digest)
             self._settle(resident, placement.versions, answers)
+
+    def _leave_out(self, placement: Placement, resident: Resident) -> None:
+        """Memory ran out while it moved in: its room is others', and nothing of it stays there."""
+        self._pool.clear(resident)
+        with self._answering() as answers:
+            self._pool.release(resident)
+            self._queue.remove(placement)
+            for version in placement.versions:
+                self.fail(version, MemoryShortageError(f"adapter {version.name!r} was loaded"), answers)
 
     def _settle(self, resident: Resident, versions: Sequence[AdapterVersion], answers: Answers) -> None:
         """It is there, for these versions. Unless every name of it was unloaded meanwhile: then it has to go."""
