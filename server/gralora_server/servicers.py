@@ -10,6 +10,7 @@ import asyncio
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,10 @@ from gralora.v1 import (
     server_pb2_grpc,
 )
 from gralora_runtime.errors import DeadlineExceededError, DrainingError
-from gralora_runtime.stream import RequestStream
 from gralora_server import convert, validation
 from gralora_server.delivery import collect, deliver
 from gralora_server.gate import Gate, Phase
+from gralora_server.repeats import Answer, Repeats, asked_for
 from gralora_server.uploading import Uploading, uploads_of
 
 DEFAULT_PAGE_SIZE = 500
@@ -38,12 +39,15 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
-    """Each call is one request of the engine, and ends with it: however the call ends, the request is closed."""
+    """Each call is one request of the engine, or shares one that was sent before (`Repeats`), and leaves it at its end,
+    however it ends.
+    """
 
     def __init__(self, gate: Gate, *, max_request_s: float | None, write_timeout_s: float) -> None:
         self._gate = gate
         self._max_request_s = max_request_s
         self._write_timeout_s = write_timeout_s
+        self._repeats = Repeats()
 
     async def Generate(
         self, request: generation_pb2.GenerateRequest, context: Context
@@ -66,13 +70,15 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
             )
 
     @asynccontextmanager
-    async def _opened(self, request: validation.AnyGenerateRequest, context: Context) -> AsyncIterator[RequestStream]:
+    async def _opened(self, request: validation.AnyGenerateRequest, context: Context) -> AsyncIterator[Answer]:
         with self._gate.admit() as engine:
             validation.validate_generate(request)
+            asked = asked_for(request)
             # From here on the id is part of the request, for the log line as well.
             request.request_id = request.request_id or uuid.uuid4().hex
             timeout_s = effective_timeout_s(request.request_id, context.time_remaining(), self._max_request_s)
-            stream = await engine.submit(convert.from_generate_request(request, timeout_s=timeout_s))
+            wanted = convert.from_generate_request(request, timeout_s=timeout_s)
+            stream = await self._repeats.open(asked, partial(engine.submit, wanted))
             request.adapter = stream.served_by  # for the log line: a name does not say which content served
             try:
                 yield stream
