@@ -39,7 +39,8 @@ class PromptTokenizer:
         What has so many bytes that it cannot be `shorter_than` tokens is refused before it is tokenized.
         """
         if prompt.token_ids is not None:
-            _check_length(len(prompt.token_ids), shorter_than)
+            num_tokens = len(prompt.token_ids)
+            _check_length(num_tokens, shorter_than, got=num_tokens)
             field, ids = "token_ids", self._check_ids(prompt.token_ids)
         elif prompt.messages is not None:
             text = self._render(prompt.messages)
@@ -60,7 +61,8 @@ class PromptTokenizer:
     def _encode_text(self, text: str, shorter_than: int | None, *, add_special_tokens: bool) -> list[int]:
         if len(text) < LONG_CHARS:
             return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
-        _check_length(self._bound.least_tokens(text), shorter_than)
+        least = self._bound.least_tokens(text)
+        _check_length(least, shorter_than, got=f"{least} or more")
         (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         return list(encoding.ids)
 
@@ -75,7 +77,6 @@ class PromptTokenizer:
             raise InvalidRequestError("messages", roles, f"the model's chat template refuses them: {error}") from error
 
 
-def _check_length(least_tokens: int, shorter_than: int | None) -> None:
+def _check_length(least_tokens: int, shorter_than: int | None, *, got: object) -> None:
     if shorter_than is not None and least_tokens >= shorter_than:
-        problem = f"the prompt must be shorter than {shorter_than} tokens"
-        raise InvalidRequestError("prompt", f"{least_tokens} or more", problem)
+        raise InvalidRequestError("prompt", got, f"the prompt must be shorter than {shorter_than} tokens")

@@ -143,7 +143,9 @@ class _Supervisor:
         finally:
             self._child = None
             listening.cancel()
-            await asyncio.gather(listening, return_exceptions=True)
+            (failed,) = await asyncio.gather(listening, return_exceptions=True)
+            if isinstance(failed, Exception):
+                _log.error("what the server said could not be passed on", exc_info=failed)
 
     async def _listen_to(self, stdout: asyncio.StreamReader) -> None:
         while line := await stdout.readline():

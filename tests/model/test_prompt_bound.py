@@ -162,7 +162,7 @@ def test_a_prompt_that_cannot_fit_is_refused_before_it_is_tokenized(
 ) -> None:
     monkeypatch.setattr(prompts, "_tokenizer", None)  # would fail
 
-    with pytest.raises(InvalidRequestError, match=r"prompt: the prompt must be shorter than 100 tokens \(got '\d+ or"):
+    with pytest.raises(InvalidRequestError, match=r"prompt: the prompt must be shorter than 100 tokens \(got "):
         prompts.encode(prompt, shorter_than=100)
 
 
