@@ -12,7 +12,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 
 from gralora_runtime.errors import ConfigError
@@ -195,7 +195,8 @@ class _Supervisor:
         if number is not signal.SIGHUP:
             self._asked_to_stop.set()
         if self._child is not None:
-            self._child.send_signal(number)
+            with suppress(ProcessLookupError):  # it has ended, which we are about to hear
+                self._child.send_signal(number)
 
 
 def _as_shown(code: int) -> int:

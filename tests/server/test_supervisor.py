@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
 import socket
 import time
@@ -257,6 +258,22 @@ async def test_files_that_are_missing_at_first_end_it(tmp_path: Path) -> None:
     tls = TlsConfig(certificate=tmp_path / "none.pem", private_key=tmp_path / "none.key")
     with pytest.raises(ConfigError, match="cannot be read"):
         await supervise(replace(CONFIG, tls=tls), lambda _: [], say=print, hopeless=HOPELESS)
+
+
+async def test_files_that_go_missing_later_are_waited_for(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A certificate that is being exchanged: neither parent nor child can listen without it."""
+    paths = [Path(shutil.copy(PEMS / name, tmp_path)) for name in ("server.pem", "server.key", "ca.pem")]
+    tls = TlsConfig(certificate=paths[0], private_key=paths[1], client_ca=paths[2])
+    async with supervised(tmp_path, config=replace(CONFIG, tls=tls)) as s:
+        first = await s.serving()
+        key = paths[1].read_bytes()
+        paths[1].unlink()
+        os.kill(first, signal.SIGKILL)
+        await asyncio.wait_for(s.pauses.begun.wait(), PATIENCE_S)
+        paths[1].write_bytes(key)
+        await s.serving()
+
+    assert "nobody answers until the next server does" in caplog.text
 
 
 def test_pauses_grow_until_a_server_has_served_for_a_minute() -> None:
