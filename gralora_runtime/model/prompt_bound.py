@@ -19,7 +19,8 @@ NUM_BYTES = 256
 NUM_ASCII = 128
 NFC_SHRINKS = 3.5  # times at most, in UTF-8: U+1FBE, U+0308 and U+0301 of seven bytes become U+0390 of two
 HARMLESS = {"ByteLevel", "Digits", "Metaspace", "Punctuation", "Split"}  # pre-tokenizers, unless they remove something
-WHITE_SPACE = {byte for code in range(0x110000) if chr(code).isspace() for byte in chr(code).encode()}
+LAST_SPACE = 0x3000  # of Unicode's
+WHITE_SPACE = {byte for code in range(LAST_SPACE + 1) if chr(code).isspace() for byte in chr(code).encode()}
 
 
 @dataclass(frozen=True, slots=True)
