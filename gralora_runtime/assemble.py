@@ -35,6 +35,7 @@ from gralora_runtime.model.loading import BaseModel, load_base_model
 from gralora_runtime.model.programs.choice import kv_in_panels, make_runner, reserved_bytes
 from gralora_runtime.model.programs.gpu.graphs import usual_ladder
 from gralora_runtime.model.programs.runner import Runner, Served
+from gralora_runtime.model.refusal import refusing
 from gralora_runtime.model.selfcheck import check_runner, expected_logits
 from gralora_runtime.model.tokenization import PromptTokenizer
 from gralora_runtime.observation.steps import StepObservation
@@ -79,7 +80,8 @@ def assemble(config: EngineConfig, base: BaseModel | None = None) -> EngineParts
     expected = None
     if base is None:
         base = load_base_model(config.model, device=device, dtype=config.dtype)
-        expected = expected_logits(base)
+        with refusing(base.name, base.model.config, "computed"):
+            expected = expected_logits(base)
     rungs = usual_ladder(config.max_num_seqs) if config.cuda_graphs is None else config.cuda_graphs
     reserved = reserved_bytes(
         base,
@@ -99,31 +101,33 @@ def assemble(config: EngineConfig, base: BaseModel | None = None) -> EngineParts
             config, base, _free_bytes(device) - reserved, in_panels=kv_in_panels(backend, device)
         )
         num_pages = len(kv_pool.keys[0])
-        runner = make_runner(
-            Served(
-                base=base,
-                kv_pool=kv_pool,
-                arena=adapters.pool.arena,
-                groups=adapters.pool.groups,
-                backend=backend,
-                page_size=config.page_size,
-                max_num_tokens=config.max_num_batched_tokens,
-                max_num_rows=config.max_num_seqs,
-                max_model_len=max_model_len,
-                rungs=rungs,
-                batch_invariant=config.batch_invariant,
+        with refusing(base.name, base.model.config, "set up"):
+            runner = make_runner(
+                Served(
+                    base=base,
+                    kv_pool=kv_pool,
+                    arena=adapters.pool.arena,
+                    groups=adapters.pool.groups,
+                    backend=backend,
+                    page_size=config.page_size,
+                    max_num_tokens=config.max_num_batched_tokens,
+                    max_num_rows=config.max_num_seqs,
+                    max_model_len=max_model_len,
+                    rungs=rungs,
+                    batch_invariant=config.batch_invariant,
+                )
             )
-        )
         batch = BatchBuilder(
             max_num_tokens=config.max_num_batched_tokens,
             page_size=config.page_size,
             slot_generation=adapters.pool.generation,
         )
         if expected is not None:
-            check_runner(
-                base, runner, batch, config.page_size, expected,
-                max_num_tokens=config.max_num_batched_tokens, max_model_len=max_model_len,
-            )  # fmt: skip
+            with refusing(base.name, base.model.config, "computed in steps"):
+                check_runner(
+                    base, runner, batch, config.page_size, expected,
+                    max_num_tokens=config.max_num_batched_tokens, max_model_len=max_model_len,
+                )  # fmt: skip
     except BaseException:
         adapters.close()
         raise

@@ -28,6 +28,7 @@ from gralora_runtime.errors import (
     EngineDeadError,
     GraloraError,
     InvalidRequestError,
+    NumericalError,
     QueueFullError,
     RequestCancelledError,
     TooLateError,
@@ -52,6 +53,7 @@ from gralora_runtime.scheduler import StepOutput
 from gralora_runtime.sequence import Sequence
 from gralora_runtime.stepping.engine_thread import EngineThread
 from gralora_runtime.stream import RequestStream, merge_deltas
+from gralora_runtime.tokenizing import Tokenizing
 
 # How far behind the likeliest token one may be, by its log probability, and have been chosen where sums are rounded
 # otherwise: logits agree to 1e-3 in float32; 16 bits leave logits of 16 to 32 an eighth between two values.
@@ -105,6 +107,8 @@ class AsyncEngine:
             max_tokens=config.max_queue_tokens or TIMES_THE_CACHE * parts.info.num_pages * parts.info.page_size,
         )
         self._forecast = Forecast(self._backlog, parts.engine.times, max_num_seqs=config.max_num_seqs)
+        self._tokenizing = Tokenizing(parts.prompts)
+        self._unsound: set[str] = set()  # versions whose last answer was no numbers
         self._thread = EngineThread(
             parts.engine,
             prepare=parts.prepare_thread,
@@ -165,8 +169,13 @@ class AsyncEngine:
 
     async def tokenize(self, prompt: Prompt) -> TokenizeResult:
         """Token ids as `submit` would compute them."""
-        token_ids = await asyncio.to_thread(self._parts.prompts.encode, prompt)
+        token_ids = await self._tokenizing.encode(prompt)
         return TokenizeResult(token_ids=tuple(token_ids), max_model_len=self._parts.info.max_model_len)
+
+    @property
+    def busy_since_s(self) -> float | None:
+        """When the step that runs now began, by `time.monotonic`, from any thread; None if there is nothing to do."""
+        return self._thread.busy_since_s
 
     def info(self) -> EngineInfo:
         """What was decided at start."""
@@ -249,6 +258,7 @@ class AsyncEngine:
         for request_id, entry in list(self._entries.items()):
             entry.aborted.set()
             self._fail(request_id, entry, DrainingError())
+        self._tokenizing.close()
         await asyncio.to_thread(self.adapters.close)
 
     def _examine_soon(self, case: GoldenCase, lease: AdapterLease) -> concurrent.futures.Future[GoldenAnswer]:
@@ -359,7 +369,7 @@ class AsyncEngine:
     async def _prepare(self, request: GenerationRequest, entry: _Entry, lease: AdapterLease | None = None) -> Sequence:
         """`lease`: if there is one already."""
         deadline_s = None if request.timeout_s is None else entry.submitted_s + request.timeout_s
-        tokens = await asyncio.to_thread(self._parts.prompts.encode, request.prompt)
+        tokens = await self._tokenizing.encode(request.prompt, shorter_than=self._parts.info.max_model_len)
         max_tokens = entry.max_tokens = self._max_tokens(request, len(tokens))
         self._check_token_ids(request)
         self._count_prompt(request, entry, len(tokens), is_trial=lease is not None)
@@ -487,6 +497,17 @@ class AsyncEngine:
                 self._learn(entry, output)
                 entry.observed.end(entry.given_up or outcome)
                 self._leave(output.request_id)
+                self._note_numbers(entry.stream.served_by, output)
+
+    def _note_numbers(self, served_by: str, last: StepOutput) -> None:
+        """Whether the adapter gave numbers in a request. Of one that always did there is nothing to tell."""
+        finished = last.delta.finished if last.delta is not None else None
+        if served_by and isinstance(last.error, NumericalError):
+            self._unsound.add(served_by)
+            self.adapters.note_answer(served_by, last.error.problem)
+        elif finished and finished.reason in (FinishReason.STOP, FinishReason.LENGTH) and served_by in self._unsound:
+            self._unsound.remove(served_by)
+            self.adapters.note_answer(served_by)
 
     def _note_first_token(self, entry: _Entry, now_s: float) -> None:
         self._backlog.start(entry.place)

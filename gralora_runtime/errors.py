@@ -7,6 +7,7 @@
     |   +-- AdapterVersionNotFoundError   the name has no such version
     |   +-- AdapterVersionLostError       it had, but its files are gone or others, and no copy is kept
     |   +-- AdapterRejectedError      the checkpoint is broken or asks for what we do not implement: all reasons at once
+    |   +-- AdapterQuarantinedError   its logits were no numbers time and again: it gets no requests for a while
     |   +-- AdapterConversionError    it has no exact form in another dialect: all reasons at once
     |   +-- AdapterBusyError          requests hold it, so it cannot be unloaded
     |   +-- AdapterCapacityError      it does not fit beside those in use
@@ -22,6 +23,7 @@
     +-- RequestCancelledError    the client went away or somebody aborted it
     +-- NumericalError           the model or its adapter gave logits that are no numbers, for this request alone
     +-- RequestFailedError       our bug, met while working on this request alone: its cause is in the log, under an id
+    +-- MemoryShortageError      memory ran out while working on it: try again
     +-- StepFailedError          our bug, met while working on all requests of a step: try again
     +-- DrainingError            the server is shutting down
     +-- EngineDeadError          step after step failed, or the engine thread did: our bug
@@ -129,6 +131,17 @@ class AdapterRejectedError(AdapterError):
 
     def metadata(self) -> dict[str, str]:
         return {"adapter": self.name, "problems": "; ".join(self.problems)}
+
+
+class AdapterQuarantinedError(AdapterError):
+    """Requests for this version ended with logits that are no numbers, one after the other. It will be tried again."""
+
+    reason = "ADAPTER_QUARANTINED"
+
+    def __init__(self, label: str, failures: int, problem: str, retry_after_s: float) -> None:
+        self.retry_after_s = retry_after_s
+        message = f"the last {failures} requests for adapter {label!r} failed alike: {problem}"
+        super().__init__(label, f"{message}; it is tried again in {retry_after_s:.0f} s")
 
 
 class AdapterConversionError(AdapterError):
@@ -291,6 +304,7 @@ class NumericalError(GraloraError):
 
     def __init__(self, request_id: str, adapter: str, problem: str) -> None:
         self.adapter = adapter
+        self.problem = problem
         super().__init__(f"request {request_id!r} with adapter {adapter!r}: {problem}")
 
     def metadata(self) -> dict[str, str]:
@@ -306,6 +320,16 @@ class RequestFailedError(GraloraError):
 
     def metadata(self) -> dict[str, str]:
         return {"error_id": self.error_id}
+
+
+class MemoryShortageError(GraloraError):
+    """There was not enough memory. Whoever came last had to go, so that the others can go on."""
+
+    reason = "OUT_OF_MEMORY"
+    retry_after_s = 1.0
+
+    def __init__(self, doing: str) -> None:
+        super().__init__(f"memory ran out while {doing}; the same request may be sent again")
 
 
 class StepFailedError(GraloraError):

@@ -25,6 +25,7 @@ from gralora_runtime.adapters.answers import Answers
 from gralora_runtime.adapters.catalogue.catalogue import RETENTION, Catalogue, Retention
 from gralora_runtime.adapters.catalogue.changes import Changes, any_name
 from gralora_runtime.adapters.catalogue.names import Reference, check_name, parse_reference, version_of
+from gralora_runtime.adapters.catalogue.numerics import Numerics
 from gralora_runtime.adapters.catalogue.similar import similar_name
 from gralora_runtime.adapters.catalogue.sources.source import Source
 from gralora_runtime.adapters.catalogue.store import AdapterState, AdapterStore, AdapterVersion, Alias, Waiter
@@ -178,6 +179,21 @@ class AdapterManager:
         with self._answering() as answers:
             self._mover.shares.share_of = share_of
             self._mover.wake(answers)
+
+    def note_answer(self, label: str, problem: str = "") -> None:
+        """How a request ended that this version served: well, or with logits that are no numbers, the `problem`."""
+        reference = parse_reference("adapter", label)
+        with self._lock:
+            alias = self._store.find(reference.name)
+            version = alias.versions.get(reference.number or 0) if alias is not None else None
+            if version is None:
+                return  # removed since
+            if not problem:
+                version.numerics = None
+                return
+            version.numerics = version.numerics or Numerics()
+            if version.numerics.fail(problem):
+                log.warning("%s", version.numerics.error(label))
 
     def examine_with(self, examiner: Examiner) -> None:
         """Who answers golden prompts. Versions that have some wait until somebody does."""
@@ -427,6 +443,9 @@ class AdapterManager:
 
     def enter(self, version: AdapterVersion, waiter: Waiter, answers: Answers) -> Future[Any]:
         """Serve the waiter at once, or let it wait for a load that is under way or begins now."""
+        if waiter.wants_lease and version.numerics is not None and (bad := version.numerics.error(version.label)):
+            answers.error(waiter.future, bad)
+            return waiter.future
         if version.untried and version.error is not None and version.quarantine.lasts:
             answers.error(waiter.future, version.error)
             return waiter.future

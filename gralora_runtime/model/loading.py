@@ -17,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from gralora_runtime.errors import ConfigError, ModelUnsupportedError
 from gralora_runtime.model.kv_pool import kv_shape
+from gralora_runtime.model.refusal import refusing
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SERVED_LAYER_TYPES = {"full_attention", "sliding_attention"}
@@ -44,23 +45,27 @@ def load_base_model(path: Path, *, device: torch.device, dtype: str) -> BaseMode
     if not (path / "config.json").is_file():
         raise ConfigError(f"{path} is not a Hugging Face model directory: it has no config.json")
     transformers_logging.disable_progress_bar()  # a server's log is no place for one
-    config = AutoConfig.from_pretrained(path, local_files_only=True)
+    with _readable(path):
+        config = AutoConfig.from_pretrained(path, local_files_only=True)
     problems = unsupported_features(config)
     if problems:
         raise ModelUnsupportedError(str(path), problems)
     chosen = _choose_dtype(dtype, config, device)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=chosen, local_files_only=True, attn_implementation="sdpa")
-    chat_tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-    return BaseModel(
-        model=model.to(device).eval(),
-        chat_tokenizer=chat_tokenizer,
-        tokenizer=Tokenizer.from_str(chat_tokenizer.backend_tokenizer.to_str()),
-        eos_token_ids=_eos_token_ids(path, config, chat_tokenizer),
-        name=path.name,
-        digest=_digest(path),
-        max_positions=config.max_position_embeddings,
-        **kv_shape(config),
-    )
+    with refusing(str(path), config, "read"):
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=chosen, local_files_only=True, attn_implementation="sdpa"
+        )
+        chat_tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        return BaseModel(
+            model=model.to(device).eval(),
+            chat_tokenizer=chat_tokenizer,
+            tokenizer=Tokenizer.from_str(chat_tokenizer.backend_tokenizer.to_str()),
+            eos_token_ids=_eos_token_ids(path, config, chat_tokenizer),
+            name=path.name,
+            digest=_digest(path),
+            max_positions=config.max_position_embeddings,
+            **kv_shape(config),
+        )
 
 
 def load_as_stored(path: Path) -> PreTrainedModel:
@@ -105,6 +110,7 @@ def unsupported_features(config: Any) -> list[str]:
             getattr(config, "reorder_and_upcast_attn", False)
             or getattr(config, "scale_attn_by_inverse_layer_idx", False)
         ),
+        "keys and values are compressed (kv_lora_rank)": getattr(config, "kv_lora_rank", None),
         "no multi-head attention (num_attention_heads)": not hasattr(config, "num_attention_heads"),
     }
     return [f"{problem}, got {value!r}" for problem, value in checks.items() if value]

@@ -8,7 +8,18 @@ from jinja2 import TemplateError
 from tokenizers import Tokenizer
 
 from gralora_runtime.errors import InvalidRequestError
+from gralora_runtime.model.prompt_bound import prompt_bound
 from gralora_runtime.request import ChatMessage, Prompt
+
+# From here on a text takes 10 ms and more. `Tokenizer.encode` keeps Python's lock all the while, and no stream would
+# get a token; `encode_batch_fast` gives it back, but waits for a thread of a pool that all such calls share.
+LONG_CHARS = 16_384
+
+
+def is_long(prompt: Prompt) -> bool:
+    """Whether it takes so long to tokenize that nothing short should wait for it."""
+    texts = [prompt.text or "", *(message.content for message in prompt.messages or ())]
+    return sum(map(len, texts)) >= LONG_CHARS
 
 
 class PromptTokenizer:
@@ -20,15 +31,22 @@ class PromptTokenizer:
         self._vocab_size = vocab_size
         tokenizer.no_truncation()  # a checkpoint may ask for it; a prompt is served whole or refused
         tokenizer.no_padding()
+        self._bound = prompt_bound(tokenizer)
 
-    def encode(self, prompt: Prompt) -> list[int]:
-        """Token ids of a prompt, at least one. Raises `InvalidRequestError` naming the field."""
+    def encode(self, prompt: Prompt, *, shorter_than: int | None = None) -> list[int]:
+        """Token ids of a prompt, at least one. Raises `InvalidRequestError` naming the field.
+
+        What has so many bytes that it cannot be `shorter_than` tokens is refused before it is tokenized.
+        """
         if prompt.token_ids is not None:
+            num_tokens = len(prompt.token_ids)
+            _check_length(num_tokens, shorter_than, got=num_tokens)
             field, ids = "token_ids", self._check_ids(prompt.token_ids)
         elif prompt.messages is not None:
-            field, ids = "messages", self._encode_messages(prompt.messages)
+            text = self._render(prompt.messages)
+            field, ids = "messages", self._encode_text(text, shorter_than, add_special_tokens=False)
         else:
-            field, ids = "text", list(self._tokenizer.encode(prompt.text or "").ids)
+            field, ids = "text", self._encode_text(prompt.text or "", shorter_than, add_special_tokens=True)
         if not ids:
             raise InvalidRequestError(field, getattr(prompt, field), "the prompt is empty")
         return ids
@@ -40,13 +58,25 @@ class PromptTokenizer:
                 raise InvalidRequestError(f"token_ids[{index}]", token, problem)
         return list(token_ids)
 
-    def _encode_messages(self, messages: tuple[ChatMessage, ...]) -> list[int]:
+    def _encode_text(self, text: str, shorter_than: int | None, *, add_special_tokens: bool) -> list[int]:
+        if len(text) < LONG_CHARS:
+            return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+        least = self._bound.least_tokens(text)
+        _check_length(least, shorter_than, got=f"{least} or more")
+        (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        return list(encoding.ids)
+
+    def _render(self, messages: tuple[ChatMessage, ...]) -> str:
         if not self._chat_tokenizer.chat_template:
             raise InvalidRequestError("messages", len(messages), "this model has no chat template; send text")
         turns = [{"role": message.role, "content": message.content} for message in messages]
         try:
-            text = self._chat_tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+            return str(self._chat_tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
         except TemplateError as error:  # templates raise it themselves, for example for roles out of order
             roles = [message.role for message in messages]
             raise InvalidRequestError("messages", roles, f"the model's chat template refuses them: {error}") from error
-        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+
+def _check_length(least_tokens: int, shorter_than: int | None, *, got: object) -> None:
+    if shorter_than is not None and least_tokens >= shorter_than:
+        raise InvalidRequestError("prompt", got, f"the prompt must be shorter than {shorter_than} tokens")

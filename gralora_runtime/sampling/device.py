@@ -98,7 +98,18 @@ class DeviceSampler:
         self._rows.sample(logits, SamplingRules(everything), history)
 
     def sample(self, logits: Tensor, states: Sequence[SamplerState], seats: Sequence[int]) -> Results:
-        """Row i of `logits` [rows, vocab] by `states[i]`, which has `seats[i]` to itself."""
+        """Row i of `logits` [rows, vocab] by `states[i]`, which has `seats[i]` to itself.
+
+        If it fails, all of them take their seats anew: what is kept of them here may be a token ahead.
+        """
+        try:
+            return self._sample(logits, states, seats)
+        except BaseException:
+            for seat in seats:
+                self._states[seat] = None
+            raise
+
+    def _sample(self, logits: Tensor, states: Sequence[SamplerState], seats: Sequence[int]) -> Results:
         for state, seat in zip(states, seats, strict=True):
             if self._states[seat] is not state:
                 self._take_seat(state, seat)

@@ -15,9 +15,11 @@ from gralora_runtime.forecast import StepTimes
 from gralora_runtime.observation.steps import Phase, StepObservation
 from gralora_runtime.plan import StepPlan
 from gralora_runtime.scheduler import Scheduler, StepOutput
+from gralora_runtime.shortage import out_of_memory
 from gralora_runtime.stepping.batch import BatchBuilder
 from gralora_runtime.stepping.executor import Executor, Launched
 from gralora_runtime.stepping.fence import StepFence
+from gralora_runtime.stepping.shedding import shed
 
 MAX_FAILURES_IN_A_ROW = 3  # of steps: then it is not the requests that are at fault
 
@@ -105,7 +107,8 @@ class Engine:
             states = [self.scheduler.sequence(row.request_id).sampler for row in sampling]
             launched = self.executor.launch(tensors, states, [row.seat for row in sampling])
         except BaseException as error:
-            self._fail(plan, error)
+            # What was launched before is waited for before the next plan, so that this one can be made anew.
+            self._fail(plan, error, repeatable=True)
             return None
         self._fence.launched()
         return _OnItsWay(plan, launched, began_s)
@@ -120,7 +123,7 @@ class Engine:
                 self._fence.returned()
             outputs = self.observation.timed(Phase.COMMIT, self.scheduler.commit, due.plan, sampled)
         except BaseException as error:
-            self._fail(due.plan, error)
+            self._fail(due.plan, error, repeatable=not self.pipelined)
             return self.scheduler.take_outputs()
         self._failures_in_a_row = 0
         self.num_steps += 1
@@ -131,8 +134,13 @@ class Engine:
         self.observation.count(due.plan)
         return outputs
 
-    def _fail(self, plan: StepPlan | None, error: BaseException) -> None:
+    def _fail(self, plan: StepPlan | None, error: BaseException, *, repeatable: bool) -> None:
         if not contained(error):
             raise error
-        if self.scheduler.fail_step(plan, error):
+        if plan is not None and out_of_memory(error):  # too much at once: no reason to end the engine
+            if repeatable:
+                shed(self.scheduler, plan, error)
+            else:
+                self.scheduler.fail_step(plan, error)
+        elif self.scheduler.fail_step(plan, error):
             self._failures_in_a_row += 1

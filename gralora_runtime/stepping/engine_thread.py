@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
@@ -48,6 +49,7 @@ class EngineThread:
         self._inbox: list[tuple[str, Command]] = []
         self._stopping = False
         self._condition = threading.Condition()
+        self.busy_since_s: float | None = None  # when this round of commands and a step began; None: it waits for work
         self._thread = threading.Thread(target=self._run, name="gralora-engine", daemon=True)
 
     def start(self) -> None:
@@ -76,6 +78,7 @@ class EngineThread:
             self._hand_over()
             self._on_death()
         finally:
+            self.busy_since_s = None
             self._engine.close()
 
     def _step_until_stopped(self) -> None:
@@ -124,11 +127,13 @@ class EngineThread:
     def _take_commands(self) -> bool:
         """Wait until there is something to do, do what was posted, and say whether to go on."""
         scheduler = self._engine.scheduler
+        self.busy_since_s = None
         with self._condition:
             while not (self._inbox or self._stopping or self._engine.has_work or self._outputs or self._lost):
                 self._condition.wait()
             commands, self._inbox = self._inbox, []
             stopping = self._stopping
+        self.busy_since_s = time.monotonic()
         for request_id, command in commands:
             try:
                 command(scheduler)

@@ -49,12 +49,14 @@ class ServerConfig:
     max_request_s: float | None = None  # a request without a deadline gets this one, a longer one is cut to it
     write_timeout_s: float = 30.0  # a client that takes no message for so long is a slow consumer
     drain_grace_s: float = 30.0  # running requests may finish within it after SIGTERM
+    step_timeout_s: float = 60.0  # a step that takes longer is stuck; the longest that serve take a few seconds
+    supervised: bool = False  # a parent shares the port, and has our standard input open for as long as it lives
     max_connection_age_s: float | None = None  # lets balancers spread long-lived connections again
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port must be 0 to 65535, got {self.port}")
-        for name in ("max_message_bytes", "max_request_s", "write_timeout_s", "max_connection_age_s"):
+        for name in ("max_message_bytes", "max_request_s", "write_timeout_s", "step_timeout_s", "max_connection_age_s"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ConfigError(f"{name} must be above 0, got {value}")

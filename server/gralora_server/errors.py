@@ -4,6 +4,8 @@ GraloraError
 +-- SlowConsumerError
 |   +-- StalledClientError   the transport could hand the client no message for too long
 +-- StartingError            the model is still loading
++-- RestartingError          the engine's process has ended, and another is on its way
++-- EngineStuckError         a step of the engine does not end
 +-- UnauthenticatedError     no bearer token, or none of ours
 +-- PermissionDeniedError    we know the caller, who may not do this
 +-- ConfigError
@@ -33,6 +35,26 @@ class StartingError(GraloraError):
 
     def __init__(self) -> None:
         super().__init__("the server is starting: its model is still loading")
+
+
+class RestartingError(GraloraError):
+    """The process that serves has ended, and another one is started in its place."""
+
+    reason = "ENGINE_RESTARTING"
+    retry_after_s = 1.0
+
+    def __init__(self) -> None:
+        super().__init__("the engine's process has ended; another one is being started")
+
+
+class EngineStuckError(GraloraError):
+    """A step takes longer than any should. Whoever has a request in it waits on, but nobody else need join them."""
+
+    reason = "ENGINE_STUCK"
+    retry_after_s = 2.0
+
+    def __init__(self) -> None:
+        super().__init__("the engine is stuck in a step, and takes no requests until that ends")
 
 
 class UnauthenticatedError(GraloraError):

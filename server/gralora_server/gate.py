@@ -6,12 +6,12 @@ Knows no transport. All of it belongs to the event loop's thread.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import Enum, auto
 
 from gralora_runtime.errors import DrainingError, EngineDeadError, GraloraError
-from gralora_server.errors import StartingError
+from gralora_server.errors import EngineStuckError, StartingError
 from gralora_server.ports import Engine
 
 
@@ -25,8 +25,11 @@ class Phase(Enum):
 class Gate:
     """Starts closed. Phases follow each other only in the order of `Phase`."""
 
-    def __init__(self) -> None:
+    def __init__(self, absent: Callable[[], GraloraError] = StartingError) -> None:
+        """`absent`: why there is no engine."""
         self.phase = Phase.STARTING
+        self.stuck = False  # for as long as a step does not end
+        self._absent = absent
         self._engine: Engine | None = None
         self._inside: set[asyncio.Task[object]] = set()
         self._evicted_by: GraloraError | None = None
@@ -38,7 +41,7 @@ class Gate:
         if self.phase is Phase.DEAD:
             raise EngineDeadError
         if self._engine is None:
-            raise DrainingError if self.phase is Phase.DRAINING else StartingError
+            raise DrainingError if self.phase is Phase.DRAINING else self._absent()
         return self._engine
 
     @property
@@ -48,10 +51,12 @@ class Gate:
 
     @contextmanager
     def admit(self) -> Iterator[Engine]:
-        """New work: refused while starting and draining, counted until it ends, and evictable."""
+        """New work: refused while starting, stuck and draining, counted until it ends, and evictable."""
         engine = self.engine
         if self.phase is Phase.DRAINING:
             raise DrainingError
+        if self.stuck:
+            raise EngineStuckError
         task = asyncio.current_task()
         assert task is not None
         self._inside.add(task)

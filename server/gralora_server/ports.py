@@ -46,13 +46,15 @@ class Adapters(Protocol):
 
 
 class Engine(Protocol):
-    """Generates. Every method but `snapshot` is called on the event loop."""
+    """Generates. Every method but `snapshot` is called on the event loop; `busy_since_s` is read in any thread."""
 
     dead: asyncio.Event
     first_token_s: float | None  # who would wait longer for the first token is refused; may change at any time
 
     @property
     def adapters(self) -> Adapters: ...
+    @property
+    def busy_since_s(self) -> float | None: ...
     async def submit(self, request: GenerationRequest) -> RequestStream: ...
     def abort(self, request_id: str) -> bool: ...
     async def tokenize(self, prompt: Prompt) -> TokenizeResult: ...

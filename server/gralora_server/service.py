@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import faulthandler
 import gc
 import logging
+import os
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, suppress
 from functools import partial
 from typing import Any, TypeVar
 
@@ -23,10 +25,10 @@ from gralora.v1 import (
     server_pb2,
     server_pb2_grpc,
 )
-from gralora_runtime.errors import ConfigError, DrainingError, EngineDeadError
+from gralora_runtime.errors import ConfigError, DrainingError, EngineDeadError, GraloraError
 from gralora_server.config import MetricsConfig, ServerConfig
-from gralora_server.errors import ConfigInvalidError
-from gralora_server.gate import Gate
+from gralora_server.errors import ConfigInvalidError, StartingError
+from gralora_server.gate import Gate, Phase
 from gralora_server.health import Health
 from gralora_server.interceptors import AuthInterceptor, CallInterceptor
 from gralora_server.metrics.page import MetricsPage
@@ -42,6 +44,7 @@ from gralora_server.tenants.rights import Rights
 from gralora_server.tenants.tenancy import Tenancy
 from gralora_server.tenants.usage import Usage
 from gralora_server.tls import ServerCertificate
+from gralora_server.watchdog import watching
 
 SERVICES = tuple(
     file.DESCRIPTOR.services_by_name[name].full_name
@@ -53,6 +56,11 @@ SERVICES = tuple(
 )
 HEALTH_SERVICE = "grpc.health.v1.Health"
 FAREWELL_S = 2.0  # for statuses to reach clients that read
+# Calls that have arrived and that Python has not looked at yet. By default gRPC ends some of those beyond 1,000, and
+# all beyond 3,000, as CANCELLED, which tells a client nothing: of 1,500 streams opened at once 40 to 60 ended so.
+MAX_PENDING_CALLS = 10_000
+STUCK_EXIT_CODE = 134  # as a shell shows an abort
+STDIN = 0
 
 _log = logging.getLogger(__name__)
 
@@ -62,10 +70,16 @@ T = TypeVar("T")
 class GrpcServer:
     """Answers from `start` on: with UNAVAILABLE until `open`, and again from `drain` on."""
 
-    def __init__(self, config: ServerConfig, reloader: Reloader | None = None) -> None:
+    def __init__(
+        self,
+        config: ServerConfig,
+        reloader: Reloader | None = None,
+        absent: Callable[[], GraloraError] = StartingError,
+    ) -> None:
+        """`absent`: see `Gate`."""
         self._config = config
         self.reloader = reloader if reloader is not None else Reloader(NOTHING_SAID.read)
-        self.gate = Gate()
+        self.gate = Gate(absent)
         self._objectives = Objectives(self.gate)
         self.reloader.add(self._objectives)
         self.quotas = Quotas()
@@ -104,6 +118,12 @@ class GrpcServer:
         engine.adapters.limit_pool(self.quotas.share_of_pool)
         self.gate.open(engine)
         await self._health.set_serving(True)
+
+    async def set_stuck(self, stuck: bool) -> None:
+        """A step of the engine takes too long, or has ended after all."""
+        self.gate.stuck = stuck
+        if self.gate.phase is Phase.SERVING:
+            await self._health.set_serving(not stuck)
 
     async def drain(self, grace_s: float) -> None:
         """Take no new work, let what runs finish, and end what is left after `grace_s` with a status that says so."""
@@ -174,25 +194,26 @@ async def serve(
             if on_bound is not None:
                 on_bound(port)
             _log.info("listening on %s:%d", config.host, port)
-            await _load_and_serve(server, engine_factory, config.drain_grace_s, partial(on_serving or _quietly, port))
+            await _load_and_serve(server, engine_factory, config, partial(on_serving or _quietly, port))
     finally:
         await server.stop()
 
 
 async def _load_and_serve(
-    server: GrpcServer, engine_factory: EngineFactory, grace_s: float, announce: Callable[[], None]
+    server: GrpcServer, engine_factory: EngineFactory, config: ServerConfig, announce: Callable[[], None]
 ) -> None:
-    with _signals(server) as asked_to_stop:
+    with _signals(server, supervised=config.supervised) as asked_to_stop:
         engine = await _unless(asked_to_stop, engine_factory())
         if engine is None:
             return
-        try:
-            spare_collector()
-            await server.open(engine)
-            announce()
-            await _serve_engine(server, engine, asked_to_stop, grace_s)
-        finally:
-            await engine.close()
+        with _watchdog(server, engine, config):
+            try:
+                spare_collector()
+                await server.open(engine)
+                announce()
+                await _serve_engine(server, engine, asked_to_stop, config.drain_grace_s)
+            finally:
+                await engine.close()
 
 
 def spare_collector() -> None:
@@ -245,9 +266,39 @@ async def _unless(event: asyncio.Event, work: Awaitable[T]) -> T | None:
         task.cancel()
 
 
+def _watchdog(server: GrpcServer, engine: Engine, config: ServerConfig) -> AbstractContextManager[None]:
+    """Health and new requests learn of a stuck engine; a supervised process ends, so that another takes its place."""
+    loop = asyncio.get_running_loop()
+
+    def on_change(stuck: bool) -> None:
+        _log.log(
+            logging.CRITICAL if stuck else logging.WARNING,
+            "a step has taken more than %g s: %s",
+            config.step_timeout_s,
+            "no requests are taken until it ends" if stuck else "it has ended, and requests are taken again",
+        )
+        asyncio.run_coroutine_threadsafe(server.set_stuck(stuck), loop)
+
+    return watching(
+        lambda: engine.busy_since_s,
+        limit_s=config.step_timeout_s,
+        on_change=on_change,
+        give_up=end_stuck if config.supervised else None,
+    )
+
+
+def end_stuck() -> None:
+    """End this process as an abort would, with all its stacks on standard error, and without its core in a file."""
+    _log.critical("the step does not end: this process does, with exit code %d", STUCK_EXIT_CODE)
+    faulthandler.dump_traceback(all_threads=True)
+    os._exit(STUCK_EXIT_CODE)
+
+
 @contextmanager
-def _signals(server: GrpcServer) -> Iterator[asyncio.Event]:
-    """The event is set by the first SIGTERM or SIGINT; any further one ends what still runs."""
+def _signals(server: GrpcServer, *, supervised: bool) -> Iterator[asyncio.Event]:
+    """The event is set by the first SIGTERM or SIGINT; any further one ends what still runs. The end of standard input
+    is the supervisor's, whose port nobody would keep.
+    """
     loop, asked_to_stop = asyncio.get_running_loop(), asyncio.Event()
     reloads: set[asyncio.Task[None]] = set()
 
@@ -261,14 +312,23 @@ def _signals(server: GrpcServer) -> Iterator[asyncio.Event]:
         reloads.add(task)  # the loop itself would forget it
         task.add_done_callback(reloads.discard)
 
+    def on_input() -> None:
+        if not os.read(STDIN, 1):
+            loop.remove_reader(STDIN)
+            on_signal()
+
     handlers = dict.fromkeys((signal.SIGTERM, signal.SIGINT), on_signal)
     if server.reloader.has_file:  # otherwise a terminal that is closed ends its server, as it always did
         handlers[signal.SIGHUP] = on_hangup
     for number, handler in handlers.items():
         loop.add_signal_handler(number, handler)
+    if supervised:
+        loop.add_reader(STDIN, on_input)
     try:
         yield asked_to_stop
     finally:
+        if supervised:
+            loop.remove_reader(STDIN)
         for number in handlers:
             loop.remove_signal_handler(number)
 
@@ -281,8 +341,10 @@ async def _reload(reloader: Reloader) -> None:
 def _channel_options(config: ServerConfig) -> list[tuple[str, int]]:
     options = [
         ("grpc.max_receive_message_length", config.max_message_bytes),
-        # Two servers on one port would share its connections silently.
-        ("grpc.so_reuseport", 0),
+        ("grpc.server.max_pending_requests", MAX_PENDING_CALLS),
+        ("grpc.server.max_pending_requests_hard_limit", MAX_PENDING_CALLS),
+        # Two servers on one port would share its connections silently; supervisor and supervised mean to.
+        ("grpc.so_reuseport", int(config.supervised)),
         ("grpc.keepalive_time_ms", 20_000),
         ("grpc.keepalive_timeout_ms", 10_000),
         ("grpc.keepalive_permit_without_calls", 1),

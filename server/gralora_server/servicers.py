@@ -10,6 +10,7 @@ import asyncio
 import uuid
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,13 @@ from gralora.v1 import (
     server_pb2_grpc,
 )
 from gralora_runtime.errors import DeadlineExceededError, DrainingError
+from gralora_runtime.request import GenerationRequest
 from gralora_server import convert, validation
 from gralora_server.delivery import collect, deliver
 from gralora_server.errors import PermissionDeniedError, StartingError
 from gralora_server.gate import Gate, Phase
+from gralora_server.ports import Engine
+from gralora_server.repeats import Answer, Repeats, asked_for
 from gralora_server.settings.reloader import Reloader
 from gralora_server.tenants.caller import Caller, current
 from gralora_server.tenants.metering import MeteredStream, Metering
@@ -45,7 +49,9 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
-    """Each call is one request of the engine, and ends with it: however the call ends, the request is closed."""
+    """Each call is one request of the engine, or shares one that was sent before (`Repeats`), and leaves it at its end,
+    however it ends.
+    """
 
     def __init__(
         self,
@@ -61,6 +67,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         self._metering = metering
         self._max_request_s = max_request_s
         self._write_timeout_s = write_timeout_s
+        self._repeats = Repeats()
 
     async def Generate(
         self, request: generation_pb2.GenerateRequest, context: Context
@@ -85,23 +92,28 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
             )
 
     @asynccontextmanager
-    async def _opened(self, request: validation.AnyGenerateRequest, context: Context) -> AsyncIterator[MeteredStream]:
+    async def _opened(self, request: validation.AnyGenerateRequest, context: Context) -> AsyncIterator[Answer]:
         with self._gate.admit() as engine:
             validation.validate_generate(request)
             self._rights.check_use(request.adapter)
+            asked = asked_for(request)
             # From here on the id is part of the request, for the log line as well.
             request.request_id = request.request_id or uuid.uuid4().hex
             timeout_s = effective_timeout_s(request.request_id, context.time_remaining(), self._max_request_s)
             wanted = self._rights.owned(convert.from_generate_request(request, timeout_s=timeout_s))
-            with self._metering.admit(current(), request) as meter:
-                async with suggesting(engine.adapters, self._rights.sees()):
-                    stream = await engine.submit(wanted)
-                request.adapter = stream.served_by  # for the log line: a name does not say which content served
-                metered = meter.take_on(stream)
-                try:
-                    yield metered
-                finally:
-                    await metered.aclose()
+            stream = await self._repeats.open(asked, partial(self._submit, engine, request, wanted))
+            request.adapter = stream.served_by  # for the log line: a name does not say which content served
+            try:
+                yield stream
+            finally:
+                await stream.aclose()
+
+    async def _submit(
+        self, engine: Engine, request: validation.AnyGenerateRequest, wanted: GenerationRequest
+    ) -> MeteredStream:
+        """Paid for once, however often it is asked for."""
+        async with suggesting(engine.adapters, self._rights.sees()):
+            return await self._metering.serve(current(), request, partial(engine.submit, wanted))
 
 
 class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):

@@ -22,6 +22,7 @@ from gralora_runtime.errors import (
     AdapterConversionError,
     AdapterError,
     AdapterNotFoundError,
+    AdapterQuarantinedError,
     AdapterRejectedError,
     AdapterSourceError,
     AdapterUploadError,
@@ -32,6 +33,7 @@ from gralora_runtime.errors import (
     DrainingError,
     GraloraError,
     InvalidRequestError,
+    MemoryShortageError,
     NumericalError,
     QueueFullError,
     QuotaExceededError,
@@ -41,7 +43,15 @@ from gralora_runtime.errors import (
     StepFailedError,
     TooLateError,
 )
-from gralora_server.errors import ConfigInvalidError, PermissionDeniedError, StartingError, UnauthenticatedError
+from gralora_runtime.shortage import out_of_memory
+from gralora_server.errors import (
+    ConfigInvalidError,
+    EngineStuckError,
+    PermissionDeniedError,
+    RestartingError,
+    StartingError,
+    UnauthenticatedError,
+)
 
 DOMAIN = "gralora.dev"
 DETAILS_TRAILER = "grpc-status-details-bin"
@@ -55,6 +65,8 @@ CODES: dict[type[GraloraError], grpc.StatusCode] = {
     InvalidRequestError: grpc.StatusCode.INVALID_ARGUMENT,
     AdapterNotFoundError: grpc.StatusCode.NOT_FOUND,
     AdapterRejectedError: grpc.StatusCode.FAILED_PRECONDITION,
+    # As the answers that led to it, but with a time.
+    AdapterQuarantinedError: grpc.StatusCode.FAILED_PRECONDITION,
     AdapterVersionLostError: grpc.StatusCode.FAILED_PRECONDITION,
     AdapterConversionError: grpc.StatusCode.FAILED_PRECONDITION,
     AdapterBusyError: grpc.StatusCode.FAILED_PRECONDITION,
@@ -70,6 +82,7 @@ CODES: dict[type[GraloraError], grpc.StatusCode] = {
     ConfigInvalidError: grpc.StatusCode.FAILED_PRECONDITION,
     # The adapter's weights or the prompt are at fault, not us, and the same again ends the same.
     NumericalError: grpc.StatusCode.FAILED_PRECONDITION,
+    MemoryShortageError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     QueueFullError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     # Not DEADLINE_EXCEEDED, which says that time has passed: the same request, a little later, may be served at once.
     TooLateError: grpc.StatusCode.RESOURCE_EXHAUSTED,
@@ -80,6 +93,8 @@ CODES: dict[type[GraloraError], grpc.StatusCode] = {
     # Clients and proxies try again on this one: whatever it was, it need not have been this request.
     StepFailedError: grpc.StatusCode.UNAVAILABLE,
     StartingError: grpc.StatusCode.UNAVAILABLE,
+    RestartingError: grpc.StatusCode.UNAVAILABLE,
+    EngineStuckError: grpc.StatusCode.UNAVAILABLE,
     DrainingError: grpc.StatusCode.UNAVAILABLE,
     UnauthenticatedError: grpc.StatusCode.UNAUTHENTICATED,
     PermissionDeniedError: grpc.StatusCode.PERMISSION_DENIED,
@@ -106,6 +121,8 @@ def failure_of(error: BaseException) -> Failure:
     code = next((CODES[kind] for kind in type(error).__mro__ if kind in CODES), None)
     if isinstance(error, GraloraError) and code is not None:
         return _build(code, str(error), _details(error), _pushback(error))
+    if out_of_memory(error):
+        return failure_of(MemoryShortageError("the call was answered"))
     error_id = uuid.uuid4().hex
     _log.error("internal error %s", error_id, exc_info=error)
     return _internal(error_id)

@@ -37,6 +37,7 @@ from gralora_runtime.errors import (
     ConfigError,
     DrainingError,
     InvalidRequestError,
+    MemoryShortageError,
 )
 
 
@@ -278,6 +279,34 @@ def test_a_bug_while_placing_leaves_nobody_waiting(
                 lease(manager, "a")
         assert "placing an adapter failed" in caplog.text
         use(manager, "b")
+
+
+@pytest.mark.parametrize("step", ["read", "fill"])
+def test_an_adapter_for_which_memory_runs_out_fails_alone_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    write_units(tmp_path, ["a", "b"])
+
+    def run_out(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    with managing(tmp_path, units=2) as manager:
+        held = lease(manager, "b")
+        with monkeypatch.context() as patch:
+            if step == "read":
+                patch.setattr("gralora_runtime.adapters.residency.mover.load", run_out)
+            else:
+                patch.setattr(manager.pool.transfer, "upload", run_out)
+            with pytest.raises(MemoryShortageError, match="memory ran out while adapter 'a' was") as caught:
+                lease(manager, "a")
+        quiesce(manager)
+        manager.check_integrity()
+        assert caught.value.retry_after_s > 0
+        assert manager.get("a").error == ""
+        assert manager.stats().slots_used == 1
+        assert manager.pool.find(held.digest) is not None
+        use(manager, "a")
+        manager.release(held)
 
 
 def test_an_adapter_larger_than_the_pool_is_refused_without_reading_it(tmp_path: Path, gate: Gate) -> None:

@@ -6,12 +6,14 @@ import json
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from gralora_runtime.config import AdapterSource, EngineConfig
 from gralora_runtime.fairness import Prices
+from gralora_server import supervisor
 from gralora_server.cli import serve
 from gralora_server.cli.app import run
 from gralora_server.cli.output import ExitCode
@@ -65,7 +67,7 @@ def test_every_option_reaches_its_configuration(configured, tmp_path: Path) -> N
         "--cuda-graphs": "4,2,4", "--pipeline": "on",
         "--max-request-s": "31", "--grace-s": "37", "--metrics-address": "[::1]:41", "--metrics-max-adapters": "43",
         "--upload-bytes": "5k", "--load-share": "0.5", "--max-message-bytes": "6k", "--write-timeout-s": "47",
-        "--max-connection-age-s": "53", "--log-level": "debug", "--first-token-s": "0.5",
+        "--max-connection-age-s": "53", "--step-timeout-s": "61", "--log-level": "debug", "--first-token-s": "0.5",
     }  # fmt: skip
     switches = {"--prefix-cache", "--batch-invariant", "--allow-archives", "--reflection"}
     assert options.keys() | switches == {setting.option for setting in SETTINGS}
@@ -91,6 +93,7 @@ def test_every_option_reaches_its_configuration(configured, tmp_path: Path) -> N
         max_message_bytes=6144,
         write_timeout_s=47.0,
         max_connection_age_s=53.0,
+        step_timeout_s=61.0,
     )
     assert engine == EngineConfig(
         model=Path("/m"),
@@ -132,6 +135,26 @@ def test_every_option_reaches_its_configuration(configured, tmp_path: Path) -> N
         max_named_adapters=43,
     )
     assert as_json
+
+
+def test_supervised_it_is_the_same_command_in_a_child_with_the_port_that_the_parent_keeps(
+    configured, monkeypatch
+) -> None:
+    commands: list[list[str]] = []
+
+    async def supervise(config: ServerConfig, command: Callable[[int], list[str]], *, say, hopeless: int) -> int:
+        commands.append(command(7))
+        return 3
+
+    monkeypatch.setattr(supervisor, "supervise", supervise)
+    words = ["serve", "--model", "/m", "--address", "[::1]:0", "--supervise", "--json"]
+    monkeypatch.setattr(sys, "argv", ["gralora", *words])
+    assert run() == 3
+
+    ((executable, _, program, *arguments),) = commands
+    assert (executable, program) == (sys.executable, serve.MAIN)
+    assert run(arguments) == ExitCode.OK
+    assert configured == [(ServerConfig(host="[::1]", port=7, supervised=True), EngineConfig(model=Path("/m")), True)]
 
 
 @pytest.mark.parametrize(

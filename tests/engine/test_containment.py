@@ -11,13 +11,14 @@ from functools import cache
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.fakes import FakeDetokenizer, fake_lease
 
 from gralora_runtime.detokenizer import TextDelta
-from gralora_runtime.errors import RequestFailedError, StepFailedError
+from gralora_runtime.errors import MemoryShortageError, RequestFailedError, StepFailedError
 from gralora_runtime.observation.steps import StepObservation
 from gralora_runtime.pages import PagePool
 from gralora_runtime.plan import StepPlan
@@ -328,7 +329,7 @@ def test_only_the_rows_concerned_end_and_all_others_have_their_tokens(
         got, end = run.tokens(request.request_id), ends[request.request_id]
         assert tokens[: len(got)] == got, "a wrong token"
         assert text.startswith(run.text(request.request_id))
-        if not isinstance(end, (RequestFailedError, StepFailedError)):
+        if not isinstance(end, (RequestFailedError, StepFailedError, MemoryShortageError)):
             assert (got, run.text(request.request_id), end) == (tokens, text, reason)
         if isinstance(end, StepFailedError):
             assert request.request_id in in_failed_steps or None in run.plans_that_failed
@@ -346,3 +347,58 @@ def test_only_the_rows_concerned_end_and_all_others_have_their_tokens(
         assert counters.request_failures == num_of_rows or (pipelined and counters.request_failures < num_of_rows)
     assert run.released == Counter(request.request_id for request in wanted), "each lease is given back once"
     assert run.scheduler.pages.counts().leased == 0
+
+
+WANTED = tuple(Wanted(number) for number in (3, 4, 5, 6))  # of 6 to 9 tokens each, let in in this order
+
+
+def shortages(*steps: int) -> tuple[Fault, ...]:
+    return tuple(Fault("forward", step, after=False, kind=MemoryError) for step in steps)
+
+
+def test_the_younger_half_ends_and_the_older_half_has_its_tokens() -> None:
+    run = Run(WANTED, shortages(3), pipelined=False).run()
+    ends = [run.end(request.request_id) for request in WANTED]
+
+    assert [isinstance(end, MemoryShortageError) for end in ends] == [False, False, True, True]
+    assert ends[3].retry_after_s > 0
+    for request in WANTED[:2]:
+        assert (run.tokens(request.request_id), run.text(request.request_id)) == undisturbed(request.number)[:2]
+
+
+def test_a_step_that_another_already_follows_ends_whole() -> None:
+    """Pipelined, the rows behind it have been computed from what it did not write."""
+    run = Run(WANTED, shortages(3), pipelined=True).run()
+
+    assert {type(run.end(request.request_id)) for request in WANTED} == {MemoryShortageError}
+    assert not run.died
+
+
+@pytest.mark.parametrize("pipelined", [False, True], ids=["in-turn", "pipelined"])
+def test_memory_that_stays_short_ends_requests_and_never_the_engine(pipelined: bool) -> None:
+    run = Run(WANTED, shortages(*range(20)), pipelined=pipelined).run()
+
+    assert {type(run.end(request.request_id)) for request in WANTED} == {MemoryShortageError}
+    assert run.alive
+    assert not run.died
+    assert run.scheduler.pages.counts().leased == 0
+
+
+def test_what_was_launched_in_vain_is_planned_anew_behind_what_runs() -> None:
+    """Where launching itself runs out, as on a GPU, the step before is on its way and is taken in first."""
+    run = Run(WANTED, pipelined=True)
+    launch, calls = run.engine.executor.launch, []
+
+    def short_of_memory(*args: object) -> object:
+        calls.append(args)
+        if len(calls) == 4:
+            raise MemoryError
+        return launch(*args)
+
+    run.engine.executor.launch = short_of_memory
+    run.run()
+    ends = [run.end(request.request_id) for request in WANTED]
+
+    assert [isinstance(end, MemoryShortageError) for end in ends] == [False, False, True, True]
+    for request in WANTED[:2]:
+        assert (run.tokens(request.request_id), run.text(request.request_id)) == undisturbed(request.number)[:2]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import pytest
 
@@ -165,3 +166,18 @@ def test_a_delivery_that_fails_when_it_is_stopped_still_frees_everything():
 
     assert engine.ended.is_set()
     assert events[-1] == "death"
+
+
+def test_it_says_since_when_it_works_on_a_step_and_that_it_waits() -> None:
+    events = []
+    engine = Steps(events)
+    thread = thread_of(engine, events)
+    before_s = time.monotonic()
+    engine.go_on.clear()
+    thread.start()
+    assert engine.running.wait(WAIT_S)
+    assert before_s <= thread.busy_since_s <= time.monotonic()
+    engine.go_on.set()
+    thread.stop()
+
+    assert thread.busy_since_s is None

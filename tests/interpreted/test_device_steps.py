@@ -10,6 +10,7 @@ from gralora_kernels.triton_ops import sampling_launch
 from gralora_kernels.triton_ops.tokens import follow
 from gralora_runtime.assemble import EngineParts
 from gralora_runtime.detokenizer import Detokenizer
+from gralora_runtime.errors import GraloraError, MemoryShortageError
 from gralora_runtime.model.programs.gpu.runner import GpuRunner
 from gralora_runtime.observation.steps import StepObservation
 from gralora_runtime.request import Delta, FinishReason, ResponseParams, SamplingParams, StoppingParams
@@ -73,6 +74,32 @@ def test_pipelined_steps_choose_on_the_device_what_the_host_chooses_step_after_s
     assert len(logprobs(expected["1"])) == len(tokens(expected["1"]))
 
 
+def test_what_is_left_of_a_step_that_ran_out_of_memory_while_it_sampled_goes_on_as_if_it_had_not(tmp_path, monkeypatch):
+    """The device was told of a token that was never chosen: its place in the random stream, and its history."""
+    with serving("llama", tmp_path / "model", tmp_path / "adapters", cuda_graphs=(), **SIZES) as served:
+        engine = served.parts.engine
+        expected = answers(served, engine)
+        rows, calls = engine.executor._sampler._rows, []
+        sample = rows.sample
+
+        def run_out(*args):
+            calls.append(args)
+            if len(calls) == 4:
+                raise torch.OutOfMemoryError
+            return sample(*args)
+
+        monkeypatch.setattr(rows, "sample", run_out)
+        monkeypatch.setitem(globals(), "REQUESTS", REQUESTS[::-1])  # whoever has all rules is the oldest
+        monkeypatch.setitem(globals(), "PROMPTS", PROMPTS[::-1])
+        found, errors = outputs(served, engine)
+
+    assert tokens(found["0"]) == tokens(expected["2"])
+    assert {request_id: type(error) for request_id, error in errors.items()} == {
+        "1": MemoryShortageError,
+        "2": MemoryShortageError,
+    }
+
+
 def test_a_vocabulary_that_is_too_large_for_the_device_is_sampled_on_the_host(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(sampling_launch, "MAX_VOCAB", 100)
     with serving("llama", tmp_path / "model", tmp_path / "adapters", cuda_graphs=(), **SIZES) as served:
@@ -85,15 +112,23 @@ def test_a_vocabulary_that_is_too_large_for_the_device_is_sampled_on_the_host(tm
 
 
 def answers(served: Served, engine: Engine) -> dict[str, list[Delta]]:
-    scheduler, found = engine.scheduler, dict[str, list[Delta]]()
+    found, errors = outputs(served, engine)
+    assert errors == {}
+    return found
+
+
+def outputs(served: Served, engine: Engine) -> tuple[dict[str, list[Delta]], dict[str, GraloraError]]:
+    scheduler, found, errors = engine.scheduler, dict[str, list[Delta]](), dict[str, GraloraError]()
     for number, (adapter, sampling, stopping, response) in enumerate(REQUESTS):
         scheduler.add(sequence(served.parts, str(number), adapter, sampling, stopping, response))
     while engine.has_work:
         for output in engine.step():
-            assert output.delta is not None, output.error
-            found.setdefault(output.request_id, []).append(output.delta)
+            if output.error is not None:
+                errors[output.request_id] = output.error
+            else:
+                found.setdefault(output.request_id, []).append(output.delta)
         scheduler.check_integrity()
-    return found
+    return found, errors
 
 
 def sequence(

@@ -59,7 +59,7 @@ async def test_a_refusal_says_which_limit_and_when_to_come_again() -> None:
         s.engine.script = [token(1), finished()]
         for index in range(2):
             await s.client.generation.Generate(ask_once(f"r{index}"), **ACME)
-        failed = await failure(s.client.generation.Generate(ask_once(), **ACME))
+        failed = await failure(s.client.generation.Generate(ask_once("r-too-many"), **ACME))
         await s.client.generation.Generate(ask_once("r-other"), **OTHER)
         await s.client.generation.Generate(ask_once("r-operator"), **ADMIN)
         clock.now_s += float(failed.trailers["grpc-retry-pushback-ms"]) / 1000
@@ -358,3 +358,22 @@ async def test_limits_change_under_a_stream() -> None:
         call.cancel()
 
     assert failed.info.metadata["limit"] == "tokens_per_s"
+
+
+async def test_a_request_that_is_sent_again_is_paid_for_once_and_its_stream_is_given_back_at_its_end() -> None:
+    """Whoever sends it again reads the same answer: one request, one stream, the tokens of one."""
+    async with served() as s:
+        limit(s, "acme", streams=1)
+        first = s.client.generation.StreamGenerate(ask(), **ACME)
+        await first.read()
+        second = s.client.generation.StreamGenerate(ask(), **ACME)
+        await second.read()
+        s.engine.streams["acme r1"].put(token(1))
+        s.engine.streams["acme r1"].put(finished(output_tokens=1))
+        answers = [await read_all(first), await read_all(second)]
+        s.engine.script = [finished()]
+        await s.client.generation.Generate(ask_once("r2"), **ACME)
+        counts = await usage(s, tenant="acme")
+
+    assert [[list(message.token_ids) for message in answer if message.token_ids] for answer in answers] == [[[1]]] * 2
+    assert counts["acme", ""] == {"requests": 2, "prompt_tokens": 6, "cached_tokens": 2, "output_tokens": 1}

@@ -325,7 +325,9 @@ async def test_tenants_may_choose_the_same_id_and_abort_only_their_own() -> None
         by_bob = await s.client.server.AbortRequest(abort, metadata=as_("bob", Role.MANAGE))
         bobs = s.client.generation.StreamGenerate(ask(), metadata=as_("bob"))
         announced_to_bob = await bobs.read()
-        again = await failure(s.client.generation.Generate(ask_once(), metadata=as_("acme")))
+        other = ask_once()
+        other.text = "another prompt"
+        again = await failure(s.client.generation.Generate(other, metadata=as_("acme")))
         untouched = list(s.engine.aborted)
         by_acme = await s.client.server.AbortRequest(abort, metadata=as_("acme"))
         after_acme = list(s.engine.aborted)

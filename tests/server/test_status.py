@@ -120,3 +120,12 @@ def test_clipping_never_cuts_a_character_in_two() -> None:
     assert clip("abc", 3) == "abc"
     assert clip("abcd", 3) == "..."
     assert clip("éééé", 7) == "éé..."
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: 7 bytes")])
+def test_a_lack_of_memory_is_worth_another_try(error: Exception) -> None:
+    failure = failure_of(error)
+
+    assert failure.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert dict(failure.trailers)["grpc-retry-pushback-ms"] == "1000"
+    assert unpack(dict(failure.trailers))["ErrorInfo"].reason == "OUT_OF_MEMORY"

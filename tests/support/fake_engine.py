@@ -243,6 +243,7 @@ class FakeEngine:
         self.abort_happened = asyncio.Event()
         self.draining = asyncio.Event()
         self.closed = False
+        self.busy_since_s: float | None = None  # set: a step began then, and does not end
 
     async def submit(self, request: GenerationRequest) -> RequestStream:
         self.requests.append(request)

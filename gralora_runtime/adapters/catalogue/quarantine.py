@@ -22,6 +22,10 @@ class Quarantine:
     def lasts(self) -> bool:
         return self.now_s() < self.until_s
 
+    @property
+    def left_s(self) -> float:
+        return max(0.0, self.until_s - self.now_s())
+
     def extend(self) -> None:
         """It failed (again)."""
         if not self.lasts:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from gralora_runtime.adapters.catalogue.names import Reference, numbered
+from gralora_runtime.adapters.catalogue.numerics import Numerics
 from gralora_runtime.adapters.catalogue.quarantine import Quarantine
 from gralora_runtime.adapters.checkpoint.header import AdapterSummary, files_stamp
 from gralora_runtime.errors import AdapterNotFoundError, AdapterRejectedError, AdapterVersionNotFoundError
@@ -67,6 +68,7 @@ class AdapterVersion:
     error: BaseException | None = None  # why the last attempt failed
     refused: tuple[tuple[Path, object], AdapterRejectedError] | None = None  # directory and stamp of its files, and why
     quarantine: Quarantine = field(default_factory=Quarantine)
+    numerics: Numerics | None = None  # None: its last answer was a good one
     untried: bool = False  # golden prompts lie beside its files, and nobody gets it before it has answered them
     admitted: bool = False  # it has: once, for as long as the server lives
     provisional: bool = False  # registered by a load that has not succeeded yet: forgotten if it fails

@@ -32,9 +32,11 @@ from gralora_runtime.errors import (
     AdapterRejectedError,
     DrainingError,
     GraloraError,
+    MemoryShortageError,
     QuotaExceededError,
 )
 from gralora_runtime.observation.histogram import REQUEST_S, Histogram
+from gralora_runtime.shortage import out_of_memory
 
 log = logging.getLogger(__name__)
 
@@ -152,7 +154,7 @@ class Mover:
         """The load is over. Room and shutting down are not the adapter's fault, so they leave no mark on it."""
         version.loading = False
         self._moved(version.name)
-        if not isinstance(error, (AdapterCapacityError, QuotaExceededError, DrainingError)):
+        if not isinstance(error, (AdapterCapacityError, QuotaExceededError, DrainingError, MemoryShortageError)):
             version.error = error
         waiters, version.waiters = version.waiters, []
         for waiter in waiters:
@@ -236,6 +238,10 @@ class Mover:
         except AdapterRejectedError as error:
             version.refused = (stamp, to_keep(error))
             version.quarantine.extend()
+            raise
+        except Exception as error:
+            if out_of_memory(error):
+                raise MemoryShortageError(f"adapter {version.name!r} was read") from error
             raise
         finally:
             with self._answering():
@@ -488,14 +494,27 @@ class Mover:
         assert placement.adapter is not None
         with self._answering():
             resident = self._pool.reserve(placement.adapter.layout, window.offset)
-        with self._given_up_on_error(resident):
-            self._pool.fill(resident, placement.adapter)
+        try:
+            with self._given_up_on_error(resident):
+                self._pool.fill(resident, placement.adapter)
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            self._leave_out(placement)
+            return
         with self._answering() as answers:
             self._pool.publish(resident)
             self._queue.remove(placement)
             self.placements += 1
             self._moved_all(placement.digest)
             self._settle(resident, placement.versions, answers)
+
+    def _leave_out(self, placement: Placement) -> None:
+        """Memory ran out while it moved in: its room is others' already, and nothing of it stays."""
+        with self._answering() as answers:
+            self._queue.remove(placement)
+            for version in placement.versions:
+                self.fail(version, MemoryShortageError(f"adapter {version.name!r} was loaded"), answers)
 
     def _settle(self, resident: Resident, versions: Sequence[AdapterVersion], answers: Answers) -> None:
         """It is there, for these versions. Unless every name of it was unloaded meanwhile: then it has to go."""

@@ -11,6 +11,7 @@ of domain "gralora.dev"; its `reason` is stable and one of:
   ADAPTER_VERSION_NOT_FOUND  NOT_FOUND     ResourceInfo; the adapter has no version of that number or content
   ADAPTER_VERSION_LOST  FAILED_PRECONDITION  ResourceInfo; the version's files have other content now, and no copy is kept
   ADAPTER_REJECTED    FAILED_PRECONDITION  ResourceInfo; the checkpoint is broken or unsupported, all reasons at once
+  ADAPTER_QUARANTINED FAILED_PRECONDITION  RetryInfo; NON_FINITE_LOGITS three times in a row, so it rests for a while
   ADAPTER_BUSY        FAILED_PRECONDITION  ResourceInfo; requests hold the adapter that was to be unloaded
   ADAPTER_CAPACITY    FAILED_PRECONDITION  ResourceInfo; the adapter does not fit until others are unpinned or removed
   CATALOGUE           FAILED_PRECONDITION  the catalogue could not be written, so nothing was changed; the message says why
@@ -18,11 +19,14 @@ of domain "gralora.dev"; its `reason` is stable and one of:
   QUEUE_FULL          RESOURCE_EXHAUSTED   RetryInfo, and the trailer "grpc-retry-pushback-ms"
   TOO_LATE            RESOURCE_EXHAUSTED   RetryInfo and the trailer; its deadline or the server's objective cannot be met; metadata
                                            "expected_s" and "limit_s"
+  OUT_OF_MEMORY       RESOURCE_EXHAUSTED   RetryInfo; memory ran out, and the youngest requests had to go
   SLOW_CONSUMER       RESOURCE_EXHAUSTED   the client did not read its stream
   DEADLINE_EXCEEDED   DEADLINE_EXCEEDED    the deadline passed, or had passed on arrival
   CANCELLED           CANCELLED            the client went away, or AbortRequest was called before the first token
   STEP_FAILED         UNAVAILABLE          RetryInfo; our bug, met in a step of many requests; metadata "error_id"
   STARTING            UNAVAILABLE          RetryInfo; the model is still loading
+  ENGINE_RESTARTING   UNAVAILABLE          RetryInfo; the engine's process has ended, and another one is being started
+  ENGINE_STUCK        UNAVAILABLE          RetryInfo; a step of the engine does not end; nothing new is begun until it does
   DRAINING            UNAVAILABLE          the server is shutting down; another one may serve the request
   UNAUTHENTICATED     UNAUTHENTICATED      no bearer token or certificate that the server knows
   PERMISSION_DENIED   PERMISSION_DENIED    the caller is known, but may not do this; the message says what
@@ -344,7 +348,9 @@ class GenerateRequest(_message.Message):
     PRIORITY_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Names the request in logs and for AbortRequest. At most 128 printable ASCII characters, no spaces, unique among the
-    requests of the tenant that are running. Empty: the server makes one.
+    requests of the tenant that are running. Empty: the server makes one. Sent again with the same fields while it runs, or within a
+    minute after it ended with stop or length, the same answer is given from its beginning, and nothing is computed twice;
+    a request that all its clients have left was cancelled, and runs anew, as does one whose answer takes over a megabyte.
     """
     adapter: _builtins.str
     """The adapter's name: "pirate" or "acme/pirate", the version that it stands for. "pirate@3" and
@@ -422,7 +428,9 @@ class StreamGenerateRequest(_message.Message):
     PRIORITY_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Names the request in logs and for AbortRequest. At most 128 printable ASCII characters, no spaces, unique among the
-    requests of the tenant that are running. Empty: the server makes one.
+    requests of the tenant that are running. Empty: the server makes one. Sent again with the same fields while it runs, or within a
+    minute after it ended with stop or length, the same answer is given from its beginning, and nothing is computed twice;
+    a request that all its clients have left was cancelled, and runs anew, as does one whose answer takes over a megabyte.
     """
     adapter: _builtins.str
     """The adapter's name: "pirate" or "acme/pirate", the version that it stands for. "pirate@3" and

@@ -14,6 +14,7 @@ from gralora_runtime.errors import (
     AdapterRejectedError,
     ConfigError,
     GraloraError,
+    ModelUnsupportedError,
 )
 from gralora_server.cli import (
     adapters,
@@ -37,8 +38,8 @@ from gralora_server.cli.output import CommandError, ExitCode, print_error
 
 EXIT_CODES = (
     "Exit codes: 0 success; 1 the operation failed, the server refused it, or what was compared differs; "
-    "2 wrong options or settings; 3 no server answers; 4 the adapter is broken, unsupported, or does not fit; "
-    "130 interrupted."
+    "2 wrong options or settings, or a model that cannot be served; 3 no server answers; "
+    "4 the adapter is broken, unsupported, or does not fit; 130 interrupted."
 )
 
 # What every complaint about the command line derives from; typer has no public name for it.
@@ -106,7 +107,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
 
 def _code(error: GraloraError) -> ExitCode:
-    if isinstance(error, ConfigError):
+    if isinstance(error, ConfigError | ModelUnsupportedError):
         return ExitCode.USAGE
     if isinstance(error, AdapterRejectedError | AdapterCapacityError | AdapterConversionError):
         return ExitCode.UNFIT_ADAPTER

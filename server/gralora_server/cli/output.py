@@ -57,6 +57,12 @@ def announce(address: str, *, as_json: bool, **also: object) -> None:
         stdout().print(f"SERVING on {address}", markup=False, soft_wrap=True)
 
 
+def print_line(line: str) -> None:
+    """As it is, and at once."""
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
 def print_error(message: str) -> None:
     """One line, whatever the message holds."""
     stderr().print(f"error: {' '.join(message.split())}", style="bold red", markup=False, soft_wrap=True)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import asyncio
+import sys
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from gralora_runtime.config import EngineConfig
 from gralora_server.cli.environment import limit_spinning
 from gralora_server.cli.logs import configure
 from gralora_server.cli.model import default_model
 from gralora_server.cli.options import Json
-from gralora_server.cli.output import announce
+from gralora_server.cli.output import ExitCode, announce, print_line
 from gralora_server.cli.setting_options import ConfigOption, takes_settings
 from gralora_server.config import ServerConfig
 from gralora_server.settings.configurations import engine_config, server_config
@@ -19,9 +24,16 @@ if TYPE_CHECKING:
     from gralora_server.ports import Engine
     from gralora_server.settings.reloader import Reloader
 
+MAIN = "from gralora_server.cli import main; main()"
+
+Supervise = Annotated[
+    bool, typer.Option("--supervise", help="Serve in a child, and start another when it ends; the port stays.")
+]
+Supervised = Annotated[bool, typer.Option("--supervised", hidden=True)]
+
 
 @takes_settings(ConfigOption)
-def serve(layers: Layers, *, json: Json = False) -> None:
+def serve(layers: Layers, *, supervise: Supervise = False, supervised: Supervised = False, json: Json = False) -> None:
     """Serve a model and its adapters until SIGTERM or Ctrl-C. SIGHUP reads the file of --config again.
 
     Prints one line, SERVING on HOST:PORT, when requests are taken (with --json: address, model and metrics_address).
@@ -31,9 +43,22 @@ def serve(layers: Layers, *, json: Json = False) -> None:
     reloader = Reloader(layers.read)
     settings = reloader.settings
     configure(settings.server.log_level)
+    configuration = replace(server_config(settings), supervised=supervised)
+    if supervise and not supervised:
+        raise typer.Exit(_supervise(configuration))
     limit_spinning()
     model = settings.engine.model if settings.engine.model is not None else default_model()
-    _run(server_config(settings), engine_config(settings, model), reloader, as_json=json)
+    _run(configuration, engine_config(settings, model), reloader, as_json=json)
+
+
+def _supervise(server_config: ServerConfig) -> int:
+    """The same command in a child, with a port that is known."""
+    from gralora_server.supervisor import supervise
+
+    def command(port: int) -> list[str]:
+        return [sys.executable, "-c", MAIN, *sys.argv[1:], "--supervised", "--address", f"{server_config.host}:{port}"]
+
+    return asyncio.run(supervise(server_config, command, say=print_line, hopeless=ExitCode.USAGE))
 
 
 async def _start_engine(config: EngineConfig) -> Engine:

@@ -109,6 +109,11 @@ class FleetEngine:
         """The catalogue of what could be merged."""
         return self._base.adapters
 
+    @property
+    def busy_since_s(self) -> float | None:
+        """None: what is long for one model may be its wait for the others' turns."""
+        return None
+
     async def submit(self, request: GenerationRequest) -> RequestStream:
         # No pause between getting the engine and its taking the request: it could be swapped out in between.
         engine = await self._engine(request.adapter)

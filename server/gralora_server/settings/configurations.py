@@ -46,6 +46,7 @@ def server_config(settings: Settings) -> ServerConfig:
         max_request_s=server.max_request_s,
         write_timeout_s=server.write_timeout_s,
         drain_grace_s=server.grace_s,
+        step_timeout_s=server.step_timeout_s,
         max_connection_age_s=server.max_connection_age_s,
         state_dir=settings.adapters.state_dir,
     )

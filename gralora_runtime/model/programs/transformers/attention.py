@@ -116,7 +116,7 @@ def _attention_function(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    paged_attention: PagedAttention,
+    paged_attention: PagedAttention | None = None,
     scaling: float | None = None,
     sliding_window: int | None = None,
     **unsupported: Any,
@@ -128,6 +128,8 @@ def _attention_function(
     problems = [f"its attention uses {name}" for name, value in asked_for.items() if value is not None]
     if problems:
         raise ModelUnsupportedError(type(module).__name__, problems)
+    if paged_attention is None:  # the model is given it with each step
+        raise ModelUnsupportedError(type(module).__name__, ["its layers do not hand arguments on to their attention"])
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     layer: int = module.layer_idx  # type: ignore[assignment]
     return paged_attention.attend(layer, query, scale, sliding_window or 0), None

@@ -1,0 +1,157 @@
+"""Whatever a model fails with while it is read and checked at start is one sentence; where, is told to developers."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from support.tiny_models import VOCAB_SIZE, save_tiny_model, tiny_tokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    DeepseekV3Config,
+    GptOssConfig,
+    NemotronConfig,
+    PreTrainedConfig,
+    StableLmConfig,
+)
+
+from gralora_runtime import assemble as assembling
+from gralora_runtime.async_engine import AsyncEngine
+from gralora_runtime.config import EngineConfig
+from gralora_runtime.errors import ConfigError, ModelUnsupportedError
+from gralora_server.cli.app import run
+from gralora_server.cli.output import ExitCode
+
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 512,
+    "vocab_size": VOCAB_SIZE,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 2,
+}
+LATENT = {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16}
+EXPERTS = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 32}
+# What each once raised is in the comment.
+OTHERS: dict[str, tuple[Callable[[], PreTrainedConfig], str]] = {
+    # TypeError
+    "stablelm": (
+        lambda: StableLmConfig(**SIZES, num_key_value_heads=2),
+        "model 'StableLmAttention' cannot be served exactly: its layers do not hand arguments on to their attention",
+    ),
+    # TypeError
+    "nemotron": (
+        lambda: NemotronConfig(**SIZES, num_key_value_heads=2),
+        "model 'NemotronAttention' cannot be served exactly: its layers do not hand arguments on to their attention",
+    ),
+    # ValueError
+    "gpt-oss": (
+        lambda: GptOssConfig(**SIZES, head_dim=16, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2),
+        r"GptOssForCausalLM cannot be read \(ValueError: GptOssForCausalLM does not support an attention",
+    ),
+    # RuntimeError
+    "deepseek": (
+        lambda: DeepseekV3Config(**SIZES, **LATENT, **EXPERTS),
+        r"keys and values are compressed \(kv_lora_rank\), got 16",
+    ),
+    # AttributeError
+    "bert": (lambda: BertConfig(**SIZES), r"BertLMHeadModel cannot be set up \(AttributeError: .*bias'\)"),
+}
+
+
+def save_other(name: str, folder: Path) -> Path:
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(OTHERS[name][0]()).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> EngineConfig:
+    return EngineConfig(model=tmp_path, device="cpu", num_threads=1, kv_cache_bytes=1 << 20, adapter_pool_bytes=1 << 20)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+async def test_a_model_that_fails_when_it_is_checked_is_refused_in_a_sentence(name: str, config: EngineConfig) -> None:
+    save_other(name, config.model)
+
+    with pytest.raises(ModelUnsupportedError, match=OTHERS[name][1]) as caught:
+        await AsyncEngine.start(config)
+    assert "\n" not in str(caught.value)
+
+
+def failing(error: Exception) -> Callable[..., None]:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    return fail
+
+
+STEPS = {"expected_logits": "computed", "make_runner": "set up", "check_runner": "computed in steps"}
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_where_it_failed_is_told_to_developers_only(
+    step: str, config: EngineConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    save_tiny_model("llama", config.model)
+    monkeypatch.setattr(assembling, step, failing(KeyError("first line\nsecond line")))
+    caplog.set_level(logging.DEBUG, "gralora_runtime")
+
+    with pytest.raises(ModelUnsupportedError, match=rf"LlamaForCausalLM cannot be {STEPS[step]} \(KeyError: "):
+        assembling.assemble(config)
+
+    (told,) = [record for record in caplog.records if record.exc_info]
+    assert told.levelno == logging.DEBUG
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory")], ids=repr)
+def test_a_model_that_wants_more_memory_than_there_is_is_not_called_unsupported(
+    error: Exception, config: EngineConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_tiny_model("llama", config.model)
+    monkeypatch.setattr(assembling, "make_runner", failing(error))
+
+    with pytest.raises(ConfigError, match=r"cannot be set up: there is not enough memory \("):
+        assembling.assemble(config)
+
+
+def test_torchs_word_for_a_lack_of_host_memory_is_understood(
+    config: EngineConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_tiny_model("llama", config.model)
+    monkeypatch.setattr(assembling, "make_runner", lambda _: torch.empty(1 << 55))
+
+    with pytest.raises(ConfigError, match="there is not enough memory"):
+        assembling.assemble(config)
+
+
+def test_files_that_are_damaged_are_named(config: EngineConfig) -> None:
+    save_tiny_model("llama", config.model)
+    (config.model / "model.safetensors").write_bytes(b"no weights")
+    with pytest.raises(ModelUnsupportedError, match="LlamaForCausalLM cannot be read"):
+        assembling.assemble(config)
+
+    (config.model / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match=f"the model {config.model} cannot be read"):
+        assembling.assemble(config)
+
+
+def test_the_command_ends_as_for_other_settings_that_cannot_work(
+    config: EngineConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_other("nemotron", config.model)
+
+    code = run(["serve", "--model", str(config.model), "--address", "127.0.0.1:0", "--threads", "1"])
+
+    said = capsys.readouterr().err
+    assert code == ExitCode.USAGE
+    assert "error: model 'NemotronAttention' cannot be served exactly" in said.splitlines()[-1]
+    assert "Traceback" not in said
