@@ -47,7 +47,7 @@ READ_AHEAD_BYTES = 1 << 30
 # Before a piece of the pool is prepared. A megabyte that was never written takes a core for 2 to 10 ms, in which nobody
 # who was just given an adapter should have to compute.
 REST_S = 0.01
-BUSY_REST_S = 0.1  # more, while steps run
+BUSY_REST_S = 0.1  # more, while steps run or somebody reads
 
 Serve = Callable[[AdapterVersion, Resident, Waiter, Answers], None]
 Changed = Callable[[AdapterVersion, LoadedAdapter, Answers], None]
@@ -425,7 +425,10 @@ class Mover:
             pass
 
     def _is_called_while_resting(self) -> bool:
-        return self._called.wait(REST_S) or (self._pool.transfer.is_busy and self._called.wait(BUSY_REST_S))
+        if self._called.wait(REST_S):
+            return True
+        cores_are_wanted = self._pool.transfer.is_busy or bool(self._reading)  # of a moment ago: the lock is not held
+        return cores_are_wanted and self._called.wait(BUSY_REST_S)
 
     def _next_move(self) -> tuple[Placement, Window[Resident]] | None:
         with self._answering() as answers:

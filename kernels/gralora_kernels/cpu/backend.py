@@ -17,10 +17,10 @@ from torch import Tensor
 
 from gralora_kernels.cpu import operations
 from gralora_kernels.cpu.adapters import SCRATCH_BYTES
-from gralora_kernels.cpu.digests import sha256_of_each
 from gralora_kernels.cpu.linear import row_numbers
 from gralora_kernels.cpu.microkernel import PANEL
 from gralora_kernels.cpu.placing import place_panels
+from gralora_kernels.cpu.sha256 import sha256_of_each
 from gralora_kernels.cpu.threads import region_lock
 from gralora_kernels.grouping import Grouping
 from gralora_kernels.packing import Packing
