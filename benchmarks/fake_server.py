@@ -1,8 +1,9 @@
 """A server with known delays, to test a load generator against: gralora.v1 on asyncio, with no model behind it.
 
 A request's adapter says how it is answered: `ttft=0.2,itl=0.01` sends the first token after 0.2 s and each further one
-10 ms after the last was due. `fail=NAME` ends with that gRPC status, `lose=2` leaves out the last two tokens. Every
-message is noted when it leaves.
+10 ms after the last was due. `fail=NAME` ends with that gRPC status, `lose=2` leaves out the last two tokens.
+`refuse=3,retry=0.5` refuses each prompt three times, as a full server does, and says when to come again. Every message
+is noted when it leaves.
 
 `python -m benchmarks.fake_server ADAPTER...` lists those adapters, prints its address and serves until stdin ends.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
+from collections import Counter
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -20,7 +22,9 @@ import uvloop
 from grpc_health.v1 import health_pb2_grpc
 
 from gralora.v1 import adapters_pb2, adapters_pb2_grpc, generation_pb2, generation_pb2_grpc, server_pb2, server_pb2_grpc
+from gralora_runtime.errors import QueueFullError
 from gralora_server.health import Health
+from gralora_server.status import failure_of
 
 VOCAB_SIZE = 49152
 
@@ -37,6 +41,9 @@ class FakeServer(
         self.sent_s: list[tuple[float, list[float]]] = []
         self.running = self.most_running = 0
         self.prompts: list[tuple[int, ...]] = []
+        self.refused: Counter[tuple[int, ...]] = Counter()  # by prompt
+        self.tokens: list[str] = []  # whose each request was
+        self.timeouts_s: list[float | None] = []
         self.unloaded: list[str] = []
 
     async def start(self) -> tuple[grpc.aio.Server, int]:
@@ -56,12 +63,18 @@ class FakeServer(
         came_s, left_s = time.monotonic(), list[float]()
         self.sent_s.append((came_s, left_s))
         self.prompts.append(tuple(request.token_ids.ids))
+        self.tokens.append(dict(context.invocation_metadata()).get("authorization", ""))
+        self.timeouts_s.append(context.time_remaining())
         self.running += 1
         self.most_running = max(self.most_running, self.running)
         options = dict(part.split("=") for part in request.adapter.split(",") if "=" in part)
         try:
             if "fail" in options:
                 await context.abort(grpc.StatusCode[options["fail"]], "as asked")
+            if self.refused[self.prompts[-1]] < int(options.get("refuse", 0)):
+                self.refused[self.prompts[-1]] += 1
+                failure = failure_of(QueueFullError("as asked", float(options["retry"])))
+                await context.abort(failure.code, failure.message, failure.trailers)
             due_s = came_s + float(options.get("ttft", 0))
             for number in range(request.stopping.max_tokens - int(options.get("lose", 0))):
                 if (pause_s := due_s - time.monotonic()) > 0:

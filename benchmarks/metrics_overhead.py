@@ -32,6 +32,7 @@ from gralora_server.config import MetricsConfig
 from gralora_server.gate import Gate
 from gralora_server.metrics.page import MetricsPage
 from gralora_server.model_fetch import ensure_default_model
+from gralora_server.tenants.usage import Usage
 
 ON, OFF = "metrics on, scraped once a second", "metrics off"
 OUT = Path(__file__).parent / "results" / "metrics-overhead.json"
@@ -85,7 +86,7 @@ class Served:
         self._recorders[False] = (NoSteps(), NoRequests(0))
         gate = Gate()
         gate.open(self.engine)
-        self._page = MetricsPage(MetricsConfig(host="127.0.0.1", port=0), gate)
+        self._page = MetricsPage(MetricsConfig(host="127.0.0.1", port=0), gate, Usage())
         self.scrapes: list[float] = []  # seconds that each took
 
     def run(self, requests: Sequence[Request], *, observed: bool) -> Run:

@@ -137,6 +137,7 @@ def assemble(config: EngineConfig, base: BaseModel | None = None) -> EngineParts
         max_num_batched_tokens=config.max_num_batched_tokens,
         release_lease=adapters.release,
         now_s=time.monotonic,
+        prices=config.prices,
     )
     info = _info(
         config,

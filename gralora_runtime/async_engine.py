@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import math
 import secrets
 import time
 from contextlib import AbstractContextManager
@@ -18,6 +19,7 @@ from gralora_runtime.adapters.checkpoint.golden import GoldenAnswer, GoldenCase
 from gralora_runtime.adapters.manager import AdapterManager
 from gralora_runtime.adapters.residency.lease import AdapterLease
 from gralora_runtime.assemble import EngineParts, assemble
+from gralora_runtime.backlog import Backlog, Place
 from gralora_runtime.config import EngineConfig
 from gralora_runtime.detokenizer import Detokenizer
 from gralora_runtime.errors import (
@@ -27,10 +29,12 @@ from gralora_runtime.errors import (
     GraloraError,
     InvalidRequestError,
     NumericalError,
-    QueueFullError,
     RequestCancelledError,
+    TooLateError,
 )
 from gralora_runtime.failure import request_failed
+from gralora_runtime.fairness import Prices
+from gralora_runtime.forecast import SHORTEST_RETRY_S, Estimate, Forecast
 from gralora_runtime.info import EngineInfo, EngineLoad, TokenizeResult
 from gralora_runtime.observation.requests import RequestMeter, RequestObservation, outcome_of
 from gralora_runtime.observation.snapshot import EngineSnapshot
@@ -56,6 +60,8 @@ TIE = 2e-3
 TIE_OF_16_BITS = 0.125
 NUM_RIVALS = 5
 
+TIMES_THE_CACHE = 16  # tokens of prompts that may wait, over those that the KV cache holds
+
 
 @dataclass(slots=True, eq=False)
 class _Entry:
@@ -67,7 +73,11 @@ class _Entry:
     observed: RequestObservation
     meter: RequestMeter
     aborted: asyncio.Event  # wakes a submission that still waits for its adapter
+    place: Place
+    estimate: Estimate | None = None
+    first_token_at_s: float | None = None
     queued: bool = False  # the scheduler has it
+    loaded_bytes: int = 0  # of its adapter, which was not there yet
     given_up: str | None = None  # the outcome, when an output could not be delivered: what comes after is not heard
 
 
@@ -90,9 +100,14 @@ class AsyncEngine:
         self._closing = False
         self.requests = RequestObservation(config.max_named_adapters)
         self._trials = RequestObservation(0)  # golden prompts are nobody's requests
-        self._mean_service_s = 1.0
         self._tokenizing = Tokenizing(parts.prompts)
         self._unsound: set[str] = set()  # versions whose last answer was no numbers
+        self.first_token_s = config.first_token_s  # the objective, which may change at any time
+        self._backlog = Backlog(
+            max_requests=config.max_num_seqs + config.max_queue,
+            max_tokens=config.max_queue_tokens or TIMES_THE_CACHE * parts.info.num_pages * parts.info.page_size,
+        )
+        self._forecast = Forecast(self._backlog, parts.engine.times, max_num_seqs=config.max_num_seqs)
         self._thread = EngineThread(
             parts.engine,
             prepare=parts.prepare_thread,
@@ -119,9 +134,10 @@ class AsyncEngine:
             raise
 
     async def _submit(self, request: GenerationRequest) -> RequestStream:
-        self._refuse_when_full()
+        self._refuse_when_full(request)
         entry = self._enter(request, self.requests)
         try:
+            self._refuse_when_late(request, entry, num_prompt=1)
             sequence = await self._prepare(request, entry)
         except BaseException:
             self._leave(request.request_id)
@@ -144,6 +160,11 @@ class AsyncEngine:
         else:
             entry.aborted.set()
         return True
+
+    def _hold(self, request_id: str, held: bool) -> None:
+        self._thread.post(
+            request_id, lambda scheduler: scheduler.pause(request_id) if held else scheduler.resume(request_id)
+        )
 
     async def tokenize(self, prompt: Prompt) -> TokenizeResult:
         """Token ids as `submit` would compute them."""
@@ -168,6 +189,7 @@ class AsyncEngine:
             running=scheduler.num_running,
             waiting=scheduler.num_waiting,
             waiting_for_adapter=sum(not entry.queued for entry in self._entries.copy().values()),
+            paused=scheduler.num_paused,
             pages_total=pages.total,
             pages_free=pages.free,
             pages_cached=pages.cached,
@@ -180,6 +202,7 @@ class AsyncEngine:
             steps=engine.num_steps,
             generated_tokens=scheduler.counters.generated_tokens,
             preemptions=scheduler.counters.preemptions,
+            pauses=scheduler.counters.pauses,
             prefix_hit_tokens=scheduler.counters.prefix_hit_tokens,
             request_failures=scheduler.counters.request_failures,
             step_failures=scheduler.counters.step_failures,
@@ -203,6 +226,16 @@ class AsyncEngine:
             running_adapters=running - {""},
             waiting_adapters=(waiting | coming) - {""},
         )
+
+    @property
+    def prices(self) -> Prices:
+        """By which tenants are charged."""
+        return self._parts.engine.scheduler.ledger.prices
+
+    def served(self) -> dict[str, float]:
+        """What each tenant with requests was served, per unit of its weight; from any thread."""
+        tenants = self._parts.engine.scheduler.ledger.tenants()
+        return {tenant: account.served for tenant, account in tenants.items()}
 
     def begin_drain(self) -> None:
         """Refuse new requests; those that run go on."""
@@ -271,14 +304,36 @@ class AsyncEngine:
             tie=TIE if self.info().dtype == "float32" else TIE_OF_16_BITS,
         )
 
-    def _refuse_when_full(self) -> None:
+    def _refuse_when_full(self, request: GenerationRequest) -> None:
         if self.dead.is_set():
             raise EngineDeadError
         if self._draining:
             raise DrainingError
-        limit = self._config.max_num_seqs + self._config.max_queue
-        if len(self._entries) >= limit:
-            raise QueueFullError(self._config.max_queue, retry_after_s=self._mean_service_s)
+        tenant = tenant_of(request)
+        self._backlog.check_requests(request, tenant, self._forecast.retry_s(tenant, request.weight))
+
+    def _refuse_when_late(self, request: GenerationRequest, entry: _Entry, num_prompt: int) -> None:
+        """Raises TooLateError if neither its deadline nor the objective can be met, as far as can be told."""
+        estimate = self._forecast.estimate(entry.place, num_prompt=num_prompt, max_tokens=request.stopping.max_tokens)
+        entry.estimate = estimate
+        if estimate is None:
+            return
+        left_s = math.inf
+        if request.timeout_s is not None:
+            left_s = entry.submitted_s + request.timeout_s - time.monotonic()
+        objective_s = math.inf if self.first_token_s is None else self.first_token_s
+        for what, expected_s, limit_s in (
+            ("first token", estimate.first_token_s, min(left_s, objective_s)),
+            ("last token", estimate.last_token_s, left_s),
+        ):
+            if expected_s > limit_s:
+                raise TooLateError(
+                    request.request_id,
+                    what=what,
+                    expected_s=expected_s,
+                    limit_s=max(0.0, limit_s),
+                    retry_after_s=max(SHORTEST_RETRY_S, expected_s - limit_s),
+                )
 
     def _enter(self, request: GenerationRequest, observed: RequestObservation) -> _Entry:
         if self.dead.is_set():
@@ -289,19 +344,24 @@ class AsyncEngine:
             raise InvalidRequestError("request_id", request.request_id, "a request of that id is already running")
         now_s = time.monotonic()
         entry = _Entry(
-            stream=RequestStream(request.request_id, self.abort),
+            stream=RequestStream(request.request_id, self.abort, self._hold),
             adapter=request.adapter,
             submitted_s=now_s,
             observed=observed,
             meter=observed.meter(now_s),
             aborted=asyncio.Event(),
+            place=self._backlog.enter(tenant_of(request), request.weight),
         )
         self._entries[request.request_id] = entry
         self._idle.clear()
         return entry
 
     def _leave(self, request_id: str) -> None:
-        if self._entries.pop(request_id, None) is not None and not self._entries:
+        entry = self._entries.pop(request_id, None)
+        if entry is None:
+            return
+        self._backlog.leave(entry.place)
+        if not self._entries:
             self._idle.set()
 
     async def _prepare(self, request: GenerationRequest, entry: _Entry, lease: AdapterLease | None = None) -> Sequence:
@@ -310,6 +370,7 @@ class AsyncEngine:
         tokens = await self._tokenizing.encode(request.prompt, shorter_than=self._parts.info.max_model_len)
         max_tokens = self._max_tokens(request, len(tokens))
         self._check_token_ids(request)
+        self._count_prompt(request, entry, len(tokens), is_trial=lease is not None)
         base, eos_token_ids = self._parts.base, self._parts.base.eos_token_ids
         seed = secrets.randbits(63) if request.sampling.seed is None else request.sampling.seed
         sampler = SamplerState(
@@ -348,8 +409,23 @@ class AsyncEngine:
             arrival_s=entry.submitted_s,
             seed=seed,
             deadline_s=deadline_s,
+            tenant=entry.place.line.tenant,
+            weight=request.weight,
+            priority=request.priority,
+            prefix_scope=request.prefix_scope,
+            loaded_bytes=entry.loaded_bytes,
             echo_prompt_token_ids=request.response.echo_prompt_token_ids,
         )
+
+    def _count_prompt(self, request: GenerationRequest, entry: _Entry, num_prompt: int, *, is_trial: bool) -> None:
+        """A trial is not refused: others wait for its outcome."""
+        place = entry.place
+        if not is_trial:
+            retry_s = self._forecast.retry_s(place.line.tenant, request.weight)
+            self._backlog.check_tokens(request, place, num_prompt, retry_s)
+        self._backlog.count(place, num_prompt)
+        if not is_trial:
+            self._refuse_when_late(request, entry, num_prompt)
 
     def _max_tokens(self, request: GenerationRequest, num_prompt: int) -> int:
         limit = self._parts.info.max_model_len
@@ -375,6 +451,7 @@ class AsyncEngine:
     async def _acquire(self, request: GenerationRequest, entry: _Entry, deadline_s: float | None) -> AdapterLease:
         """Wait for the adapter, the deadline or an abort, whichever comes first; never lose a lease."""
         future = self.adapters.acquire(request.adapter, request.canary_key or request.request_id)
+        was_there = future.done()
         waiter = asyncio.ensure_future(_settled(future))
         aborted = asyncio.ensure_future(entry.aborted.wait())
         asked_s = time.monotonic()
@@ -387,6 +464,7 @@ class AsyncEngine:
                 raise DeadlineExceededError(request.request_id)
             lease = future.result()
             kept = True
+            entry.loaded_bytes = 0 if was_there else lease.num_bytes
             entry.stream.served_by = numbered(lease.name, lease.version) if lease.version else lease.name
             if request.adapter:
                 self.requests.adapter_wait.observe(time.monotonic() - asked_s)
@@ -414,7 +492,7 @@ class AsyncEngine:
             except Exception as cause:
                 outcome = self._give_up(entry, output, cause)
             if outcome is not None:
-                self._mean_service_s += 0.1 * (now_s - entry.submitted_s - self._mean_service_s)
+                self._learn(entry, output, now_s)
                 entry.observed.end(entry.given_up or outcome)
                 self._leave(output.request_id)
                 self._note_numbers(entry.stream.served_by, output)
@@ -429,14 +507,30 @@ class AsyncEngine:
             self._unsound.remove(served_by)
             self.adapters.note_answer(served_by)
 
-    @staticmethod
-    def _deliver_one(entry: _Entry, output: StepOutput, now_s: float) -> str | None:
+    def _note_first_token(self, entry: _Entry, now_s: float) -> None:
+        entry.first_token_at_s = now_s
+        self._backlog.start(entry.place)
+        if entry.estimate is not None:
+            took_s = now_s - entry.submitted_s
+            entry.observed.forecast.observe(took_s / max(entry.estimate.first_token_s, 1e-3))
+
+    def _learn(self, entry: _Entry, output: StepOutput, now_s: float) -> None:
+        """From a request that had all its tokens, what the next ones will take."""
+        finished = output.delta.finished if output.delta is not None else None
+        if finished is None or entry.first_token_at_s is None:
+            return
+        if finished.reason in {FinishReason.STOP, FinishReason.LENGTH}:
+            self._forecast.ended(since_first_token_s=now_s - entry.first_token_at_s, num_output=finished.output_tokens)
+
+    def _deliver_one(self, entry: _Entry, output: StepOutput, now_s: float) -> str | None:
         """The outcome, if this is the request's end."""
         if output.error is not None:
             entry.stream.fail(output.error)
             return outcome_of(output.error)
         assert output.delta is not None
         entry.stream.put(output.delta)
+        if output.delta.started is not None:
+            self._note_first_token(entry, now_s)
         entry.meter.deliver(output.delta, now_s)
         return output.delta.finished.reason.value if output.delta.finished else None
 
@@ -473,3 +567,8 @@ async def _settled(future: concurrent.futures.Future[AdapterLease]) -> None:
     loop, done = asyncio.get_running_loop(), asyncio.Event()
     future.add_done_callback(lambda _: loop.call_soon_threadsafe(done.set))
     await done.wait()
+
+
+def tenant_of(request: GenerationRequest) -> str:
+    """Whose share it is served from. An adapter that is nobody's is a tenant of its own, all its versions together."""
+    return request.tenant or f"adapter:{request.adapter.partition('@')[0]}"

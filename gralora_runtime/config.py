@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gralora_runtime.errors import ConfigError
+from gralora_runtime.fairness import CPU_PRICES, Prices
 
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -51,7 +52,10 @@ class EngineConfig:
     max_num_seqs: int = 32  # rows in one step
     max_num_batched_tokens: int = 256  # tokens in one step; a longer prompt is prefilled in chunks of at most this
     max_model_len: int | None = None
-    max_queue: int = 1024  # requests waiting, for pages or for their adapter
+    max_queue: int = 1024  # requests waiting, for pages or for their adapter; one tenant may have four fifths of them
+    max_queue_tokens: int | None = None  # of prompts that wait; None: sixteen times what the KV cache holds
+    first_token_s: float | None = None  # refuse who would wait longer for the first token; None: no objective
+    prices: Prices = CPU_PRICES  # by which tenants are charged
     page_size: int = 16  # tokens
     kv_cache_bytes: int | None = None
     adapter_pool_bytes: int | None = None
@@ -77,16 +81,9 @@ class EngineConfig:
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         for name in (
-            "max_num_seqs",
-            "max_num_batched_tokens",
-            "max_queue",
-            "page_size",
-            "max_adapter_slots",
-            "keep_versions",
+            *("max_num_seqs", "max_num_batched_tokens", "max_model_len", "max_queue", "max_queue_tokens", "page_size"),
+            *("kv_cache_bytes", "adapter_pool_bytes", "max_adapter_slots", "keep_versions", "num_threads"),
         ):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("max_model_len", "kv_cache_bytes", "adapter_pool_bytes", "num_threads"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, got {value}")
@@ -97,8 +94,10 @@ class EngineConfig:
             )
         if not 0.0 < self.load_share <= 1.0:
             raise ConfigError(f"load_share must be above 0 and at most 1, got {self.load_share:g}")
-        if not self.keep_versions_days > 0:  # neither is what is no number
-            raise ConfigError(f"keep_versions_days must be more than 0, got {self.keep_versions_days}")
+        for name in ("keep_versions_days", "first_token_s"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:  # neither is what is no number
+                raise ConfigError(f"{name} must be more than 0, got {value}")
         if self.max_named_adapters < 0:
             raise ConfigError(f"max_named_adapters must be at least 0, got {self.max_named_adapters}")
         if self.max_num_batched_tokens < self.max_num_seqs:

@@ -15,7 +15,9 @@
     |   +-- AdapterUploadError        what a client sends is not what it announced, or cannot be kept here
     |   +-- AdapterUploadQuotaError   there is no room for what a client wants to send
     +-- CatalogueError           the catalogue on disk cannot be opened or written: names the file and a way out
-    +-- QueueFullError           try again after `retry_after_s`
+    +-- QueueFullError           too many wait: try again after `retry_after_s`
+    +-- TooLateError             it would not be served in time: try again after `retry_after_s`
+    +-- QuotaExceededError       a tenant has used what it may: names the limit; try again after `retry_after_s`
     +-- SlowConsumerError        the client stopped reading its stream
     +-- DeadlineExceededError    the deadline passed, or cannot be met
     +-- RequestCancelledError    the client went away or somebody aborted it
@@ -222,13 +224,50 @@ class CatalogueError(GraloraError):
 
 
 class QueueFullError(GraloraError):
-    """The waiting queue is full."""
+    """Too much waits already, in all or of one tenant. `problem` says of what."""
 
     reason = "QUEUE_FULL"
 
-    def __init__(self, limit: int, retry_after_s: float) -> None:
+    def __init__(self, problem: str, retry_after_s: float) -> None:
         self.retry_after_s = retry_after_s
-        super().__init__(f"{limit} requests are already waiting; try again in {retry_after_s:.1f} s")
+        super().__init__(f"{problem}; try again in {retry_after_s:.1f} s")
+
+
+class TooLateError(GraloraError):
+    """What is known of the requests before it says that this one would not be served in time, so it is not begun."""
+
+    reason = "TOO_LATE"
+
+    def __init__(self, request_id: str, *, what: str, expected_s: float, limit_s: float, retry_after_s: float) -> None:
+        """`what` would come after `expected_s`, and may after `limit_s` at most."""
+        self.retry_after_s = retry_after_s
+        self._metadata = {"expected_s": f"{expected_s:.3f}", "limit_s": f"{limit_s:.3f}"}
+        super().__init__(
+            f"request {request_id!r}: its {what} would come after about {expected_s:.1f} s, which is later than "
+            f"{limit_s:.1f} s; try again in {retry_after_s:.1f} s"
+        )
+
+    def metadata(self) -> dict[str, str]:
+        return self._metadata
+
+
+class QuotaExceededError(GraloraError):
+    """A tenant has used what its limits allow. `limit` is the limit's name in the configuration."""
+
+    reason = "QUOTA_EXCEEDED"
+
+    def __init__(self, tenant: str, limit: str, value: float, asked: str, retry_after_s: float | None = None) -> None:
+        """`asked`: what there was no room for. `retry_after_s` None: waiting alone makes no room."""
+        self.tenant = tenant
+        self.limit = limit
+        self.value = value
+        self.asked = asked
+        self.retry_after_s = retry_after_s
+        hint = "" if retry_after_s is None else f"; try again in {retry_after_s:.3f} s"
+        super().__init__(f"tenant {tenant!r} is at its limit {limit} = {value:.15g}, and asks for {asked}{hint}")
+
+    def metadata(self) -> dict[str, str]:
+        return {"tenant": self.tenant, "limit": self.limit, "value": f"{self.value:g}", "asked": self.asked}
 
 
 class SlowConsumerError(GraloraError):

@@ -33,6 +33,7 @@ class EngineLoad:
     running: int
     waiting: int  # for pages or a row
     waiting_for_adapter: int
+    paused: int  # until their clients read on
     pages_total: int
     pages_free: int
     pages_cached: int  # held by the prefix cache alone: free when needed
@@ -45,6 +46,7 @@ class EngineLoad:
     steps: int
     generated_tokens: int
     preemptions: int
+    pauses: int
     prefix_hit_tokens: int
     request_failures: int  # requests that ended because our code failed on them alone
     step_failures: int  # steps whose shared part failed, with all their requests

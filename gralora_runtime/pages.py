@@ -34,9 +34,12 @@ def page_key(parent: PageKey, token_ids: Sequence[int]) -> PageKey:
     return hashlib.sha256(parent + array("q", token_ids).tobytes()).digest()
 
 
-def root_key(adapter_digest: str) -> PageKey:
-    """Start of an adapter's chain of page keys; "" is the base model's."""
-    return hashlib.sha256(b"adapter:" + adapter_digest.encode()).digest()
+def root_key(adapter_digest: str, scope: str = "") -> PageKey:
+    """Start of an adapter's chain of page keys; "" is the base model's.
+
+    Requests of another scope never meet its pages: how fast an answer comes would tell them what was asked before.
+    """
+    return hashlib.sha256(b"adapter:" + adapter_digest.encode() + b" scope:" + scope.encode()).digest()
 
 
 class PagePool:

@@ -76,6 +76,8 @@ class GenerationRequest:
     timeout_s: float | None = None  # from now; None: no deadline
     tenant: str = ""  # whose request it is; "": its adapter is a tenant of its own
     weight: float = 1.0  # of the tenant
+    max_queued_requests: int | None = None  # of the tenant, that wait for their first token
+    max_queued_tokens: int | None = None  # of their prompts
     priority: int = 0  # higher first, among those of the same tenant
     prefix_scope: str = ""  # prefixes are shared with requests of the same scope, for the same adapter, alone
 

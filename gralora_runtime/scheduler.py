@@ -1,8 +1,10 @@
 """Decides what the next step computes. Counts tokens and pages; knows nothing of tensors, models or transports.
 
-Every running sequence gets its next token first; what is left of the step's token budget goes to prompts, in chunks, in
-order of arrival. So a long prompt cannot stall those that stream. When pages run out the youngest running sequence is
-put back into the queue and computed again later: it keeps its adapter and its tokens, and loses only its pages.
+Every running sequence gets its next token first; what is left of the step's token budget goes to prompts, in chunks. So
+a long prompt cannot stall those that stream. Whose prompt comes next is the tenant's that was served least
+(`fairness.py`), and of a tenant the first to arrive. When rows or pages run out somebody may have to give way
+(`preemption.py`): it is put back into the queue and computed again later, keeps its adapter and its tokens, and loses
+only its pages.
 
 A step may be planned before the one before has ended. Then a sequence's newest token is pending: its row says which
 sampling row will choose it. Who ends meanwhile has a row too many on its way, whose result is dropped. What it held is
@@ -13,18 +15,24 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from gralora_runtime.adapters.residency.lease import AdapterLease
 from gralora_runtime.errors import DeadlineExceededError, GraloraError, NumericalError, RequestCancelledError
 from gralora_runtime.failure import contained, request_failed, step_failed
+from gralora_runtime.fairness import CPU_PRICES, Account, Ledger, Prices
 from gralora_runtime.pages import PagePool, page_key
 from gralora_runtime.plan import UNKNOWN, RowPlan, StepPlan
+from gralora_runtime.preemption import giver_among, giver_of_row, givers_of_pages
 from gralora_runtime.request import Delta, FinishReason
 from gralora_runtime.sampling.outcome import RowFailure, Sampled, SamplingFailure
 from gralora_runtime.sequence import Sequence, SequenceStatus
+from gralora_runtime.waiting import FairQueue
+
+# Of a step's token budget, for prompts of a crowd beside those who decode alone or nearly so: a longer step costs them
+# time.
+SHARE_BESIDE_OTHERS = 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +52,7 @@ class SchedulerCounters:
     decode_tokens: int = 0  # computed, one at a time, after the prompt
     generated_tokens: int = 0
     preemptions: int = 0
+    pauses: int = 0  # because a client did not read
     prefix_hit_tokens: int = 0
     request_failures: int = 0  # requests that ended because our code failed on them
     step_failures: int = 0  # steps whose shared part failed, which ended all their requests
@@ -60,19 +69,26 @@ class Scheduler:
         max_num_batched_tokens: int,
         release_lease: Callable[[AdapterLease], None],
         now_s: Callable[[], float],
+        prices: Prices = CPU_PRICES,
     ) -> None:
         self.pages = pages
+        self.ledger = Ledger(prices)
         self.counters = SchedulerCounters()
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
         self._release_lease = release_lease
         self._now_s = now_s
-        self._waiting: deque[Sequence] = deque()
+        self._waiting = FairQueue(self.ledger)
+        self._paused: dict[str, Sequence] = {}
         self._running: list[Sequence] = []  # in order of admission: the last one is the youngest
         self._by_id: dict[str, Sequence] = {}
         self._outputs: list[StepOutput] = []
         self._seats = list(range(max_num_seqs - 1, -1, -1))
         self._stays = itertools.count()
+        self._arrivals = itertools.count()
+        # Of the step that is being planned: who gave way, and whether anybody did so for want of pages.
+        self._gave_way: set[Sequence] = set()
+        self._is_crowded = False
         self._next_deadline_s = math.inf  # nobody's is sooner
 
     @property
@@ -84,6 +100,10 @@ class Scheduler:
         return len(self._waiting)
 
     @property
+    def num_paused(self) -> int:
+        return len(self._paused)
+
+    @property
     def has_work(self) -> bool:
         return bool(self._running or self._waiting)
 
@@ -91,7 +111,11 @@ class Scheduler:
         """Queue a sequence; its adapter's lease now belongs to the scheduler."""
         assert sequence.request_id not in self._by_id, f"request id {sequence.request_id!r} used twice"
         self._by_id[sequence.request_id] = sequence
-        self._waiting.append(sequence)
+        sequence.number = next(self._arrivals)
+        self.ledger.enter(sequence.tenant, sequence.weight)
+        self._waiting.add(sequence)
+        if sequence.loaded_bytes:
+            self.ledger.charge(sequence.tenant, sequence.loaded_bytes * self.ledger.prices.adapter_byte)
         if sequence.deadline_s is not None:
             self._next_deadline_s = min(self._next_deadline_s, sequence.deadline_s)
 
@@ -101,34 +125,34 @@ class Scheduler:
         if sequence is not None:
             self._end_early(sequence, FinishReason.CANCELLED, RequestCancelledError(request_id))
 
+    def pause(self, request_id: str) -> None:
+        """Its client does not read: its row and its pages are for others until `resume`."""
+        sequence = self._by_id.get(request_id)
+        if sequence is None or sequence.status is SequenceStatus.PAUSED:
+            return
+        if sequence.status is SequenceStatus.RUNNING:
+            self._leave_seat(sequence)
+            self._free_pages(sequence)
+        else:
+            self._waiting.remove(sequence)
+        sequence.status = SequenceStatus.PAUSED
+        self._paused[request_id] = sequence
+        self.counters.pauses += 1
+
+    def resume(self, request_id: str) -> None:
+        """It goes on where it was, as soon as it is its turn."""
+        sequence = self._paused.pop(request_id, None)
+        if sequence is not None:
+            sequence.status = SequenceStatus.WAITING
+            self._waiting.put_back(sequence)
+
     def plan(self) -> StepPlan | None:
         """Choose the rows of the next step and lease their pages; None when there is nothing to compute."""
         self._expire_deadlines()
-        budget = self._max_num_batched_tokens
-        preemptions_before = self.counters.preemptions
+        self._gave_way, self._is_crowded = set(), False
         rows: dict[Sequence, int] = {}  # how many tokens, in order
-        prefilling: list[Sequence] = []
-        for sequence in self._running.copy():
-            if sequence.num_uncomputed > 1:
-                prefilling.append(sequence)
-            elif not (sequence.num_pending and sequence.has_all_tokens) and self._reserve(sequence, 1, rows):
-                rows[sequence] = 1
-        budget -= len(rows)
-        for sequence in prefilling:
-            count = min(sequence.num_uncomputed, budget)
-            if count and self._reserve(sequence, count, rows):
-                rows[sequence] = count
-                budget -= count
-        # Who was just preempted would only take the pages back: admit nobody in such a step.
-        crowded = self.counters.preemptions > preemptions_before
-        while budget and self._waiting and len(self._running) < self._max_num_seqs and not crowded:
-            admitted = self._try_to_admit(self._waiting[0], budget)
-            if admitted is None:
-                continue
-            if admitted == 0:
-                break
-            rows[self._running[-1]] = admitted
-            budget -= admitted
+        prompts = self._plan_decoding(rows)
+        self._plan_prompts(prompts, rows)
         return self._freeze(rows) if rows else None
 
     def commit(self, plan: StepPlan, sampled: Iterable[Sampled]) -> list[StepOutput]:
@@ -166,7 +190,8 @@ class Scheduler:
             if not ids:
                 return False
         else:
-            untouched = {sequence.request_id for sequence in self._waiting if not sequence.pages}
+            others = [*self._waiting, *self._paused.values()]
+            untouched = {sequence.request_id for sequence in others if not sequence.pages}
             ids = [request_id for request_id in self._by_id if request_id not in untouched]
         self.counters.step_failures += 1
         error = step_failed(len(ids), cause)
@@ -179,10 +204,12 @@ class Scheduler:
     def adapters(self) -> tuple[frozenset[str], frozenset[str]]:
         """Names of the adapters in the batch, and of those that wait for it; "" is the base model.
 
-        Other threads may ask: sequences are copied in one call each, while which the engine's thread cannot move them.
+        Other threads may ask: sequences are copied in one call, while which the engine's thread cannot move them.
         """
-        running, waiting = self._running.copy(), self._waiting.copy()
-        return frozenset(s.adapter_name for s in running), frozenset(s.adapter_name for s in waiting)
+        by_status: dict[bool, set[str]] = {True: set(), False: set()}
+        for sequence in self._by_id.copy().values():
+            by_status[sequence.status is SequenceStatus.RUNNING].add(sequence.adapter_name)
+        return frozenset(by_status[True]), frozenset(by_status[False])
 
     def take_outputs(self) -> list[StepOutput]:
         """What has to be told since the last call."""
@@ -203,8 +230,14 @@ class Scheduler:
     def check_integrity(self) -> None:
         """Assert that every page lease belongs to exactly one running sequence."""
         self.pages.check_integrity(page for sequence in self._running for page in sequence.pages)
-        assert not any(sequence.pages for sequence in self._waiting), "a waiting sequence holds pages"
-        assert len(self._by_id) == len(self._running) + len(self._waiting)
+        others = [*self._waiting, *self._paused.values()]
+        assert not any(sequence.pages for sequence in others), "a sequence that does not run holds pages"
+        assert {*self._by_id.values()} == {*self._running, *others}
+        assert (
+            len(self._by_id)
+            == len(self._running) + len(others)
+            == sum(account.requests for account in self.ledger.tenants().values())
+        )
         taken = sorted(sequence.seat for sequence in self._running)
         assert sorted(taken + self._seats) == list(range(self._max_num_seqs)), "a seat is lost or taken twice"
 
@@ -226,29 +259,103 @@ class Scheduler:
             self._outputs.append(StepOutput(sequence.request_id, error=error))
         self._retire(sequence)
 
-    def _try_to_admit(self, sequence: Sequence, budget: int) -> int | None:
+    def _plan_decoding(self, rows: dict[Sequence, int]) -> list[Sequence]:
+        """One token for each running sequence that has come to that; the others, whose prompts are not done yet."""
+        prompts: list[Sequence] = []
+        for sequence in self._running.copy():
+            if sequence.num_uncomputed > 1:
+                prompts.append(sequence)
+            elif not (sequence.num_pending and sequence.has_all_tokens) and self._reserve(sequence, 1, rows):
+                self._take(sequence, 1, rows)
+        return prompts
+
+    def _plan_prompts(self, prompts: list[Sequence], rows: dict[Sequence, int]) -> None:
+        """What is left of the step's tokens, for the tenant that was served least, and so on."""
+        left = self._max_num_batched_tokens - len(rows)
+        left_for_crowds = int(self._max_num_batched_tokens * SHARE_BESIDE_OTHERS)
+        # Beside what each had been served before this step's prompts.
+        decoding = {account: account.served for account in map(self._account, rows)}
+        starting: dict[Account, float] = {}
+        admitting = not self._is_crowded  # who just lost its pages would only take them back
+        while left > 0:
+            started = min(prompts, key=lambda sequence: self._account(sequence).served, default=None)
+            waiting = self._waiting.first() if admitting else None
+            if waiting is not None and (waiting.num_pending or waiting in self._gave_way):
+                admitting, waiting = False, None
+            if started is None and waiting is None:
+                return
+            sequence = _less_served(started, waiting, self.ledger)
+            account = self._account(sequence)
+            if account.crowds(starting):
+                return  # so that this step is short
+            most = min(left, left_for_crowds) if account.crowds(decoding) else left
+            if most <= 0:
+                return
+            served = account.served
+            if sequence is started:
+                prompts.remove(sequence)
+                count = self._continue(sequence, most, rows)
+            else:
+                admitted = self._try_to_admit(sequence, most, rows)
+                if admitted is None:
+                    continue
+                admitting = admitted > 0
+                count = admitted
+            if count:
+                starting.setdefault(account, served)
+            left -= count
+            left_for_crowds -= count
+
+    def _account(self, sequence: Sequence) -> Account:
+        return self.ledger.account(sequence.tenant)
+
+    def _continue(self, sequence: Sequence, most: int, rows: dict[Sequence, int]) -> int:
+        """The next chunk of a prompt; 0 if it lost its pages."""
+        count = min(sequence.num_uncomputed, most)
+        if not self._reserve(sequence, count, rows):
+            return 0
+        self._take(sequence, count, rows)
+        return count
+
+    def _take(self, sequence: Sequence, count: int, rows: dict[Sequence, int]) -> None:
+        """So many of its tokens are computed in this step, and paid for unless they were before."""
+        rows[sequence] = count
+        start, end = max(sequence.num_paid, sequence.num_computed), sequence.num_computed + count
+        if end > start:
+            of_prompt = max(0, min(end, sequence.num_prompt) - start)
+            prices = self.ledger.prices
+            price = of_prompt * prices.prompt_token + (end - start - of_prompt) * prices.output_token
+            self.ledger.charge(sequence.tenant, price)
+            sequence.num_paid = end
+
+    def _try_to_admit(self, sequence: Sequence, most: int, rows: dict[Sequence, int]) -> int | None:
         """As `_admit`; None: it failed on this sequence, which has ended."""
         try:
-            return self._admit(sequence, budget)
+            return self._admit(sequence, most, rows)
         except BaseException as error:
             if not contained(error):
                 raise
             self.fail(sequence.request_id, error)
             return None
 
-    def _admit(self, sequence: Sequence, budget: int) -> int:
-        """Start the oldest waiting sequence with up to `budget` tokens; 0 when there are no pages for it.
+    def _admit(self, sequence: Sequence, most: int, rows: dict[Sequence, int]) -> int:
+        """Start a waiting sequence with up to `most` tokens; 0 when there is no row or there are no pages for it.
 
         Pages are leased for all its tokens at once, not for the first chunk: half-admitted prompts that wait for each
         other's pages would only preempt one another.
         """
+        if not self._seats and not self._free_a_row(sequence, rows):
+            return 0
         matched, keys = self.pages.match(sequence.parent_key, sequence.tokens)
         num_matched = len(matched) * self.pages.page_size
-        fresh = self.pages.allocate(self._pages_for(len(sequence.tokens)) - len(matched))
+        num_fresh = self._pages_for(len(sequence.tokens)) - len(matched)
+        if num_fresh > self.pages.num_available:
+            self._free_pages_for(sequence, num_fresh, rows)
+        fresh = self.pages.allocate(num_fresh)
         if fresh is None:
             self.pages.release(matched)
             return 0
-        self._waiting.popleft()
+        self._waiting.remove(sequence)
         self._running.append(sequence)
         sequence.status = SequenceStatus.RUNNING
         sequence.seat, sequence.stay = self._seats.pop(), next(self._stays)
@@ -256,19 +363,33 @@ class Scheduler:
         sequence.num_computed = num_matched
         sequence.begin(self._now_s())
         self.counters.prefix_hit_tokens += num_matched
-        return min(sequence.num_uncomputed, budget)
+        count = min(sequence.num_uncomputed, most)
+        self._take(sequence, count, rows)
+        return count
+
+    def _free_a_row(self, sequence: Sequence, rows: dict[Sequence, int]) -> bool:
+        victim = giver_of_row(sequence, self._running, self.ledger)
+        if victim is None:
+            return False
+        self._preempt(victim, rows)
+        return True
+
+    def _free_pages_for(self, sequence: Sequence, num_pages: int, rows: dict[Sequence, int]) -> None:
+        missing = num_pages - self.pages.num_available
+        for victim in givers_of_pages(sequence, num_pages, missing, self._running, self.ledger):
+            self._preempt(victim, rows)
 
     def _reserve(self, sequence: Sequence, count: int, rows: dict[Sequence, int]) -> bool:
-        """Lease pages for `count` more tokens, preempting younger sequences; False: it was preempted itself."""
+        """Lease pages for `count` more tokens, preempting others; False: it was preempted itself."""
         if sequence.status is not SequenceStatus.RUNNING:
             return False
         missing = self._pages_for(sequence.num_computed + count) - len(sequence.pages)
         if missing <= 0:
             return True
         while missing > self.pages.num_available:
-            victim = self._running[-1]
-            self._preempt(victim)
-            rows.pop(victim, None)
+            self._is_crowded = True
+            victim = giver_among(self._running)
+            self._preempt(victim, rows)
             if victim is sequence:
                 return False
         fresh = self.pages.allocate(missing)
@@ -276,13 +397,15 @@ class Scheduler:
         sequence.pages += tuple(fresh)
         return True
 
-    def _preempt(self, sequence: Sequence) -> None:
+    def _preempt(self, sequence: Sequence, rows: dict[Sequence, int]) -> None:
+        rows.pop(sequence, None)
+        self._gave_way.add(sequence)
         self._leave_seat(sequence)
         self._free_pages(sequence)
         sequence.status = SequenceStatus.WAITING
         sequence.preemptions += 1
         self.counters.preemptions += 1
-        self._waiting.appendleft(sequence)
+        self._waiting.put_back(sequence)
 
     def _leave_seat(self, sequence: Sequence) -> None:
         self._running.remove(sequence)
@@ -362,11 +485,14 @@ class Scheduler:
     def _retire(self, sequence: Sequence) -> None:
         if sequence.status is SequenceStatus.RUNNING:
             self._leave_seat(sequence)
+        elif sequence.status is SequenceStatus.PAUSED:
+            del self._paused[sequence.request_id]
         else:
             self._waiting.remove(sequence)
         self._free_pages(sequence)
         sequence.status = SequenceStatus.FINISHED
         del self._by_id[sequence.request_id]
+        self.ledger.leave(sequence.tenant)
         self._release_lease(sequence.lease)
 
     def _drop(self, request_id: str) -> None:
@@ -375,8 +501,10 @@ class Scheduler:
         if sequence is None:
             return
         self._running = [running for running in self._running if running is not sequence]
-        self._waiting = deque(waiting for waiting in self._waiting if waiting is not sequence)
+        self._waiting.discard(sequence)
+        self._paused.pop(request_id, None)
         sequence.status = SequenceStatus.FINISHED
+        self.ledger.leave(sequence.tenant)
         self._release_lease(sequence.lease)
 
     def _reclaim_pages(self) -> None:
@@ -391,3 +519,12 @@ class Scheduler:
 
     def _pages_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.pages.page_size)
+
+
+def _less_served(started: Sequence | None, waiting: Sequence | None, ledger: Ledger) -> Sequence:
+    """Whose tenant was served less; one of the two may be missing. What was started comes first if they are even."""
+    if started is None or waiting is None:
+        found = started or waiting
+        assert found is not None
+        return found
+    return waiting if ledger.account(waiting.tenant).served < ledger.account(started.tenant).served else started

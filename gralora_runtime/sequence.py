@@ -20,6 +20,7 @@ class SequenceStatus(Enum):
 
     WAITING = "waiting"
     RUNNING = "running"
+    PAUSED = "paused"  # until its client reads on
     FINISHED = "finished"
 
 
@@ -44,12 +45,19 @@ class Sequence:
     arrival_s: float
     seed: int
     deadline_s: float | None = None
+    tenant: str = ""
+    weight: float = 1.0  # of the tenant
+    priority: int = 0  # higher first, among the tenant's own
+    prefix_scope: str = ""
+    loaded_bytes: int = 0  # of its adapter, if that had to be loaded for this request
     echo_prompt_token_ids: bool = False
     status: SequenceStatus = SequenceStatus.WAITING
     num_computed: int = 0
     num_cached: int = 0  # prompt tokens that the first admission found in the prefix cache
     preemptions: int = 0
     num_pending: int = 0
+    num_paid: int = 0  # tokens that its tenant was charged for: once, however often they are computed
+    number: int = -1  # in order of arrival
     pages: tuple[int, ...] = ()
     page_keys: list[PageKey] = field(default_factory=list)  # of the full pages, in order
     started: Started | None = None
@@ -77,7 +85,7 @@ class Sequence:
     @property
     def parent_key(self) -> PageKey:
         """Key that the next full page's key is chained to."""
-        return self.page_keys[-1] if self.page_keys else root_key(self.lease.digest)
+        return self.page_keys[-1] if self.page_keys else root_key(self.lease.digest, self.prefix_scope)
 
     def begin(self, now_s: float) -> None:
         """Record what the first admission found; reported with the first delta."""

@@ -21,11 +21,16 @@ class RequestStream(AsyncIterator[Delta]):
     cancels the request.
     """
 
-    def __init__(self, request_id: str, abort: Callable[[str], object]) -> None:
+    def __init__(
+        self, request_id: str, abort: Callable[[str], object], hold: Callable[[str, bool], object] = lambda *_: None
+    ) -> None:
+        """`abort` ends the request; `hold` makes it wait (True) or go on."""
         self.request_id = request_id
         self.served_by = ""  # the adapter and its version, such as "pirate@3"; "": the base model
         self.detokenizer: Detokenizer | None = None  # for deltas that come without their text
         self._abort = abort
+        self._hold = hold
+        self._is_held = False
         self._unread: list[Delta] = []
         self._error: GraloraError | None = None
         self._ended = False  # nothing more will be put
@@ -57,6 +62,19 @@ class RequestStream(AsyncIterator[Delta]):
             self._ended = True
             self._abort(self.request_id)
             self._wake.set()
+
+    def hold(self) -> None:
+        """Its client does not take what there is: its place in the steps is for others until `go_on`."""
+        if not (self._ended or self._is_held):
+            self._is_held = True
+            self._hold(self.request_id, True)
+
+    def go_on(self) -> None:
+        """It does again."""
+        if self._is_held:
+            self._is_held = False
+            if not self._ended:
+                self._hold(self.request_id, False)
 
     async def aclose(self) -> None:
         """Leave the stream: the engine frees everything at its next step."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 from gralora_runtime.adapters.catalogue.store import GONE, AdapterState, AdapterStore, AdapterVersion, Alias
 from gralora_runtime.adapters.info import (
@@ -75,9 +75,11 @@ class Descriptions:
         """By name."""
         return tuple(info for name in sorted(self._names()) if (info := self._listed(name)) is not None)
 
-    def page(self, *, size: int, after: str, prefix: str, states: Collection[AdapterState]) -> AdapterPage:
+    def page(
+        self, *, size: int, after: str, prefix: str, states: Collection[AdapterState], sees: Callable[[str], bool]
+    ) -> AdapterPage:
         """See `AdapterManager.page`."""
-        names = sorted(name for name in self._names() if name.startswith(prefix))
+        names = sorted(name for name in self._names() if name.startswith(prefix) and sees(name))
         found: list[AdapterInfo] = []
         for name in names[bisect_right(names, after) :]:
             info = self._listed(name, states)

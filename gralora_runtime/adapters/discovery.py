@@ -31,11 +31,11 @@ from gralora_runtime.adapters.checkpoint.spec import ModuleShape, to_keep
 from gralora_runtime.adapters.persistence import Persistence
 from gralora_runtime.adapters.residency.mover import log_if_unexpected
 from gralora_runtime.errors import (
-    AdapterCapacityError,
     AdapterNotFoundError,
     AdapterRejectedError,
     AdapterVersionLostError,
     DrainingError,
+    GraloraError,
     InvalidRequestError,
 )
 
@@ -59,7 +59,7 @@ class Household(Protocol):
         """Load it though nobody waits. False: there is no free room for that."""
         ...
 
-    def capacity_problem(self, version: AdapterVersion) -> AdapterCapacityError | None:
+    def capacity_problem(self, version: AdapterVersion) -> GraloraError | None:
         """Why the version would never fit into the pool as it is now, if it would not."""
 
     def settle(self, alias: Alias, answers: Answers) -> object:
@@ -499,7 +499,7 @@ class Discovery:
         first.future.add_done_callback(lambda _: call())
         self._household.enter(version, first, answers)
 
-    def _capacity_problem(self, name: str, adapter: LoadedAdapter, found: Found) -> AdapterCapacityError | None:
+    def _capacity_problem(self, name: str, adapter: LoadedAdapter, found: Found) -> GraloraError | None:
         """What an operator wants to be loaded now is no version if that is impossible."""
         layout = adapter.layout
         version = AdapterVersion(

@@ -23,9 +23,10 @@ from gralora_kernels.packing import ROW_MAJOR, Packing
 from gralora_runtime.adapters.admission import Admission, Examiner
 from gralora_runtime.adapters.answers import Answers
 from gralora_runtime.adapters.catalogue.catalogue import RETENTION, Catalogue, Retention
-from gralora_runtime.adapters.catalogue.changes import Changes
+from gralora_runtime.adapters.catalogue.changes import Changes, any_name
 from gralora_runtime.adapters.catalogue.names import Reference, check_name, parse_reference, version_of
 from gralora_runtime.adapters.catalogue.numerics import Numerics
+from gralora_runtime.adapters.catalogue.similar import similar_name
 from gralora_runtime.adapters.catalogue.sources.source import Source
 from gralora_runtime.adapters.catalogue.store import AdapterState, AdapterStore, AdapterVersion, Alias, Waiter
 from gralora_runtime.adapters.catalogue.uploads import Uploads
@@ -42,9 +43,10 @@ from gralora_runtime.adapters.residency.host_cache import HostCache
 from gralora_runtime.adapters.residency.lease import BASE_LEASE, AdapterLease
 from gralora_runtime.adapters.residency.mover import Mover, log_if_unexpected
 from gralora_runtime.adapters.residency.pool import AdapterPool, Resident
+from gralora_runtime.adapters.residency.share import ShareOf
 from gralora_runtime.adapters.residency.transfer import Transfer
 from gralora_runtime.adapters.watch import AdapterWatch
-from gralora_runtime.errors import AdapterBusyError, AdapterCapacityError, DrainingError, InvalidRequestError
+from gralora_runtime.errors import AdapterBusyError, DrainingError, GraloraError, InvalidRequestError
 
 log = logging.getLogger(__name__)
 
@@ -187,6 +189,12 @@ class AdapterManager:
             if version.numerics.fail(problem):
                 log.warning("%s", version.numerics.error(label))
 
+    def limit_pool(self, share_of: ShareOf) -> None:
+        """Who owns which names, and how much of the pool its adapters may take. Who is there already may stay."""
+        with self._answering() as answers:
+            self._mover.shares.share_of = share_of
+            self._mover.wake(answers)
+
     def examine_with(self, examiner: Examiner) -> None:
         """Who answers golden prompts. Versions that have some wait until somebody does."""
         self._admission.examine_with(examiner)
@@ -301,23 +309,37 @@ class AdapterManager:
         return self._descriptions.all()
 
     def page(
-        self, *, size: int, after: str = "", prefix: str = "", states: Collection[AdapterState] = ()
+        self,
+        *,
+        size: int,
+        after: str = "",
+        prefix: str = "",
+        states: Collection[AdapterState] = (),
+        sees: Callable[[str], bool] = any_name,
     ) -> AdapterPage:
         """At most `size` adapters by name: those behind `after` that begin with `prefix` and are in one of `states`.
 
-        No states: in any.
+        No states: in any. `sees`: which names there are for whoever asks.
         """
-        return self._descriptions.page(size=size, after=after, prefix=prefix, states=states)
+        return self._descriptions.page(size=size, after=after, prefix=prefix, states=states, sees=sees)
 
-    def watch(self, prefix: str, wake: Callable[[], None]) -> AdapterWatch:
+    def watch(self, prefix: str, wake: Callable[[], None], sees: Callable[[str], bool] = any_name) -> AdapterWatch:
         """Hear of all adapters whose names begin so, and then of each change. Close it when done.
 
-        `wake` is called from any thread, when there is something to `take` after there was nothing.
+        `wake` is called from any thread, when there is something to `take` after there was nothing. `sees`: as in
+        `page`, and called from any thread, too.
         """
-        listener = self._changes.listen(prefix, wake)
+        listener = self._changes.listen(prefix, wake, sees)
         with self._lock:
-            names = sorted(name for name in self._store.names() if name.startswith(prefix))
-        return AdapterWatch(names, listener, self._changes, self._descriptions.find)
+            names = tuple(self._store.names())
+        seen = sorted(name for name in names if name.startswith(prefix) and sees(name))
+        return AdapterWatch(seen, listener, self._changes, self._descriptions.find)
+
+    def similar(self, name: str, sees: Callable[[str], bool]) -> str:
+        """The registered name that is nearest, of those that whoever asks sees; "" if none is near."""
+        with self._lock:
+            names = tuple(self._store.names())
+        return similar_name(name, filter(sees, names))
 
     def residency(self, limit: int, first: Collection[str] = ()) -> AdapterResidency:
         """Where all adapters are, and by name at most `limit` that are in memory: `first`, then the last used ones."""
@@ -483,6 +505,7 @@ class AdapterManager:
             generation=resident.generation,
             width=resident.layout.width,
             serial=next(self._serials),
+            num_bytes=self._pool_bytes(resident.layout.numel),
         )
         self._leases[lease.serial] = (version, resident)
         version.leases += 1
@@ -621,7 +644,7 @@ class AdapterManager:
             self.enter(version, Waiter(future=Future(), wants_lease=False, patient=True), answers)
         return True
 
-    def capacity_problem(self, version: AdapterVersion) -> AdapterCapacityError | None:
+    def capacity_problem(self, version: AdapterVersion) -> GraloraError | None:
         return self._mover.capacity_problem(version)
 
     def holds(self, version: AdapterVersion) -> bool:

@@ -5,14 +5,20 @@ Knows the base model by its name and its weights' norms, and not who is told.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
+from gralora_kernels.packing import Array
 from gralora_runtime.adapters.checkpoint.bounds import closer_bound
-from gralora_runtime.adapters.checkpoint.doubts import CHANGES_NOTHING, about_names, about_weights, beyond
+from gralora_runtime.adapters.checkpoint.doubts import CHANGES_NOTHING, FAR_OUTSIDE, about_names, about_weights, beyond
 from gralora_runtime.adapters.checkpoint.header import AdapterSummary
 from gralora_runtime.adapters.checkpoint.loader import LoadedAdapter
+from gralora_runtime.adapters.checkpoint.recipe import Layout
+from gralora_runtime.adapters.checkpoint.remembered import remembered
 from gralora_runtime.adapters.checkpoint.spec import ModuleShape
 from gralora_runtime.adapters.checkpoint.whole import read_whole
 from gralora_runtime.errors import AdapterRejectedError
@@ -35,14 +41,13 @@ class Oddities:
         return (*self.of_header(adapter.layout.summary), *self._of_weights(adapter, directory, roots))
 
     def _of_weights(self, adapter: LoadedAdapter, directory: Path, roots: Sequence[Path]) -> list[str]:
-        entries = dict(adapter.layout.modules)
-        bounds = dict(zip(entries, adapter.bounds, strict=True))
-        if not any(bounds.values()):
+        if not any(adapter.bounds):
             return [CHANGES_NOTHING]
-        doubtful = beyond(bounds, self.base_norms)
+        beyond_bound = np.flatnonzero(np.array(adapter.bounds) > _limits(adapter.layout.modules, self.base_norms))
+        doubtful = dict(adapter.layout.modules[position] for position in beyond_bound)
         closer = {
-            module.name: closer_bound(adapter.blob, module, entries[module.name])
-            for module in self.modules
+            module.name: closer_bound(adapter.blob, module, doubtful[module.name])
+            for module in (self.modules if doubtful else ())
             if module.name in doubtful
         }
         return self._exactly(adapter.digest, directory, roots) if beyond(closer, self.base_norms) else []
@@ -54,3 +59,9 @@ class Oddities:
         except AdapterRejectedError:
             return []
         return about_weights(whole.updates(), self.base_norms) if whole.digest == digest else []
+
+
+@remembered
+def _limits(modules: Layout, base_norms: Mapping[str, float]) -> Array:
+    """What the norm of each module's update has to exceed to be told of: see `beyond`."""
+    return np.array([FAR_OUTSIDE * base_norms.get(name, math.inf) for name, _ in modules])

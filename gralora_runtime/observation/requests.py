@@ -7,20 +7,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from gralora_runtime.errors import GraloraError
-from gralora_runtime.observation.histogram import REQUEST_S, TOKEN_S, Histogram, HistogramCounts
+from gralora_runtime.observation.histogram import RATIO, REQUEST_S, TOKEN_S, Histogram, HistogramCounts
 from gralora_runtime.observation.usage import AdapterAccounts, Tally
 from gralora_runtime.request import Delta
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestCounts:
-    """One moment. received = all of `ended` + those that are under way. Histograms are in seconds."""
+    """One moment. received = all of `ended` + those under way. Histograms are in seconds, `forecast` is a ratio."""
 
     received: int
     ended: Mapping[str, int]  # by outcome
     queue: HistogramCounts
     adapter_wait: HistogramCounts
     first_token: HistogramCounts
+    forecast: HistogramCounts  # how long the first token took, over what was foretold
     inter_token: HistogramCounts
     total: HistogramCounts
     adapters: Mapping[str, Tally]
@@ -34,6 +35,7 @@ class RequestObservation:
         self.adapter_wait = Histogram(REQUEST_S)
         self.queue = Histogram(REQUEST_S)
         self.first_token = Histogram(REQUEST_S)
+        self.forecast = Histogram(RATIO)
         self.inter_token = Histogram(TOKEN_S)
         self.total = Histogram(REQUEST_S)
         self._received = 0
@@ -56,6 +58,7 @@ class RequestObservation:
             queue=self.queue.read(),
             adapter_wait=self.adapter_wait.read(),
             first_token=self.first_token.read(),
+            forecast=self.forecast.read(),
             inter_token=self.inter_token.read(),
             total=self.total.read(),
             adapters=self.accounts.read(),

@@ -6,10 +6,12 @@ device goes from one to the next without the host.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import NamedTuple
 
 from gralora_runtime.failure import contained
+from gralora_runtime.forecast import StepTimes
 from gralora_runtime.observation.steps import Phase, StepObservation
 from gralora_runtime.plan import StepPlan
 from gralora_runtime.scheduler import Scheduler, StepOutput
@@ -25,6 +27,7 @@ MAX_FAILURES_IN_A_ROW = 3  # of steps: then it is not the requests that are at f
 class _OnItsWay(NamedTuple):
     plan: StepPlan
     launched: Launched
+    began_s: float
 
 
 def _nothing() -> None:
@@ -49,6 +52,8 @@ class Engine:
         self.executor = executor
         self.observation = observation
         self.pipelined = pipelined
+        self.times = StepTimes()
+        self._ended_s = 0.0  # when the last step's results came
         self._fence = fence
         self.num_steps = 0
         self._before: _OnItsWay | None = None  # launched, and not waited for yet
@@ -91,6 +96,7 @@ class Engine:
 
     def _launch(self) -> _OnItsWay | None:
         plan: StepPlan | None = None
+        began_s = time.perf_counter()
         timed = self.observation.timed
         try:
             plan = timed(Phase.SCHEDULE, self.scheduler.plan)
@@ -105,7 +111,7 @@ class Engine:
             self._fail(plan, error, repeatable=True)
             return None
         self._fence.launched()
-        return _OnItsWay(plan, launched)
+        return _OnItsWay(plan, launched, began_s)
 
     def _finish(self, due: _OnItsWay | None) -> list[StepOutput]:
         if due is None:
@@ -121,6 +127,10 @@ class Engine:
             return self.scheduler.take_outputs()
         self._failures_in_a_row = 0
         self.num_steps += 1
+        # Pipelined, it stood behind the one before.
+        now_s = time.perf_counter()
+        self.times.observe(due.plan, now_s - max(due.began_s, self._ended_s))
+        self._ended_s = now_s
         self.observation.count(due.plan)
         return outputs
 

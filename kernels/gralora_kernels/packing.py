@@ -7,21 +7,64 @@ contiguous: then it reads an adapter from front to back. Both take exactly r * i
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+import hashlib
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+SHA256_BYTES = 32
 Array = npt.NDArray[Any]  # elements are moved, never read
+
+
+class Place(IntEnum):
+    """Columns of a table that says, row by row, where a matrix is and where it goes. Offsets are in elements."""
+
+    SOURCE = 0
+    TARGET = 1
+    BLOCKS = 2
+    DEPTH = 3
+    COLUMNS = 4  # of a block
+    IS_TRANSPOSED = 5  # a plain pair's, which is one block [columns, depth]
+
+
+class PlaceMany(Protocol):
+    """`place_a` and `place_b` of many matrices at once, whose elements stay as they are."""
+
+    def __call__(self, out: Array, values: Array, places: Array, /) -> Array:
+        """From flat `values` to flat `out`, both unsigned integers, as int64 `places` [matrices, len(Place)] say.
+
+        Returns of each matrix the largest of its elements without their sign: it is their largest magnitude, as bits.
+        """
+
+
+class HashMany(Protocol):
+    """SHA-256 of many stretches of memory at once."""
+
+    def __call__(self, data: Array, spans: Array, /) -> Array:
+        """Digests, uint8 [spans, 32], of uint8 `data` [begin:end] for each of int64 `spans` [spans, 2]."""
+
+
+def hash_each(data: Array, spans: Array) -> Array:
+    """A `HashMany` over hashlib, which lets go of the interpreter lock and takes it again for each stretch."""
+    digests = b"".join(hashlib.sha256(data[begin:end].data).digest() for begin, end in spans.tolist())
+    return np.frombuffer(digests, np.uint8).reshape(-1, SHA256_BYTES)
 
 
 @dataclass(frozen=True, slots=True)
 class Packing:
-    """`panel`: columns of a panel, 0 for row-major. `keeps_16_bit`: in an arena of fp32 too, such matrices stay so."""
+    """`panel`: columns of a panel, 0 for row-major. `keeps_16_bit`: in an arena of fp32 too, such matrices stay so.
+
+    What is fast and lets go of the interpreter lock is for a backend to bring: `place_many`, for panels of its own, and
+    `hash_many`, for what a reader does beside it.
+    """
 
     panel: int = 0
     keeps_16_bit: bool = False
+    place_many: PlaceMany | None = field(default=None, repr=False)
+    hash_many: HashMany = field(default=hash_each, repr=False)
 
 
 ROW_MAJOR = Packing()

@@ -83,11 +83,21 @@ class Rows:
         )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SlotRows:
+    """What one slot holds in all modules of a `TableSet`. Offsets count from where its adapter begins."""
+
+    index: npt.NDArray[np.int64]  # [modules, ENTRIES, 4]
+    scale: npt.NDArray[np.float32]  # [modules, ENTRIES]
+    storage: npt.NDArray[np.int64]  # [modules, ENTRIES]
+    layouts: tuple[bytes, ...]  # of each group
+
+
 class TableSet:
     """The tables of all projection groups of a pool. Index and scale of all modules are one tensor each.
 
     So a slot is set or cleared in all modules by one write on the device: `rows.index[:, slot]`, `rows.scale[:, slot]`.
-    That write belongs to whoever owns the order of things on the device; `write` and `clear` change host memory alone.
+    That write belongs to whoever owns the order of things on the device; `put` and `clear` change host memory alone.
     """
 
     def __init__(self, shapes: Sequence[tuple[int, Sequence[int]]], max_slots: int, device: torch.device) -> None:
@@ -103,39 +113,52 @@ class TableSet:
             for first, (in_features, outs) in zip(accumulate(counts, initial=0), shapes, strict=False)
         )
         self.modules = tuple(table for group in self.groups for table in group.modules)
+        self._nothing = self.rows_of({})
 
-    def write(self, slot: int, entries: Mapping[int, Sequence[Entry]], *, offset: int = 0) -> None:
-        """Make `slot` hold these entries, by position in `modules`; a module that is not named holds none.
+    def rows_of(self, entries: Mapping[int, Sequence[Entry]]) -> SlotRows:
+        """What to `put` so that a slot holds these entries, by position in `modules`; a module not named holds none.
 
-        `offset` is where in the arena the entries' offsets count from.
+        Raises ValueError for what the kernels cannot compute.
         """
         for position, own in entries.items():
-            self.modules[position].check(slot, own)
+            self.modules[position].check(own)
+        shape = (len(self.modules), ENTRIES)
+        index, scale, storage = np.zeros((*shape, 4), np.int64), np.zeros(shape, np.float32), np.zeros(shape, np.int64)
+        for position, own in entries.items():
+            for i, entry in enumerate(own):
+                index[position, i] = entry.a_offset, entry.b_offset, entry.r, entry.k
+                scale[position, i], storage[position, i] = entry.scale, entry.storage
+        counts = [len(group.modules) for group in self.groups]
+        layouts = tuple(
+            _layout(index[first : first + count])
+            for first, count in zip(accumulate(counts, initial=0), counts, strict=False)
+        )
+        return SlotRows(index=index, scale=scale, storage=storage, layouts=layouts)
+
+    def put(self, slot: int, rows: SlotRows, *, offset: int = 0) -> None:
+        """Make `slot` hold this. `offset` is where in the arena the entries' offsets count from.
+
+        At once: one by one, hundreds of rows would keep the interpreter from everybody else for milliseconds.
+        """
         if offset % ALIGNMENT:
             raise ValueError(f"offset must be a multiple of {ALIGNMENT}, got {offset}")
-        self._blank(slot)
-        found = [(position, i, entry) for position, own in entries.items() for i, entry in enumerate(own)]
-        if found:
-            at = [position for position, _, _ in found], slot, [i for _, i, _ in found]
-            # At once: one by one, hundreds of rows would keep the interpreter from everybody else for milliseconds.
-            self.rows.host_index[at] = [(e.a_offset + offset, e.b_offset + offset, e.r, e.k) for _, _, e in found]
-            self.rows.host_scale[at] = [e.scale for _, _, e in found]
-            self.rows.host_storage[at] = [e.storage for _, _, e in found]
-        self._note_layouts(slot)
+        _check_slot(slot, len(self.rows.versions))
+        index = rows.index.copy()
+        index[..., :2] += offset * (index[..., 2:3] > 0)  # what holds nothing is all zero
+        self.rows.host_index[:, slot] = index
+        self.rows.host_scale[:, slot] = rows.scale
+        self.rows.host_storage[:, slot] = rows.storage
+        for group, layout in zip(self.groups, rows.layouts, strict=True):
+            group.layouts[slot] = layout
+        self.rows.versions[slot] += 1
+
+    def write(self, slot: int, entries: Mapping[int, Sequence[Entry]], *, offset: int = 0) -> None:
+        """`put`, for rows that nobody needs twice."""
+        self.put(slot, self.rows_of(entries), offset=offset)
 
     def clear(self, slot: int) -> None:
         """No module has an adapter in this slot."""
-        self._blank(slot)
-        self._note_layouts(slot)
-
-    def _blank(self, slot: int) -> None:
-        self.rows.host_index[:, slot] = 0
-        self.rows.host_scale[:, slot] = 0
-        self.rows.host_storage[:, slot] = Storage.NATIVE
-
-    def _note_layouts(self, slot: int) -> None:
-        for group in self.groups:
-            group.note_layout(slot)
+        self.put(slot, self._nothing)
 
 
 class GroupTable:
@@ -166,7 +189,7 @@ class GroupTable:
         self.scale = self.rows.scale  # [modules, max_slots, ENTRIES]
         self.versions = self.rows.versions
         # By slot: r and k of every module and entry, as bytes. Equal for slots, and layers, that need the same work.
-        self.layouts = [self._layout(0)] * max_slots
+        self.layouts = [_layout(self.host_index[:, 0])] * max_slots
         self.modules = tuple(
             ModuleTable(in_features, out, max_slots, device, group=self, position=m)
             for m, out in enumerate(out_features)
@@ -174,11 +197,8 @@ class GroupTable:
 
     def note_layout(self, slot: int) -> None:
         """A module's entries of this slot have changed."""
-        self.layouts[slot] = self._layout(slot)
+        self.layouts[slot] = _layout(self.host_index[:, slot])
         self.versions[slot] += 1
-
-    def _layout(self, slot: int) -> bytes:
-        return self.host_index[:, slot, :, 2:].tobytes()
 
 
 class ModuleTable:
@@ -212,7 +232,8 @@ class ModuleTable:
 
     def set(self, slot: int, entries: Sequence[Entry]) -> None:
         """Make `slot` hold these entries, on the device too. Raises ValueError for what the kernels cannot compute."""
-        self.check(slot, entries)
+        _check_slot(slot, self.max_slots)
+        self.check(entries)
         self.host_index[slot] = 0
         self.host_scale[slot] = 0
         self.host_storage[slot] = Storage.NATIVE
@@ -227,10 +248,8 @@ class ModuleTable:
         """The slot has no adapter for this module."""
         self.set(slot, ())
 
-    def check(self, slot: int, entries: Sequence[Entry]) -> None:
+    def check(self, entries: Sequence[Entry]) -> None:
         """Raises ValueError for what the kernels cannot compute."""
-        if not 0 <= slot < self.max_slots:
-            raise ValueError(f"slot {slot} is outside 0..{self.max_slots - 1}")
         if len(entries) > ENTRIES:
             raise ValueError(f"an adapter has at most {ENTRIES} entries per module, got {len(entries)}")
         for entry in entries:
@@ -254,3 +273,13 @@ class ModuleTable:
         if not self._shared:
             self.index[slot].copy_(torch.from_numpy(self.host_index[slot]))
             self.scale[slot].copy_(torch.from_numpy(self.host_scale[slot]))
+
+
+def _layout(index: npt.NDArray[np.int64]) -> bytes:
+    """r and k of one slot's rows [modules, ENTRIES, 4]."""
+    return index[..., 2:].tobytes()
+
+
+def _check_slot(slot: int, max_slots: int) -> None:
+    if not 0 <= slot < max_slots:
+        raise ValueError(f"slot {slot} is outside 0..{max_slots - 1}")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from gralora_kernels.dispatch import AdapterBackend
 from gralora_kernels.grouping import Grouping
+from gralora_kernels.packing import Packing
 from gralora_kernels.tables import Entry, ModuleTable
 
 # Features and k: one width that the GPU kernels may assume aligned and one not (200 / 8 = 25); 32 tokens of either are
@@ -17,6 +19,7 @@ RANK = 16
 
 def warm_up_backend(backend: AdapterBackend, *, device: torch.device, dtype: torch.dtype) -> None:
     """Run every variant of the kernels once, and see that it does what it should to the right rows."""
+    _warm_up_loading(backend.packing)
     for features, k in SHAPES:
         table = ModuleTable(features, features, 1, device)
         entry = Entry(a_offset=0, b_offset=RANK * features, r=RANK, k=k, scale=1.0)
@@ -31,3 +34,12 @@ def warm_up_backend(backend: AdapterBackend, *, device: torch.device, dtype: tor
             backend.apply(y, x, arena, table.group, grouping)
             assert y[:-1].all(), "the adapter did nothing"
             assert not y[-1].any(), "a base-model row was changed"
+
+
+def _warm_up_loading(packing: Packing) -> None:
+    packing.hash_many(np.zeros(1, np.uint8), np.array([[0, 1]]))
+    if packing.place_many is not None:
+        for bits in (np.uint16, np.uint32):
+            out = np.zeros(1, bits)
+            packing.place_many(out, np.ones(1, bits), np.array([[0, 0, 1, 1, 1, 0]]))
+            assert out.all(), "nothing was placed"

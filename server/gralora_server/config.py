@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from gralora_runtime.errors import ConfigError
+
+if TYPE_CHECKING:  # pydantic would take `gralora --help` a tenth of a second
+    from gralora_server.tenants.settings import TenancySettings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +41,9 @@ class ServerConfig:
     port: int = 50051
     tls: TlsConfig | None = None
     auth_token_file: Path | None = None
+    tenancy: TenancySettings | None = None
     metrics: MetricsConfig | None = None
+    state_dir: Path | None = None  # what tenants used is kept there
     reflection: bool = True
     max_message_bytes: int = 16 << 20  # received; 4 MiB of prompt text leave room for the rest
     max_request_s: float | None = None  # a request without a deadline gets this one, a longer one is cut to it

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 
 from gralora.v1 import adapters_pb2, generation_pb2, server_pb2
@@ -25,6 +25,7 @@ from gralora_runtime.request import (
     TokenLogprob,
 )
 from gralora_server.status import clip
+from gralora_server.tenants.usage import UsageRow
 from gralora_server.validation import AnyGenerateRequest
 
 API_VERSION = "gralora.v1"
@@ -51,6 +52,7 @@ def from_generate_request(request: AnyGenerateRequest, *, timeout_s: float | Non
         prompt=from_prompt(request),
         adapter=request.adapter,
         canary_key=request.canary_key,
+        priority=request.priority,
         sampling=from_sampling(request.sampling),
         stopping=from_stopping(request.stopping),
         response=from_response(request.response),
@@ -245,3 +247,18 @@ def to_server_info(info: EngineInfo) -> server_pb2.GetServerInfoResponse:
 
 def to_load(load: EngineLoad) -> server_pb2.GetLoadResponse:
     return server_pb2.GetLoadResponse(**asdict(load))
+
+
+def from_usage_token(token: str) -> tuple[str, str]:
+    """The first row of a page: its tenant, which has no slash, and its adapter, which may have one."""
+    tenant, _, adapter = token.partition("/")
+    return tenant, adapter
+
+
+def to_usage(rows: Sequence[UsageRow], size: int) -> server_pb2.GetUsageResponse:
+    """A page of `size` rows. There may be one more, which begins the next page."""
+    usage = [
+        server_pb2.TenantUsage(tenant=row.tenant, adapter=row.adapter, **asdict(row.counts)) for row in rows[:size]
+    ]
+    token = "".join(f"{row.tenant}/{row.adapter}" for row in rows[size:])
+    return server_pb2.GetUsageResponse(usage=usage, next_page_token=token)

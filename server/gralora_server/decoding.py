@@ -39,10 +39,7 @@ def with_behavior(handler: Handler, behavior: Behavior) -> Handler:
 
 
 def decoding(handler: Handler, behavior: Behavior, refuse: Refuse) -> Behavior:
-    """The same for bytes: `behavior` gets what `handler` makes of them; a stream of requests only as an iterator.
-
-    gRPC tells a coroutine function from an asynchronous generator, so each stays what it is.
-    """
+    """The same for bytes: `behavior` gets what `handler` makes of them; a stream of requests only as an iterator."""
 
     async def message(raw: bytes, context: Context) -> Any:
         try:
@@ -58,11 +55,20 @@ def decoding(handler: Handler, behavior: Behavior, refuse: Refuse) -> Behavior:
     async def request(raw: Any, context: Context) -> Any:
         return messages(raw, context) if handler.request_streaming else await message(raw, context)
 
-    async def answer(raw: Any, context: Context) -> Any:
-        return await behavior(await request(raw, context), context)
+    return preceded(behavior, request)
 
-    async def generate(raw: Any, context: Context) -> AsyncIterator[Any]:
-        async for response in behavior(await request(raw, context), context):
+
+def preceded(behavior: Behavior, prepare: Behavior) -> Behavior:
+    """`behavior` gets what `prepare`, a coroutine function, makes of the request, unless that ends the call.
+
+    gRPC tells a coroutine function from an asynchronous generator, so each stays what it is.
+    """
+
+    async def answer(request: Any, context: Context) -> Any:
+        return await behavior(await prepare(request, context), context)
+
+    async def generate(request: Any, context: Context) -> AsyncIterator[Any]:
+        async for response in behavior(await prepare(request, context), context):
             yield response
 
     return generate if inspect.isasyncgenfunction(behavior) else answer

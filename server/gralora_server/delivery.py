@@ -16,7 +16,14 @@ from gralora_runtime.stream import merge_deltas
 from gralora_server.convert import to_stream_response
 from gralora_server.errors import StalledClientError
 
+# Of one write: then its request stops being computed until the client has read on.
+HOLD_AFTER_S = 1.0
+
 Write = Callable[[generation_pb2.StreamGenerateResponse], Awaitable[None]]
+
+
+def _nothing() -> None:
+    pass
 
 
 async def merged(deltas: AsyncIterator[Delta], *, min_tokens: int) -> AsyncIterator[Delta]:
@@ -32,29 +39,44 @@ async def merged(deltas: AsyncIterator[Delta], *, min_tokens: int) -> AsyncItera
 
 
 async def deliver(
-    deltas: AsyncIterator[Delta], write: Write, *, request_id: str, min_tokens: int, write_timeout_s: float
+    deltas: AsyncIterator[Delta],
+    write: Write,
+    *,
+    request_id: str,
+    min_tokens: int,
+    write_timeout_s: float,
+    hold_after_s: float = HOLD_AFTER_S,
+    on_slow: Callable[[], None] = _nothing,
+    on_read: Callable[[], None] = _nothing,
 ) -> None:
-    """Write the whole generation. Raises `StalledClientError` when a write is not taken in time."""
+    """Write the whole generation. Raises `StalledClientError` when a write is not taken in time.
+
+    `on_slow` is called when a write takes longer than `hold_after_s`, and `on_read` after every one that was taken.
+    """
     announced = request_id  # on the first message only
     try:
-        async with WriteLimit(write_timeout_s) as limit:
+        async with WriteLimit(write_timeout_s, min(hold_after_s, write_timeout_s), on_slow) as limit:
             async for delta in merged(deltas, min_tokens=min_tokens):
                 message = to_stream_response(delta, request_id=announced)
                 announced = ""
                 limit.begin()
                 await write(message)
                 limit.end()
+                on_read()
     except TimeoutError as cause:
         raise StalledClientError(request_id, write_timeout_s) from cause
 
 
 class WriteLimit:
-    """Raises `TimeoutError` when one write takes too long. A timer for each would be a fifth of what a message costs:
-    here one looks in now and then, as soon as a write can have taken too long.
+    """Raises `TimeoutError` when one write takes too long, and calls `on_slow` when it takes rather long. A timer for
+    each would be a fifth of what a message costs: here one looks in now and then, as soon as a write can have taken
+    that long.
     """
 
-    def __init__(self, limit_s: float) -> None:
+    def __init__(self, limit_s: float, slow_s: float, on_slow: Callable[[], None]) -> None:
         self._limit_s = limit_s
+        self._slow_s = slow_s
+        self._on_slow = on_slow
         self._loop = asyncio.get_running_loop()
         self._timeout = asyncio.timeout(None)
         self._writing_since_s: float | None = None
@@ -69,7 +91,7 @@ class WriteLimit:
 
     async def __aenter__(self) -> Self:
         await self._timeout.__aenter__()
-        self._timer = self._loop.call_later(self._limit_s, self._look)
+        self._timer = self._loop.call_later(self._slow_s, self._look)
         return self
 
     async def __aexit__(
@@ -80,12 +102,16 @@ class WriteLimit:
 
     def _look(self) -> None:
         now_s = self._loop.time()
-        since_s = self._writing_since_s
-        left_s = self._limit_s if since_s is None else since_s + self._limit_s - now_s
-        if left_s <= 0:
+        took_s = 0.0 if self._writing_since_s is None else now_s - self._writing_since_s
+        if took_s >= self._limit_s:
             self._timeout.reschedule(now_s)
+            return
+        if took_s >= self._slow_s:
+            self._on_slow()
+            left_s = self._limit_s - took_s
         else:
-            self._timer = self._loop.call_later(left_s, self._look)
+            left_s = self._slow_s - took_s
+        self._timer = self._loop.call_later(left_s, self._look)
 
 
 async def collect(deltas: AsyncIterator[Delta]) -> Delta:

@@ -7,12 +7,17 @@ GraloraError
 +-- RestartingError          the engine's process has ended, and another is on its way
 +-- EngineStuckError         a step of the engine does not end
 +-- UnauthenticatedError     no bearer token, or none of ours
-+-- PermissionDeniedError    the token may not call this method
++-- PermissionDeniedError    we know the caller, who may not do this
++-- ConfigError
+|   +-- ConfigInvalidError   the configuration says what it may not: all problems at once, each with its place
+|   +-- UsageFileError       what tenants used cannot be kept
 """
 
 from __future__ import annotations
 
-from gralora_runtime.errors import GraloraError, SlowConsumerError
+from collections.abc import Sequence
+
+from gralora_runtime.errors import ConfigError, GraloraError, SlowConsumerError
 
 
 class StalledClientError(SlowConsumerError):
@@ -62,9 +67,32 @@ class UnauthenticatedError(GraloraError):
 
 
 class PermissionDeniedError(GraloraError):
-    """The token is ours, but may not call this method."""
+    """We know the caller, who may not do this: `what` goes on after "may not"."""
 
     reason = "PERMISSION_DENIED"
 
-    def __init__(self, method: str) -> None:
-        super().__init__(f"this token may not call {method}")
+    def __init__(self, what: str) -> None:
+        super().__init__(f"this caller may not {what}")
+
+
+class ConfigInvalidError(ConfigError):
+    """A configuration says what it may not, or differs in what cannot change in a running server."""
+
+    reason = "CONFIG_INVALID"
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        self.problems = tuple(problems)
+        super().__init__("; ".join(self.problems))
+
+    def metadata(self) -> dict[str, str]:
+        return {"problems": "; ".join(self.problems)}
+
+
+class UsageFileError(ConfigError):
+    """The file of what tenants used cannot be opened, read or written, or is none."""
+
+    reason = "USAGE_FILE"
+
+    def __init__(self, path: str, problem: str) -> None:
+        self.path = path
+        super().__init__(f"usage cannot be kept in {path}: it {problem}")

@@ -19,9 +19,13 @@ import grpc
 
 from gralora_runtime.errors import GraloraError, InvalidRequestError
 from gralora_runtime.failure import contained
-from gralora_server.auth import Tokens
-from gralora_server.decoding import Behavior, Context, Handler, behavior_of, decoding, with_behavior
+from gralora_server.decoding import Behavior, Context, Handler, behavior_of, decoding, preceded, with_behavior
+from gralora_server.errors import PermissionDeniedError
 from gralora_server.status import Failure, clip, failure_of
+from gralora_server.tenants.caller import Caller, current, set_current
+from gralora_server.tenants.identities import Identities
+from gralora_server.tenants.roles import may_call
+from gralora_server.tenants.tenancy import Tenancy
 
 OUR_METHODS = "/gralora.v1."
 HEALTH_METHODS = "/grpc.health.v1.Health/"  # probes carry no token
@@ -34,30 +38,51 @@ _calls = logging.getLogger("gralora_server.calls")
 
 
 class AuthInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in the stubs alone
-    """Refuses calls whose bearer token does not allow them, with their requests unread."""
+    """Finds out who calls, and refuses who may not: with its request unread if a token says so, else undecoded.
 
-    def __init__(self, tokens: Tokens, clock: Clock = time.monotonic) -> None:
-        self._tokens = tokens
+    gRPC serves a call in one task, its interceptors too, so what is set here is set for its handler.
+    """
+
+    def __init__(self, tenancy: Tenancy, clock: Clock = time.monotonic) -> None:
+        self._tenancy = tenancy
         self._log = SparseLog(clock)
 
     async def intercept_service(self, continuation: Continuation, call: grpc.HandlerCallDetails) -> Handler:
         handler = await continuation(call)
         if handler is None or call.method.startswith(HEALTH_METHODS):
             return handler
+        identities, authorization = self._tenancy.current.identities, _authorization(call)
+        if identities.reads_certificates and not authorization:
+            return with_behavior(handler, preceded(behavior_of(handler), self._by_certificate(call.method, identities)))
         try:
-            self._tokens.authorize(call.method, _authorization(call))
+            _enter(identities.by_authorization(authorization), call.method)
         except GraloraError as error:
             # Whatever the method is: of a stream of requests gRPC reads nothing by itself.
             return grpc.stream_stream_rpc_method_handler(self._refusal(call.method, error))
         return handler
 
+    def _by_certificate(self, method: str, identities: Identities) -> Behavior:
+        """Only a handler is told who the peer is."""
+
+        async def check(request: object, context: Context) -> object:
+            try:
+                _enter(identities.by_certificate(context.auth_context()), method)
+            except GraloraError as error:
+                await self._refuse(method, error, context)
+            return request
+
+        return check
+
     def _refusal(self, method: str, error: GraloraError) -> Behavior:
         async def refuse(_unread: object, context: Context) -> None:
-            failure = failure_of(error)
-            self._log.write(_fields(method, None, failure.code, 0.0))
-            await _end(context, failure)
+            await self._refuse(method, error, context)
 
         return refuse
+
+    async def _refuse(self, method: str, error: GraloraError, context: Context) -> NoReturn:
+        failure = failure_of(error)
+        self._log.write(_fields(method, None, failure.code, 0.0))
+        await _end(context, failure)
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in the stubs alone
@@ -102,6 +127,13 @@ class SparseLog:
         self._quiet_until_s, self._num_dropped = now_s + QUIET_S, 0
 
 
+def _enter(caller: Caller, method: str) -> None:
+    """From here on the call is this caller's, for its log line even if it may go no further."""
+    set_current(caller)
+    if not may_call(caller.role, method):
+        raise PermissionDeniedError(f"call {method}")
+
+
 def _observed(method: str, behavior: Behavior) -> Behavior:
     async def observed(request: Any, context: Context) -> Any:
         started_s = time.monotonic()
@@ -143,13 +175,14 @@ def _cancellation(context: Context) -> grpc.StatusCode:
 def _fields(method: str, request: Any, code: grpc.StatusCode, duration_s: float) -> dict[str, object]:
     """Of a log line, which is JSON because the request's strings are whatever a client sent."""
     adapter = getattr(request, "adapter", "") or getattr(request, "name", "")
+    tenant = current().tenant
     return {
         "method": method,
         "request_id": clip(getattr(request, "request_id", ""), 128),
         "adapter": clip(adapter, 128),
         "code": code.name,
         "duration_ms": round(duration_s * 1000, 1),
-    }
+    } | ({"tenant": tenant} if tenant else {})
 
 
 def _authorization(call: grpc.HandlerCallDetails) -> str:

@@ -9,7 +9,7 @@ import logging
 import os
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, suppress
 from functools import partial
 from typing import Any, TypeVar
 
@@ -26,15 +26,24 @@ from gralora.v1 import (
     server_pb2_grpc,
 )
 from gralora_runtime.errors import ConfigError, DrainingError, EngineDeadError, GraloraError
-from gralora_server.auth import Tokens
-from gralora_server.config import MetricsConfig, ServerConfig, TlsConfig
-from gralora_server.errors import StartingError
+from gralora_server.config import MetricsConfig, ServerConfig
+from gralora_server.errors import ConfigInvalidError, StartingError
 from gralora_server.gate import Gate, Phase
 from gralora_server.health import Health
 from gralora_server.interceptors import AuthInterceptor, CallInterceptor
 from gralora_server.metrics.page import MetricsPage
+from gralora_server.objectives import Objectives
 from gralora_server.ports import Engine, EngineFactory
 from gralora_server.servicers import AdapterServicer, GenerationServicer, ServerServicer
+from gralora_server.settings.layers import NOTHING_SAID
+from gralora_server.settings.reloader import Reloader
+from gralora_server.tenants.keeping import keeping
+from gralora_server.tenants.metering import Metering
+from gralora_server.tenants.quotas import Quotas
+from gralora_server.tenants.rights import Rights
+from gralora_server.tenants.tenancy import Tenancy
+from gralora_server.tenants.usage import Usage
+from gralora_server.tls import ServerCertificate
 from gralora_server.watchdog import watching
 
 SERVICES = tuple(
@@ -61,14 +70,30 @@ T = TypeVar("T")
 class GrpcServer:
     """Answers from `start` on: with UNAVAILABLE until `open`, and again from `drain` on."""
 
-    def __init__(self, config: ServerConfig, absent: Callable[[], GraloraError] = StartingError) -> None:
+    def __init__(
+        self,
+        config: ServerConfig,
+        reloader: Reloader | None = None,
+        absent: Callable[[], GraloraError] = StartingError,
+    ) -> None:
         """`absent`: see `Gate`."""
         self._config = config
+        self.reloader = reloader if reloader is not None else Reloader(NOTHING_SAID.read)
         self.gate = Gate(absent)
+        self._objectives = Objectives(self.gate)
+        self.reloader.add(self._objectives)
+        self.quotas = Quotas()
+        self.usage = Usage()
         self._health = Health(SERVICES)
-        interceptors: list[grpc.aio.ServerInterceptor[Any, Any]] = [CallInterceptor()]
-        if config.auth_token_file is not None:
-            interceptors.insert(0, AuthInterceptor(Tokens(config.auth_token_file)))
+        self.tenancy = Tenancy(
+            config.tenancy or self.reloader.settings,
+            token_file=config.auth_token_file,
+            asks_for_certificates=config.tls is not None and config.tls.client_ca is not None,
+        )
+        self.reloader.add(self.tenancy)
+        self.quotas.prepare(self.tenancy.current.settings)()
+        self.reloader.add(self.quotas)
+        interceptors: list[grpc.aio.ServerInterceptor[Any, Any]] = [AuthInterceptor(self.tenancy), CallInterceptor()]
         self._server = grpc.aio.server(interceptors=interceptors, options=_channel_options(config))
         self._register()
 
@@ -79,7 +104,9 @@ class GrpcServer:
             if self._config.tls is None:
                 port = self._server.add_insecure_port(address)
             else:
-                port = self._server.add_secure_port(address, _credentials(self._config.tls))
+                certificate = ServerCertificate(self._config.tls)
+                self.reloader.add(certificate)
+                port = self._server.add_secure_port(address, certificate.credentials())
         except RuntimeError as cause:
             raise ConfigError(f"cannot listen on {address}: {cause}") from cause
         await self._server.start()
@@ -87,6 +114,8 @@ class GrpcServer:
 
     async def open(self, engine: Engine) -> None:
         """Take requests."""
+        self._objectives.inform(engine)
+        engine.adapters.limit_pool(self.quotas.share_of_pool)
         self.gate.open(engine)
         await self._health.set_serving(True)
 
@@ -120,12 +149,19 @@ class GrpcServer:
         await self._server.stop(grace=FAREWELL_S)
 
     def _register(self) -> None:
+        rights, metering = Rights(self.tenancy), Metering(self.quotas, self.usage)
         generation = GenerationServicer(
-            self.gate, max_request_s=self._config.max_request_s, write_timeout_s=self._config.write_timeout_s
+            self.gate,
+            rights,
+            metering,
+            max_request_s=self._config.max_request_s,
+            write_timeout_s=self._config.write_timeout_s,
         )
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(generation, self._server)
-        adapters_pb2_grpc.add_AdapterServiceServicer_to_server(AdapterServicer(self.gate), self._server)
-        server_pb2_grpc.add_ServerServiceServicer_to_server(ServerServicer(self.gate), self._server)
+        adapters = AdapterServicer(self.gate, rights, metering)
+        adapters_pb2_grpc.add_AdapterServiceServicer_to_server(adapters, self._server)
+        server = ServerServicer(self.gate, rights, self.reloader, self.usage)
+        server_pb2_grpc.add_ServerServiceServicer_to_server(server, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         if self._config.reflection:
             names = (*SERVICES, HEALTH_SERVICE, reflection.SERVICE_NAME)
@@ -136,21 +172,23 @@ async def serve(
     config: ServerConfig,
     engine_factory: EngineFactory,
     *,
+    reloader: Reloader | None = None,
     on_bound: Callable[[int], None] | None = None,
     on_serving: Callable[[int], None] | None = None,
     on_metrics: Callable[[int], None] | None = None,
 ) -> None:
-    """Serve until SIGTERM or SIGINT, then drain; a second signal ends the draining at once.
+    """Serve until SIGTERM or SIGINT, then drain; a second signal ends the draining at once. SIGHUP reloads the
+    configuration file, if there is one.
 
     `on_bound` is told the port when calls are answered, if only with UNAVAILABLE; `on_serving` when requests are taken.
     `on_metrics` is told the port of the metrics page, which is there from before the model loads until the very end.
 
     Raises what the factory raises, and `EngineDeadError` when the engine died while serving.
     """
-    server = GrpcServer(config)
+    server = GrpcServer(config, reloader)
     port = await server.start()
     try:
-        async with _page(config.metrics, server.gate) as metrics_port:
+        async with keeping(server.usage, config.state_dir), _page(config.metrics, server) as metrics_port:
             if metrics_port is not None and on_metrics is not None:
                 on_metrics(metrics_port)
             if on_bound is not None:
@@ -191,12 +229,12 @@ def _quietly(_port: int) -> None:
 
 
 @asynccontextmanager
-async def _page(config: MetricsConfig | None, gate: Gate) -> AsyncIterator[int | None]:
+async def _page(config: MetricsConfig | None, server: GrpcServer) -> AsyncIterator[int | None]:
     """The port of the metrics page while it is served; None if it is not wanted."""
     if config is None:
         yield None
         return
-    page = await asyncio.to_thread(MetricsPage, config, gate)
+    page = await asyncio.to_thread(MetricsPage, config, server.gate, server.usage)
     _log.info("metrics on http://%s:%d/metrics", config.host, page.port)
     try:
         yield page.port
@@ -262,19 +300,28 @@ def _signals(server: GrpcServer, *, supervised: bool) -> Iterator[asyncio.Event]
     is the supervisor's, whose port nobody would keep.
     """
     loop, asked_to_stop = asyncio.get_running_loop(), asyncio.Event()
+    reloads: set[asyncio.Task[None]] = set()
 
     def on_signal() -> None:
         if asked_to_stop.is_set():
             server.expel()
         asked_to_stop.set()
 
+    def on_hangup() -> None:
+        task = loop.create_task(_reload(server.reloader))
+        reloads.add(task)  # the loop itself would forget it
+        task.add_done_callback(reloads.discard)
+
     def on_input() -> None:
         if not os.read(STDIN, 1):
             loop.remove_reader(STDIN)
             on_signal()
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, on_signal)
+    handlers = dict.fromkeys((signal.SIGTERM, signal.SIGINT), on_signal)
+    if server.reloader.has_file:  # otherwise a terminal that is closed ends its server, as it always did
+        handlers[signal.SIGHUP] = on_hangup
+    for number, handler in handlers.items():
+        loop.add_signal_handler(number, handler)
     if supervised:
         loop.add_reader(STDIN, on_input)
     try:
@@ -282,17 +329,13 @@ def _signals(server: GrpcServer, *, supervised: bool) -> Iterator[asyncio.Event]
     finally:
         if supervised:
             loop.remove_reader(STDIN)
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in handlers:
             loop.remove_signal_handler(number)
 
 
-def _credentials(tls: TlsConfig) -> grpc.ServerCredentials:
-    try:
-        pair = (tls.private_key.read_bytes(), tls.certificate.read_bytes())
-        client_ca = None if tls.client_ca is None else tls.client_ca.read_bytes()
-    except OSError as cause:
-        raise ConfigError(f"a TLS file cannot be read: {cause}") from cause
-    return grpc.ssl_server_credentials([pair], client_ca, require_client_auth=client_ca is not None)
+async def _reload(reloader: Reloader) -> None:
+    with suppress(ConfigInvalidError):  # it is in the log
+        await reloader.reload()
 
 
 def _channel_options(config: ServerConfig) -> list[tuple[str, int]]:
@@ -302,8 +345,8 @@ def _channel_options(config: ServerConfig) -> list[tuple[str, int]]:
         ("grpc.server.max_pending_requests_hard_limit", MAX_PENDING_CALLS),
         # Two servers on one port would share its connections silently; supervisor and supervised mean to.
         ("grpc.so_reuseport", int(config.supervised)),
-        ("grpc.keepalive_time_ms", 60_000),
-        ("grpc.keepalive_timeout_ms", 20_000),
+        ("grpc.keepalive_time_ms", 20_000),
+        ("grpc.keepalive_timeout_ms", 10_000),
         ("grpc.keepalive_permit_without_calls", 1),
         # A client that pings during a long silent prefill must not be taken for an attacker.
         ("grpc.http2.min_ping_interval_without_data_ms", 10_000),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -25,10 +25,20 @@ from gralora.v1 import (
     server_pb2_grpc,
 )
 from gralora_runtime.errors import DeadlineExceededError, DrainingError
+from gralora_runtime.request import GenerationRequest
 from gralora_server import convert, validation
 from gralora_server.delivery import collect, deliver
+from gralora_server.errors import PermissionDeniedError, StartingError
 from gralora_server.gate import Gate, Phase
+from gralora_server.ports import Engine
 from gralora_server.repeats import Answer, Repeats, asked_for
+from gralora_server.settings.reloader import Reloader
+from gralora_server.tenants.caller import Caller, current
+from gralora_server.tenants.metering import MeteredStream, Metering
+from gralora_server.tenants.rights import Rights
+from gralora_server.tenants.settings import Role
+from gralora_server.tenants.suggestions import suggesting
+from gralora_server.tenants.usage import Usage
 from gralora_server.uploading import Uploading, uploads_of
 
 DEFAULT_PAGE_SIZE = 500
@@ -43,8 +53,18 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
     however it ends.
     """
 
-    def __init__(self, gate: Gate, *, max_request_s: float | None, write_timeout_s: float) -> None:
+    def __init__(
+        self,
+        gate: Gate,
+        rights: Rights,
+        metering: Metering,
+        *,
+        max_request_s: float | None,
+        write_timeout_s: float,
+    ) -> None:
         self._gate = gate
+        self._rights = rights
+        self._metering = metering
         self._max_request_s = max_request_s
         self._write_timeout_s = write_timeout_s
         self._repeats = Repeats()
@@ -53,7 +73,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         self, request: generation_pb2.GenerateRequest, context: Context
     ) -> generation_pb2.GenerateResponse:
         async with self._opened(request, context) as stream:
-            return convert.to_response(await collect(stream), request_id=stream.request_id)
+            return convert.to_response(await collect(stream), request_id=request.request_id)
 
     async def StreamGenerate(  # type: ignore[override]  # the stubs know generators only
         self, request: generation_pb2.StreamGenerateRequest, context: Context
@@ -64,47 +84,66 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
             await deliver(
                 stream,
                 context.write,
-                request_id=stream.request_id,
+                request_id=request.request_id,
                 min_tokens=convert.to_min_tokens_per_message(request.response),
                 write_timeout_s=self._write_timeout_s,
+                on_slow=stream.hold,
+                on_read=stream.go_on,
             )
 
     @asynccontextmanager
     async def _opened(self, request: validation.AnyGenerateRequest, context: Context) -> AsyncIterator[Answer]:
         with self._gate.admit() as engine:
             validation.validate_generate(request)
+            self._rights.check_use(request.adapter)
             asked = asked_for(request)
             # From here on the id is part of the request, for the log line as well.
             request.request_id = request.request_id or uuid.uuid4().hex
             timeout_s = effective_timeout_s(request.request_id, context.time_remaining(), self._max_request_s)
-            wanted = convert.from_generate_request(request, timeout_s=timeout_s)
-            stream = await self._repeats.open(asked, partial(engine.submit, wanted))
-            request.adapter = stream.served_by  # for the log line: a name does not say which content served
+            wanted = self._rights.owned(convert.from_generate_request(request, timeout_s=timeout_s))
+            async with self._repeats.answer(asked, partial(self._run, engine, request, wanted)) as answer:
+                request.adapter = answer.served_by  # for the log line: a name does not say which content served
+                yield answer
+
+    @asynccontextmanager
+    async def _run(
+        self, engine: Engine, request: validation.AnyGenerateRequest, wanted: GenerationRequest
+    ) -> AsyncIterator[MeteredStream]:
+        """The request in the engine, on its tenant's account."""
+        with self._metering.admit(current(), request) as meter:
+            async with suggesting(engine.adapters, self._rights.sees()):
+                stream = await engine.submit(wanted)
+            metered = meter.take_on(stream)
             try:
-                yield stream
+                yield metered
             finally:
-                await stream.aclose()
+                await metered.aclose()
 
 
 class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
     """The catalogue takes locks that a loading thread may hold for a moment, so it is never called on the loop."""
 
-    def __init__(self, gate: Gate) -> None:
+    def __init__(self, gate: Gate, rights: Rights, metering: Metering) -> None:
         self._gate = gate
+        self._rights = rights
+        self._metering = metering
         self._uploading = Uploading()
 
     async def ListAdapters(
         self, request: adapters_pb2.ListAdaptersRequest, _context: Context
     ) -> adapters_pb2.ListAdaptersResponse:
         validation.validate_list(request)
-        return await asyncio.to_thread(self._page, request)
+        return await asyncio.to_thread(self._page, request, self._rights.sees())
 
-    def _page(self, request: adapters_pb2.ListAdaptersRequest) -> adapters_pb2.ListAdaptersResponse:
+    def _page(
+        self, request: adapters_pb2.ListAdaptersRequest, sees: Callable[[str], bool]
+    ) -> adapters_pb2.ListAdaptersResponse:
         page = self._gate.engine.adapters.page(
             size=request.page_size or DEFAULT_PAGE_SIZE,
             after=request.page_token,
             prefix=request.prefix,
             states=convert.from_states(request.states),
+            sees=sees,
         )
         return adapters_pb2.ListAdaptersResponse(
             adapters=[convert.to_adapter(info) for info in page.adapters],
@@ -116,6 +155,7 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
         self, request: adapters_pb2.GetAdapterRequest, _context: Context
     ) -> adapters_pb2.GetAdapterResponse:
         validation.validate_name(request.name)
+        self._rights.check_see(request.name)
         info = await asyncio.to_thread(self._gate.engine.adapters.get, request.name)
         return adapters_pb2.GetAdapterResponse(adapter=convert.to_adapter(info))
 
@@ -124,18 +164,22 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
     ) -> adapters_pb2.LoadAdapterResponse:
         with self._gate.admit() as engine:
             validation.validate_load(request)
+            self._rights.check_create(request.name)
+            if request.path:
+                self._rights.check_path()
             path = Path(request.path) if request.path else None
-            loading = await asyncio.to_thread(engine.adapters.load, request.name, path, pin=request.pin)
-            # Shielded: others may wait for the same load, so it goes on when this client leaves.
-            info = await asyncio.shield(asyncio.wrap_future(loading))
+            async with suggesting(engine.adapters, self._rights.sees()):
+                loading = await asyncio.to_thread(engine.adapters.load, request.name, path, pin=request.pin)
+                # Shielded: others may wait for the same load, so it goes on when this client leaves.
+                info = await asyncio.shield(asyncio.wrap_future(loading))
             await asyncio.to_thread(engine.adapters.flush)
         return adapters_pb2.LoadAdapterResponse(adapter=convert.to_adapter(info))
 
     async def UploadAdapter(
         self, requests: AsyncIterator[adapters_pb2.UploadAdapterRequest], _context: Context
     ) -> adapters_pb2.UploadAdapterResponse:
-        with self._gate.admit() as engine:
-            info = await self._uploading.receive(requests, engine.adapters)
+        with self._gate.admit() as engine, self._metering.upload(current()) as meter:
+            info = await self._uploading.receive(requests, engine.adapters, meter, self._rights.check_create)
         return adapters_pb2.UploadAdapterResponse(adapter=convert.to_adapter(info))
 
     async def GetAdapterUpload(
@@ -143,6 +187,7 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
     ) -> adapters_pb2.GetAdapterUploadResponse:
         validation.validate_upload_header(request.header)
         manifest = convert.from_upload_header(request.header)
+        self._rights.check_create(manifest.name)
         uploads = uploads_of(self._gate.engine.adapters, manifest.name)
         return convert.to_received(await asyncio.to_thread(uploads.received, manifest))
 
@@ -150,6 +195,7 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
         self, request: adapters_pb2.UnloadAdapterRequest, _context: Context
     ) -> adapters_pb2.UnloadAdapterResponse:
         validation.validate_unload(request)
+        self._rights.check_manage(request.name)
         adapters = self._gate.engine.adapters
         if request.delete_upload:
             return convert.to_unloaded(await self._uploading.unload_and_delete(request.name, adapters))
@@ -159,6 +205,7 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
         self, request: adapters_pb2.PinAdapterRequest, _context: Context
     ) -> adapters_pb2.PinAdapterResponse:
         validation.validate_name(request.name)
+        self._rights.check_manage(request.name)
         info = await asyncio.to_thread(self._gate.engine.adapters.pin, request.name, request.pinned)
         return adapters_pb2.PinAdapterResponse(adapter=convert.to_adapter(info))
 
@@ -166,6 +213,7 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
         self, request: adapters_pb2.PromoteAdapterRequest, _context: Context
     ) -> adapters_pb2.PromoteAdapterResponse:
         validation.validate_version(request.name, request.version)
+        self._rights.check_manage(request.name)
         info = await asyncio.to_thread(self._gate.engine.adapters.promote, request.name, request.version)
         return adapters_pb2.PromoteAdapterResponse(adapter=convert.to_adapter(info))
 
@@ -173,6 +221,7 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
         self, request: adapters_pb2.RollbackAdapterRequest, _context: Context
     ) -> adapters_pb2.RollbackAdapterResponse:
         validation.validate_name(request.name)
+        self._rights.check_manage(request.name)
         info = await asyncio.to_thread(self._gate.engine.adapters.roll_back, request.name)
         return adapters_pb2.RollbackAdapterResponse(adapter=convert.to_adapter(info))
 
@@ -180,6 +229,7 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
         self, request: adapters_pb2.SetAdapterCanaryRequest, _context: Context
     ) -> adapters_pb2.SetAdapterCanaryResponse:
         validation.validate_version(request.name, request.version)
+        self._rights.check_manage(request.name)
         info = await asyncio.to_thread(
             self._gate.engine.adapters.set_canary, request.name, request.version, request.share
         )
@@ -196,7 +246,7 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
             loop.call_soon_threadsafe(woken.set)
 
         with self._gate.listen() as woken:
-            watch = await asyncio.to_thread(adapters.watch, request.prefix, wake)
+            watch = await asyncio.to_thread(adapters.watch, request.prefix, wake, self._rights.sees())
             try:
                 while self._gate.phase is Phase.SERVING:
                     woken.clear()
@@ -215,8 +265,11 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
 class ServerServicer(server_pb2_grpc.ServerServiceServicer):
     """All of it is allowed while draining."""
 
-    def __init__(self, gate: Gate) -> None:
+    def __init__(self, gate: Gate, rights: Rights, reloader: Reloader, usage: Usage) -> None:
         self._gate = gate
+        self._rights = rights
+        self._reloader = reloader
+        self._usage = usage
 
     async def GetServerInfo(
         self, _request: server_pb2.GetServerInfoRequest, _context: Context
@@ -225,6 +278,15 @@ class ServerServicer(server_pb2_grpc.ServerServiceServicer):
 
     async def GetLoad(self, _request: server_pb2.GetLoadRequest, _context: Context) -> server_pb2.GetLoadResponse:
         return convert.to_load(self._gate.engine.load())
+
+    async def GetUsage(self, request: server_pb2.GetUsageRequest, _context: Context) -> server_pb2.GetUsageResponse:
+        if self._gate.phase is Phase.STARTING:
+            raise StartingError  # what was kept may not be back yet
+        validation.validate_usage(request)
+        tenant = seen_tenant(current(), request.tenant if request.HasField("tenant") else None)
+        size = request.page_size or DEFAULT_PAGE_SIZE
+        rows = self._usage.rows(tenant=tenant, first=convert.from_usage_token(request.page_token), limit=size + 1)
+        return convert.to_usage(rows, size)
 
     async def Tokenize(self, request: server_pb2.TokenizeRequest, _context: Context) -> server_pb2.TokenizeResponse:
         validation.validate_tokenize(request)
@@ -235,7 +297,15 @@ class ServerServicer(server_pb2_grpc.ServerServiceServicer):
         self, request: server_pb2.AbortRequestRequest, _context: Context
     ) -> server_pb2.AbortRequestResponse:
         validation.validate_abort(request)
-        return server_pb2.AbortRequestResponse(aborted=self._gate.engine.abort(request.request_id))
+        engine = self._gate.engine
+        aborted = [engine.abort(request_id) for request_id in self._rights.ids_of(request.request_id)]
+        return server_pb2.AbortRequestResponse(aborted=any(aborted))
+
+    async def ReloadConfig(
+        self, _request: server_pb2.ReloadConfigRequest, _context: Context
+    ) -> server_pb2.ReloadConfigResponse:
+        # Shielded: a client that leaves in between leaves no half of it behind.
+        return server_pb2.ReloadConfigResponse(changed=await asyncio.shield(self._reloader.reload()))
 
 
 def effective_timeout_s(request_id: str, remaining_s: float | None, maximum_s: float | None) -> float | None:
@@ -244,3 +314,12 @@ def effective_timeout_s(request_id: str, remaining_s: float | None, maximum_s: f
         raise DeadlineExceededError(request_id)
     limits = [limit for limit in (remaining_s, maximum_s) if limit is not None]
     return min(limits, default=None)
+
+
+def seen_tenant(caller: Caller, asked: str | None) -> str | None:
+    """Whose usage the caller is told; None: everybody's."""
+    if caller.role is Role.ADMIN:
+        return asked
+    if asked not in (None, caller.tenant):
+        raise PermissionDeniedError("GetUsage for another tenant")
+    return caller.tenant

@@ -36,13 +36,16 @@ from gralora_runtime.errors import (
     MemoryShortageError,
     NumericalError,
     QueueFullError,
+    QuotaExceededError,
     RequestCancelledError,
     RequestFailedError,
     SlowConsumerError,
     StepFailedError,
+    TooLateError,
 )
 from gralora_runtime.shortage import out_of_memory
 from gralora_server.errors import (
+    ConfigInvalidError,
     EngineStuckError,
     PermissionDeniedError,
     RestartingError,
@@ -75,10 +78,15 @@ CODES: dict[type[GraloraError], grpc.StatusCode] = {
     AdapterSourceError: grpc.StatusCode.UNAVAILABLE,
     # The same: a full disk, or one taken away, is an operator's to mend. What was asked has not happened.
     CatalogueError: grpc.StatusCode.FAILED_PRECONDITION,
+    # A reload that changed nothing.
+    ConfigInvalidError: grpc.StatusCode.FAILED_PRECONDITION,
     # The adapter's weights or the prompt are at fault, not us, and the same again ends the same.
     NumericalError: grpc.StatusCode.FAILED_PRECONDITION,
     MemoryShortageError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     QueueFullError: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    # Not DEADLINE_EXCEEDED, which says that time has passed: the same request, a little later, may be served at once.
+    TooLateError: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    QuotaExceededError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     SlowConsumerError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     DeadlineExceededError: grpc.StatusCode.DEADLINE_EXCEEDED,
     RequestCancelledError: grpc.StatusCode.CANCELLED,
@@ -138,6 +146,11 @@ def _details(error: GraloraError) -> list[message.Message]:
     if isinstance(error, AdapterError):
         name = clip(error.name, MAX_VALUE_BYTES)
         details.append(error_details_pb2.ResourceInfo(resource_type="gralora.v1.Adapter", resource_name=name))
+    if isinstance(error, QuotaExceededError):
+        exceeded = error_details_pb2.QuotaFailure.Violation(
+            subject=f"tenant:{error.tenant}", description=clip(f"{error.limit} = {error.value:.15g}", MAX_VALUE_BYTES)
+        )
+        details.append(error_details_pb2.QuotaFailure(violations=[exceeded]))
     if error.retry_after_s is not None:
         delay = Duration()
         delay.FromMilliseconds(math.ceil(error.retry_after_s * 1000))

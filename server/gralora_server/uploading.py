@@ -7,13 +7,13 @@ on the work goes on without the client, because others may already see the adapt
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from weakref import WeakValueDictionary
 
 from gralora.v1 import adapters_pb2
 from gralora_runtime.adapters.catalogue.manifest import Manifest
 from gralora_runtime.adapters.catalogue.upload import Upload
-from gralora_runtime.adapters.catalogue.uploads import Uploads
+from gralora_runtime.adapters.catalogue.uploads import Share, Uploads
 from gralora_runtime.adapters.info import AdapterInfo, UnloadResult
 from gralora_runtime.errors import (
     AdapterNotFoundError,
@@ -24,6 +24,7 @@ from gralora_runtime.errors import (
 )
 from gralora_server import convert, validation
 from gralora_server.ports import Adapters
+from gralora_server.tenants.metering import UploadMeter
 from gralora_server.uninterrupted import uninterrupted
 
 STALL_S = 60.0  # between two messages: who sends nothing for longer takes the place of others
@@ -38,19 +39,26 @@ class Uploading:
         self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._loading: set[asyncio.Task[AdapterInfo]] = set()  # the loop itself keeps no task alive
 
-    async def receive(self, requests: Requests, adapters: Adapters) -> AdapterInfo:
-        """Everything until the adapter is loaded, or the reason why it is not."""
+    async def receive(
+        self, requests: Requests, adapters: Adapters, meter: UploadMeter, check_name: Callable[[str], None]
+    ) -> AdapterInfo:
+        """Everything until the adapter is loaded, or the reason why it is not.
+
+        `check_name`: raises when the client may not send an adapter of that name.
+        """
         first = await _next(requests, "")
         if first is None:
             raise InvalidRequestError("part", None, "must be a header here")
         validation.validate_upload_part(first, is_first=True)
         manifest = convert.from_upload_header(first.header)
-        upload = await _begin(uploads_of(adapters, manifest.name), manifest)
+        check_name(manifest.name)
+        upload = await _begin(uploads_of(adapters, manifest.name), manifest, meter.share)
         try:
             while (request := await _next(requests, manifest.name)) is not None:
                 validation.validate_upload_part(request, is_first=False)
                 chunk = request.chunk
                 await uninterrupted(asyncio.to_thread(upload.write, chunk.file, chunk.offset, chunk.data))
+                meter.count(manifest.name, len(chunk.data))
         except BaseException:
             upload.close()
             raise
@@ -112,8 +120,8 @@ async def _next(requests: Requests, name: str) -> adapters_pb2.UploadAdapterRequ
         raise AdapterUploadError(name, f"has stopped: nothing came for {STALL_S:g} s") from cause
 
 
-async def _begin(uploads: Uploads, manifest: Manifest) -> Upload:
-    beginning = asyncio.ensure_future(asyncio.to_thread(uploads.begin, manifest))
+async def _begin(uploads: Uploads, manifest: Manifest, share: Share | None) -> Upload:
+    beginning = asyncio.ensure_future(asyncio.to_thread(uploads.begin, manifest, share))
     try:
         return await uninterrupted(beginning)
     except asyncio.CancelledError:

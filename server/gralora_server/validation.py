@@ -40,6 +40,7 @@ MIN_FLOAT32 = 1.2e-38  # what is written, and a little above the smallest normal
 MAX_REPETITION_PENALTY = 10.0
 MAX_PENALTY = 2.0
 MAX_BIAS = 100.0
+MAX_PRIORITY = 100
 REQUEST_ID = re.compile(r"[!-~]*")
 
 
@@ -47,6 +48,7 @@ def validate_generate(request: AnyGenerateRequest) -> None:
     validate_request_id(request.request_id)
     _validate_length("adapter", request.adapter, MAX_REFERENCE_CHARS)
     _validate_length("canary_key", request.canary_key, MAX_NAME_CHARS)
+    _validate_range("priority", request.priority, -MAX_PRIORITY, MAX_PRIORITY)
     _validate_prompt(request)
     validate_sampling(request.sampling)
     validate_stopping(request.stopping)
@@ -122,6 +124,13 @@ def validate_request_id(request_id: str) -> None:
     _validate_length("request_id", request_id, MAX_REQUEST_ID_CHARS)
     if not REQUEST_ID.fullmatch(request_id):
         raise InvalidRequestError("request_id", request_id, "must be printable ASCII without spaces")
+
+
+def validate_usage(request: server_pb2.GetUsageRequest) -> None:
+    if not 0 <= request.page_size <= MAX_PAGE_SIZE:
+        raise InvalidRequestError("page_size", request.page_size, f"must be 0 to {MAX_PAGE_SIZE}")
+    _validate_length("page_token", request.page_token, MAX_REFERENCE_CHARS)
+    _validate_length("tenant", request.tenant, MAX_NAME_CHARS)
 
 
 def validate_abort(request: server_pb2.AbortRequestRequest) -> None:

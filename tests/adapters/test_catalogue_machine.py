@@ -575,7 +575,7 @@ class Machine(RuleBasedStateMachine):
             assert {path.name for path in on_disk[folder].iterdir()} == {*digests, RECORD_FILE}
         unfinished = {self.uploads._staging(manifest).name for manifest in self.unfinished}
         assert {path.name for path in on_disk["tmp"].iterdir()} == unfinished
-        assert sum(self.uploads._sizes.values()) == self.room_used()
+        assert sum(taken.num_bytes for taken in self.uploads._taken.values()) == self.room_used()
 
     # The model.
 

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -23,8 +24,10 @@ from support.checkpoints import (
     lora_tensors,
     write_checkpoint,
     write_gralora,
+    write_lora,
 )
 
+from gralora_kernels.cpu.backend import CpuBackend
 from gralora_kernels.packing import Packing
 from gralora_kernels.reference.adapters import DTYPES, pack_a, pack_b
 from gralora_runtime.adapters.checkpoint import loader
@@ -37,6 +40,7 @@ MODULE = MODULES[2]  # 48 -> 32
 PREFIX = f"base_model.model.{MODULE.name}"
 ODD = ModuleShape("odd.q_proj", 9, 15)  # not a multiple of the alignment
 KEEPING = Packing(keeps_16_bit=True)
+DTYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 def load(path: Path, modules: tuple[ModuleShape, ...] = MODULES, **options: Any) -> LoadedAdapter:
@@ -64,7 +68,7 @@ def rewrite(path: Path, *, padding: int = 0) -> Path:
     entries, data = {}, b""
     for name, tensor in tensors.items():
         end = len(data) + tensor.nbytes
-        dtype = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}[tensor.dtype]
+        dtype = DTYPE_NAMES[tensor.dtype]
         entries[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [len(data), end]}
         data += tensor.contiguous().view(torch.uint8).numpy().tobytes()
     header = json.dumps(entries).encode()
@@ -101,6 +105,30 @@ def test_every_matrix_is_aligned_and_none_overlaps(tmp_path: Path) -> None:
     assert not adapter.blob[taken == 0].any()
     assert adapter.layout.numel % 16 == 0
     assert adapter.layout.summary.packed_numel == adapter.layout.numel
+
+
+@pytest.mark.parametrize("packing", [Packing(), KEEPING, CpuBackend.packing], ids=["rows", "rows of 16 bits", "cpu"])
+@pytest.mark.parametrize("stored", [torch.float16, torch.float32], ids=str)
+def test_every_byte_of_a_blob_is_a_matrix_s_or_zero(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stored: torch.dtype, packing: Packing
+) -> None:
+    """Memory that was given to it holds what somebody else had there."""
+    modules = (ODD, ModuleShape("odd.v_proj", 21, 3))
+    path = write_gralora(tmp_path / "a", modules, r=3, k=3, hybrid_r=1)
+    edit_tensors(path, lambda tensors: tensors.update({name: t.to(stored) for name, t in tensors.items()}))
+    empty = np.empty
+    blobs = []
+    for fill in (0x00, 0xAB):
+        monkeypatch.setattr(np, "empty", lambda *args, fill=fill: filled(empty(*args), fill))
+        blobs.append(load(path, modules, packing=packing).blob.view(torch.uint8))
+
+    assert torch.equal(*blobs)
+    assert (blobs[0] == 0).any(), "there are no gaps"
+
+
+def filled(array: np.ndarray[Any, np.dtype[Any]], byte: int) -> np.ndarray[Any, np.dtype[Any]]:
+    array.view(np.uint8).fill(byte)
+    return array
 
 
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float64], ids=str)
@@ -199,6 +227,53 @@ def test_a_pair_of_two_dtypes_is_held_in_float32(tmp_path: Path) -> None:
 
     assert torch.equal(wide.blob, kept.blob)
     assert wide.layout.modules == kept.layout.modules
+
+
+@pytest.mark.parametrize("piece_bytes", [1, 3_000, 1 << 20])
+@pytest.mark.parametrize("kind", ["gralora", "hybrid", "lora", "odd", "of several dtypes"])
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
+def test_the_backend_s_fast_way_packs_bit_for_bit_what_numpy_packs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stored: torch.dtype, kind: str, piece_bytes: int
+) -> None:
+    monkeypatch.setattr(loader, "PIECE_BYTES", piece_bytes)
+    modules = (ODD,) if kind == "odd" else MODULES
+    write = {
+        "gralora": lambda path: write_gralora(path, r=24, k=2),
+        "hybrid": lambda path: write_gralora(path, r=8, k=4, hybrid_r=20),
+        "lora": lambda path: write_lora(path, r=5),
+        "odd": lambda path: write_gralora(path, modules, r=3, k=3, hybrid_r=1),
+        "of several dtypes": lambda path: write_gralora(path, hybrid_r=4),
+    }[kind]
+
+    def store(tensors: dict[str, torch.Tensor]) -> None:
+        for name, tensor in tensors.items():
+            tensors[name] = tensor.to(torch.float32 if kind == "of several dtypes" and "layers.0" in name else stored)
+
+    path = rewrite(edit_tensors(write(tmp_path / "a"), store), padding=3)
+    fast = CpuBackend.packing
+
+    mine, numpys = (load(path, modules, packing=one) for one in (fast, Packing(fast.panel, fast.keeps_16_bit)))
+
+    assert torch.equal(numpys.blob.view(torch.int32), mine.blob.view(torch.int32))
+    assert numpys.layout == mine.layout
+    assert numpys.bounds == mine.bounds
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_fast_way_too_finds_what_is_not_finite(tmp_path: Path, value: float, stored: torch.dtype) -> None:
+    def damage(tensors: dict[str, torch.Tensor]) -> None:
+        for name, tensor in tensors.items():
+            tensors[name] = tensor.to(stored)
+        tensors[f"{PREFIX}.gralora_A"][1, 2, 3] = value
+        tensors[f"{PREFIX}.gralora_B_general.weight"][31, 1] = value
+
+    told = rejection(edit_tensors(write_gralora(tmp_path / "a", hybrid_r=2), damage), packing=CpuBackend.packing)
+
+    assert told == (
+        f"tensor {PREFIX}.gralora_A has values that are not finite in float32",
+        f"tensor {PREFIX}.gralora_B_general.weight has values that are not finite in float32",
+    )
 
 
 # The digest names what is computed.

@@ -9,7 +9,7 @@ import torch
 from support.checkpoints import MODULES, edit_tensors, write_gralora, write_lora
 from torch import Tensor
 
-from gralora_runtime.adapters.checkpoint import recipe
+from gralora_runtime.adapters.checkpoint import remembered
 from gralora_runtime.adapters.checkpoint.header import inspect
 from gralora_runtime.adapters.checkpoint.loader import load
 from gralora_runtime.adapters.checkpoint.recipe import Recipe, recipe_of
@@ -53,6 +53,6 @@ def test_it_is_the_same_whether_it_was_remembered_or_not(
 ) -> None:
     path = write_gralora(tmp_path / "a", r=4, k=2, hybrid_r=2)
     expected = recipe_at(path)
-    monkeypatch.setattr(recipe, "MAX_KEPT_TENSORS", kept)
+    monkeypatch.setattr(remembered, "MAX_LENGTH", kept)
     assert recipe_at(path) == expected
     assert (recipe_at(path) is expected) == bool(kept)

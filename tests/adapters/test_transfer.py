@@ -333,6 +333,59 @@ def test_on_the_cpu_one_thread_works_and_an_error_ends_it() -> None:
     assert done == [0, 1, 2, 0, 1, 2, 3]
 
 
+def test_on_the_cpu_another_thread_helps_while_no_step_runs() -> None:
+    together = threading.Barrier(2)  # which one thread alone does not pass
+
+    def work(item: int) -> tuple[int, int]:
+        together.wait(WAIT_S)
+        return item, threading.get_ident()
+
+    results = transfer_to(CPU, pace=Pace(cores=2)).spread(work, range(10))
+
+    assert [item for item, _ in results] == list(range(10))
+    assert len({thread for _, thread in results}) == 2
+    assert threading.get_ident() in {thread for _, thread in results}
+
+
+def test_on_the_cpu_nobody_helps_while_steps_run() -> None:
+    host = transfer_to(CPU, pace=Pace(cores=2, steps_run=lambda: True))
+
+    assert set(host.spread(lambda _: threading.get_ident(), range(10))) == {threading.get_ident()}
+
+
+def test_help_ends_with_the_piece_during_which_a_step_begins() -> None:
+    together, steps_run = threading.Barrier(2), False
+
+    def work(item: int) -> int:
+        nonlocal steps_run
+        if item < 2:
+            together.wait(WAIT_S)
+            steps_run = True
+            together.wait(WAIT_S)
+        return threading.get_ident()
+
+    results = transfer_to(CPU, pace=Pace(cores=2, steps_run=lambda: steps_run)).spread(work, range(10))
+
+    assert len(set(results[:2])) == 2
+    assert set(results[2:]) == {threading.get_ident()}
+
+
+@pytest.mark.parametrize("fails_in_helper", [True, False])
+def test_an_error_ends_it_for_all_and_is_told_when_nobody_works_any_more(fails_in_helper: bool) -> None:
+    together, ended = threading.Barrier(2), []
+
+    def work(item: int) -> None:
+        together.wait(WAIT_S)
+        if (threading.current_thread() is not caller) == fails_in_helper:
+            raise IndexError(item)
+        ended.append(item)
+
+    caller = threading.current_thread()
+    with pytest.raises(IndexError):
+        transfer_to(CPU, pace=Pace(cores=2)).spread(work, range(2))
+    assert len(ended) == 1
+
+
 @pytest.mark.parametrize(
     ("share", "cores", "pause_per_work"), [(0.05, 2, 9.0), (0.1, 1, 9.0), (0.5, 4, 0.0), (1.0, 1, 0.0)]
 )

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,12 +22,13 @@ from hypothesis import strategies as st
 from support.uploading import CONFIG, WEIGHTS, contents, manifest_of, send
 
 from gralora_runtime.adapters.catalogue.manifest import Manifest, UploadFile
-from gralora_runtime.adapters.catalogue.uploads import KEPT, OVERHEAD_BYTES, UNFINISHED, UploadLimits, Uploads
+from gralora_runtime.adapters.catalogue.uploads import KEPT, OVERHEAD_BYTES, UNFINISHED, Share, UploadLimits, Uploads
 from gralora_runtime.errors import (
     AdapterUploadError,
     AdapterUploadQuotaError,
     ConfigError,
     DrainingError,
+    GraloraError,
     InvalidRequestError,
 )
 
@@ -78,6 +79,13 @@ def push(uploads: Uploads, name: str, seed: int) -> Path:
 
 def holds(directory: Path, files: dict[str, bytes]) -> bool:
     return all((directory / file).read_bytes() == data for file, data in files.items())
+
+
+def share(max_bytes: int, owner: str = "acme/") -> Share:
+    def refusal(taken_bytes: int, wanted_bytes: int) -> GraloraError:
+        return GraloraError(f"{taken_bytes} are taken, {wanted_bytes} are wanted")
+
+    return Share(is_own=lambda name: name.startswith(owner), max_bytes=max_bytes, refusal=refusal)
 
 
 def left_in(folder: Path) -> set[str]:
@@ -642,3 +650,28 @@ def test_a_kill_while_deleting_leaves_nothing_that_is_found(
     with opening(tmp_path) as uploads:
         assert (uploads.find("a"), list(uploads.names())) == (None, [])
         assert holds(push(uploads, "a", 1), contents(1))
+
+
+@pytest.mark.parametrize("is_restarted", [False, True], ids=["running", "restarted"])
+def test_names_of_one_owner_have_only_their_share(is_restarted: bool, tmp_path: Path) -> None:
+    """What is begun counts as what is kept, others' does not, and what is here already may always go on."""
+    size = sum(map(len, FILES.values())) + OVERHEAD_BYTES
+    begun = manifest_of("acme/begun", contents(1))
+    with ExitStack() as stack:
+        uploads = stack.enter_context(opening(tmp_path))
+        push(uploads, "acme/kept", 0)
+        push(uploads, "other/kept", 0)
+        upload = uploads.begin(begun, share(2 * size))
+        upload.write(WEIGHTS, 0, contents(1)[WEIGHTS][:1000])
+        upload.close()
+        if is_restarted:
+            stack.pop_all().close()
+            uploads = stack.enter_context(opening(tmp_path))
+
+        with pytest.raises(GraloraError, match=f"{2 * size} are taken, {size} are wanted"):
+            uploads.begin(manifest_of("acme/more", FILES), share(2 * size))
+        uploads.begin(begun, share(1)).close()
+        uploads.begin(manifest_of("acme/kept", FILES), share(1)).close()
+        uploads.begin(manifest_of("other/more", FILES), share(2 * size, "other/")).close()
+        uploads.delete("acme/kept")
+        uploads.begin(manifest_of("acme/more", FILES), share(2 * size)).close()

@@ -33,7 +33,9 @@ from gralora_runtime.adapters.manager import AdapterManager
 from gralora_runtime.adapters.residency import mover
 from gralora_runtime.adapters.residency.lease import AdapterLease
 from gralora_runtime.adapters.residency.mover import READ_AHEAD
-from gralora_runtime.adapters.residency.pool import Resident
+from gralora_runtime.adapters.residency.pace import Pace
+from gralora_runtime.adapters.residency.pool import AdapterPool, Resident
+from gralora_runtime.adapters.residency.transfer import transfer_to
 from gralora_runtime.errors import AdapterBusyError, AdapterCapacityError, AdapterNotFoundError, DrainingError
 
 
@@ -59,6 +61,22 @@ def test_room_is_given_in_order_of_arrival(tmp_path: Path) -> None:
         assert d.result(WAIT_S).name == "d"
         manager.release(c.result())
         manager.release(d.result())
+
+
+@pytest.mark.parametrize("steps_run", [True, False])
+def test_nobody_waits_for_the_placer_s_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps_run: bool) -> None:
+    """It prepares memory at leisure, and comes at once when it is wanted."""
+    monkeypatch.setattr(mover, "BUSY_REST_S" if steps_run else "REST_S", 100 * WAIT_S)
+    touched: list[object] = []
+    monkeypatch.setattr(AdapterPool, "touch_ahead", touched.append)
+    write_units(tmp_path, ["a", "b"])
+    busy = transfer_to(torch.device("cpu"), pace=Pace(steps_run=lambda: steps_run))
+    with managing(tmp_path, transfer=busy) as manager:
+        for name in "ab":
+            use(manager, name)
+
+        assert manager.stats().placements == 2
+    assert touched == []
 
 
 def test_who_gives_up_makes_way(tmp_path: Path) -> None:
@@ -429,6 +447,86 @@ def test_what_waits_for_a_move_does_not_wait_for_what_was_unloaded(tmp_path: Pat
         assert big.result(WAIT_S).name == "big"
         manager.release(held)
         manager.release(big.result())
+
+
+# A move that fails.
+
+
+class FailOnce:
+    """The next call of one of the pool's methods ends with an error, before or behind its work."""
+
+    def __init__(self, manager: AdapterManager, patch: pytest.MonkeyPatch, method: str, *, behind: bool) -> None:
+        self._behind = behind
+        self._call = getattr(manager.pool, method)
+        self._failed = False
+        patch.setattr(manager.pool, method, self._fail)
+
+    def _fail(self, *args: object) -> object:
+        failing, self._failed = not self._failed, True
+        result = self._call(*args) if self._behind or not failing else None
+        if failing:
+            raise MemoryError
+        return result
+
+
+@pytest.mark.parametrize("behind", [True, False])
+@pytest.mark.parametrize("method", ["read", "clear", "fill"])
+def test_nobody_is_lost_when_an_eviction_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, behind: bool
+) -> None:
+    """It left room that was taken for ever, by adapters that were leaving for ever."""
+    write_units(tmp_path, ["a", "b"])
+    with managing(tmp_path, units=1) as manager:
+        blobs = {name: load(name, tmp_path / name, MODULES, torch.float32, max_width=256).blob for name in "ab"}
+        use(manager, "a")
+        FailOnce(manager, monkeypatch, method, behind=behind)
+        with pytest.raises(MemoryError):
+            lease(manager, "b")
+        quiesce(manager)
+        for name in "abab":
+            held = lease(manager, name)
+            assert torch.equal(blobs[name], weights(manager, held))
+            manager.release(held)
+
+
+@pytest.mark.parametrize("behind", [True, False])
+@pytest.mark.parametrize("method", ["read", "clear", "fill"])
+def test_nobody_is_lost_when_a_change_of_places_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, behind: bool
+) -> None:
+    with with_b_in_the_middle(tmp_path) as manager:
+        FailOnce(manager, monkeypatch, method, behind=behind)
+        with pytest.raises(MemoryError):
+            lease(manager, "big")
+        quiesce(manager)
+        for name in ("a", "b", "c", "d", "big", "b"):
+            held = lease(manager, name)
+            expected = load(name, tmp_path / name, MODULES, torch.float32, max_width=256).blob
+            assert torch.equal(expected, weights(manager, held))
+            manager.release(held)
+        assert manager.stats().slots_used == 2
+
+
+@pytest.mark.parametrize("unloads", [True, False])
+def test_room_that_cannot_be_zeroed_is_given_to_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unloads: bool
+) -> None:
+    write_units(tmp_path, ["a", "b", "c"])
+    with managing(tmp_path, units=2) as manager:
+        use(manager, "a")
+        use(manager, "b")
+        monkeypatch.setattr(manager.pool, "clear", lambda _: 1 / 0)
+        if unloads:
+            with pytest.raises(ZeroDivisionError):
+                manager.unload("a")
+        else:
+            with pytest.raises(ZeroDivisionError):
+                lease(manager, "c")
+        quiesce(manager)
+        monkeypatch.undo()
+        for name in ("b", "c", "b"):
+            use(manager, name)
+        assert manager.stats().slots_used == 2
 
 
 def test_little_is_read_ahead_of_the_room(tmp_path: Path, gate: Gate) -> None:

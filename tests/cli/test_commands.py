@@ -26,6 +26,7 @@ from gralora_server import model_fetch
 from gralora_server.cli.app import run
 from gralora_server.cli.output import ExitCode
 from gralora_server.config import TlsConfig
+from gralora_server.tenants.usage import Counts
 
 PEMS = Path(__file__).parent.parent / "server" / "tls"
 
@@ -219,6 +220,42 @@ async def test_status_json(capsys) -> None:
     assert document["load"]["waiting_for_adapter"] == 3
 
 
+async def test_usage_is_a_table_or_a_document(capsys) -> None:
+    async with served() as s:
+        s.server.usage.add("", "poet", Counts(requests=12, prompt_tokens=345))
+        s.server.usage.add("acme", "[bold]", Counts(output_tokens=678))
+        assert await gralora("usage", port=s.port) == ExitCode.OK
+        header, *lines = capsys.readouterr().out.splitlines()
+        assert await gralora("usage", "--tenant", "acme", "--json", port=s.port) == ExitCode.OK
+        (row,) = json.loads(capsys.readouterr().out)["usage"]
+
+    names = [
+        "tenant",
+        "adapter",
+        "requests",
+        "prompt tokens",
+        "cached tokens",
+        "output tokens",
+        "refused",
+        "upload bytes",
+    ]
+    assert header.split() == " ".join(names).split()
+    assert [line.split() for line in lines] == [
+        ["poet", "12", "345", "0", "0", "0", "0"],
+        ["acme", "[bold]", "0", "0", "0", "678", "0", "0"],
+    ]
+    assert row == {
+        "tenant": "acme",
+        "adapter": "[bold]",
+        "requests": 0,
+        "prompt_tokens": 0,
+        "cached_tokens": 0,
+        "output_tokens": 678,
+        "refused": 0,
+        "upload_bytes": 0,
+    }
+
+
 async def test_a_token_from_the_environment_or_a_file_and_tls(tmp_path: Path, monkeypatch, capsys) -> None:
     secret = "a-token-of-enough-characters"
     tokens = tmp_path / "tokens"
@@ -244,7 +281,7 @@ async def test_a_token_from_the_environment_or_a_file_and_tls(tmp_path: Path, mo
         (["serve", "--address", "nowhere"], "'nowhere' is not HOST:PORT"),
         (["serve", "--kv-cache-bytes", "lots"], "'lots' is not a size"),
         (["serve", "--model", "x", "--device", "abacus"], "device must be one of auto, cpu, cuda"),
-        (["serve", "--tls-cert", "x"], "--tls-key"),
+        (["serve", "--tls-cert", "x"], "--tls-cert: tls_cert is given alone"),
         (["serve", "--log-level", "loud"], "--log-level"),
         (["frobnicate"], "frobnicate"),
     ],

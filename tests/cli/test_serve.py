@@ -8,25 +8,39 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
-import typer
 
 from gralora_runtime.config import AdapterSource, EngineConfig
+from gralora_runtime.fairness import Prices
 from gralora_server import supervisor
 from gralora_server.cli import serve
 from gralora_server.cli.app import run
-from gralora_server.cli.options import parse_address, parse_bytes, parse_graphs
 from gralora_server.cli.output import ExitCode
 from gralora_server.client import Client
 from gralora_server.config import MetricsConfig, ServerConfig, TlsConfig
+from gralora_server.planner.profile import Profile, StepPoint
+from gralora_server.settings.table import SETTINGS
+from gralora_server.settings.values import parse_address, parse_bytes, parse_graphs
+
+# A full step of prompts takes 0.16 s a token, one of 4 rows 0.2 s; loading makes steps half as long again.
+PROFILE = Profile(
+    model="m", made_at="2026-11-30", machine={}, adapters="none",
+    settings={"max_num_seqs": 4, "max_num_batched_tokens": 10, "page_size": 16},
+    step_s=(StepPoint(tokens=4, seconds=0.8), StepPoint(tokens=10, seconds=1.6)),
+    adapter_byte_s=0.0, adapter_token_byte_s=0.0, context_token_s=0.0, prefill_context_s=0.0, request_s=0.0,
+    load_byte_s=1.0, load_slowdown=0.5, server_bytes=1, kv_token_bytes=1,
+)  # fmt: skip
 
 
 @pytest.fixture
 def configured(monkeypatch: pytest.MonkeyPatch) -> list[tuple[ServerConfig, EngineConfig, bool]]:
     """What `serve` would run with."""
     seen: list[tuple[ServerConfig, EngineConfig, bool]] = []
-    monkeypatch.setattr(serve, "_run", lambda *configs, as_json: seen.append((*configs, as_json)))
+    monkeypatch.setattr(
+        serve, "_run", lambda server, engine, _reloader, *, as_json: seen.append((server, engine, as_json))
+    )
     monkeypatch.setattr(serve, "configure", lambda level: None)
     return seen
 
@@ -38,20 +52,27 @@ def test_without_options_the_configurations_are_the_defaults(configured, monkeyp
     assert configured == [(ServerConfig(), EngineConfig(model=Path("/default")), False)]
 
 
-def test_every_option_reaches_its_configuration(configured) -> None:
+def test_every_option_reaches_its_configuration(configured, tmp_path: Path) -> None:
+    profile = tmp_path / "profile.json"
+    PROFILE.write(profile)
     options = {
         "--model": "/m", "--adapters": "/a,hold", "--address": "0.0.0.0:0", "--device": "cpu", "--dtype": "bfloat16",
         "--kernel-backend": "reference", "--threads": "3", "--max-num-seqs": "5", "--max-num-batched-tokens": "7",
-        "--max-model-len": "11", "--max-queue": "13", "--max-adapter-rank": "17", "--max-adapter-slots": "19",
+        "--max-model-len": "11", "--max-queue": "13", "--max-queue-tokens": "59", "--profile": str(profile),
+        "--max-adapter-rank": "17", "--max-adapter-slots": "19",
         "--page-size": "23", "--kv-cache-bytes": "1GiB", "--adapter-pool-bytes": "2m", "--host-cache-bytes": "29",
         "--token-file": "/t", "--tls-cert": "/c", "--tls-key": "/k", "--tls-client-ca": "/ca",
         "--allow-root": "/r", "--state-dir": "/s", "--copies-bytes": "3k", "--keep-versions": "3",
         "--keep-versions-days": "1.5", "--download-bytes": "4k",
         "--hub-endpoint": "http://h", "--hub-token": "t", "--s3-endpoint": "http://s", "--watch": "poll",
         "--cuda-graphs": "4,2,4", "--pipeline": "on",
-        "--max-request-s": "31", "--grace-s": "37", "--step-timeout-s": "47",
-        "--metrics-address": "[::1]:41", "--metrics-max-adapters": "43",
+        "--max-request-s": "31", "--grace-s": "37", "--metrics-address": "[::1]:41", "--metrics-max-adapters": "43",
+        "--upload-bytes": "5k", "--load-share": "0.5", "--max-message-bytes": "6k", "--write-timeout-s": "47",
+        "--max-connection-age-s": "53", "--log-level": "debug", "--first-token-s": "0.5",
+        "--step-timeout-s": "61",
     }  # fmt: skip
+    switches = {"--prefix-cache", "--batch-invariant", "--allow-archives", "--reflection", "--supervise"}
+    assert options.keys() | switches == {setting.option for setting in SETTINGS}
     words = [word for pair in options.items() for word in pair] + ["--adapters", "/b"]
     assert (
         run(
@@ -67,10 +88,14 @@ def test_every_option_reaches_its_configuration(configured) -> None:
         tls=TlsConfig(certificate=Path("/c"), private_key=Path("/k"), client_ca=Path("/ca")),
         auth_token_file=Path("/t"),
         metrics=MetricsConfig(host="::1", port=41),
+        state_dir=Path("/s"),
         reflection=False,
         max_request_s=31.0,
         drain_grace_s=37.0,
-        step_timeout_s=47.0,
+        max_message_bytes=6144,
+        write_timeout_s=47.0,
+        step_timeout_s=61.0,
+        max_connection_age_s=53.0,
     )
     assert engine == EngineConfig(
         model=Path("/m"),
@@ -81,6 +106,8 @@ def test_every_option_reaches_its_configuration(configured) -> None:
         keep_versions_days=1.5,
         copies_bytes=3072,
         download_bytes=4096,
+        upload_bytes=5120,
+        load_share=0.5,
         hub_endpoint="http://h",
         hub_token="t",
         s3_endpoint="http://s",
@@ -93,6 +120,9 @@ def test_every_option_reaches_its_configuration(configured) -> None:
         max_num_batched_tokens=7,
         max_model_len=11,
         max_queue=13,
+        max_queue_tokens=59,
+        first_token_s=0.5,
+        prices=Prices(output_token=1.25, adapter_byte=3.125),
         page_size=23,
         kv_cache_bytes=1 << 30,
         adapter_pool_bytes=2 << 20,
@@ -114,8 +144,10 @@ def test_supervised_it_is_the_same_command_in_a_child_with_the_port_that_the_par
 ) -> None:
     commands: list[list[str]] = []
 
-    async def supervise(config: ServerConfig, command: Callable[[int], list[str]], *, say, hopeless: int) -> int:
+    async def supervise(config: ServerConfig, command: Callable[[int], list[str]], **told: Any) -> int:
         commands.append(command(7))
+        assert told["hopeless"] == ExitCode.USAGE
+        assert told["settings"]().settings.server.supervise
         return 3
 
     monkeypatch.setattr(supervisor, "supervise", supervise)
@@ -143,7 +175,7 @@ def test_graphs(text: str, expected: tuple[int, ...] | None) -> None:
 
 @pytest.mark.parametrize("text", ["", "some", "1,,2", "1.5"])
 def test_other_words_for_graphs_are_refused_by_name(text: str) -> None:
-    with pytest.raises(typer.BadParameter, match="is not on, off or numbers of rows"):
+    with pytest.raises(ValueError, match="is not on, off or numbers of rows"):
         parse_graphs(text)
 
 
@@ -192,6 +224,25 @@ def test_it_says_where_it_serves_and_ends_cleanly_on_sigterm() -> None:
     assert out == ""
     assert "draining" in err
     assert "Traceback" not in err
+
+
+def test_on_sighup_it_reads_its_file_again_and_keeps_what_it_has_if_that_is_wrong(tmp_path: Path) -> None:
+    file = tmp_path / "gralora.toml"
+    file.write_text("[tenants.acme]\n")
+    with started("--config", str(file)) as process:
+        process.stdout.readline()
+        file.write_text("[tenants.acme]\nweight = -1\n")
+        process.send_signal(signal.SIGHUP)
+        refused = next(line for line in process.stderr if "not reloaded" in line)
+        file.write_text("[tenants.acme]\nweight = 2\n")
+        process.send_signal(signal.SIGHUP)
+        reloaded = next(line for line in process.stderr if "was reloaded" in line)
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=20)
+
+    assert f"{file}:2: tenants.acme.weight should be greater than 0, got -1" in refused
+    assert reloaded.endswith("changed: tenants\n")
+    assert process.returncode == ExitCode.OK
 
 
 def test_with_json_it_says_so_in_json_and_obeys_ctrl_c() -> None:

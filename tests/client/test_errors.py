@@ -107,7 +107,7 @@ async def test_an_invalid_field_is_named(connect: Connect) -> None:
 @both
 async def test_a_full_queue_says_when_to_come_back(connect: Connect) -> None:
     async with served() as s, connect(s.port) as client:
-        s.engine.refusals = [QueueFullError(1024, 1.5)]
+        s.engine.refusals = [QueueFullError("1024 requests wait", 1.5)]
         with pytest.raises(ResourceExhaustedError) as caught:
             await call(client, "generate", "hi")
 

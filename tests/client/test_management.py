@@ -12,7 +12,16 @@ from support.both_clients import Connect, call, connect_async, connect_sync
 from support.fake_engine import INFO, LOAD, adapter_info
 from support.grpc_harness import served
 
-from gralora_server.client import AdapterState, AsyncClient, DeadlineError, TokenizeResult, UnloadResult, requests
+from gralora_server.client import (
+    AdapterState,
+    AsyncClient,
+    DeadlineError,
+    TenantUsage,
+    TokenizeResult,
+    UnloadResult,
+    requests,
+)
+from gralora_server.tenants.usage import Counts
 
 both = pytest.mark.parametrize("connect", [connect_sync, connect_async], ids=["sync", "async"])
 
@@ -58,6 +67,33 @@ async def test_a_list_is_read_to_its_last_page(connect: Connect, monkeypatch: py
         listed = await call(client, "adapters.list", "a", states=[AdapterState.RESIDENT])
 
     assert [adapter.name for adapter in listed] == ["a1", "a2", "a3", "a4", "a5"]
+
+
+@both
+async def test_usage_is_read_to_its_last_page(connect: Connect, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(requests, "PAGE_SIZE", 2)
+    async with served() as s, connect(s.port) as client:
+        for tenant in ("", "acme"):
+            for adapter in ("", "poet", "org/bard@main"):
+                s.server.usage.add(tenant, adapter, Counts(1, 2, 3, 4, 5, 6))
+        everybody = await call(client, "usage")
+        one = await call(client, "usage", "acme")
+        operator = await call(client, "usage", "")
+
+    assert [(row.tenant, row.adapter) for row in everybody] == [
+        (tenant, adapter) for tenant in ("", "acme") for adapter in ("", "org/bard@main", "poet")
+    ]
+    assert (operator, one) == (everybody[:3], everybody[3:])
+    assert one[2] == TenantUsage(
+        tenant="acme",
+        adapter="poet",
+        requests=1,
+        prompt_tokens=2,
+        cached_tokens=3,
+        output_tokens=4,
+        refused=5,
+        upload_bytes=6,
+    )
 
 
 @both

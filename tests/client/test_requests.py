@@ -21,7 +21,10 @@ def test_every_field_of_the_proto_is_an_option_and_nothing_else() -> None:
     """A field that is added to the proto must reach Python."""
     wire = {field.name for part in PARTS for field in part.DESCRIPTOR.fields}
 
-    assert wire | {"adapter", "request_id", "canary_key", "timeout_s"} == get_type_hints(GenerateOptions).keys()
+    assert (
+        wire | {"adapter", "request_id", "canary_key", "priority", "timeout_s"}
+        == get_type_hints(GenerateOptions).keys()
+    )
 
 
 def test_what_is_left_out_or_none_is_not_set() -> None:

@@ -191,10 +191,11 @@ def put(adapter: Path, directory: Path) -> None:
 
 
 def check_what_is_left(state: Path, writers: list[Writer]) -> None:
-    """Nothing but the catalogue, what is whole, and the uploads that broke off, to go on from."""
+    """Nothing but the catalogue, the usage, what is whole, and the uploads that broke off, to go on from."""
     names = {path.name for path in state.iterdir()}
     catalogue = {"catalogue.sqlite", "catalogue.sqlite-wal", "catalogue.sqlite-shm", "catalogue.lock"}
-    assert names <= catalogue | {"uploads", "versions", "downloads"}
+    usage = {"usage.sqlite", "usage.sqlite-wal"}
+    assert names <= catalogue | usage | {"uploads", "versions", "downloads"}
     until(lambda: not any((state / "versions" / "tmp").iterdir()))  # copies are made beside serving
     assert {path.name for path in (state / "downloads").iterdir()} == {".lock", "tmp"}
     assert not any((state / "downloads" / "tmp").iterdir())

@@ -31,6 +31,7 @@ from gralora_runtime.errors import (
     RequestFailedError,
     SlowConsumerError,
     StepFailedError,
+    TooLateError,
 )
 from gralora_runtime.request import (
     ChatMessage,
@@ -575,3 +576,71 @@ def test_stop_strings_logprobs_and_echo_reach_the_caller(config: EngineConfig) -
     assert [entry.token_id for entry in whole.logprobs] == list(whole.token_ids)
     assert all(entry.top[0] == (entry.token_id, entry.logprob) for entry in whole.logprobs)
     assert all(len(entry.top) == 2 for entry in whole.logprobs)
+
+
+def test_a_held_request_leaves_its_row_to_others_and_has_all_its_tokens_in_the_end(config: EngineConfig) -> None:
+    wanted = request("slow", "g0", max_tokens=40)
+
+    async def held(engine: AsyncEngine) -> Delta:
+        stream = await engine.submit(wanted)
+        seen = [await anext(stream)]
+        stream.hold()
+        other = await finish(engine, request("other", "g1", max_tokens=5))
+        assert len(other.token_ids) == 5
+        assert engine.load().paused == 1
+        stream.go_on()
+        seen += [delta async for delta in stream]
+        return merge_deltas(seen)
+
+    one_row = replace(config, max_num_seqs=1)
+    expected = with_engine(one_row, lambda engine: finish(engine, wanted))
+    actual = with_engine(one_row, held)
+
+    assert actual.token_ids == expected.token_ids
+    assert actual.text == expected.text
+
+
+def test_a_request_that_cannot_be_in_time_is_refused_at_once_and_one_that_can_is_not(config: EngineConfig) -> None:
+    async def work(engine: AsyncEngine) -> None:
+        slow_down(engine, 0.02)
+        for index in range(3):
+            await finish(engine, request(f"before-{index}", max_tokens=20))
+        flood = [await engine.submit(request(f"r{i}", max_tokens=100)) for i in range(20)]
+        with pytest.raises(TooLateError) as caught:
+            await engine.submit(replace(request("late", max_tokens=20), timeout_s=0.5))
+        assert caught.value.retry_after_s > 0
+        assert float(caught.value.metadata()["expected_s"]) > float(caught.value.metadata()["limit_s"])
+        other = await finish(engine, replace(request("light", "g0", max_tokens=3), timeout_s=5.0))
+        assert len(other.token_ids) == 3
+        engine.first_token_s = 0.01
+        with pytest.raises(TooLateError, match="first token"):
+            await engine.submit(request("by the objective", max_tokens=20))
+        for stream in flood:
+            await stream.aclose()
+
+    with_engine(replace(config, max_num_seqs=2), work)
+
+
+def test_a_flood_of_one_tenant_does_not_keep_another_one_waiting(config: EngineConfig) -> None:
+    """Its row is there in the next step, and nobody's tokens change."""
+
+    async def work(engine: AsyncEngine) -> list[Delta]:
+        flood = [
+            asyncio.create_task(finish(engine, replace(request(f"r{i}", "g0", max_tokens=60), tenant="flood")))
+            for i in range(30)
+        ]
+        await until(lambda: engine.load().running == 2 and engine.load().generated_tokens > 10)
+        light = await finish(engine, replace(request("light", "g0", max_tokens=3), tenant="light"))
+        assert light.finished is not None
+        assert sum(task.done() for task in flood) < 10
+        return await asyncio.gather(*flood)
+
+    two_rows = replace(config, max_num_seqs=2)
+    crowded = with_engine(two_rows, work)
+    alone = with_engine(
+        two_rows,
+        lambda engine: asyncio.gather(*(finish(engine, request(f"r{i}", "g0", max_tokens=60)) for i in range(30))),
+    )
+
+    assert [delta.token_ids for delta in crowded] == [delta.token_ids for delta in alone]
+    assert any(delta.finished.preemptions for delta in crowded if delta.finished is not None)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from gralora_server.loadtest.record import OK, RequestRecord
+from dataclasses import replace
+
+from gralora_server.loadtest.overload import overload
+from gralora_server.loadtest.patience import Patience
+from gralora_server.loadtest.record import OK, RequestRecord, Try
 from gralora_server.loadtest.result import LoadTestResult, Refusal, RunResult, Sample, ServerStory
 from gralora_server.loadtest.summary import Generator, Slo, Window, summarise
 
@@ -96,6 +100,62 @@ def _short(run: RunResult) -> RunResult:
             "server": run.server if run.system == "multi-adapter server" else None,
             "memory_bytes": several.get(run.system, 3) * 10**9,
         }
+    )
+
+
+def overloaded(**changes: object) -> RunResult:
+    """Two tenants, one of which floods the server from 20 s to 40 s, is refused, and comes again."""
+    records = [one for second in range(60) for one in _second(second)]
+    window, slo = Window(5, 60), Slo()
+    settings = {
+        "window": window,
+        "slo": slo,
+        "patience": Patience(deadline_s=10.0, retries=1),
+        "weights": {"light": 2.0},
+        "peak": (20.0, 40.0),
+    }
+    timeline = [Sample(at_s=t, tokens=50, requests_ended=5, in_flight=5, memory_bytes=10**9 + t) for t in range(1, 61)]
+    return run_of("server", 2).model_copy(
+        update={
+            "summary": summarise("server", records, window=window, slo=slo, generator=HEALTHY),
+            "timeline": tuple(timeline),
+            "overload": overload(records, **(settings | changes)),
+        }
+    )
+
+
+def _second(second: int) -> list[RequestRecord]:
+    """Of three requests of the flood one is served at once, one comes again, and one does in vain."""
+    light = _request("light", second + 0.1, 0.3, ())
+    due_s, calm = second + 0.5, not 20 <= second < 42
+    if calm:
+        return [light, *(_request("flood", due_s, 0.4, ()) for _ in range(2))]
+    full = Try(sent_s=due_s, ended_s=due_s + 0.004, status="RESOURCE_EXHAUSTED", reason="TOO_LATE", retry_s=2.0)
+    flood = [
+        _request("flood", due_s, 1.5, ()),
+        _request("flood", due_s, 1.5, (full,)),
+        _request("flood", due_s, None, (full, replace(full, reason="QUEUE_FULL"))),
+    ]
+    return [light, *flood]
+
+
+def _request(tenant: str, due_s: float, ttft_s: float | None, refusals: tuple[Try, ...]) -> RequestRecord:
+    """`ttft_s` from the last try on; None: its tries end with a refusal."""
+    sent_s = refusals[-1].ended_s + 2.0 if refusals else due_s
+    times = () if ttft_s is None else tuple(sent_s + ttft_s + 0.05 * i for i in range(10))
+    last = () if ttft_s is None else (Try(sent_s=sent_s, ended_s=times[-1], status=OK),)
+    tries = (*refusals, *last)
+    return RequestRecord(
+        adapter=tenant,
+        intended_s=due_s,
+        sent_s=due_s,
+        token_times_s=times,
+        finished_s=tries[-1].ended_s,
+        status=tries[-1].status,
+        counted=due_s >= 5,
+        tenant=tenant,
+        prompt_tokens=20,
+        tries=tries,
     )
 
 

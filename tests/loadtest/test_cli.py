@@ -84,6 +84,46 @@ def test_adapters_come_and_go_during_a_run(address: str, tmp_path: Path) -> None
     assert churn.failures == {}
 
 
+def test_tenants_deadlines_and_retries_become_figures(address: str, tmp_path: Path, capsys) -> None:
+    tenants = tmp_path / "tenants.toml"
+    tenants.write_text('[light]\narrivals = "poisson:10"\n[flood]\narrivals = "step:5,0.4,60,0.3,5,0.3"\n')
+    users = ["--tenants", str(tenants), "--deadline-s", "5", "--retries", "2", "--patience-s", "4"]
+
+    code = quick(address, tmp_path / "out", *users)
+
+    assert code == ExitCode.OK
+    result = LoadTestResult.read(tmp_path / "out" / "result.json")
+    found = result.runs[0].overload
+    assert found is not None
+    assert (found.deadline_s, found.retries, found.patience_s) == (5, 2, 4)
+    assert set(found.tenants) == {"light", "flood"}
+    assert found.total.requests == sum(one.requests for one in found.tenants.values())
+    assert found.total.in_time + found.total.late == found.total.requests
+    assert found.recovery is not None
+    assert (found.recovery.from_s, found.recovery.to_s) == (0.4, 0.7)
+    assert result.workload["tenant flood"] == "arrivals step:5,0.4,60,0.3,5,0.3"
+    assert result.workload["deadline"] == "5 s"
+    assert (tmp_path / "out" / "served.png").is_file()
+    printed = capsys.readouterr().out
+    assert "were in time" in " ".join(printed.split())
+    (row,) = (line for line in printed.splitlines() if "flood" in line)
+    assert str(found.tenants["flood"].requests) in row
+
+
+def test_a_saved_trace_knows_its_tenants(address: str, tmp_path: Path) -> None:
+    trace, tokens = tmp_path / "trace.jsonl", tmp_path / "tokens"
+    tokens.write_text("light abc\nflood def\n")
+
+    quick(address, tmp_path / "a", "--tenants", "light:1,flood:3", "--save-trace", str(trace))
+    code = quick(address, tmp_path / "b", "--trace", str(trace), "--tenant-tokens", str(tokens))
+
+    assert code == ExitCode.OK
+    first, second = (LoadTestResult.read(tmp_path / name / "result.json").runs[0].overload for name in "ab")
+    assert first is not None
+    assert second is not None
+    assert {n: s.requests for n, s in first.tenants.items()} == {n: s.requests for n, s in second.tenants.items()}
+
+
 def test_several_results_become_one_report(address: str, tmp_path: Path, capsys) -> None:
     for name in "ab":
         quick(address, tmp_path / name, "--system", name)
@@ -99,6 +139,10 @@ def test_several_results_become_one_report(address: str, tmp_path: Path, capsys)
     ("options", "problem"),
     [
         (["--arrivals", "often"], "arrivals 'often' is not understood"),
+        (["--tenants", "light"], "tenants 'light' is not understood"),
+        (["--tenants", "a:1,b:1", "--arrivals", "closed:4"], "a closed loop has no rate"),
+        (["--tenants", "a:1,b:1,c:1"], "3 tenants without tokens share 2 adapters"),
+        (["--tenants", "a:1", "--tenant-tokens", "nowhere"], "the tokens nowhere cannot be read"),
         (["--num-adapters", "3"], "--num-adapters is 3, but the server has 2"),
         (["--warmup-s", "1"], "no request would be counted"),
         (["--trace", "nowhere"], "the trace nowhere cannot be read"),
@@ -160,6 +204,10 @@ def test_a_server_of_its_own_explains_the_figures(tmp_path: Path) -> None:
     assert done.memory_bytes
     assert done.memory_bytes > 50_000_000
     assert sum(sample.tokens for sample in done.timeline) == 29 * 5
+    sampled = [sample.memory_bytes for sample in done.timeline[:-1]]
+    assert sampled
+    assert all(memory_bytes is not None and memory_bytes > 50_000_000 for memory_bytes in sampled)
+    assert (tmp_path / "out" / "memory.png").is_file()
 
 
 def test_deployments_are_compared(tmp_path: Path, monkeypatch) -> None:

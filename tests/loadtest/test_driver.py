@@ -15,13 +15,15 @@ from gralora_server.client.connection import Connection
 from gralora_server.loadtest import driver as driver_module
 from gralora_server.loadtest import summary as summary_module
 from gralora_server.loadtest.driver import UNFINISHED, Driver, DriverResult
+from gralora_server.loadtest.patience import Patience
 from gralora_server.loadtest.record import OK
 from gralora_server.loadtest.summary import Slo, Window, gaps_s, generator_health, percentile, summarise
 from gralora_server.loadtest.trace import Trace, TraceRequest
 
 
-def request(arrival_s: float, adapter: str, output_tokens: int = 1, seed: int = 0) -> TraceRequest:
-    return TraceRequest(arrival_s=arrival_s, adapter=adapter, prompt_tokens=3, output_tokens=output_tokens, seed=seed)
+def request(arrival_s: float, adapter: str, output_tokens: int = 1, seed: int = 0, tenant: str = "") -> TraceRequest:
+    fields = {"adapter": adapter, "output_tokens": output_tokens, "seed": seed, "tenant": tenant}
+    return TraceRequest(arrival_s=arrival_s, prompt_tokens=3, **fields)
 
 
 def make_trace(requests: Sequence[TraceRequest], *, warmup_s: float = 0.0, duration_s: float = 1.0, **more) -> Trace:
@@ -140,6 +142,72 @@ def test_failures_are_records_with_their_status() -> None:
     assert driven.driver.progress().failed == 2
 
 
+def test_who_is_refused_comes_again_exactly_when_told() -> None:
+    driven = drive(make_trace([request(0, "refuse=2,retry=0.15", 3)]), patience=Patience(retries=5))
+
+    (record,) = driven.result.records
+    first, second, third = record.tries
+    assert [(one.status, one.reason, one.retry_s) for one in record.tries] == [
+        ("RESOURCE_EXHAUSTED", "QUEUE_FULL", 0.15),
+        ("RESOURCE_EXHAUSTED", "QUEUE_FULL", 0.15),
+        (OK, "", None),
+    ]
+    assert second.sent_s >= first.ended_s + 0.15
+    assert third.sent_s >= second.ended_s + 0.15
+    assert (record.status, record.num_tokens, record.refused) == (OK, 3, False)
+    assert record.refusals == (first, second)
+    assert record.sent_s == first.sent_s  # its delays count from the first time
+    assert (driven.driver.progress().sent, driven.driver.progress().failed) == (1, 0)
+
+
+def test_who_may_not_come_again_stays_refused() -> None:
+    adapter = "refuse=2,retry=0.05"
+
+    for patience, tries in ((Patience(), 1), (Patience(retries=1), 2), (Patience(retries=9, total_s=0.04), 1)):
+        (record,) = drive(make_trace([request(0, adapter)]), patience=patience).result.records
+        assert len(record.tries) == tries
+        assert record.refused
+        assert record.status == "RESOURCE_EXHAUSTED"
+
+
+def test_what_was_not_told_to_come_again_does_not() -> None:
+    driven = drive(make_trace([request(0, "fail=RESOURCE_EXHAUSTED")]), patience=Patience(retries=3))
+
+    (record,) = driven.result.records
+    assert len(record.tries) == 1
+    assert not record.refused
+
+
+def test_who_would_come_again_after_the_end_of_the_run_does_not() -> None:
+    trace = make_trace([request(0, "refuse=1,retry=60")], duration_s=0.2)
+
+    driven = drive(trace, drain_s=0.1, patience=Patience(retries=1))
+
+    (record,) = driven.result.records
+    assert record.refused
+    assert record.status == "RESOURCE_EXHAUSTED"
+
+
+def test_each_try_has_the_whole_deadline() -> None:
+    trace = make_trace([request(0, "refuse=1,retry=0.3"), request(0, "ttft=60")])
+
+    driven = drive(trace, patience=Patience(deadline_s=0.5, retries=1))
+
+    assert sorted(record.status for record in driven.result.records) == ["DEADLINE_EXCEEDED", OK]
+    assert len(driven.server.timeouts_s) == 3
+    assert all(left_s is not None and 0 < left_s <= 0.5 for left_s in driven.server.timeouts_s)
+    assert driven.server.running == 0
+
+
+def test_tenants_show_their_tokens() -> None:
+    trace = make_trace([request(0.2 * i, "", tenant=tenant) for i, tenant in enumerate(("a", "b", ""))])
+
+    driven = drive(trace, tokens={"a": "secret-a", "b": "secret-b"})
+
+    assert driven.server.tokens == ["Bearer secret-a", "Bearer secret-b", ""]
+    assert [(record.tenant, record.prompt_tokens) for record in driven.result.records] == [("a", 3), ("b", 3), ("", 3)]
+
+
 def test_what_does_not_end_is_cancelled_and_counted() -> None:
     trace = make_trace([request(0, "ttft=60"), request(0, "itl=0.1", 1000)], duration_s=0.2)
 
@@ -180,8 +248,9 @@ def test_counts_are_sampled_each_second(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(driver_module, "SAMPLE_S", 0.1)
     trace = make_trace([request(0.05 * i, "itl=0.02", 5) for i in range(10)])
 
-    driven = drive(trace)
+    driven = drive(trace, memory_bytes=lambda: 12345)
 
     assert len(driven.result.samples) >= 3
+    assert {sample.memory_bytes for sample in driven.result.samples[:-1]} == {12345}
     assert driven.result.samples[-1].tokens == sum(len(gaps_s(record)) + 1 for record in driven.result.records) == 50
     assert [one.ended for one in driven.result.samples] == sorted(one.ended for one in driven.result.samples)

@@ -15,11 +15,13 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from gralora_server.loadtest.patience import Patience
 from gralora_server.loadtest.report import findings, merge, write_report
+from gralora_server.loadtest.report.overload_findings import overload_said
 from gralora_server.loadtest.result import LoadTestResult, Refusal, RunResult
-from gralora_server.loadtest.summary import Generator
+from gralora_server.loadtest.summary import Generator, Window
 
-from .made_up import HEALTHY, comparison, four_systems, result_of, run_of, single
+from .made_up import HEALTHY, comparison, four_systems, overloaded, result_of, run_of, single
 
 RESULTS = Path(__file__).parent.parent.parent / "benchmarks" / "results"
 
@@ -94,8 +96,8 @@ def test_names_are_escaped_and_nothing_is_loaded(tmp_path: Path) -> None:
     assert outside == []
 
 
-def test_the_page_carries_the_whole_result(tmp_path: Path) -> None:
-    result = comparison()
+@pytest.mark.parametrize("result", [comparison(), result_of(overloaded())], ids=["comparison", "overload"])
+def test_the_page_carries_the_whole_result(result: LoadTestResult, tmp_path: Path) -> None:
 
     found = re.search(r"data:application/json;base64,([^\"]+)", page_of(result, tmp_path))
 
@@ -201,6 +203,77 @@ def test_memory_is_plotted_for_those_of_which_it_is_known(tmp_path: Path) -> Non
     assert "not known" in page
 
 
+def test_an_overload_is_told_in_words_figures_and_plots(tmp_path: Path) -> None:
+    run = overloaded()
+    assert run.overload is not None
+    flood = run.overload.tenants["flood"]
+
+    page = words(page_of(result_of(run), tmp_path))
+
+    assert f"{run.overload.total.good_requests_per_s:.2f} requests and" in page
+    assert "(first token within 2 s, then at most 200 ms a token, all of it within 10 s); of 187 requests: " in page
+    assert "143 in time, 22 late, 22 refused" in page
+    assert "66 tries were refused (44 x TOO_LATE, 22 x QUEUE_FULL), the first 20.50 s after the start" in page
+    assert "half of the refusals came within 4.0 ms" in page
+    assert "half told to come again within 2.00 s" in page
+    assert "44 requests came again when they were told to; 22 were let in, 100% of them at the first retry" in page
+    assert "after 1.00 times what they were told (median; quartiles 1.00 and 1.00)" in page
+    assert "165 of all requests were in time" in page
+    assert "Normal again 2 s after the overload from 20 s to 40 s" in page
+    assert f"by their weights is {run.overload.jain:.2f}" in page
+    assert "22 x QUEUE_FULL" in page[page.index("first token p50") :]
+    assert f"{flood.served_per_s:.1f}" in page
+    drawn = {path.stem for path in tmp_path.glob("*.png")}
+    assert drawn == {"timeline", "delays", "overload", "served", "memory", "phases"}
+    assert "Resident memory in GB: 1.00 at first" in page
+
+
+def test_who_is_refused_in_an_overload_is_no_warning(tmp_path: Path) -> None:
+    page = page_of(result_of(overloaded()), tmp_path)
+
+    assert "Before you believe it" not in page
+    assert "none failed" in page
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"peak": None}, None),
+        ({"peak": (10.0, 30.0), "window": Window(5, 40)}, "the first token was not normal again"),
+        ({"peak": (2.0, 40.0)}, "there is no normal to come back to"),
+    ],
+)
+def test_what_is_said_of_the_time_after_an_overload(changes: dict[str, object], said: str | None) -> None:
+    run = overloaded(**changes)
+    assert run.overload is not None
+
+    found = [sentence for sentence in overload_said(run.overload, run.summary.slo) if "normal" in sentence.lower()]
+
+    assert [said in sentence for sentence in found] == ([] if said is None else [True])
+
+
+def test_of_several_runs_each_has_its_overload(tmp_path: Path) -> None:
+    before, after = (result_of(overloaded(patience=Patience(deadline_s=deadline_s))) for deadline_s in (10.0, 3.0))
+
+    page = words(page_of(merge([before, after]), tmp_path))
+
+    first, second = page.index("Overload: server (1)"), page.index("Overload: server (2)")
+    assert "all of it within 10 s" in page[first:second]
+    assert "all of it within 3 s" in page[second:]
+
+
+def test_an_overload_without_tenants_has_no_table_of_them(tmp_path: Path) -> None:
+    run = overloaded()
+    assert run.overload is not None
+    alone = run.model_copy(update={"overload": run.overload.model_copy(update={"tenants": {}, "jain": None})})
+
+    page = page_of(result_of(alone), tmp_path)
+
+    assert "Jain&#39;s index" not in page
+    assert "What each tenant got" not in page
+    assert not (tmp_path / "served.png").exists()
+
+
 @pytest.mark.parametrize("kept", sorted(RESULTS.glob("loadtest*/result.json")), ids=lambda kept: kept.parent.name)
 def test_results_that_were_kept_stay_readable(kept: Path, tmp_path: Path) -> None:
     """A result must open in later releases, or `VERSION` must rise."""
@@ -256,6 +329,7 @@ def test_who_failed_did_not_survive() -> None:
 CHROMIUM = shutil.which("chromium")
 PAPER = {"light": (255, 255, 255), "dark": (15, 20, 26)}
 FIRST_SERIES = {"light": (0, 114, 178), "dark": (86, 180, 233)}
+PAGES = {"comparison": four_systems(), "single": single(), "overload": result_of(overloaded())}
 # The browser's own window is never narrower than 500 pixels, so the page is shown in a frame of the wanted width.
 FRAME = """<body style="margin:0">
 <iframe id="f" style="border:0;width:{width}px;height:5000px" srcdoc="{page}"></iframe>
@@ -276,7 +350,7 @@ def chromium(page: Path, scheme: str, *options: str) -> str:
 @pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed (apt install chromium)")
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 375])
-@pytest.mark.parametrize("result", [four_systems(), single()], ids=["comparison", "single"])
+@pytest.mark.parametrize("result", PAGES.values(), ids=PAGES)
 def test_the_page_in_a_browser(result: LoadTestResult, width: int, scheme: str, tmp_path: Path) -> None:
     frame, shot = tmp_path / "frame.html", tmp_path / "shot.png"
     frame.write_text(FRAME.format(width=width, page=html.escape(page_of(result, tmp_path))))

@@ -11,18 +11,9 @@ import pytest
 import torch
 
 from gralora_runtime.errors import ConfigError
+from gralora_server.loadtest.arrivals import Arrivals, Bursts, Closed, Renewal, Steps, parse_arrivals, peak
 from gralora_server.loadtest.trace import Trace
-from gralora_server.loadtest.workload import (
-    Arrivals,
-    Bursts,
-    Closed,
-    Popularity,
-    Renewal,
-    Workload,
-    parse_arrivals,
-    parse_lengths,
-    parse_popularity,
-)
+from gralora_server.loadtest.workload import Popularity, Workload, parse_lengths, parse_popularity
 
 DURATION_S = 500.0
 
@@ -75,6 +66,54 @@ def test_bursts_come_together_at_the_rate() -> None:
 
     assert set(found.values()) == {8}
     assert np.diff(sorted(found)) == pytest.approx(2.0)
+
+
+STEPS = Steps(((2.0, 100.0), (0.0, 50.0), (40.0, 50.0), (2.0, 10.0)))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_steps_are_a_poisson_process_of_each_rate_in_turn(seed: int) -> None:
+    """Time that runs as fast as requests are expected makes one Poisson process of it."""
+    found = times(STEPS, seed)
+
+    starts, rates = [0.0, 100.0, 150.0, 200.0, DURATION_S], [2.0, 0.0, 40.0, 2.0]
+    counts = np.histogram(found, starts)[0]
+    expected = np.diff(starts) * rates
+    assert counts[1] == 0
+    assert counts == pytest.approx(expected, abs=4 * math.sqrt(expected.max()))
+    gaps = np.diff(np.interp(found, starts, np.concatenate(([0.0], np.cumsum(expected)))), prepend=0.0)
+    assert kolmogorov_smirnov(gaps, lambda gap: 1 - math.exp(-gap)) < CRITICAL
+    assert kolmogorov_smirnov(np.diff(found), lambda gap: 1 - math.exp(-gap * len(found) / DURATION_S)) > CRITICAL
+
+
+@pytest.mark.parametrize(
+    ("arrivals", "expected"),
+    [
+        (["step:1,20,10,20,1,20"], (20.0, 40.0)),
+        (["step:1,20,10,20,1,5,0.5,5"], (20.0, 40.0)),
+        (["step:1,5,10,5,10,5,2,5"], (5.0, 15.0)),
+        (["step:0,10,5,10,0,10", "step:1,15,5,10,1,10", "poisson:100"], (15.0, 20.0)),
+        (["step:1,20,10,70,1,20"], None),  # it ends after the run does
+        (["step:10,20,1,20"], None),
+        (["step:1,20"], None),
+        (["poisson:4", "closed:8"], None),
+    ],
+)
+def test_the_peak_is_where_most_comes(arrivals: list[str], expected: tuple[float, float] | None) -> None:
+    assert peak([parse_arrivals(one) for one in arrivals], 60.0) == expected
+
+
+@pytest.mark.parametrize("arrivals", [Renewal(8.0), Renewal(8.0, 2.0), Bursts(8.0, 4), STEPS])
+def test_a_share_of_arrivals_is_of_the_same_kind(arrivals: Arrivals) -> None:
+    share = arrivals.scaled(0.25)
+
+    assert type(share) is type(arrivals)
+    assert len(times(share)) == pytest.approx(len(times(arrivals)) / 4, rel=0.15)
+
+
+def test_a_closed_loop_has_no_shares() -> None:
+    with pytest.raises(ConfigError, match="a closed loop has no rate"):
+        Closed(4).scaled(0.5)
 
 
 @pytest.mark.parametrize(
@@ -155,6 +194,12 @@ def test_a_warm_up_that_leaves_nothing_is_refused() -> None:
         (parse_arrivals, "gamma:4"),
         (parse_arrivals, "burst:4,0"),
         (parse_arrivals, "often:4"),
+        (parse_arrivals, "step:"),
+        (parse_arrivals, "step:4"),
+        (parse_arrivals, "step:4,10,2"),
+        (parse_arrivals, "step:4,0"),
+        (parse_arrivals, "step:0,10"),
+        (parse_arrivals, "step:-1,10,2,10"),
         (parse_popularity, "zipf"),
         (parse_popularity, "hot-set:1,1.5"),
         (parse_lengths, "0"),
@@ -175,11 +220,13 @@ def test_arrivals_are_parsed() -> None:
     assert parse_arrivals("gamma:4,2.5") == Renewal(4.0, 2.5)
     assert parse_arrivals("constant:4") == Renewal(4.0, 0.0)
     assert parse_arrivals("burst:4,8") == Bursts(4.0, 8)
+    assert parse_arrivals("step:1,20,10,5.5") == Steps(((1.0, 20.0), (10.0, 5.5)))
     assert parse_arrivals("closed:16") == Closed(16)
 
 
 def test_a_trace_is_read_as_it_was_written(tmp_path) -> None:
-    trace = workload().trace()
+    trace = workload(arrivals=Steps(((1.0, 40.0), (9.0, 20.0), (1.0, 40.0)))).trace()
+    assert trace.peak == (40.0, 60.0)
 
     trace.write(tmp_path / "trace.jsonl")
 
@@ -199,6 +246,8 @@ LINE = '{"arrival_s": 0.5, "adapter": "a", "prompt_tokens": 8, "output_tokens": 
         (HEADER, "has no requests"),
         (HEADER + LINE.replace("8", "0"), "line 2: prompt_tokens must be a number of at least 1, got 0"),
         (HEADER + LINE.replace('"a"', "null"), "line 2: adapter must be a name, got None"),
+        (HEADER + LINE.replace("}", ', "tenant": 3}'), "line 2: tenant must be a name, got 3"),
+        (HEADER.replace("}", ', "peak": [2, 1]}') + LINE, r"peak must be null or two times .* got \[2, 1\]"),
         (HEADER + LINE.replace("seed", "sede"), "line 2: .*sede"),
         (HEADER + LINE + LINE.replace("0.5", "0.1"), "not in the order"),
         (HEADER.replace("null", "0") + LINE, "concurrency must be null or a number of at least 1, got 0"),

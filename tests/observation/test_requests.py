@@ -48,7 +48,11 @@ def test_a_delta_of_several_tokens_spreads_its_gap_over_them() -> None:
 
 @pytest.mark.parametrize(
     ("error", "expected"),
-    [(QueueFullError(1, 1.0), "queue_full"), (asyncio.CancelledError(), "cancelled"), (KeyError("x"), "internal")],
+    [
+        (QueueFullError("full", 1.0), "queue_full"),
+        (asyncio.CancelledError(), "cancelled"),
+        (KeyError("x"), "internal"),
+    ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_outcomes_are_few_whatever_goes_wrong(error: BaseException, expected: str) -> None:

@@ -8,9 +8,10 @@ from dataclasses import replace
 import pytest
 
 from gralora_runtime.errors import ConfigError
+from gralora_server.loadtest.arrivals import Renewal
 from gralora_server.loadtest.summary import Slo
 from gralora_server.loadtest.trace import Trace
-from gralora_server.loadtest.workload import Lengths, Popularity, Renewal, Workload
+from gralora_server.loadtest.workload import Lengths, Popularity, Workload
 from gralora_server.planner.search import Planner
 
 from .profiles import profile

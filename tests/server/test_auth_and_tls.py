@@ -13,8 +13,8 @@ from support.grpc_harness import ask, ask_once, failure, read_all, served
 
 from gralora.v1 import adapters_pb2
 from gralora_runtime.errors import ConfigError
-from gralora_server.auth import Tokens
 from gralora_server.config import TlsConfig
+from gralora_server.tenants.token_file import read_token_file
 
 ADMIN, GENERATE = "admin-token-0123456789", "generate-token-0123456789"
 PEMS = Path(__file__).parent / "tls"
@@ -104,13 +104,13 @@ def test_a_token_file_that_cannot_be_meant_is_refused(content: str, problem: str
     path.write_text(content)
 
     with pytest.raises(ConfigError, match=problem) as caught:
-        Tokens(path)
+        read_token_file(path)
     assert ADMIN not in str(caught.value)
 
 
 def test_a_token_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be read"):
-        Tokens(tmp_path / "tokens")
+        read_token_file(tmp_path / "tokens")
 
 
 async def test_tls_is_served() -> None:

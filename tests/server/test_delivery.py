@@ -125,3 +125,43 @@ async def test_messages_hold_more_tokens_while_the_client_is_behind_and_one_when
 
     assert received == list(range(15))
     assert sizes == [1, 9, *[1] * 5, 0]
+
+
+async def test_a_write_that_takes_long_holds_the_request_until_the_client_reads_on() -> None:
+    room, told = asyncio.Event(), asyncio.Queue[str]()
+
+    async def write(_message: generation_pb2.StreamGenerateResponse) -> None:
+        await room.wait()
+
+    delivering = asyncio.create_task(
+        deliver(
+            stream(STARTED, finished()),
+            write,
+            request_id="r1",
+            min_tokens=1,
+            write_timeout_s=60,
+            hold_after_s=0.01,
+            on_slow=lambda: told.put_nowait("slow"),
+            on_read=lambda: told.put_nowait("read"),
+        )
+    )
+    first = await told.get()
+    room.set()
+    await delivering
+
+    assert first == "slow"
+    assert [told.get_nowait() for _ in range(told.qsize())] == ["read", "read"]
+
+
+async def test_a_stream_holds_its_request_once_and_lets_it_go_on_once() -> None:
+    told: list[bool] = []
+    tokens = RequestStream("r1", lambda _: None, lambda _, held: told.append(held))
+    tokens.go_on()
+    tokens.hold()
+    tokens.hold()
+    tokens.go_on()
+    tokens.go_on()
+    tokens.put(finished())
+    tokens.hold()
+
+    assert told == [True, False]

@@ -193,7 +193,7 @@ REFUSALS = [
     (AdapterBusyError("p", 3), Code.FAILED_PRECONDITION, "ADAPTER_BUSY", "ResourceInfo"),
     (AdapterCapacityError("p", 10, 5), Code.FAILED_PRECONDITION, "ADAPTER_CAPACITY", "ResourceInfo"),
     (AdapterSourceError("p", "hf://org", "is down"), Code.UNAVAILABLE, "ADAPTER_SOURCE", "ResourceInfo"),
-    (QueueFullError(8, 1.25), Code.RESOURCE_EXHAUSTED, "QUEUE_FULL", "RetryInfo"),
+    (QueueFullError("8 requests wait", 1.25), Code.RESOURCE_EXHAUSTED, "QUEUE_FULL", "RetryInfo"),
     (DeadlineExceededError("r1"), Code.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED", None),
     (RequestCancelledError("r1"), Code.CANCELLED, "CANCELLED", None),
     (DrainingError(), Code.UNAVAILABLE, "DRAINING", None),
@@ -222,7 +222,7 @@ async def test_an_error_of_the_engine_becomes_a_status(error, code, reason, deta
 
 async def test_a_full_queue_says_when_to_come_back() -> None:
     async with served() as s:
-        s.engine.refusals = [QueueFullError(8, 1.25)]
+        s.engine.refusals = [QueueFullError("8 requests wait", 1.25)]
         failed = await failure(s.client.generation.Generate(ask_once()))
 
     assert failed.details["RetryInfo"].retry_delay.ToMilliseconds() == 1250
@@ -240,7 +240,7 @@ async def test_grpcs_own_retry_policy_obeys_a_full_queue() -> None:
     }
     config = {"methodConfig": [{"name": [{"service": "gralora.v1.GenerationService"}], "retryPolicy": policy}]}
     async with served(channel_options=(("grpc.service_config", json.dumps(config)),)) as s:
-        s.engine.refusals = [QueueFullError(8, 0.05)]
+        s.engine.refusals = [QueueFullError("8 requests wait", 0.05)]
         s.engine.script = [finished()]
         answer = await s.client.generation.Generate(ask_once())
 

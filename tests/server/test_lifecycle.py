@@ -7,6 +7,7 @@ import os
 import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import grpc
 import pytest
@@ -225,6 +226,32 @@ async def test_an_engine_that_dies_while_draining_is_no_clean_end() -> None:
             await asyncio.wait_for(task, 10)
 
     assert failed.code is Code.INTERNAL
+
+
+async def test_what_was_used_is_there_after_a_restart(tmp_path: Path) -> None:
+    """Also what a stream used that the drain cut short."""
+    for number in range(1, 3):
+        engine = FakeEngine()
+        async with serving(engine, state_dir=tmp_path, drain_grace_s=0.0) as (client, task):
+            call = client.generation.StreamGenerate(ask(adapter="poet"))
+            await call.read()
+            engine.streams["r1"].put(token(1))
+            await call.read()
+            (row,) = (await client.server.GetUsage(server_pb2.GetUsageRequest())).usage
+            os.kill(os.getpid(), signal.SIGTERM)
+            await failure(read_all(call))
+            await asyncio.wait_for(task, 10)
+
+        assert (row.adapter, row.requests, row.prompt_tokens, row.output_tokens) == ("poet", number, 3 * number, number)
+
+
+async def test_usage_that_cannot_be_kept_ends_the_server_before_its_model_loads(tmp_path: Path) -> None:
+    async def factory() -> FakeEngine:
+        raise AssertionError
+
+    (tmp_path / "usage.sqlite").write_bytes(b"x" * 5000)
+    with pytest.raises(ConfigError, match=r"usage cannot be kept in .*usage\.sqlite: it cannot be"):
+        await asyncio.wait_for(serve(ServerConfig(port=0, state_dir=tmp_path), factory), 10)
 
 
 async def test_a_model_that_does_not_load_ends_the_server_with_its_error() -> None:

@@ -29,7 +29,9 @@ from gralora_server.metrics import series
 from gralora_server.metrics.collector import EngineCollector
 from gralora_server.metrics.page import MetricsPage
 from gralora_server.metrics.table import table
+from gralora_server.metrics.tenants import TenantCollector
 from gralora_server.service import serve
+from gralora_server.tenants.usage import Counts, Usage
 
 DOC = Path(__file__).parent.parent.parent / "docs" / "metrics.md"
 LOOPBACK = MetricsConfig(host="127.0.0.1", port=0)
@@ -46,11 +48,12 @@ class Seen(FakeEngine):
         return self.seen
 
 
-def page_of(seen: EngineSnapshot | None) -> str:
+def page_of(seen: EngineSnapshot | None, usage: Usage | None = None) -> str:
     gate, registry = Gate(), CollectorRegistry()
     if seen is not None:
         gate.open(Seen(seen))
     registry.register(EngineCollector(gate))
+    registry.register(TenantCollector(usage or Usage()))
     return generate_latest(registry).decode()
 
 
@@ -94,6 +97,8 @@ async def test_numbers_go_where_their_names_say() -> None:
         "gralora_steps_total": {(): 7.0},
         "gralora_generated_tokens_total": {(): 8.0},
         "gralora_preemptions_total": {(): 9.0},
+        "gralora_requests_paused": {(): 13.0},
+        "gralora_pauses_total": {(): 12.0},
         "gralora_prefix_hit_tokens_total": {(): 10.0},
         "gralora_internal_failures_total": {("request",): 2.0, ("step",): 1.0},
         "gralora_prefill_tokens_total": {(): 15.0},
@@ -113,6 +118,25 @@ async def test_numbers_go_where_their_names_say() -> None:
     }
 
     assert {name: samples(page, name) for name in expected} == expected
+
+
+async def test_tenants_are_told_apart_up_to_a_number() -> None:
+    usage = Usage(max_named_tenants=2)
+    for tenant in ("", "acme", "b", "c"):
+        usage.add(tenant, "poet", Counts(1, 2, 3, 4, 0, 6))
+        usage.refuse(tenant, "poet")
+    page = page_of(None, usage)
+    expected = {
+        "gralora_tenant_requests_total": 1.0,
+        "gralora_tenant_prompt_tokens_total": 2.0,
+        "gralora_tenant_cached_tokens_total": 3.0,
+        "gralora_tenant_output_tokens_total": 4.0,
+        "gralora_tenant_refused_total": 1.0,
+        "gralora_tenant_upload_bytes_total": 6.0,
+    }
+
+    for name, value in expected.items():
+        assert samples(page, name) == {("(operator)",): value, ("acme",): value, ("(others)",): 2 * value}
 
 
 async def test_gateways_find_one_lora_series_with_both_lists_and_the_time() -> None:
@@ -204,7 +228,7 @@ async def test_names_keep_their_colon_whatever_format_the_scraper_asks_for() -> 
     """As OpenMetrics they lost it, and Prometheus, which asks for that first, had none of the gateways' series."""
     gate = Gate()
     gate.open(FakeEngine())
-    page = MetricsPage(LOOPBACK, gate)
+    page = MetricsPage(LOOPBACK, gate, Usage())
     wanted = {"Accept": "application/openmetrics-text;version=1.0.0,text/plain;version=1.0.0;q=0.5,*/*;q=0.1"}
     try:
         text = await asyncio.to_thread(get, page.port, wanted)
@@ -216,7 +240,7 @@ async def test_names_keep_their_colon_whatever_format_the_scraper_asks_for() -> 
 
 
 async def test_a_client_that_sends_nothing_holds_up_no_other() -> None:
-    page = MetricsPage(LOOPBACK, Gate())
+    page = MetricsPage(LOOPBACK, Gate(), Usage())
     try:
         with socket.create_connection(("127.0.0.1", page.port)):
             text = await asyncio.to_thread(get, page.port)

@@ -24,10 +24,10 @@ from gralora_runtime.errors import (
     StepFailedError,
 )
 from gralora_server import errors as server_errors
-from gralora_server.errors import StalledClientError, StartingError
+from gralora_server.errors import StalledClientError, StartingError, UsageFileError
 from gralora_server.status import CODES, clip, failure_of
 
-NEVER_IN_A_CALL = {GraloraError, AdapterError, ConfigError, ModelUnsupportedError}
+NEVER_IN_A_CALL = {GraloraError, AdapterError, ConfigError, ModelUnsupportedError, UsageFileError}
 OUR_BUGS = {EngineDeadError, RequestFailedError}
 
 

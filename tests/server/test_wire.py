@@ -18,8 +18,9 @@ from grpc_reflection.v1alpha import reflection_pb2
 from support.fake_engine import finished, token
 from support.grpc_harness import Failed, Served, ask, ask_once, failure, read_all, served, unpack
 
-from gralora_server.auth import Tokens
 from gralora_server.interceptors import QUIET_S, AuthInterceptor, CallInterceptor, SparseLog
+from gralora_server.tenants.settings import CertificateSettings, TenancySettings, TenantSettings
+from gralora_server.tenants.tenancy import Tenancy
 
 Code = grpc.StatusCode
 ADMIN, GENERATE = "admin-token-0123456789", "generate-token-0123456789"
@@ -358,7 +359,7 @@ async def test_methods_of_every_kind_refuse_junk(caplog) -> None:
 
 
 async def test_a_refused_call_is_never_decoded(tokens: Path) -> None:
-    async with serving_numbers(AuthInterceptor(Tokens(tokens)), CallInterceptor()) as (numbers, channel):
+    async with serving_numbers(AuthInterceptor(Tenancy(token_file=tokens)), CallInterceptor()) as (numbers, channel):
         await failure(channel.unary_unary("/Numbers/same")(b"12"))
         await failure(channel.stream_stream("/Numbers/each")(iter([b"12"])).read())
         refused = list(numbers.decoded)
@@ -366,6 +367,22 @@ async def test_a_refused_call_is_never_decoded(tokens: Path) -> None:
 
     assert refused == []
     assert numbers.decoded == [b"12"]
+
+
+async def test_a_call_that_no_certificate_lets_in_is_never_decoded() -> None:
+    """Who the peer is, is known only once gRPC has read a unary call's bytes; nobody has looked into them by then."""
+    acme = TenantSettings(certificates=(CertificateSettings(subject="a client"),))
+    tenancy = Tenancy(TenancySettings(tenants={"acme": acme}), asks_for_certificates=True)
+    async with serving_numbers(AuthInterceptor(tenancy), CallInterceptor()) as (numbers, channel):
+        failed = [
+            await failure(channel.unary_unary("/Numbers/same")(JUNK)),
+            await failure(channel.stream_unary("/Numbers/total")(iter([JUNK]))),
+            await failure(channel.unary_stream("/Numbers/count")(JUNK).read()),
+            await failure(channel.unary_stream("/Numbers/count_writing")(JUNK).read()),
+        ]
+
+    assert {failure.code for failure in failed} == {Code.UNAUTHENTICATED}
+    assert numbers.decoded == []
 
 
 async def test_a_client_that_leaves_ends_its_method_while_that_awaits_the_next_request() -> None:

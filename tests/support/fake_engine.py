@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import threading
+import time
 from collections.abc import Callable, Collection
 from pathlib import Path
 
 from gralora_runtime.adapters.catalogue.changes import Changes
+from gralora_runtime.adapters.catalogue.similar import similar_name
 from gralora_runtime.adapters.catalogue.store import AdapterState
 from gralora_runtime.adapters.catalogue.uploads import Uploads
 from gralora_runtime.adapters.checkpoint.header import AdapterSummary
@@ -23,6 +25,7 @@ from gralora_runtime.adapters.info import (
     UnloadResult,
     VersionInfo,
 )
+from gralora_runtime.adapters.residency.share import ShareOf
 from gralora_runtime.adapters.watch import AdapterWatch
 from gralora_runtime.errors import AdapterNotFoundError, DrainingError, EngineDeadError, InvalidRequestError
 from gralora_runtime.info import EngineInfo, EngineLoad, TokenizeResult
@@ -61,6 +64,7 @@ LOAD = EngineLoad(
     running=1,
     waiting=2,
     waiting_for_adapter=3,
+    paused=13,
     pages_total=100,
     pages_free=50,
     pages_cached=20,
@@ -73,6 +77,7 @@ LOAD = EngineLoad(
     steps=7,
     generated_tokens=8,
     preemptions=9,
+    pauses=12,
     prefix_hit_tokens=10,
     request_failures=2,
     step_failures=1,
@@ -154,21 +159,28 @@ class FakeAdapters:
         self.error: Exception | None = None
         self.calls: list[tuple[object, ...]] = []
         self.called = threading.Semaphore(0)  # once for each of `calls`, which come from other threads
+        self.lookup_s = 0.0  # that `get` takes for a name that there is
         self.loading: concurrent.futures.Future[AdapterInfo] | None = None  # set: `load` hands it out
 
-    def page(self, *, size: int, after: str, prefix: str, states: Collection[AdapterState]) -> AdapterPage:
-        names = sorted(name for name in self.infos if name.startswith(prefix))
+    def page(
+        self, *, size: int, after: str, prefix: str, states: Collection[AdapterState], sees: Callable[[str], bool]
+    ) -> AdapterPage:
+        names = sorted(name for name in self.infos if name.startswith(prefix) and sees(name))
         left = [name for name in names if name > after]
         page = tuple(self.infos[name] for name in left[:size])
         return AdapterPage(adapters=page, next_after=page[-1].name if len(left) > size else "", total=len(names))
 
-    def watch(self, prefix: str, wake: Callable[[], None]) -> AdapterWatch:
-        names = sorted(name for name in self.infos if name.startswith(prefix))
-        return AdapterWatch(names, self.changes.listen(prefix, wake), self.changes, self.infos.get)
+    def watch(self, prefix: str, wake: Callable[[], None], sees: Callable[[str], bool]) -> AdapterWatch:
+        names = sorted(name for name in self.infos if name.startswith(prefix) and sees(name))
+        return AdapterWatch(names, self.changes.listen(prefix, wake, sees), self.changes, self.infos.get)
+
+    def similar(self, name: str, sees: Callable[[str], bool]) -> str:
+        return similar_name(name, filter(sees, self.infos))
 
     def get(self, name: str) -> AdapterInfo:
         if name not in self.infos:
             raise AdapterNotFoundError(name)
+        time.sleep(self.lookup_s)
         return self.infos[name]
 
     def load(self, name: str, path: Path | None, *, pin: bool = False) -> concurrent.futures.Future[AdapterInfo]:
@@ -178,6 +190,9 @@ class FakeAdapters:
         done: concurrent.futures.Future[AdapterInfo] = concurrent.futures.Future()
         done.set_result(adapter_info(name, pinned=pin))
         return done
+
+    def limit_pool(self, share_of: ShareOf) -> None:
+        self.share_of = share_of
 
     def flush(self) -> None:
         """Nothing is kept."""
@@ -215,6 +230,7 @@ class FakeEngine:
 
     def __init__(self) -> None:
         self.dead = asyncio.Event()
+        self.first_token_s: float | None = None
         self.adapters = FakeAdapters()
         self.requests: list[GenerationRequest] = []
         self.streams: dict[str, RequestStream] = {}
@@ -222,6 +238,7 @@ class FakeEngine:
         self.script: list[Delta] = []
         self.start_at_once = True  # False: not even `started` is there at first
         self.refusals: list[Exception] = []  # of the next submissions, in turn
+        self.knows_any_adapter = True  # False: only those of `adapters`
         self.submitted: asyncio.Queue[str] = asyncio.Queue()  # request ids
         self.abort_happened = asyncio.Event()
         self.draining = asyncio.Event()
@@ -234,6 +251,8 @@ class FakeEngine:
             raise self.refusals.pop(0)
         if self.draining.is_set():
             raise DrainingError
+        if request.adapter and not self.knows_any_adapter:
+            await asyncio.to_thread(self.adapters.get, request.adapter.partition("@")[0])
         if request.request_id in self.streams:
             raise InvalidRequestError("request_id", request.request_id, "a request of that id is already running")
         stream = RequestStream(request.request_id, self.abort)

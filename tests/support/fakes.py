@@ -52,6 +52,9 @@ def fake_sequence(
     stopping: StoppingParams | None = None,
     lease: AdapterLease | None = None,
     deadline_s: float | None = None,
+    tenant: str = "",
+    weight: float = 1.0,
+    priority: int = 0,
 ) -> Sequence:
     return Sequence(
         request_id=request_id,
@@ -67,6 +70,9 @@ def fake_sequence(
         arrival_s=0.0,
         seed=0,
         deadline_s=deadline_s,
+        tenant=tenant,
+        weight=weight,
+        priority=priority,
     )
 
 

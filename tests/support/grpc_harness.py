@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import grpc
 from google.protobuf import message
@@ -21,12 +22,14 @@ from gralora.v1 import (
 )
 from gralora_server.config import ServerConfig
 from gralora_server.service import GrpcServer
+from gralora_server.settings.reloader import Reloader
 
 DETAIL_TYPES = (
     error_details_pb2.ErrorInfo,
     error_details_pb2.BadRequest,
     error_details_pb2.RetryInfo,
     error_details_pb2.ResourceInfo,
+    error_details_pb2.QuotaFailure,
 )
 
 
@@ -61,17 +64,18 @@ class Served:
 
 @asynccontextmanager
 async def served(
-    engine: FakeEngine | None = None,
     *,
     started: bool = True,
     channel_options: tuple[tuple[str, int], ...] = (),
     credentials: grpc.ChannelCredentials | None = None,
+    engine: Any = None,
+    reloader: Reloader | None = None,
     **settings: object,
 ) -> AsyncIterator[Served]:
-    """`started` False leaves the server where it is while a model loads."""
-    server = GrpcServer(ServerConfig(port=0, **settings))
+    """`started` False leaves the server where it is while a model loads. `engine`: instead of a fake one."""
+    server = GrpcServer(ServerConfig(port=0, **settings), reloader)
     port = await server.start()
-    engine = engine or FakeEngine()
+    engine = FakeEngine() if engine is None else engine
     if started:
         await server.open(engine)
     # Without a local pool, channels of one process share their connections, and tests would meet in them.

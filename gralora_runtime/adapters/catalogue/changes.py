@@ -10,17 +10,23 @@ from collections.abc import Callable
 from itertools import islice
 
 
+def any_name(_name: str) -> bool:
+    """For those who may see everything."""
+    return True
+
+
 class Listener:
     """One who listens. `take` may be called from any thread."""
 
-    def __init__(self, prefix: str, wake: Callable[[], None]) -> None:
+    def __init__(self, prefix: str, wake: Callable[[], None], sees: Callable[[str], bool]) -> None:
         self._prefix = prefix
         self._wake = wake
+        self._sees = sees
         self._lock = threading.Lock()
         self._names: dict[str, None] = {}  # in the order in which they changed first
 
     def tell(self, name: str) -> None:
-        if not name.startswith(self._prefix):
+        if not (name.startswith(self._prefix) and self._sees(name)):
             return
         with self._lock:
             is_first = not self._names
@@ -44,9 +50,9 @@ class Changes:
         self._listeners: tuple[Listener, ...] = ()
         self._lock = threading.Lock()
 
-    def listen(self, prefix: str, wake: Callable[[], None]) -> Listener:
-        """`wake` is called from whatever thread changes something, and must not wait."""
-        listener = Listener(prefix, wake)
+    def listen(self, prefix: str, wake: Callable[[], None], sees: Callable[[str], bool] = any_name) -> Listener:
+        """`wake` and `sees` are called from whatever thread changes something, and must not wait."""
+        listener = Listener(prefix, wake, sees)
         with self._lock:
             self._listeners += (listener,)
         return listener

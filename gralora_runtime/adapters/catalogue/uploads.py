@@ -35,6 +35,7 @@ from gralora_runtime.errors import (
     AdapterUploadQuotaError,
     ConfigError,
     DrainingError,
+    GraloraError,
     InvalidRequestError,
 )
 
@@ -59,6 +60,23 @@ class UploadLimits:
     unfinished_age_s: float = 86_400.0  # since something last came; older ones are removed
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Share:
+    """Of the room for all uploads, what those of some names may take together."""
+
+    is_own: Callable[[str], bool]  # whether a name is one of them
+    max_bytes: int
+    refusal: Callable[[int, int], GraloraError]  # for so many bytes that are taken, and so many more that are wanted
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """The room that one directory counts for, and whose it is."""
+
+    name: str
+    num_bytes: int
+
+
 class Uploads:
     """A source of adapters, and the folder behind it. Methods may be called from any thread; some wait for the disk."""
 
@@ -81,7 +99,7 @@ class Uploads:
         self._lock = threading.Lock()
         self._closed = False
         self._active: dict[str, Upload] = {}  # by name: one at a time
-        self._sizes: dict[Path, int] = {}  # bytes that each directory counts for
+        self._taken: dict[Path, Taken] = {}  # by each directory
         self._changed_s: dict[Path, float] = {}  # of unfinished ones
         self._records: dict[str, list[str]] = {}  # by name: digests of accepted uploads, the newest last
         # Whole when a server was killed that had not said whether they can be loaded.
@@ -125,8 +143,11 @@ class Uploads:
             staging = self._staging(manifest)
             return {file.name: _size(staging / file.name) for file in manifest.files}
 
-    def begin(self, manifest: Manifest) -> Upload:
-        """Take what is sent from now on, behind what is here. Whoever was sending that name is sent away."""
+    def begin(self, manifest: Manifest, share: Share | None = None) -> Upload:
+        """Take what is sent from now on, behind what is here. Whoever was sending that name is sent away.
+
+        `share`: bounds what is begun anew; None: only the room for all does.
+        """
         upload = Upload(
             manifest,
             staging=self._staging(manifest),
@@ -146,7 +167,7 @@ class Uploads:
                 before.end(AdapterUploadError(manifest.name, "gave way to a newer one of that name"))
             with self._lock:
                 self._refuse_when_closed()
-                self._prepare(manifest)
+                self._prepare(manifest, share)
         except BaseException:
             upload.close()
             raise
@@ -266,31 +287,40 @@ class Uploads:
         accepted = manifest.digest in self._records.get(manifest.name, ())
         return accepted or self._in_use(self._directory(manifest))
 
-    def _prepare(self, manifest: Manifest) -> None:
+    def _prepare(self, manifest: Manifest, share: Share | None) -> None:
         """A directory to receive it, within the limits."""
         self._remove_old()
         staging = self._staging(manifest)
         if self._directory(manifest).is_dir():
             return
-        if staging not in self._sizes:
+        if staging not in self._taken:
             self._check_room(manifest)
+            self._check_share(manifest, share)
             made = self._unfinished / f"new-{uuid.uuid4().hex}"
             made.mkdir()
             _write(made / MANIFEST_FILE, manifest.to_json())
             made.rename(staging)
-            self._sizes[staging] = _counted(manifest)
+            self._taken[staging] = _counted(manifest)
         self._changed_s[staging] = self._now_s()
 
     def _check_room(self, manifest: Manifest) -> None:
         limits, wanted = self._limits, manifest.num_bytes
         if wanted > limits.adapter_bytes:
             raise AdapterUploadQuotaError(manifest.name, f"it has {wanted} bytes of at most {limits.adapter_bytes}")
-        left = limits.total_bytes - sum(self._sizes.values())
-        if _counted(manifest) > left:
+        left = limits.total_bytes - sum(taken.num_bytes for taken in self._taken.values())
+        if _counted(manifest).num_bytes > left:
             problem = f"of {limits.total_bytes} bytes for all uploads {max(left, 0)} are left"
             raise AdapterUploadQuotaError(manifest.name, problem)
         if shutil.disk_usage(self.folder).free < wanted:
             raise AdapterUploadQuotaError(manifest.name, f"the disk has no {wanted} bytes left")
+
+    def _check_share(self, manifest: Manifest, share: Share | None) -> None:
+        if share is None:
+            return
+        own = sum(taken.num_bytes for taken in self._taken.values() if share.is_own(taken.name))
+        wanted = _counted(manifest).num_bytes
+        if own + wanted > share.max_bytes:
+            raise share.refusal(own, wanted)
 
     def _remove_old(self) -> None:
         active = {self._staging(upload.manifest) for upload in self._active.values()}
@@ -312,7 +342,7 @@ class Uploads:
             staging.rename(directory)
             for parent in (directory.parent, self.folder, self._unfinished):
                 sync_directory(parent)
-            self._sizes[directory] = self._sizes.pop(staging)
+            self._taken[directory] = self._taken.pop(staging)
             del self._changed_s[staging]
         log.info("adapter %r was uploaded to %s", manifest.name, directory)
 
@@ -342,7 +372,7 @@ class Uploads:
             self._remove(folder / digest)
 
     def _remove(self, directory: Path) -> None:
-        self._sizes.pop(directory, None)
+        self._taken.pop(directory, None)
         self._changed_s.pop(directory, None)
         if directory.is_dir():
             removed = self._unfinished / f"removed-{uuid.uuid4().hex}"
@@ -359,13 +389,13 @@ class Uploads:
         if manifest is None or self._directory(manifest) != directory or self._staging(manifest).exists():
             self._remove(directory)
             return
-        self._sizes.pop(directory, None)
+        self._taken.pop(directory, None)
         directory.rename(self._staging(manifest))
         self._note_unfinished(manifest)
 
     def _note_unfinished(self, manifest: Manifest) -> None:
         staging = self._staging(manifest)
-        self._sizes[staging] = _counted(manifest)
+        self._taken[staging] = _counted(manifest)
         self._changed_s[staging] = max(file.stat().st_mtime for file in staging.iterdir())
 
     # At start, when nobody else is here.
@@ -409,7 +439,7 @@ class Uploads:
             self._records[name] = whole
         for directory in (*undecided, *(folder / digest for digest in whole)):
             manifest = _read_manifest(directory)
-            self._sizes[directory] = OVERHEAD_BYTES if manifest is None else _counted(manifest)
+            self._taken[directory] = Taken(name, OVERHEAD_BYTES) if manifest is None else _counted(manifest)
 
 
 def _write(path: Path, text: str) -> None:
@@ -419,8 +449,8 @@ def _write(path: Path, text: str) -> None:
         os.fsync(out.fileno())
 
 
-def _counted(manifest: Manifest) -> int:
-    return manifest.num_bytes + OVERHEAD_BYTES
+def _counted(manifest: Manifest) -> Taken:
+    return Taken(manifest.name, manifest.num_bytes + OVERHEAD_BYTES)
 
 
 def _size(path: Path) -> int:

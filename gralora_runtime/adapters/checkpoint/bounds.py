@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from struct import Struct
 
 import numpy as np
@@ -19,7 +20,9 @@ from torch import Tensor
 from gralora_kernels.packing import Array
 from gralora_kernels.tables import Entry, Storage
 from gralora_runtime.adapters.checkpoint.header import Plan
+from gralora_runtime.adapters.checkpoint.remembered import remembered
 from gralora_runtime.adapters.checkpoint.spec import ModuleShape
+from gralora_runtime.adapters.checkpoint.tensors import TensorInfo
 
 ROW = 8192  # elements: OpenBLAS stays in the calling thread up to 10,000
 PIECE = 1 << 16  # elements of 16 bits that are widened at a time, so that what they become stays in a cache
@@ -54,44 +57,67 @@ def largest_magnitude(values: Array, dtype: str) -> float:
     return float(number)
 
 
-def norm_bounds(plan: Plan, magnitudes: Iterable[float]) -> tuple[float, ...]:
-    """For each module, from the largest magnitudes of all its tensors, A before B; see `_bound`."""
-    given = iter(magnitudes)
-    return tuple(
-        sum(
-            _bound(
-                pair.part.scale,
-                next(given) * math.sqrt(pair.part.r * module.module.in_features),
-                next(given) * math.sqrt(pair.part.r * module.module.out_features),
-            )
-            for pair in module.parts
-        )
-        for module in plan
+def magnitudes_of(bits: Array, dtype: str) -> Array:
+    """Float64 numbers of what bits without a sign stand for: F32, F16 or BF16. Infinite if one is no number."""
+    if dtype == "BF16":
+        values = (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    else:
+        values = bits.view(np.float16 if dtype == "F16" else np.float32)
+    return np.where(np.isfinite(values), values, np.inf).astype(np.float64)
+
+
+def norm_bounds(plan: Plan, tensors: Mapping[str, TensorInfo], magnitudes: Array) -> tuple[float, ...]:
+    """For each module, from the largest magnitudes of all its tensors, A before B; see `_bounds`."""
+    sizes = _sizes(tensors, plan)
+    pairs = _bounds(sizes.scale, magnitudes[0::2] * sizes.a, magnitudes[1::2] * sizes.b)
+    return tuple(np.add.reduceat(pairs, sizes.first).tolist()) if len(pairs) else ()
+
+
+@dataclass(frozen=True, slots=True)
+class _Sizes:
+    """Of all pairs of a plan, in float64. A norm is at most the root of a matrix's size times its largest magnitude."""
+
+    scale: Array
+    a: Array  # roots
+    b: Array
+    first: Array  # of each module, its first pair
+
+
+@remembered
+def _sizes(_: Mapping[str, TensorInfo], plan: Plan) -> _Sizes:
+    pairs = [(module.module, pair.part) for module in plan for pair in module.parts]
+    return _Sizes(
+        scale=np.array([part.scale for _, part in pairs], np.float64),
+        a=np.sqrt([float(part.r * shape.in_features) for shape, part in pairs]),
+        b=np.sqrt([float(part.r * shape.out_features) for shape, part in pairs]),
+        first=np.cumsum([0, *(len(module.parts) for module in plan)])[:-1],
     )
 
 
 def closer_bound(blob: Tensor, module: ModuleShape, entries: Sequence[Entry]) -> float:
     """The same of one module, from its matrices as they are packed. Small ones take as long as loading them did."""
-    return sum(
-        _bound(
+    norms = [
+        (
             entry.scale,
             _norm(blob, entry.a_offset, entry.r * module.in_features, entry.storage),
             _norm(blob, entry.b_offset, entry.r * module.out_features, entry.storage),
         )
         for entry in entries
-    )
+    ]
+    return float(_bounds(*np.array(norms, np.float64).T).sum())
 
 
-def _bound(scale: float, a: float, b: float) -> float:
+def _bounds(scale: Array, a: Array, b: Array) -> Array:
     """|scale| |A| |B|, 0 only if one of them is; infinite if float32 does not hold the squares that a norm is made of.
 
     Also of blocks: each part of A meets one part of B, and a sum of products is not above the product of sums.
     """
-    if 0.0 in (scale, a, b):
-        return 0.0
-    if max(a, abs(scale) * b) > LARGEST:
-        return math.inf
-    return max(abs(scale) * a * b * MARGIN, sys.float_info.min)
+    scale = np.abs(scale)
+    with np.errstate(over="ignore", invalid="ignore"):
+        found = np.maximum(scale * a * b * MARGIN, sys.float_info.min)
+        found[np.maximum(a, scale * b) > LARGEST] = np.inf
+    found[(scale == 0) | (a == 0) | (b == 0)] = 0.0
+    return found
 
 
 def _norm(blob: Tensor, offset: int, numel: int, storage: Storage) -> float:

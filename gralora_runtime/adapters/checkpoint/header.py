@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from gralora_runtime.adapters.checkpoint.file import MalformedError, open_regular, parse_object, read_text
+from gralora_runtime.adapters.checkpoint.remembered import remembered
 from gralora_runtime.adapters.checkpoint.spec import AdapterSpec, Dialect, ModuleShape, Part, parse_config, rejected
 from gralora_runtime.adapters.checkpoint.targets import MATCHING_BUDGET_S, MatchingBudget, SlowPatternError
 from gralora_runtime.adapters.checkpoint.tensors import DTYPES, WEIGHTS_FILE, TensorInfo, parse_header, read_header
@@ -110,7 +111,7 @@ class AdapterHeader:
 
     @property
     def tensor_bytes(self) -> int:
-        return sum(tensor.numel * DTYPES.get(tensor.dtype, 0) for tensor in self.tensors.values())
+        return _tensor_bytes(self.tensors)
 
     @property
     def file_bytes(self) -> int:
@@ -138,83 +139,25 @@ class AdapterHeader:
     def fitting_plan(self, modules: Sequence[ModuleShape]) -> Plan:
         """The plan, or AdapterRejectedError with every reason why the checkpoint cannot follow it."""
         plan = self.plan(modules)
-        if problems := self._problems(plan, modules):
-            raise rejected(self.name, problems)
+        if not _fits(self.tensors, plan):
+            raise rejected(self.name, self._problems(plan, modules))
         return plan
-
-    def packed_numel(self, plan: Plan, *, keeps_16_bit: bool) -> int:
-        """Elements of a pool that an adapter takes which follows this plan."""
-        pairs = (pair for module in plan for pair in module.parts)
-        return sum(sum(pair_numel(self.tensors, pair, keeps_16_bit=keeps_16_bit)) for pair in pairs)
 
     def cpu_pool_bytes(self, modules: Sequence[ModuleShape]) -> int:
         """What an adapter that fits these modules takes in a pool on the CPU: fp32, but for what comes in 16 bits."""
-        return DTYPES["F32"] * self.packed_numel(self.plan(modules), keeps_16_bit=True)
+        return DTYPES["F32"] * _packed_numel(self.plan(modules), self.tensors, keeps_16_bit=True)
 
     def summary(self, modules: Sequence[ModuleShape], *, keeps_16_bit: bool = False) -> AdapterSummary:
         """Only for an adapter that fits these modules. `keeps_16_bit`: see `gralora_kernels.packing`."""
-        plan = self.plan(modules)
-        parts = [module.parts[0].part for module in plan]
-        return AdapterSummary(
-            dialect=self.spec.dialect,
-            rank=max((part.r for part in parts), default=self.spec.rank),
-            blocks=self.spec.blocks,
-            hybrid_rank=self.spec.hybrid_rank,
-            equivalent_rank=max((module.width for module in plan), default=0),
-            scale=max((part.scale for part in parts), key=abs, default=self.spec.scale),
-            num_modules=len(plan),
-            tensor_bytes=self.tensor_bytes,
-            packed_numel=self.packed_numel(plan, keeps_16_bit=keeps_16_bit),
-            base_model=self.spec.base_model,
-        )
+        return _summary(self.tensors, self.plan(modules), self.spec, keeps_16_bit)
 
     def _problems(self, plan: Plan, modules: Sequence[ModuleShape]) -> list[str]:
-        problems = [*self._dtype_problems(), *self._misfits(plan), *self._surplus(plan, modules)]
+        problems = list(_problems(plan, self.tensors, modules))
         if problems and self.spec.base_model:
             problems.insert(0, f"it was trained for the base model {self.spec.base_model!r}")
-        if not any(tensors.a_name in self.tensors for module in plan for tensors in module.parts):
+        if not _matches(plan, self.tensors):
             problems.insert(0, "it matches no module of the base model")
         return problems
-
-    def _dtype_problems(self) -> Iterator[str]:
-        for name, tensor in self.tensors.items():
-            if tensor.dtype not in DTYPES:
-                yield f"tensor {name}: dtype {tensor.dtype} is not supported ({', '.join(DTYPES)} are)"
-
-    def _misfits(self, plan: Iterable[ModulePlan]) -> Iterator[str]:
-        for module in plan:
-            shape = module.module
-            for tensors in module.parts:
-                k = tensors.part.k
-                if shape.in_features % k or shape.out_features % k:
-                    yield f"module {shape.name} [{shape.in_features}, {shape.out_features}] is not divisible by k={k}"
-                    continue
-                yield from self._misfit(tensors.a_name, tensors.a_shape)
-                yield from self._misfit(tensors.b_name, tensors.b_shape)
-
-    def _misfit(self, name: str, expected: tuple[int, ...]) -> Iterator[str]:
-        tensor = self.tensors.get(name)
-        if tensor is None:
-            yield f"tensor {name} is missing"
-        elif tensor.shape != expected:
-            yield f"tensor {name} has shape {list(tensor.shape)}, the base model needs {list(expected)}"
-
-    def _surplus(self, plan: Iterable[ModulePlan], modules: Iterable[ModuleShape]) -> Iterator[str]:
-        expected = {name for module in plan for tensors in module.parts for name in (tensors.a_name, tensors.b_name)}
-        known = {module.name for module in modules}
-        targeted = {module.module.name for module in plan}
-        for name in self.tensors:
-            if name in expected:
-                continue
-            match = _TENSOR.fullmatch(name)
-            if match is None:
-                yield f"tensor {name} is not part of a LoRA or GraLoRA"
-            elif match["module"] not in known:
-                yield f"tensor {name}: the base model has no linear layer {match['module']}"
-            elif match["module"] not in targeted:
-                yield f"tensor {name}: target_modules does not name {match['module']}"
-            else:
-                yield f"tensor {name} is surplus: the config asks for no such tensor"
 
 
 def inspect(path: Path, *, name: str = "", roots: Sequence[Path] = ()) -> AdapterHeader:
@@ -309,3 +252,91 @@ def _part_tensors(spec: AdapterSpec, module: ModuleShape, budget: MatchingBudget
         yield PartTensors(
             part=part, a_name=prefix + names[0], a_shape=a_shape, b_name=prefix + names[1], b_shape=b_shape
         )
+
+
+def _tensor_bytes(tensors: Mapping[str, TensorInfo]) -> int:
+    return sum(tensor.numel * DTYPES.get(tensor.dtype, 0) for tensor in tensors.values())
+
+
+def _packed_numel(plan: Plan, tensors: Mapping[str, TensorInfo], *, keeps_16_bit: bool) -> int:
+    """Elements of a pool that an adapter takes which follows this plan."""
+    pairs = (pair for module in plan for pair in module.parts)
+    return sum(sum(pair_numel(tensors, pair, keeps_16_bit=keeps_16_bit)) for pair in pairs)
+
+
+@remembered
+def _summary(tensors: Mapping[str, TensorInfo], plan: Plan, spec: AdapterSpec, keeps_16_bit: bool) -> AdapterSummary:
+    parts = [module.parts[0].part for module in plan]
+    return AdapterSummary(
+        dialect=spec.dialect,
+        rank=max((part.r for part in parts), default=spec.rank),
+        blocks=spec.blocks,
+        hybrid_rank=spec.hybrid_rank,
+        equivalent_rank=max((module.width for module in plan), default=0),
+        scale=max((part.scale for part in parts), key=abs, default=spec.scale),
+        num_modules=len(plan),
+        tensor_bytes=_tensor_bytes(tensors),
+        packed_numel=_packed_numel(plan, tensors, keeps_16_bit=keeps_16_bit),
+        base_model=spec.base_model,
+    )
+
+
+@remembered
+def _fits(tensors: Mapping[str, TensorInfo], plan: Plan) -> bool:
+    """Whether nothing is wrong. What is wrong is a text for one adapter's owner, and not kept."""
+    return _matches(plan, tensors) and next(_problems(plan, tensors, ()), None) is None
+
+
+def _matches(plan: Plan, tensors: Mapping[str, TensorInfo]) -> bool:
+    return any(pair.a_name in tensors for module in plan for pair in module.parts)
+
+
+def _problems(plan: Plan, tensors: Mapping[str, TensorInfo], modules: Iterable[ModuleShape]) -> Iterator[str]:
+    """`modules`: of the base model. They make a difference to what is said, and none to whether something is."""
+    yield from _dtype_problems(tensors)
+    yield from _misfits(plan, tensors)
+    yield from _surplus(plan, tensors, modules)
+
+
+def _dtype_problems(tensors: Mapping[str, TensorInfo]) -> Iterator[str]:
+    for name, tensor in tensors.items():
+        if tensor.dtype not in DTYPES:
+            yield f"tensor {name}: dtype {tensor.dtype} is not supported ({', '.join(DTYPES)} are)"
+
+
+def _misfits(plan: Plan, tensors: Mapping[str, TensorInfo]) -> Iterator[str]:
+    for module in plan:
+        shape = module.module
+        for pair in module.parts:
+            k = pair.part.k
+            if shape.in_features % k or shape.out_features % k:
+                yield f"module {shape.name} [{shape.in_features}, {shape.out_features}] is not divisible by k={k}"
+                continue
+            yield from _misfit(tensors, pair.a_name, pair.a_shape)
+            yield from _misfit(tensors, pair.b_name, pair.b_shape)
+
+
+def _misfit(tensors: Mapping[str, TensorInfo], name: str, expected: tuple[int, ...]) -> Iterator[str]:
+    tensor = tensors.get(name)
+    if tensor is None:
+        yield f"tensor {name} is missing"
+    elif tensor.shape != expected:
+        yield f"tensor {name} has shape {list(tensor.shape)}, the base model needs {list(expected)}"
+
+
+def _surplus(plan: Plan, tensors: Mapping[str, TensorInfo], modules: Iterable[ModuleShape]) -> Iterator[str]:
+    expected = {name for module in plan for pair in module.parts for name in (pair.a_name, pair.b_name)}
+    known = {module.name for module in modules}
+    targeted = {module.module.name for module in plan}
+    for name in tensors:
+        if name in expected:
+            continue
+        match = _TENSOR.fullmatch(name)
+        if match is None:
+            yield f"tensor {name} is not part of a LoRA or GraLoRA"
+        elif match["module"] not in known:
+            yield f"tensor {name}: the base model has no linear layer {match['module']}"
+        elif match["module"] not in targeted:
+            yield f"tensor {name}: target_modules does not name {match['module']}"
+        else:
+            yield f"tensor {name} is surplus: the config asks for no such tensor"

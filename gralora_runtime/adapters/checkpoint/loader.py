@@ -1,16 +1,16 @@
 """Reads an adapter's weights and packs them the way the pool and the kernels hold them. Knows not what becomes of them.
 
-A tensor is read, checked, hashed, converted and put in its place at once, while it is in a core's cache. Who does that
-is for the caller to say (`Spread`): where all cores decode, it is the calling thread alone. Moving is numpy's, and
-torch converts in small pieces, because it would start a second team of OpenMP threads in whichever thread calls it, and
-those would spin against the ones that decode.
+A piece of the file is read, checked, hashed, converted and put in its place at once, while it is in a core's cache. Who
+does that is for the caller to say (`Spread`): where all cores decode, it is the calling thread alone. Moving is the
+backend's where it brings a way, else numpy's, and torch converts in small pieces, because it would start a second team
+of OpenMP threads in whichever thread calls it, and those would spin against the ones that decode.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -19,12 +19,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gralora_kernels.packing import ROW_MAJOR, Array, Packing, place_a, place_b
-from gralora_runtime.adapters.checkpoint.bounds import largest_magnitude, norm_bounds
+from gralora_kernels.packing import ROW_MAJOR, SHA256_BYTES, Array, Packing, place_a, place_b
+from gralora_runtime.adapters.checkpoint.bounds import largest_magnitude, magnitudes_of, norm_bounds
 from gralora_runtime.adapters.checkpoint.file import MalformedError, open_regular, read_at_most
 from gralora_runtime.adapters.checkpoint.golden import has_golden
 from gralora_runtime.adapters.checkpoint.header import AdapterHeader, AdapterSummary, inspect
-from gralora_runtime.adapters.checkpoint.recipe import TORCH_DTYPES, Layout, Matrix, Recipe, recipe_of
+from gralora_runtime.adapters.checkpoint.recipe import (
+    PIECE_BYTES,
+    TORCH_DTYPES,
+    Layout,
+    Matrix,
+    Piece,
+    Recipe,
+    recipe_of,
+)
 from gralora_runtime.adapters.checkpoint.spec import ModuleShape, rejected
 from gralora_runtime.adapters.checkpoint.tensors import DTYPES, WEIGHTS_FILE
 from gralora_runtime.adapters.residency.transfer import Spread, serial_pieces, serially
@@ -33,10 +41,7 @@ __all__ = ["AdapterLayout", "LoadedAdapter", "inspect", "load"]
 
 # How numpy holds what safetensors calls so. It has no bfloat16: those stay bits, and so do all 16 bits in a blob.
 ARRAYS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}
-
-# Bytes of the file that are one piece of work: enough that handing it over costs little beside it, and few enough that
-# a step which runs on the same cores is kept up by a millisecond and no more.
-PIECE_BYTES = 256 << 10
+BITS = {2: np.uint16, 4: np.uint32}  # by an element's bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,26 +93,28 @@ def load(
     assert dtype == torch.float32 or not packing.keeps_16_bit, "only an fp32 pool holds matrices of 16 bits as they are"
     header = inspect(path, name=name, roots=roots)
     plan = header.fitting_plan(modules)
-    width = max(module.width for module in plan)
-    check_width(name, width, max_width)
+    summary = header.summary(modules, keeps_16_bit=packing.keeps_16_bit)
+    check_width(name, summary.equivalent_rank, max_width)
+    recipe = recipe_of(plan, header.tensors, dtype, keeps_16_bit=packing.keeps_16_bit, piece_bytes=PIECE_BYTES)
     try:
         with open_regular(path, WEIGHTS_FILE, roots) as opened:
             check_unchanged(opened, header)
-            recipe = recipe_of(plan, header.tensors, dtype, keeps_16_bit=packing.keeps_16_bit)
             packer = Packer(recipe, dtype, packing)
             facts = packer.pack(opened.fileno(), spread)
     except MalformedError as cause:
         raise rejected(name, [str(cause)]) from cause
-    if problems := [fact.problem for fact in facts if fact.problem]:
-        raise rejected(name, problems)
+    if (bad := np.flatnonzero(facts.magnitudes > torch.finfo(dtype).max)).size:
+        kind = str(dtype).removeprefix("torch.")
+        names = [recipe.matrices[position].name for position in bad]
+        raise rejected(name, [f"tensor {tensor} has values that are not finite in {kind}" for tensor in names])
     layout = AdapterLayout(
-        digest=digest_of(recipe.description, [fact.digest for fact in facts]),
+        digest=digest_of(recipe.description, [facts.digests.tobytes()]),
         numel=recipe.numel,
-        width=width,
+        width=summary.equivalent_rank,
         modules=recipe.layout,
-        summary=header.summary(modules, keeps_16_bit=packing.keeps_16_bit),
+        summary=summary,
     )
-    bounds = norm_bounds(plan, [fact.magnitude for fact in facts])
+    bounds = norm_bounds(plan, header.tensors, facts.magnitudes)
     return LoadedAdapter(layout, packer.blob, has_golden=has_golden(path), bounds=bounds)
 
 
@@ -140,13 +147,11 @@ def _changed() -> MalformedError:
 
 
 @dataclass(frozen=True, slots=True)
-class Fact:
-    """What was found out about a tensor. One that has a problem is not in the blob."""
+class Facts:
+    """What was found out about tensors."""
 
-    name: str
-    digest: bytes  # SHA-256 of its bytes
-    magnitude: float  # the largest of its values
-    problem: str = ""
+    digests: Array  # uint8 [tensors, 32]: SHA-256 of the bytes of each
+    magnitudes: Array  # float64 [tensors]: the largest of its values
 
 
 class Packer:
@@ -154,59 +159,50 @@ class Packer:
 
     def __init__(self, recipe: Recipe, dtype: torch.dtype, packing: Packing) -> None:
         self._recipe = recipe
-        self._dtype = dtype
-        self._panel = packing.panel
-        self._largest = torch.finfo(dtype).max
-        # Untouched memory until it is written, in large pages where the system has them.
-        self._cells = np.zeros(recipe.numel, np.float32 if dtype == torch.float32 else np.uint16)
+        self._packing = packing
+        # Written once, by whoever packs; numpy asks for large pages where the system has them.
+        self._cells = np.empty(recipe.numel, np.float32 if dtype == torch.float32 else np.uint16)
+        for begin, end in recipe.gaps:
+            self._cells.view(np.uint8)[begin:end] = 0
         self.blob = torch.from_numpy(self._cells).view(dtype)  # [numel]
 
-    def pack(self, file: int, spread: Spread) -> list[Fact]:
-        """Fill the blob, from the front of the file to its end; what was found is in the order of matrices.
+    def pack(self, file: int, spread: Spread) -> Facts:
+        """Fill the blob, from the front of the file to its end; what was found is in the order of matrices. Values that
+        are no numbers are told by their magnitude, and whatever is in the blob then is nothing to keep.
 
         Raises MalformedError if the file is not what it was.
         """
+        matrices = len(self._recipe.matrices)
+        facts = Facts(np.empty((matrices, SHA256_BYTES), np.uint8), np.empty(matrices))
 
-        def work(piece: Sequence[Matrix]) -> list[Fact]:
-            start = piece[0].stored.begin
-            data = read_range(file, start, piece[-1].stored.end)
-            return [self.take(m, data[m.stored.begin - start : m.stored.end - start]) for m in piece]
+        def work(piece: Piece) -> None:
+            data = read_range(file, piece.begin, piece.end)
+            facts.magnitudes[piece.positions] = self._place(piece, data)
+            facts.digests[piece.positions] = self._packing.hash_many(data, piece.spans)
 
-        pieces = list(_pieces(self._recipe.in_file))
-        found = {fact.name: fact for facts in spread(work, pieces) for fact in facts}
-        return [found[matrix.name] for matrix in self._recipe.matrices]
+        spread(work, self._recipe.pieces)
+        return facts
 
-    def take(self, matrix: Matrix, data: Array) -> Fact:
-        """Check, hash, convert and place a tensor, uint8 [bytes]."""
+    def _place(self, piece: Piece, data: Array) -> Array:
+        """Convert and place tensors, uint8 [bytes]. Returns their magnitudes."""
+        if piece.places is None or self._packing.place_many is None:
+            spans = zip(piece.matrices, piece.spans, strict=True)
+            return np.array([self._place_one(matrix, data[begin:end]) for matrix, (begin, end) in spans])
+        dtype = piece.matrices[0].stored.dtype
+        bits = BITS[DTYPES[dtype]]
+        found = self._packing.place_many(self._cells.view(bits), data.view(bits), piece.places)
+        return magnitudes_of(found, dtype)
+
+    def _place_one(self, matrix: Matrix, data: Array) -> float:
         stored = matrix.stored
-        digest = hashlib.sha256(data.data).digest()
         values: Array = data.view(ARRAYS[stored.dtype])  # [numel]
-        magnitude = largest_magnitude(values, stored.dtype)
-        if magnitude > self._largest:
-            kind = str(self._dtype).removeprefix("torch.")
-            problem = f"tensor {matrix.name} has values that are not finite in {kind}"
-            return Fact(matrix.name, digest, magnitude, problem)
         tensor = held(values, stored.dtype, matrix.dtype).reshape(stored.shape)
         cells = self._cells[matrix.offset :].view(tensor.dtype)[: tensor.size]
         # A plain pair is A [r, in], B [out, r]; blocks are A [k, in/k, r], B [k, r, out/k].
         blocks = tensor if tensor.ndim == 3 else tensor.T[np.newaxis]
         place = place_a if matrix.is_a else place_b
-        place(cells, blocks, self._panel)
-        return Fact(matrix.name, digest, magnitude)
-
-
-def _pieces(matrices: Iterable[Matrix]) -> Iterator[list[Matrix]]:
-    """Neighbours, together `PIECE_BYTES` or a little more."""
-    piece: list[Matrix] = []
-    num_bytes = 0
-    for matrix in matrices:
-        piece.append(matrix)
-        num_bytes += matrix.num_bytes
-        if num_bytes >= PIECE_BYTES:
-            yield piece
-            piece, num_bytes = [], 0
-    if piece:
-        yield piece
+        place(cells, blocks, self._packing.panel)
+        return largest_magnitude(values, stored.dtype)
 
 
 def read_range(file: int, start: int, end: int) -> Array:

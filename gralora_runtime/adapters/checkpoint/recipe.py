@@ -1,26 +1,28 @@
-"""Where everything of a checkpoint goes: the same for all adapters that one training recipe made. Reads no weights.
-
-Finding that out takes longer than reading a small adapter, and holds the interpreter lock; so it is remembered.
-"""
+"""Where everything of a checkpoint goes: the same for all adapters that one training recipe made. Reads no weights."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
+from gralora_kernels.packing import Array, Place
 from gralora_kernels.tables import Entry, Storage
 from gralora_runtime.adapters.checkpoint.header import Plan, dtype_of_16_bits, pair_numel
-from gralora_runtime.adapters.checkpoint.tensors import TensorInfo
+from gralora_runtime.adapters.checkpoint.remembered import remembered
+from gralora_runtime.adapters.checkpoint.tensors import DTYPES, TensorInfo
 
 Layout = tuple[tuple[str, tuple[Entry, ...]], ...]  # per module: its name and its entries
 
 TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 STORAGES = {"F16": Storage.FLOAT16, "BF16": Storage.BFLOAT16}
-MAX_KEPT_TENSORS = 2_000  # if larger ones were kept, a few strangers' could fill memory
+
+# Bytes of the file that are one piece of work: enough that handing it over costs little beside it, and few enough that
+# a step which runs on the same cores is kept up by a millisecond and no more.
+PIECE_BYTES = 256 << 10
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +41,19 @@ class Matrix:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Piece:
+    """Neighbours in the file, which are read and packed at once."""
+
+    begin: int  # bytes of the file
+    end: int
+    matrices: tuple[Matrix, ...]  # from the file's front to its end
+    positions: Array = field(compare=False)  # of the matrices in their recipe
+    spans: Array = field(compare=False)  # bytes of the piece, [matrices, 2]: see `HashMany`
+    # See `PlaceMany`; None if a matrix has to become another dtype, or they have several.
+    places: Array | None = field(compare=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
     """A blob has first all A, then all B, in the order of modules: what one kernel reads of a projection group lies
     side by side."""
@@ -46,15 +61,21 @@ class Recipe:
     layout: Layout
     numel: int  # of the blob
     matrices: tuple[Matrix, ...]  # A before B, in the order of modules
-    in_file: tuple[Matrix, ...]  # the same from the file's front to its end
+    pieces: tuple[Piece, ...]  # from the file's front to its end
+    gaps: tuple[tuple[int, int], ...]  # bytes of the blob [begin, end) that belong to no matrix
     description: bytes  # see `describe`
 
 
-def recipe_of(plan: Plan, tensors: Mapping[str, TensorInfo], dtype: torch.dtype, *, keeps_16_bit: bool) -> Recipe:
+def recipe_of(
+    plan: Plan,
+    tensors: Mapping[str, TensorInfo],
+    dtype: torch.dtype,
+    *,
+    keeps_16_bit: bool,
+    piece_bytes: int = PIECE_BYTES,
+) -> Recipe:
     """For a checkpoint that follows its plan, and a pool of `dtype`."""
-    if len(tensors) > MAX_KEPT_TENSORS:
-        return _recipe(plan, tensors, dtype, keeps_16_bit)
-    return _recipe_once(_Same(plan), _Same(tensors), dtype, keeps_16_bit)
+    return _recipe(tensors, plan, dtype, keeps_16_bit, piece_bytes)
 
 
 def describe(plan: Plan, tensors: Mapping[str, TensorInfo]) -> bytes:
@@ -70,27 +91,10 @@ def describe(plan: Plan, tensors: Mapping[str, TensorInfo]) -> bytes:
     return json.dumps(layers).encode()
 
 
-class _Same:
-    """Compares by identity. Of one recipe, plans and tensors are the same objects, because those too are remembered."""
-
-    __slots__ = ("it",)
-
-    def __init__(self, it: object) -> None:
-        self.it = it
-
-    def __hash__(self) -> int:
-        return id(self.it)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and self.it is other.it
-
-
-@lru_cache(maxsize=64)
-def _recipe_once(plan: _Same, tensors: _Same, dtype: torch.dtype, keeps_16_bit: bool) -> Recipe:
-    return _recipe(plan.it, tensors.it, dtype, keeps_16_bit)  # type: ignore[arg-type]
-
-
-def _recipe(plan: Plan, tensors: Mapping[str, TensorInfo], dtype: torch.dtype, keeps_16_bit: bool) -> Recipe:
+@remembered
+def _recipe(
+    tensors: Mapping[str, TensorInfo], plan: Plan, dtype: torch.dtype, keeps_16_bit: bool, piece_bytes: int
+) -> Recipe:
     pairs = [pair for module in plan for pair in module.parts]
     sizes = [pair_numel(tensors, pair, keeps_16_bit=keeps_16_bit) for pair in pairs]
     a_offset, b_offset = 0, sum(a_numel for a_numel, _ in sizes)
@@ -122,6 +126,65 @@ def _recipe(plan: Plan, tensors: Mapping[str, TensorInfo], dtype: torch.dtype, k
         layout=tuple(layout),
         numel=b_offset,
         matrices=tuple(matrices),
-        in_file=tuple(sorted(matrices, key=lambda matrix: (matrix.stored.begin, matrix.stored.end))),
+        pieces=tuple(_piece(matrices, part, dtype) for part in _cut(matrices, piece_bytes)),
+        gaps=tuple(_gaps(matrices, b_offset * dtype.itemsize, dtype)),
         description=describe(plan, tensors),
     )
+
+
+def _gaps(matrices: Sequence[Matrix], blob_bytes: int, dtype: torch.dtype) -> Iterator[tuple[int, int]]:
+    end = 0
+    for matrix in sorted(matrices, key=lambda matrix: matrix.offset):
+        begin = matrix.offset * dtype.itemsize
+        if end < begin:
+            yield end, begin
+        end = begin + matrix.stored.numel * matrix.dtype.itemsize
+    if end < blob_bytes:
+        yield end, blob_bytes
+
+
+def _cut(matrices: Sequence[Matrix], piece_bytes: int) -> Iterator[list[int]]:
+    """Positions of neighbours in the file, together `piece_bytes` or a little more."""
+    part: list[int] = []
+    num_bytes = 0
+    stored = [(matrix.stored.begin, matrix.stored.end) for matrix in matrices]
+    for position in sorted(range(len(matrices)), key=stored.__getitem__):
+        part.append(position)
+        num_bytes += matrices[position].num_bytes
+        if num_bytes >= piece_bytes:
+            yield part
+            part, num_bytes = [], 0
+    if part:
+        yield part
+
+
+def _piece(matrices: Sequence[Matrix], positions: Sequence[int], dtype: torch.dtype) -> Piece:
+    """For a blob of `dtype`."""
+    own = tuple(matrices[position] for position in positions)
+    begin = own[0].stored.begin
+    stay = all(matrix.dtype == TORCH_DTYPES[matrix.stored.dtype] for matrix in own)
+    one_dtype = len({matrix.stored.dtype for matrix in own}) == 1
+    return Piece(
+        begin=begin,
+        end=own[-1].stored.end,
+        matrices=own,
+        positions=np.array(positions),
+        spans=np.array([(matrix.stored.begin, matrix.stored.end) for matrix in own]) - begin,
+        places=np.array([_place(matrix, begin, dtype) for matrix in own]) if stay and one_dtype else None,
+    )
+
+
+def _place(matrix: Matrix, begin: int, dtype: torch.dtype) -> list[int]:
+    """A row of `PlaceMany`'s table."""
+    shape = matrix.stored.shape
+    is_transposed = len(shape) == 2
+    k, depth, columns = (1, shape[1], shape[0]) if is_transposed else shape
+    place = {
+        Place.SOURCE: (matrix.stored.begin - begin) // DTYPES[matrix.stored.dtype],
+        Place.TARGET: matrix.offset * dtype.itemsize // matrix.dtype.itemsize,
+        Place.BLOCKS: k,
+        Place.DEPTH: depth,
+        Place.COLUMNS: columns,
+        Place.IS_TRANSPOSED: int(is_transposed),
+    }
+    return [place[column] for column in Place]

@@ -6,11 +6,12 @@ Methods that take a `Answers` are called with the manager's lock held; the other
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,12 +26,14 @@ from gralora_runtime.adapters.residency.eviction import Window
 from gralora_runtime.adapters.residency.host_cache import HostCache
 from gralora_runtime.adapters.residency.placement import Placement, PlacementQueue
 from gralora_runtime.adapters.residency.pool import AdapterPool, Resident
+from gralora_runtime.adapters.residency.shares import Shares
 from gralora_runtime.errors import (
     AdapterCapacityError,
     AdapterRejectedError,
     DrainingError,
     GraloraError,
     MemoryShortageError,
+    QuotaExceededError,
 )
 from gralora_runtime.observation.histogram import REQUEST_S, Histogram
 from gralora_runtime.shortage import out_of_memory
@@ -41,6 +44,10 @@ NUM_READERS = 2  # a slow disk holds up at most so many loads before the others 
 # Adapters in memory on their way to the pool, and their bytes: what waits beyond that waits on disk, but for one.
 READ_AHEAD = 16
 READ_AHEAD_BYTES = 1 << 30
+# Before a piece of the pool is prepared. A megabyte that was never written takes a core for 2 to 10 ms, in which nobody
+# who was just given an adapter should have to compute.
+REST_S = 0.01
+BUSY_REST_S = 0.1  # more, while steps run
 
 Serve = Callable[[AdapterVersion, Resident, Waiter, Answers], None]
 Changed = Callable[[AdapterVersion, LoadedAdapter, Answers], None]
@@ -88,8 +95,10 @@ class Mover:
         self._to_read: deque[AdapterVersion] = deque()
         self._to_read_last: deque[AdapterVersion] = deque()  # once nothing else is to be read
         self._reading: dict[AdapterVersion, int] = {}  # and the bytes that it will take
-        self._queue = PlacementQueue(pool)
+        self.shares = Shares(pool, lambda digest: (version.name for version in store.sharing(digest)))
+        self._queue = PlacementQueue(pool, self.shares)
         self._is_awake = False
+        self._called = threading.Event()  # the placer is wanted: it has nothing to prepare now
         self._closed = False
         self._readers = ThreadPoolExecutor(NUM_READERS, thread_name_prefix="adapter-reader")
         self._placer = ThreadPoolExecutor(1, thread_name_prefix="adapter-placer")
@@ -145,7 +154,7 @@ class Mover:
         """The load is over. Room and shutting down are not the adapter's fault, so they leave no mark on it."""
         version.loading = False
         self._moved(version.name)
-        if not isinstance(error, (AdapterCapacityError, DrainingError, MemoryShortageError)):
+        if not isinstance(error, (AdapterCapacityError, QuotaExceededError, DrainingError, MemoryShortageError)):
             version.error = error
         waiters, version.waiters = version.waiters, []
         for waiter in waiters:
@@ -156,14 +165,15 @@ class Mover:
     def refresh_pin(self, resident: Resident) -> None:
         resident.pinned = self._store.pinned(resident.layout.digest)
 
-    def capacity_problem(self, version: AdapterVersion) -> AdapterCapacityError | None:
+    def capacity_problem(self, version: AdapterVersion) -> GraloraError | None:
         """What is known before reading. Content not read yet may turn out to be in the pool under another name."""
         if version.summary is None:
             return None
         numel = version.summary.packed_numel
         elsewhere = not version.digest or self._pool.find(version.digest) is not None
-        fits = numel <= self._pool.ranges.numel if elsewhere else self._queue.possible(numel)
-        return None if fits else self._no_room(version, numel)
+        if elsewhere:
+            return None if numel <= self._pool.ranges.numel else self._no_room(version, numel)
+        return self._never_fits(version, numel)
 
     @property
     def num_waiting(self) -> int:
@@ -174,11 +184,13 @@ class Mover:
         """Something changed that could let somebody move in."""
         if not (self._is_awake or self._closed):
             self._is_awake = True
+            self._called.set()
             answers.later(partial(self._placer.submit(self._pump).add_done_callback, self._on_pumped))
 
     def close(self, answers: Answers) -> None:
         """Start nothing more, and tell everybody who waits. `join` afterwards."""
         self._closed = True
+        self._called.set()
         self._to_read.clear()
         self._to_read_last.clear()
         for version in tuple(self._store.versions()):
@@ -251,20 +263,30 @@ class Mover:
 
     def _read_more(self, answers: Answers) -> None:
         """Read on, in order of arrival, while little enough waits for room. Nobody's wish any more: not read at all."""
-        while (left := self._to_read or self._to_read_last) and self._has_room_ahead(left[0]):
-            version = left.popleft()
+        while (version := self._next_to_read()) is not None and self._has_room_ahead(version):
+            (self._to_read if version in self._to_read else self._to_read_last).remove(version)
             if version.waiters:
                 self._reading[version] = self._expected_bytes(version)
                 self.read(version, partial(self._on_read, version), answers)
             else:
                 version.loading = False
 
+    def _next_to_read(self) -> AdapterVersion | None:
+        """Not of an owner whose share is in use: what was read would wait in memory, which others need as well."""
+        full = {placement.owner for placement in self._queue if placement.held_back}
+        for version in self._to_read or self._to_read_last:
+            share = self.shares.share_of(version.name) if full else None
+            if share is None or share.owner not in full:
+                return version
+        return None
+
     def _has_room_ahead(self, version: AdapterVersion) -> bool:
-        waiting = (placement.adapter.num_bytes for placement in self._queue if placement.adapter is not None)
-        num_bytes = sum(waiting) + sum(self._reading.values())
+        ahead = [placement for placement in self._queue if not placement.held_back]
+        num_bytes = sum(placement.adapter.num_bytes for placement in ahead if placement.adapter is not None)
+        num_bytes += sum(self._reading.values())
         if num_bytes and num_bytes + self._expected_bytes(version) > READ_AHEAD_BYTES:
             return False
-        return len(self._reading) + len(self._queue) < READ_AHEAD
+        return len(self._reading) + len(ahead) < READ_AHEAD
 
     def _expected_bytes(self, version: AdapterVersion) -> int:
         """One that nobody has looked into yet counts as one of as many as may be on their way."""
@@ -273,8 +295,8 @@ class Mover:
         return version.summary.packed_numel * self._pool.arena.element_size()
 
     def _wait_for_room(self, version: AdapterVersion, adapter: LoadedAdapter, answers: Answers) -> None:
-        if not self._queue.possible(adapter.layout.numel):
-            self.fail(version, self._no_room(version, adapter.layout.numel), answers)
+        if problem := self._never_fits(version, adapter.layout.numel):
+            self.fail(version, problem, answers)
             self.keep(adapter)
             return
         self._join(version, Placement(digest=adapter.digest, numel=adapter.layout.numel, adapter=adapter), answers)
@@ -308,6 +330,12 @@ class Mover:
         for version in self._store.sharing(digest):
             self._moved(version.name)
 
+    def _never_fits(self, version: AdapterVersion, numel: int) -> GraloraError | None:
+        """Not even if every lease ended now."""
+        if not self._queue.possible(numel):
+            return self._no_room(version, numel)
+        return self.shares.problem(version.name, numel)
+
     def _no_room(self, version: AdapterVersion, numel: int) -> AdapterCapacityError:
         return AdapterCapacityError(version.name, numel * self._pool.arena.element_size(), self._pool.total_bytes)
 
@@ -338,12 +366,21 @@ class Mover:
                 for version in placement.versions:
                     self.arrive(version, resident, answers)
                 return True
-            if position == 0 and resident is None and not self._queue.possible(placement.numel):
-                for version in placement.versions:
-                    self.fail(version, self._no_room(version, placement.numel), answers)
-                self._take_out(placement)
+            may_be_hopeless = resident is None and (position == 0 or placement.held_back)
+            if may_be_hopeless and self._send_hopeless_away(placement, answers):
                 return True
         return False
+
+    def _send_hopeless_away(self, placement: Placement, answers: Answers) -> bool:
+        """Whether there were some: others were pinned meanwhile. One content may be within the share of one name."""
+        problems = [(version, self._never_fits(version, placement.numel)) for version in placement.versions]
+        for version, problem in problems:
+            if problem is not None:
+                placement.versions.remove(version)
+                self.fail(version, problem, answers)
+        if not placement.versions:
+            self._take_out(placement)
+        return any(problem for _, problem in problems)
 
     def _on_read(self, version: AdapterVersion, read: Future[LoadedAdapter]) -> None:
         if read.cancelled():
@@ -372,16 +409,23 @@ class Mover:
 
     def _pump(self) -> None:
         """In the placer: move adapters in until the next one has to wait, and then prepare for those that will come."""
-        while True:
-            while (move := self._next_move()) is not None:
-                placement, window = move
+        self._called.clear()
+        while (move := self._next_move()) is not None:
+            placement, window = move
+            try:
                 for victim in window.victims:
                     self._evict(victim)
                 for step in window.moves:
                     self._shift(step.owner, step.offset)
                 self._place(placement, window)
-            if self._closed or not self._pool.touch_ahead():
-                return
+            except BaseException:
+                self._let_stay(window)
+                raise
+        while not (self._is_called_while_resting() or self._closed) and self._pool.touch_ahead():
+            pass
+
+    def _is_called_while_resting(self) -> bool:
+        return self._called.wait(REST_S) or (self._pool.transfer.is_busy and self._called.wait(BUSY_REST_S))
 
     def _next_move(self) -> tuple[Placement, Window[Resident]] | None:
         with self._answering() as answers:
@@ -393,9 +437,31 @@ class Mover:
                 self._read_more(answers)
             return move
 
+    def _let_stay(self, window: Window[Resident]) -> None:
+        """Whoever was to leave or to move and is there as before."""
+        with self._answering():
+            for resident in window.disturbed:
+                if self._pool.find(resident.layout.digest) is resident:
+                    resident.leaving = resident.draining = False
+
+    @contextmanager
+    def _given_up_on_error(self, resident: Resident) -> Iterator[None]:
+        """What a move that fails leaves behind is not known: nobody may find it, and only zeroed room is used again."""
+        try:
+            yield
+        except BaseException:
+            with self._answering():
+                if self._pool.find(resident.layout.digest) is resident:
+                    self._pool.withdraw(resident)
+                resident.leaving = True
+                self._moved_all(resident.layout.digest)
+            self.erase(resident)
+            raise
+
     def _evict(self, victim: Resident) -> None:
         adapter = self._pool.read(victim)
-        self._pool.clear(victim)
+        with self._given_up_on_error(victim):
+            self._pool.clear(victim)
         with self._answering():
             self._pool.withdraw(victim)
             self._pool.release(victim)
@@ -410,10 +476,11 @@ class Mover:
     def _shift(self, resident: Resident, offset: int) -> None:
         """To another place in the pool, through host memory: the two may overlap, and clearing waits for the steps."""
         adapter = self._pool.read(resident)
-        self._pool.clear(resident)
-        with self._answering():
-            self._pool.relocate(resident, offset)
-        self._pool.fill(resident, adapter)
+        with self._given_up_on_error(resident):
+            self._pool.clear(resident)
+            with self._answering():
+                self._pool.relocate(resident, offset)
+            self._pool.fill(resident, adapter)
         with self._answering() as answers:
             self.moves += 1
             resident.leaving = resident.draining = False
@@ -428,11 +495,12 @@ class Mover:
         with self._answering():
             resident = self._pool.reserve(placement.adapter.layout, window.offset)
         try:
-            self._pool.fill(resident, placement.adapter)
+            with self._given_up_on_error(resident):
+                self._pool.fill(resident, placement.adapter)
         except Exception as error:
             if not out_of_memory(error):
                 raise
-            self._leave_out(placement, resident)
+            self._leave_out(placement)
             return
         with self._answering() as answers:
             self._pool.publish(resident)
@@ -441,11 +509,9 @@ class Mover:
             self._moved_all(placement.digest)
             self._settle(resident, placement.versions, answers)
 
-    def _leave_out(self, placement: Placement, resident: Resident) -> None:
-        """Memory ran out while it moved in: its room is others', and nothing of it stays there."""
-        self._pool.clear(resident)
+    def _leave_out(self, placement: Placement) -> None:
+        """Memory ran out while it moved in."""
         with self._answering() as answers:
-            self._pool.release(resident)
             self._queue.remove(placement)
             for version in placement.versions:
                 self.fail(version, MemoryShortageError(f"adapter {version.name!r} was loaded"), answers)

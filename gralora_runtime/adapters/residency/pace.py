@@ -26,13 +26,14 @@ class Pace:
 
     def __init__(self, *, share: float = 1.0, cores: int = 1, steps_run: Callable[[], bool] = no_step_runs) -> None:
         """`share`: of all `cores`' time, above 0. `steps_run` is asked before each piece."""
-        self._steps_run = steps_run
+        self.cores = cores
+        self.steps_run = steps_run
         self._pause_per_work = max(0.0, 1.0 / (share * cores) - 1.0)
         self._pausing = threading.Lock()  # so that pauses add up, whoever makes them; work waits for nobody's work
 
     def keep(self, work: Callable[[Item], Result], item: Item) -> Result:
         """Do it, and rest for as long as it makes necessary."""
-        if self._pause_per_work == 0.0 or not self._steps_run():
+        if self._pause_per_work == 0.0 or not self.steps_run():
             return work(item)
         began_s = time.thread_time()  # a thread that waits for a disk takes nobody's time
         try:

@@ -7,15 +7,17 @@ memory that nobody else owns, outside of it.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 
 import torch
 
 from gralora_kernels.packing import ROW_MAJOR, Packing
-from gralora_kernels.tables import ARENA_SLACK, GroupTable, ModuleTable, TableSet
+from gralora_kernels.tables import ARENA_SLACK, GroupTable, ModuleTable, SlotRows, TableSet
 from gralora_runtime.adapters.checkpoint.loader import AdapterLayout, LoadedAdapter
+from gralora_runtime.adapters.checkpoint.recipe import Layout
+from gralora_runtime.adapters.checkpoint.remembered import remembered
 from gralora_runtime.adapters.checkpoint.spec import ModuleShape
 from gralora_runtime.adapters.residency.arena import ArenaAllocator
 from gralora_runtime.adapters.residency.eviction import WORTHLESS, Segment
@@ -83,6 +85,7 @@ class AdapterPool:
         in_order = list(chain.from_iterable(names))
         self.tables: dict[str, ModuleTable] = dict(zip(in_order, self.table_set.modules, strict=True))
         self._positions = {name: position for position, name in enumerate(in_order)}
+        self._slot_rows = remembered(self._rows_of)
         self.transfer = transfer or transfer_to(device)
         self._used_end = self._touched_end = 0  # elements: what lies behind was never written
         self._generations = [0] * max_slots
@@ -154,16 +157,15 @@ class AdapterPool:
         if self.arena.device.type != "cpu" or start >= end:
             return False
         self._touched_end = min(start + TOUCHED_BYTES // per_element, end)
-        with self.transfer.moving():
-            self.transfer.zero(self.arena[start : self._touched_end])
+        _write_zeros(self.arena[start : self._touched_end])
         return True
 
     def fill(self, resident: Resident, adapter: LoadedAdapter) -> None:
         """The weights, then the table rows that point at them."""
-        entries = {self._positions[module]: entries for module, entries in resident.layout.modules}
+        rows = self._slot_rows(resident.layout.modules, self._positions)
         with self.transfer.moving():
             self.transfer.upload(self._range(resident), adapter.blob)
-            self.table_set.write(resident.slot, entries, offset=resident.offset)
+            self.table_set.put(resident.slot, rows, offset=resident.offset)
             self.transfer.write_rows(self.table_set, resident.slot)
 
     def publish(self, resident: Resident) -> None:
@@ -248,9 +250,17 @@ class AdapterPool:
             assert resident.offset + resident.layout.numel <= self._used_end, f"slot {resident.slot} is not in use"
             assert self._generations[resident.slot] == resident.generation, f"slot {resident.slot}"
 
+    def _rows_of(self, modules: Layout, positions: Mapping[str, int]) -> SlotRows:
+        return self.table_set.rows_of({positions[module]: entries for module, entries in modules})
+
     def _take(self, offset: int, numel: int) -> None:
         self.ranges.allocate_at(offset, numel)
         self._used_end = max(self._used_end, offset + numel)
 
     def _range(self, resident: Resident) -> torch.Tensor:
         return self.arena[resident.offset : resident.offset + resident.layout.numel]
+
+
+def _write_zeros(target: torch.Tensor) -> None:
+    """On the CPU. Numpy writes in the calling thread alone; torch would start a team of threads."""
+    target.view(torch.uint8).numpy().fill(0)

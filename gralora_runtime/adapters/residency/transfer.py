@@ -12,7 +12,8 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Protocol, TypeVar
+from functools import partial
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from gralora_kernels.packing import Array
 from gralora_kernels.tables import TableSet
-from gralora_runtime.adapters.residency.pace import Pace
+from gralora_runtime.adapters.residency.pace import Pace, no_step_runs
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -42,11 +43,15 @@ class Spread(Protocol):
 
 
 class Transfer(Protocol):
-    """All but `spread` belongs into a `moving` block."""
+    """All but `spread` and `is_busy` belongs into a `moving` block."""
 
     @property
     def spread(self) -> Spread:
         """As many threads as serving on this device leaves to loading."""
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether steps run on the cores that this works on. It may be of a moment ago."""
 
     def moving(self, *, after_steps: bool = False) -> AbstractContextManager[None]:
         """`after_steps`: what steps launched until now may read stays as it is until they have ended. A lease that was
@@ -97,16 +102,55 @@ def transfer_to(
     return DeviceTransfer(CudaQueue(device))
 
 
+class _Shared(Generic[Item, Result]):
+    """Work that several threads take from one another, an item at a time. An error ends it for all of them."""
+
+    def __init__(self, work: Callable[[Item], Result], items: Sequence[Item]) -> None:
+        self._work = work
+        self._results: list[Any] = [None] * len(items)
+        self._left = iter(enumerate(items))  # the interpreter lock sees to it that an item is taken once
+        self._errors: list[BaseException] = []
+
+    def do_some(self, until: Callable[[], bool] = no_step_runs) -> None:
+        """`until` is asked before each."""
+        while not (self._errors or until()) and (taken := next(self._left, None)) is not None:
+            position, item = taken
+            try:
+                self._results[position] = self._work(item)
+            except BaseException as error:
+                self._errors.append(error)
+
+    def results(self) -> list[Result]:
+        """When nobody works any more."""
+        if self._errors:
+            raise self._errors[0]
+        return self._results
+
+
 class HostTransfer:
-    """Works in pieces, in the calling thread alone: so small ones gain nothing from a second one, which would wait for
-    the interpreter lock more than it works. While steps run there is a pause after each."""
+    """Works in pieces, in the calling thread and, while no step runs and there is another core, in one that helps.
+
+    While steps run there is a pause after each piece, and no help: a step would wait for both cores.
+    """
 
     def __init__(self, wait_for_steps: Callable[[], None], pace: Pace) -> None:
         self._wait_for_steps = wait_for_steps
         self._pace = pace
+        self._helper = ThreadPoolExecutor(1, thread_name_prefix="adapter-helper") if pace.cores > 1 else None
 
     def spread(self, work: Callable[[Item], Result], items: Sequence[Item], /) -> list[Result]:
-        return [self._pace.keep(work, item) for item in items]
+        shared = _Shared(partial(self._pace.keep, work), items)
+        helping = None
+        if self._helper is not None and len(items) > 1 and not self._pace.steps_run():
+            helping = self._helper.submit(shared.do_some, self._pace.steps_run)
+        shared.do_some()
+        if helping is not None and not helping.cancel():
+            wait([helping])
+        return shared.results()
+
+    @property
+    def is_busy(self) -> bool:
+        return self._pace.steps_run()
 
     def moving(self, *, after_steps: bool = False) -> AbstractContextManager[None]:
         if after_steps:
@@ -200,6 +244,10 @@ class DeviceTransfer:
         futures = [self._helpers.submit(work, item) for item in items]
         wait(futures)
         return [future.result() for future in futures]
+
+    @property
+    def is_busy(self) -> bool:
+        return False
 
     @contextmanager
     def moving(self, *, after_steps: bool = False) -> Iterator[None]:

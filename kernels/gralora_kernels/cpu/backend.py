@@ -17,8 +17,10 @@ from torch import Tensor
 
 from gralora_kernels.cpu import operations
 from gralora_kernels.cpu.adapters import SCRATCH_BYTES
+from gralora_kernels.cpu.digests import sha256_of_each
 from gralora_kernels.cpu.linear import row_numbers
 from gralora_kernels.cpu.microkernel import PANEL
+from gralora_kernels.cpu.placing import place_panels
 from gralora_kernels.cpu.threads import region_lock
 from gralora_kernels.grouping import Grouping
 from gralora_kernels.packing import Packing
@@ -44,7 +46,7 @@ class CpuBackend:
     """fp32, but for adapters of 16 bits. Holds the intermediate u, so calls take turns."""
 
     name = "cpu"
-    packing = Packing(panel=PANEL, keeps_16_bit=True)
+    packing = Packing(panel=PANEL, keeps_16_bit=True, place_many=place_panels, hash_many=sha256_of_each)
 
     def __init__(self) -> None:
         self._u = torch.empty(0)

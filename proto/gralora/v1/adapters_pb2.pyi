@@ -290,7 +290,7 @@ class ListAdaptersResponse(_message.Message):
     next_page_token: _builtins.str
     """Asks for the next page. Empty: this is the last one."""
     total_size: _builtins.int
-    """Names that begin with the prefix, whatever their state."""
+    """Names that begin with the prefix and that the caller may see, whatever their state."""
     @_builtins.property
     def adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___Adapter]:
         """Adapters, by name."""
@@ -370,7 +370,9 @@ class LoadAdapterRequest(_message.Message):
     and "name@revision" are names, too.
     """
     path: _builtins.str
-    """A directory below one of the server's adapters directories, absolute or relative to it. Empty: the name says it."""
+    """A directory below one of the server's adapters directories, absolute or relative to it; for admins alone. Empty: the
+    name says it.
+    """
     pin: _builtins.bool
     """Keep it in the pool."""
     def __init__(

@@ -29,7 +29,9 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class AdapterServiceStub:
-    """Manages adapters. Names are what GenerateRequest.adapter says."""
+    """Manages adapters. Names are what GenerateRequest.adapter says. To a tenant there are only its own adapters and those
+    that are public.
+    """
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -72,7 +74,9 @@ class AdapterServiceStub:
 
 @_typing.type_check_only
 class AdapterServiceAsyncStub(AdapterServiceStub):
-    """Manages adapters. Names are what GenerateRequest.adapter says."""
+    """Manages adapters. Names are what GenerateRequest.adapter says. To a tenant there are only its own adapters and those
+    that are public.
+    """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     ListAdapters: _aio.UnaryUnaryMultiCallable[_adapters_pb2.ListAdaptersRequest, _adapters_pb2.ListAdaptersResponse]  # type: ignore[assignment]
@@ -111,7 +115,9 @@ class AdapterServiceAsyncStub(AdapterServiceStub):
     """
 
 class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Manages adapters. Names are what GenerateRequest.adapter says."""
+    """Manages adapters. Names are what GenerateRequest.adapter says. To a tenant there are only its own adapters and those
+    that are public.
+    """
 
     @_abc_1.abstractmethod
     def ListAdapters(

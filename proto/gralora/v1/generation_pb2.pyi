@@ -7,7 +7,7 @@ A failure is always a gRPC status, never a message. Every status that the server
 of domain "gralora.dev"; its `reason` is stable and one of:
 
   INVALID_REQUEST     INVALID_ARGUMENT     BadRequest names the field by its path, e.g. "sampling.temperature"
-  ADAPTER_NOT_FOUND   NOT_FOUND            ResourceInfo names the adapter
+  ADAPTER_NOT_FOUND   NOT_FOUND            ResourceInfo names the adapter; also if it is another tenant's
   ADAPTER_VERSION_NOT_FOUND  NOT_FOUND     ResourceInfo; the adapter has no version of that number or content
   ADAPTER_VERSION_LOST  FAILED_PRECONDITION  ResourceInfo; the version's files have other content now, and no copy is kept
   ADAPTER_REJECTED    FAILED_PRECONDITION  ResourceInfo; the checkpoint is broken or unsupported, all reasons at once
@@ -17,6 +17,8 @@ of domain "gralora.dev"; its `reason` is stable and one of:
   CATALOGUE           FAILED_PRECONDITION  the catalogue could not be written, so nothing was changed; the message says why
   NON_FINITE_LOGITS   FAILED_PRECONDITION  the adapter's weights or the model gave NaN or infinity for this request
   QUEUE_FULL          RESOURCE_EXHAUSTED   RetryInfo, and the trailer "grpc-retry-pushback-ms"
+  TOO_LATE            RESOURCE_EXHAUSTED   RetryInfo and the trailer; its deadline or the server's objective cannot be met; metadata
+                                           "expected_s" and "limit_s"
   OUT_OF_MEMORY       RESOURCE_EXHAUSTED   RetryInfo; memory ran out, and the youngest requests had to go
   SLOW_CONSUMER       RESOURCE_EXHAUSTED   the client did not read its stream
   DEADLINE_EXCEEDED   DEADLINE_EXCEEDED    the deadline passed, or had passed on arrival
@@ -26,8 +28,8 @@ of domain "gralora.dev"; its `reason` is stable and one of:
   ENGINE_RESTARTING   UNAVAILABLE          RetryInfo; the engine's process has ended, and another one is being started
   ENGINE_STUCK        UNAVAILABLE          RetryInfo; a step of the engine does not end; nothing new is begun until it does
   DRAINING            UNAVAILABLE          the server is shutting down; another one may serve the request
-  UNAUTHENTICATED     UNAUTHENTICATED      no bearer token, or not one of the server's
-  PERMISSION_DENIED   PERMISSION_DENIED    the token may generate, but not change adapters
+  UNAUTHENTICATED     UNAUTHENTICATED      no bearer token or certificate that the server knows
+  PERMISSION_DENIED   PERMISSION_DENIED    the caller is known, but may not do this; the message says what
   INTERNAL            INTERNAL             our bug; metadata "error_id" finds it in the server's log
 
 A client may retry on UNAVAILABLE when it has received no message yet.
@@ -343,11 +345,13 @@ class GenerateRequest(_message.Message):
     STOPPING_FIELD_NUMBER: _builtins.int
     RESPONSE_FIELD_NUMBER: _builtins.int
     CANARY_KEY_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Names the request in logs and for AbortRequest. At most 128 printable ASCII characters, no spaces, unique among the
-    requests that are running. Empty: the server makes one. Sent again with the same fields while it runs, or within a
-    minute after it ended with stop or length, the same answer is given from its beginning, and nothing is computed twice;
-    a request that all its clients have left was cancelled, and runs anew, as does one whose answer takes over a megabyte.
+    requests of the tenant that are running. Empty: the server makes one. Sent again with the same fields while it runs,
+    or within a minute after it ended with stop or length, it gives the same answer from its beginning, and nothing is
+    computed or counted twice. A request that all its clients have left was cancelled, and runs anew, as does one whose
+    answer took more than a megabyte.
     """
     adapter: _builtins.str
     """The adapter's name: "pirate" or "acme/pirate", the version that it stands for. "pirate@3" and
@@ -358,6 +362,10 @@ class GenerateRequest(_message.Message):
     canary_key: _builtins.str
     """While a version of the adapter is a canary, requests of one key all get it, or none of them does: a user's id, for
     instance. At most 256 characters. Empty: each request is drawn for itself.
+    """
+    priority: _builtins.int
+    """Of the requests of one tenant, that wait, those of the highest priority come first; others' are not touched by it.
+    -100 to 100. Default 0.
     """
     @_builtins.property
     def token_ids(self) -> Global___TokenIds:
@@ -391,10 +399,11 @@ class GenerateRequest(_message.Message):
         stopping: Global___StoppingParams | None = ...,
         response: Global___ResponseParams | None = ...,
         canary_key: _builtins.str = ...,
+        priority: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["messages", b"messages", "prompt", b"prompt", "response", b"response", "sampling", b"sampling", "stopping", b"stopping", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "canary_key", b"canary_key", "messages", b"messages", "prompt", b"prompt", "request_id", b"request_id", "response", b"response", "sampling", b"sampling", "stopping", b"stopping", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "canary_key", b"canary_key", "messages", b"messages", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "response", b"response", "sampling", b"sampling", "stopping", b"stopping", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_prompt: _TypeAlias = _typing.Literal["text", "token_ids", "messages"]  # noqa: Y015
     _WhichOneofArgType_prompt: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015
@@ -417,11 +426,13 @@ class StreamGenerateRequest(_message.Message):
     STOPPING_FIELD_NUMBER: _builtins.int
     RESPONSE_FIELD_NUMBER: _builtins.int
     CANARY_KEY_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Names the request in logs and for AbortRequest. At most 128 printable ASCII characters, no spaces, unique among the
-    requests that are running. Empty: the server makes one. Sent again with the same fields while it runs, or within a
-    minute after it ended with stop or length, the same answer is given from its beginning, and nothing is computed twice;
-    a request that all its clients have left was cancelled, and runs anew, as does one whose answer takes over a megabyte.
+    requests of the tenant that are running. Empty: the server makes one. Sent again with the same fields while it runs,
+    or within a minute after it ended with stop or length, it gives the same answer from its beginning, and nothing is
+    computed or counted twice. A request that all its clients have left was cancelled, and runs anew, as does one whose
+    answer took more than a megabyte.
     """
     adapter: _builtins.str
     """The adapter's name: "pirate" or "acme/pirate", the version that it stands for. "pirate@3" and
@@ -432,6 +443,10 @@ class StreamGenerateRequest(_message.Message):
     canary_key: _builtins.str
     """While a version of the adapter is a canary, requests of one key all get it, or none of them does: a user's id, for
     instance. At most 256 characters. Empty: each request is drawn for itself.
+    """
+    priority: _builtins.int
+    """Of the requests of one tenant, that wait, those of the highest priority come first; others' are not touched by it.
+    -100 to 100. Default 0.
     """
     @_builtins.property
     def token_ids(self) -> Global___TokenIds:
@@ -465,10 +480,11 @@ class StreamGenerateRequest(_message.Message):
         stopping: Global___StoppingParams | None = ...,
         response: Global___ResponseParams | None = ...,
         canary_key: _builtins.str = ...,
+        priority: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["messages", b"messages", "prompt", b"prompt", "response", b"response", "sampling", b"sampling", "stopping", b"stopping", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "canary_key", b"canary_key", "messages", b"messages", "prompt", b"prompt", "request_id", b"request_id", "response", b"response", "sampling", b"sampling", "stopping", b"stopping", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "canary_key", b"canary_key", "messages", b"messages", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "response", b"response", "sampling", b"sampling", "stopping", b"stopping", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_prompt: _TypeAlias = _typing.Literal["text", "token_ids", "messages"]  # noqa: Y015
     _WhichOneofArgType_prompt: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015

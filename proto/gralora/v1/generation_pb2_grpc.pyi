@@ -7,7 +7,7 @@ A failure is always a gRPC status, never a message. Every status that the server
 of domain "gralora.dev"; its `reason` is stable and one of:
 
   INVALID_REQUEST     INVALID_ARGUMENT     BadRequest names the field by its path, e.g. "sampling.temperature"
-  ADAPTER_NOT_FOUND   NOT_FOUND            ResourceInfo names the adapter
+  ADAPTER_NOT_FOUND   NOT_FOUND            ResourceInfo names the adapter; also if it is another tenant's
   ADAPTER_VERSION_NOT_FOUND  NOT_FOUND     ResourceInfo; the adapter has no version of that number or content
   ADAPTER_VERSION_LOST  FAILED_PRECONDITION  ResourceInfo; the version's files have other content now, and no copy is kept
   ADAPTER_REJECTED    FAILED_PRECONDITION  ResourceInfo; the checkpoint is broken or unsupported, all reasons at once
@@ -17,6 +17,8 @@ of domain "gralora.dev"; its `reason` is stable and one of:
   CATALOGUE           FAILED_PRECONDITION  the catalogue could not be written, so nothing was changed; the message says why
   NON_FINITE_LOGITS   FAILED_PRECONDITION  the adapter's weights or the model gave NaN or infinity for this request
   QUEUE_FULL          RESOURCE_EXHAUSTED   RetryInfo, and the trailer "grpc-retry-pushback-ms"
+  TOO_LATE            RESOURCE_EXHAUSTED   RetryInfo and the trailer; its deadline or the server's objective cannot be met; metadata
+                                           "expected_s" and "limit_s"
   OUT_OF_MEMORY       RESOURCE_EXHAUSTED   RetryInfo; memory ran out, and the youngest requests had to go
   SLOW_CONSUMER       RESOURCE_EXHAUSTED   the client did not read its stream
   DEADLINE_EXCEEDED   DEADLINE_EXCEEDED    the deadline passed, or had passed on arrival
@@ -26,8 +28,8 @@ of domain "gralora.dev"; its `reason` is stable and one of:
   ENGINE_RESTARTING   UNAVAILABLE          RetryInfo; the engine's process has ended, and another one is being started
   ENGINE_STUCK        UNAVAILABLE          RetryInfo; a step of the engine does not end; nothing new is begun until it does
   DRAINING            UNAVAILABLE          the server is shutting down; another one may serve the request
-  UNAUTHENTICATED     UNAUTHENTICATED      no bearer token, or not one of the server's
-  PERMISSION_DENIED   PERMISSION_DENIED    the token may generate, but not change adapters
+  UNAUTHENTICATED     UNAUTHENTICATED      no bearer token or certificate that the server knows
+  PERMISSION_DENIED   PERMISSION_DENIED    the caller is known, but may not do this; the message says what
   INTERNAL            INTERNAL             our bug; metadata "error_id" finds it in the server's log
 
 A client may retry on UNAVAILABLE when it has received no message yet.

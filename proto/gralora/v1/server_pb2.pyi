@@ -159,6 +159,8 @@ class GetLoadResponse(_message.Message):
     PREFIX_HIT_TOKENS_FIELD_NUMBER: _builtins.int
     REQUEST_FAILURES_FIELD_NUMBER: _builtins.int
     STEP_FAILURES_FIELD_NUMBER: _builtins.int
+    PAUSED_FIELD_NUMBER: _builtins.int
+    PAUSES_FIELD_NUMBER: _builtins.int
     running: _builtins.int
     """Requests that are being computed."""
     waiting: _builtins.int
@@ -195,6 +197,10 @@ class GetLoadResponse(_message.Message):
     """Requests that ended with INTERNAL since the start, because the server failed on them alone."""
     step_failures: _builtins.int
     """Steps that failed since the start, and ended all their requests with UNAVAILABLE."""
+    paused: _builtins.int
+    """Requests that wait for their client to read on."""
+    pauses: _builtins.int
+    """How often a request had to, since the start."""
     def __init__(
         self,
         *,
@@ -216,10 +222,12 @@ class GetLoadResponse(_message.Message):
         prefix_hit_tokens: _builtins.int = ...,
         request_failures: _builtins.int = ...,
         step_failures: _builtins.int = ...,
+        paused: _builtins.int = ...,
+        pauses: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_leases", b"adapter_leases", "adapter_pool_bytes_total", b"adapter_pool_bytes_total", "adapter_pool_bytes_used", b"adapter_pool_bytes_used", "adapter_slots_total", b"adapter_slots_total", "adapter_slots_used", b"adapter_slots_used", "generated_tokens", b"generated_tokens", "pages_cached", b"pages_cached", "pages_free", b"pages_free", "pages_leased", b"pages_leased", "pages_total", b"pages_total", "preemptions", b"preemptions", "prefix_hit_tokens", b"prefix_hit_tokens", "request_failures", b"request_failures", "running", b"running", "step_failures", b"step_failures", "steps", b"steps", "waiting", b"waiting", "waiting_for_adapter", b"waiting_for_adapter"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_leases", b"adapter_leases", "adapter_pool_bytes_total", b"adapter_pool_bytes_total", "adapter_pool_bytes_used", b"adapter_pool_bytes_used", "adapter_slots_total", b"adapter_slots_total", "adapter_slots_used", b"adapter_slots_used", "generated_tokens", b"generated_tokens", "pages_cached", b"pages_cached", "pages_free", b"pages_free", "pages_leased", b"pages_leased", "pages_total", b"pages_total", "paused", b"paused", "pauses", b"pauses", "preemptions", b"preemptions", "prefix_hit_tokens", b"prefix_hit_tokens", "request_failures", b"request_failures", "running", b"running", "step_failures", b"step_failures", "steps", b"steps", "waiting", b"waiting", "waiting_for_adapter", b"waiting_for_adapter"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -326,3 +334,156 @@ class AbortRequestResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___AbortRequestResponse: _TypeAlias = AbortRequestResponse  # noqa: Y015
+
+@_typing.final
+class ReloadConfigRequest(_message.Message):
+    """Asks for the configuration to be read again."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReloadConfigRequest: _TypeAlias = ReloadConfigRequest  # noqa: Y015
+
+@_typing.final
+class ReloadConfigResponse(_message.Message):
+    """What is in force now."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHANGED_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def changed(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The tables and keys at the top of the configuration file whose content is not what it was: "tenants". Empty: none
+        of them; the token file and the certificates have been read again all the same.
+        """
+
+    def __init__(
+        self,
+        *,
+        changed: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["changed", b"changed"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReloadConfigResponse: _TypeAlias = ReloadConfigResponse  # noqa: Y015
+
+@_typing.final
+class GetUsageRequest(_message.Message):
+    """Asks what was used."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TENANT_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    tenant: _builtins.str
+    """Only this tenant; "" is the operator, and everybody where there are no tenants. Not set: all that the caller may see."""
+    page_size: _builtins.int
+    """Most rows in one answer, at most 1000. 0: 500."""
+    page_token: _builtins.str
+    """Where to go on, from the answer before. Empty: at the beginning."""
+    def __init__(
+        self,
+        *,
+        tenant: _builtins.str | None = ...,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_tenant", b"_tenant", "tenant", b"tenant"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_tenant", b"_tenant", "page_size", b"page_size", "page_token", b"page_token", "tenant", b"tenant"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__tenant: _TypeAlias = _typing.Literal["tenant"]  # noqa: Y015
+    _WhichOneofArgType__tenant: _TypeAlias = _typing.Literal["_tenant", b"_tenant"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__tenant) -> _WhichOneofReturnType__tenant | None: ...
+
+Global___GetUsageRequest: _TypeAlias = GetUsageRequest  # noqa: Y015
+
+@_typing.final
+class GetUsageResponse(_message.Message):
+    """A page of what was used, by tenant and adapter."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    USAGE_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """For the next page. Empty: this was the last."""
+    @_builtins.property
+    def usage(self) -> _containers.RepeatedCompositeFieldContainer[Global___TenantUsage]:
+        """In order of their tenants' and adapters' names."""
+
+    def __init__(
+        self,
+        *,
+        usage: _abc.Iterable[Global___TenantUsage] | None = ...,
+        next_page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["next_page_token", b"next_page_token", "usage", b"usage"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetUsageResponse: _TypeAlias = GetUsageResponse  # noqa: Y015
+
+@_typing.final
+class TenantUsage(_message.Message):
+    """What one tenant used of one adapter, ever. Counts only grow, and outlive the server if it has a state directory."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TENANT_FIELD_NUMBER: _builtins.int
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    REQUESTS_FIELD_NUMBER: _builtins.int
+    PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    CACHED_TOKENS_FIELD_NUMBER: _builtins.int
+    OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
+    REFUSED_FIELD_NUMBER: _builtins.int
+    UPLOAD_BYTES_FIELD_NUMBER: _builtins.int
+    tenant: _builtins.str
+    """Whose requests; "" for the operator's."""
+    adapter: _builtins.str
+    """The adapter, whatever its version; "" is the base model, "(others)" all that have no row of their own."""
+    requests: _builtins.int
+    """Requests that the engine took on."""
+    prompt_tokens: _builtins.int
+    """Tokens of their prompts, if they came to a first token."""
+    cached_tokens: _builtins.int
+    """Of these, found in the prefix cache."""
+    output_tokens: _builtins.int
+    """Tokens generated for them."""
+    refused: _builtins.int
+    """Requests and uploads that were refused for a quota or a full queue."""
+    upload_bytes: _builtins.int
+    """Bytes of uploads that were received."""
+    def __init__(
+        self,
+        *,
+        tenant: _builtins.str = ...,
+        adapter: _builtins.str = ...,
+        requests: _builtins.int = ...,
+        prompt_tokens: _builtins.int = ...,
+        cached_tokens: _builtins.int = ...,
+        output_tokens: _builtins.int = ...,
+        refused: _builtins.int = ...,
+        upload_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "cached_tokens", b"cached_tokens", "output_tokens", b"output_tokens", "prompt_tokens", b"prompt_tokens", "refused", b"refused", "requests", b"requests", "tenant", b"tenant", "upload_bytes", b"upload_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TenantUsage: _TypeAlias = TenantUsage  # noqa: Y015

@@ -40,7 +40,16 @@ class ServerServiceStub:
     Tokenize: _grpc.UnaryUnaryMultiCallable[_server_pb2.TokenizeRequest, _server_pb2.TokenizeResponse]
     """Turns a prompt into token ids, exactly as a generation would."""
     AbortRequest: _grpc.UnaryUnaryMultiCallable[_server_pb2.AbortRequestRequest, _server_pb2.AbortRequestResponse]
-    """Ends a running or waiting request by its id, for routers that cannot cancel its RPC."""
+    """Ends a running or waiting request of the tenant by its id, for routers that cannot cancel its RPC. An admin's call
+    ends those of any tenant.
+    """
+    ReloadConfig: _grpc.UnaryUnaryMultiCallable[_server_pb2.ReloadConfigRequest, _server_pb2.ReloadConfigResponse]
+    """Reads the configuration, the token file and the certificates again, and puts in force what can change while the
+    server runs: tenants, their limits and tokens, objectives, certificates. All of it or, with FAILED_PRECONDITION and
+    the reason CONFIG_INVALID, nothing.
+    """
+    GetUsage: _grpc.UnaryUnaryMultiCallable[_server_pb2.GetUsageRequest, _server_pb2.GetUsageResponse]
+    """What tenants used so far, for bills. A tenant is told of itself alone, an operator of all."""
 
 @_typing.type_check_only
 class ServerServiceAsyncStub(ServerServiceStub):
@@ -54,7 +63,16 @@ class ServerServiceAsyncStub(ServerServiceStub):
     Tokenize: _aio.UnaryUnaryMultiCallable[_server_pb2.TokenizeRequest, _server_pb2.TokenizeResponse]  # type: ignore[assignment]
     """Turns a prompt into token ids, exactly as a generation would."""
     AbortRequest: _aio.UnaryUnaryMultiCallable[_server_pb2.AbortRequestRequest, _server_pb2.AbortRequestResponse]  # type: ignore[assignment]
-    """Ends a running or waiting request by its id, for routers that cannot cancel its RPC."""
+    """Ends a running or waiting request of the tenant by its id, for routers that cannot cancel its RPC. An admin's call
+    ends those of any tenant.
+    """
+    ReloadConfig: _aio.UnaryUnaryMultiCallable[_server_pb2.ReloadConfigRequest, _server_pb2.ReloadConfigResponse]  # type: ignore[assignment]
+    """Reads the configuration, the token file and the certificates again, and puts in force what can change while the
+    server runs: tenants, their limits and tokens, objectives, certificates. All of it or, with FAILED_PRECONDITION and
+    the reason CONFIG_INVALID, nothing.
+    """
+    GetUsage: _aio.UnaryUnaryMultiCallable[_server_pb2.GetUsageRequest, _server_pb2.GetUsageResponse]  # type: ignore[assignment]
+    """What tenants used so far, for bills. A tenant is told of itself alone, an operator of all."""
 
 class ServerServiceServicer(metaclass=_abc_1.ABCMeta):
     """Describes the server."""
@@ -89,6 +107,27 @@ class ServerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _server_pb2.AbortRequestRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_server_pb2.AbortRequestResponse, _abc.Awaitable[_server_pb2.AbortRequestResponse]]:
-        """Ends a running or waiting request by its id, for routers that cannot cancel its RPC."""
+        """Ends a running or waiting request of the tenant by its id, for routers that cannot cancel its RPC. An admin's call
+        ends those of any tenant.
+        """
+
+    @_abc_1.abstractmethod
+    def ReloadConfig(
+        self,
+        request: _server_pb2.ReloadConfigRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_server_pb2.ReloadConfigResponse, _abc.Awaitable[_server_pb2.ReloadConfigResponse]]:
+        """Reads the configuration, the token file and the certificates again, and puts in force what can change while the
+        server runs: tenants, their limits and tokens, objectives, certificates. All of it or, with FAILED_PRECONDITION and
+        the reason CONFIG_INVALID, nothing.
+        """
+
+    @_abc_1.abstractmethod
+    def GetUsage(
+        self,
+        request: _server_pb2.GetUsageRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_server_pb2.GetUsageResponse, _abc.Awaitable[_server_pb2.GetUsageResponse]]:
+        """What tenants used so far, for bills. A tenant is told of itself alone, an operator of all."""
 
 def add_ServerServiceServicer_to_server(servicer: ServerServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -22,13 +22,17 @@ from gralora_server.cli import (
     adapters_diff,
     adapters_golden,
     adapters_merge,
+    config,
     generate,
+    health,
     loadtest,
     model,
     plan,
     serve,
     serve_fleet,
     status,
+    tokens,
+    usage,
 )
 from gralora_server.cli.output import CommandError, ExitCode, print_error
 
@@ -55,13 +59,17 @@ app.command("serve-fleet", hidden=True)(serve_fleet.serve_fleet)
 app.command("generate")(generate.generate)
 app.command("plan")(plan.plan)
 app.command("status")(status.status)
+app.command("health")(health.health)
+app.command("usage")(usage.usage)
 adapters.app.command("convert")(adapters_convert.convert)
 adapters.app.command("diff")(adapters_diff.diff)
 adapters.app.command("golden")(adapters_golden.golden)
 adapters.app.command("merge")(adapters_merge.merge)
 app.add_typer(adapters.app, name="adapters")
 app.add_typer(model.app, name="model")
+app.add_typer(config.app, name="config")
 app.add_typer(loadtest.app, name="loadtest")
+app.add_typer(tokens.app, name="tokens")
 
 
 def _print_version(wanted: bool) -> None:

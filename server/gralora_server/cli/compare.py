@@ -113,7 +113,7 @@ def compare(
             duration_s=duration_s,
             warmup_s=warmup_s,
             seed=seed,
-        ),
+        ).trace(),
         slo=Slo(ttft_s=slo_ttft_s, itl_s=slo_itl_s),
         memory_bytes=memory_budget(memory),
         warm=warm,

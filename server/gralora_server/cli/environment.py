@@ -25,6 +25,11 @@ def bearer_token() -> str | None:
     return os.environ.get("GRALORA_TOKEN") or None
 
 
+def setting_variables() -> dict[str, str]:
+    """What a server's settings may be read from; which names mean something is theirs to know."""
+    return dict(os.environ)
+
+
 def limit_spinning() -> None:
     """Before torch is imported: let OpenMP threads wait at barriers by spinning briefly, then sleep.
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,14 +19,19 @@ from gralora_server.cli.loadtest_options import (
     OWN,
     WORKLOAD,
     Arrivals,
+    DeadlineS,
     DurationS,
     Out,
     OutputTokens,
+    PatienceS,
     PopularityText,
     PromptTokens,
+    Retries,
     Seed,
     SloItlS,
     SloTtftS,
+    TenantsText,
+    TenantTokens,
     WarmupS,
     workload,
 )
@@ -37,8 +43,11 @@ from gralora_server.cli.remote import failures_of, needs_connection
 
 if TYPE_CHECKING:  # grpc and numpy take a while to import, and `--help` does without them
     from gralora_server.client.connection import Connection
+    from gralora_server.loadtest.patience import Patience
     from gralora_server.loadtest.run import Target
+    from gralora_server.loadtest.tenants import Tenants
     from gralora_server.loadtest.trace import Trace
+    from gralora_server.loadtest.workload import Workload
 
 app = typer.Typer(
     no_args_is_help=False, help="Drive a server with a load like that of your customers, and see what they get."
@@ -58,7 +67,8 @@ def loadtest(
         int | None,
         typer.Option(
             min=0,
-            help="Use so many of the server's adapters, in alphabetical order; 0: the base model. Default: all.",
+            help="Use so many of the server's adapters, in alphabetical order; 0: the base model. With --tenants: so "
+            "many for each. Default: all.",
             rich_help_panel=WORKLOAD,
         ),
     ] = None,
@@ -82,6 +92,11 @@ def loadtest(
             rich_help_panel=WORKLOAD,
         ),
     ] = 0.0,
+    tenants: TenantsText = None,
+    tenant_tokens: TenantTokens = None,
+    deadline_s: DeadlineS = None,
+    retries: Retries = 0,
+    patience_s: PatienceS = None,
     slo_ttft_s: SloTtftS = 2.0,
     slo_itl_s: SloItlS = 0.2,
     metrics_address: Annotated[
@@ -108,11 +123,15 @@ def loadtest(
     if context.invoked_subcommand is not None:
         return
     from gralora_server.loadtest.churn import Churn
+    from gralora_server.loadtest.patience import Patience
     from gralora_server.loadtest.run import run
     from gralora_server.loadtest.summary import Slo
+    from gralora_server.loadtest.tenants import read_tenants
     from gralora_server.loadtest.trace import Trace
 
     slo = Slo(ttft_s=slo_ttft_s, itl_s=slo_itl_s)
+    patience = Patience(deadline_s=deadline_s, retries=retries, total_s=patience_s)
+    customers = read_tenants(tenants or "", tenant_tokens)
     described = {
         "arrivals": arrivals,
         "popularity": popularity,
@@ -122,32 +141,40 @@ def loadtest(
         "seed": str(seed),
     }
 
-    def drawn(names: Sequence[str]) -> Trace:
-        return workload(
-            arrivals=arrivals,
-            popularity=popularity,
-            names=names,
-            prompt_tokens=prompt_tokens,
-            output_tokens=output_tokens,
-            duration_s=duration_s,
-            warmup_s=warmup_s,
-            seed=seed,
-        )
-
+    common = workload(
+        arrivals=arrivals,
+        popularity=popularity,
+        names=(),
+        prompt_tokens=prompt_tokens,
+        output_tokens=output_tokens,
+        duration_s=duration_s,
+        warmup_s=warmup_s,
+        seed=seed,
+    )
+    settings = customers.connection(settings)
     with (
         _target(settings, metrics_address, start=start, model=model, adapters=adapters) as target,
         failures_of(target.connection.target),
     ):
-        names = _names(target.connection, num_adapters)
-        sent = drawn(names) if trace is None else Trace.read(trace)
-        if trace is not None:
-            described = {"trace": trace.name}
+        sent = _drawn(target.connection, common, customers, num_adapters) if trace is None else Trace.read(trace)
+        described = described if trace is None else {"trace": trace.name}
+        described |= {f"tenant {name}": load.described for name, load in customers.loads.items()} | _asked(patience)
         if save_trace is not None:
             sent.write(save_trace)
         churn = Churn(names=_churned(sent), per_s=churn_per_s, seed=seed) if churn_per_s else None
         with running(system, sent.duration_s) as on_progress:
             done = asyncio.run(
-                run(target, sent, system=system, label=system, slo=slo, churn=churn, on_progress=on_progress)
+                run(
+                    replace(target, tokens=customers.tokens),
+                    sent,
+                    system=system,
+                    label=system,
+                    slo=slo,
+                    churn=churn,
+                    on_progress=on_progress,
+                    patience=None if patience == Patience() else patience,
+                    weights=customers.weights,
+                )
             )
     if churn_per_s:
         described["churn"] = f"{churn_per_s:g} adapters a second"
@@ -167,6 +194,20 @@ def report_results(
 
     read = [LoadTestResult.read(path) for path in results]
     report(read[0] if len(read) == 1 else merge(read), out, as_json=json)
+
+
+def _drawn(connection: Connection, common: Workload, tenants: Tenants, most: int | None) -> Trace:
+    if not tenants.loads:
+        return replace(common, adapters=_names(connection, most)).trace()
+    return tenants.trace(common, asyncio.run(tenants.adapters(connection, most)))
+
+
+def _asked(patience: Patience) -> dict[str, str]:
+    """Of what was asked for, as it is told."""
+    said = {"deadline": patience.deadline_s, "patience": patience.total_s}
+    return {name: f"{value:g} s" for name, value in said.items() if value is not None} | (
+        {"retries": str(patience.retries)} if patience.retries else {}
+    )
 
 
 def _names(connection: Connection, wanted: int | None) -> list[str]:
@@ -198,7 +239,8 @@ def _target(
         yield Target.at(settings, metrics_address)
         return
     with server(serve_arguments(model, adapters), offline_environment()) as local:
-        yield Target.at(Connection(target=local.address), local.metrics_address)
+        target = Target.at(Connection(target=local.address), local.metrics_address)
+        yield replace(target, memory_bytes=lambda: local.memory_bytes)
 
 
 def serve_arguments(model: Path | None, adapters: Path | None) -> list[str]:

@@ -1,4 +1,4 @@
-"""Options that `gralora loadtest` and `gralora loadtest compare` share, and the trace that they mean."""
+"""Options that `gralora loadtest` and `gralora loadtest compare` share, and the workload that they mean."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from gralora_server.cli.options import parse_bytes
 from gralora_server.cli.output import CommandError, ExitCode
 
 if TYPE_CHECKING:  # numpy takes a while to import, and `--help` does without it
-    from gralora_server.loadtest.trace import Trace
+    from gralora_server.loadtest.workload import Workload
 
-WORKLOAD, MEASURE, OWN = "Workload", "Measuring", "Server of its own"
+WORKLOAD, USERS, MEASURE, OWN = "Workload", "Users", "Measuring", "Server of its own"
 
 Arrivals = Annotated[
     str,
     typer.Option(
-        help="poisson:RATE, gamma:RATE,CV, constant:RATE, burst:RATE,SIZE (requests a second), or closed:CLIENTS.",
+        help="poisson:RATE, gamma:RATE,CV, constant:RATE, burst:RATE,SIZE (requests a second), or closed:CLIENTS. "
+        "step:RATE1,SECONDS1,RATE2,SECONDS2,... is poisson at rates that change; the last one goes on to the end.",
         rich_help_panel=WORKLOAD,
     ),
 ]
@@ -44,6 +45,46 @@ SloTtftS = Annotated[
 ]
 SloItlS = Annotated[
     float, typer.Option(min=0, help="... and the mean time between tokens is at most this.", rich_help_panel=MEASURE)
+]
+DeadlineS = Annotated[
+    float | None,
+    typer.Option(
+        min=0.001,
+        help="Each call's timeout; part of the objective. Default: none.",
+        rich_help_panel=USERS,
+    ),
+]
+Retries = Annotated[
+    int,
+    typer.Option(
+        min=0,
+        help="Who is refused and told when to come again does so exactly then, so many times.",
+        rich_help_panel=USERS,
+    ),
+]
+PatienceS = Annotated[
+    float | None,
+    typer.Option(
+        min=0,
+        help="... but not later than this after the request was due. Default: at any time.",
+        rich_help_panel=USERS,
+    ),
+]
+TenantsText = Annotated[
+    str | None,
+    typer.Option(
+        "--tenants",
+        help="NAME:SHARE,...: who sends which share of the requests. Or a TOML file with a table for each tenant: any "
+        "of share, arrivals, popularity, prompt_tokens, output_tokens, adapters (globs), weight and token.",
+        rich_help_panel=USERS,
+    ),
+]
+TenantTokens = Annotated[
+    Path | None,
+    typer.Option(
+        help="Lines of a tenant and its token, with a space between. Tenants without tokens get adapters of their own.",
+        rich_help_panel=USERS,
+    ),
 ]
 Counts = Annotated[
     str, typer.Option(help="Numbers of adapters (customers), with commas between.", rich_help_panel=WORKLOAD)
@@ -92,9 +133,10 @@ def workload(
     duration_s: float,
     warmup_s: float,
     seed: int,
-) -> Trace:
-    """The trace that the options mean."""
-    from gralora_server.loadtest.workload import Workload, parse_arrivals, parse_lengths, parse_popularity
+) -> Workload:
+    """What the options mean."""
+    from gralora_server.loadtest.arrivals import parse_arrivals
+    from gralora_server.loadtest.workload import Workload, parse_lengths, parse_popularity
 
     return Workload(
         arrivals=parse_arrivals(arrivals),
@@ -105,4 +147,4 @@ def workload(
         duration_s=duration_s,
         warmup_s=warmup_s,
         seed=seed,
-    ).trace()
+    )

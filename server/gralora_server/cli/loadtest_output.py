@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from gralora_server.cli.output import human_bytes, print_json, stderr, stdout
 
 if TYPE_CHECKING:  # matplotlib takes a while to import, and `--help` does without it
+    from gralora_server.loadtest.overload import Overload
     from gralora_server.loadtest.result import LoadTestResult, RunResult
 
 
@@ -31,7 +32,9 @@ def write(found: LoadTestResult, out: Path) -> Path:
 
 
 def report(found: LoadTestResult, out: Path, *, as_json: bool) -> None:
-    """Write everything, and print the table."""
+    """Write everything, and print the table and what an overload did."""
+    from gralora_server.loadtest.report.overload_findings import overload_said
+
     page = write(found, out)
     if as_json:
         print_json(found.model_dump(mode="json"))
@@ -40,6 +43,11 @@ def report(found: LoadTestResult, out: Path, *, as_json: bool) -> None:
     for refusal in found.refusals:
         stdout().print(f"{refusal.system}, {refusal.num_adapters} adapters: {refusal.why}", markup=False)
     for run in found.runs:
+        if run.overload is not None:
+            for sentence in overload_said(run.overload, run.summary.slo):
+                stdout().print(sentence, markup=False)
+            if run.overload.tenants:
+                stdout().print(_tenants(run.overload))
         if run.summary.generator.limited:
             stderr().print(
                 f"{run.summary.label}: the generator was the bottleneck; its figures say little.", style="red"
@@ -71,5 +79,26 @@ def _table(runs: Sequence[RunResult]) -> object:
             f"{summary.goodput_share:.0%}",
             f"{summary.fairness.jain:.3f}",
             "" if run.memory_bytes is None else human_bytes(run.memory_bytes),
+        )
+    return table
+
+
+def _tenants(overload: Overload) -> object:
+    from rich.table import Table
+
+    table = Table("tenant", "requests", "in time", "late", "refused", "past deadline", "TTFT p50", "p99", "served/s")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name, tenant in overload.tenants.items():
+        table.add_row(
+            name,
+            str(tenant.requests),
+            str(tenant.in_time),
+            str(tenant.late),
+            str(sum(tenant.refused.values())),
+            str(tenant.deadline_exceeded),
+            f"{tenant.ttft_s.p50:.2f} s",
+            f"{tenant.ttft_s.p99:.2f} s",
+            f"{tenant.served_per_s:.0f}",
         )
     return table

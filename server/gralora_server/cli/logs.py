@@ -13,7 +13,6 @@ from gralora_server.cli.output import stderr
 QUIET_S = 10.0
 # grpc logs a traceback for every header or path that is not UTF-8, which anybody may send as often as he likes.
 NOISY = "grpc._cython.cygrpc"
-LEVELS = ("debug", "info", "warning", "error")
 
 
 class Sparse(logging.Filter):

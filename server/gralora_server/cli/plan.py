@@ -32,10 +32,11 @@ from gralora_server.cli.loadtest_options import (
 )
 from gralora_server.cli.loadtest_output import report, result, write
 from gralora_server.cli.model import default_model
-from gralora_server.cli.options import Json, default_of
+from gralora_server.cli.options import Json
 from gralora_server.cli.output import human_bytes, print_json, stdout
 from gralora_server.cli.plan_profile import profile_of
 from gralora_server.cli.progress import running
+from gralora_server.settings.values import default_of
 
 if TYPE_CHECKING:  # torch and numpy take a while to import, and `--help` does without them
     from gralora_server.loadtest.trace import Trace
@@ -119,7 +120,7 @@ def plan(
             duration_s=duration_s,
             warmup_s=warmup_s,
             seed=seed,
-        )
+        ).trace()
 
     planner = Planner(
         profile=measured,

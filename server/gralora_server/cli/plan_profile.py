@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 from gralora_runtime.config import EngineConfig
 from gralora_runtime.errors import ConfigError
 from gralora_server.cli.environment import cache_dir, offline_environment
-from gralora_server.cli.options import default_of
 from gralora_server.cli.progress import stages
+from gralora_server.settings.values import default_of
 
 if TYPE_CHECKING:  # torch takes a while to import, and `--help` does without it
     from gralora_server.planner.profile import Profile

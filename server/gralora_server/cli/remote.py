@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gralora_server.cli.environment import bearer_token
-from gralora_server.cli.options import DEFAULT_ADDRESS
 from gralora_server.cli.output import CommandError, ExitCode
+from gralora_server.settings.sections import DEFAULT_ADDRESS
 
 if TYPE_CHECKING:  # grpc takes a while to import, and `--help` does without it
     from gralora_server.client import Client, GraloraClientError

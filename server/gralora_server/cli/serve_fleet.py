@@ -10,10 +10,12 @@ import typer
 from gralora_runtime.config import EngineConfig, in_directory
 from gralora_server.cli.environment import limit_spinning
 from gralora_server.cli.logs import configure
-from gralora_server.cli.options import DEFAULT_ADDRESS, Json, default_of, parse_address, parse_bytes
+from gralora_server.cli.options import Json, parse_address, parse_bytes
 from gralora_server.cli.output import announce
 from gralora_server.config import ServerConfig
 from gralora_server.ports import Engine
+from gralora_server.settings.sections import DEFAULT_ADDRESS
+from gralora_server.settings.values import default_of
 
 
 def serve_fleet(

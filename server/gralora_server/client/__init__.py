@@ -30,6 +30,7 @@ from gralora_server.client.records import (
     Generation,
     ServerInfo,
     StreamDelta,
+    TenantUsage,
     Usage,
 )
 from gralora_server.client.requests import GenerateOptions
@@ -64,6 +65,7 @@ __all__ = [
     "ServerInfo",
     "Started",
     "StreamDelta",
+    "TenantUsage",
     "Timeouts",
     "TokenLogprob",
     "TokenizeResult",

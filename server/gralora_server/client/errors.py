@@ -4,7 +4,7 @@ GraloraClientError         code, reason, metadata, field_violations, retry_after
 +-- InvalidArgumentError       a field is wrong: see field_violations
 +-- NotFoundError              no adapter of that name
 +-- FailedPreconditionError    the adapter is unsupported, in use, or does not fit
-+-- ResourceExhaustedError     the queue is full: see retry_after_s; or this client read too slowly
++-- ResourceExhaustedError     the queue is full or a quota used up: see retry_after_s; or this client read too slowly
 +-- UnavailableError           nobody answers, or the server is starting or shutting down
 +-- DeadlineError              the call's timeout passed
 +-- CallCancelledError         the call was cancelled, here or by an operator

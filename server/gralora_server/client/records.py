@@ -102,6 +102,20 @@ class Adapter:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TenantUsage:
+    """What one tenant used of one adapter, ever. Tenant "" is the operator."""
+
+    tenant: str
+    adapter: str  # whatever its version; "" is the base model, "(others)" all that have no row of their own
+    requests: int
+    prompt_tokens: int
+    cached_tokens: int  # of the prompts, found in the prefix cache
+    output_tokens: int
+    refused: int  # requests and uploads, for a quota or a full queue
+    upload_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ServerInfo(EngineInfo):
     """What the server serves and how it was set up."""
 

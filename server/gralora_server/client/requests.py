@@ -17,9 +17,9 @@ from gralora_runtime.info import EngineLoad, TokenizeResult
 from gralora_runtime.request import ChatMessage
 from gralora_server.client import responses
 from gralora_server.client.connection import Timeouts
-from gralora_server.client.records import Adapter, ServerInfo
+from gralora_server.client.records import Adapter, ServerInfo, TenantUsage
 
-PAGE_SIZE = 500  # adapters in one answer to a list
+PAGE_SIZE = 500  # adapters, or rows of usage, in one answer
 
 T = TypeVar("T")
 Message = ChatMessage | Mapping[str, str]
@@ -31,6 +31,7 @@ class GenerateOptions(TypedDict, total=False):
     adapter: str  # a name, "name@3" or "name@sha256:..."
     request_id: str
     canary_key: str  # requests of one key get the same version while there is a canary
+    priority: int  # higher first, among those of the same tenant
     # how the next token is chosen
     temperature: float | None
     top_p: float | None
@@ -72,7 +73,7 @@ def generate_fields(
     fields = prompt_fields(prompt, token_ids, messages)
     parts: dict[str, dict[str, object]] = {part: {} for part in _PARTS}
     for name, value in options.items():
-        if name in ("adapter", "request_id", "canary_key"):
+        if name in ("adapter", "request_id", "canary_key", "priority"):
             fields[name] = value
         elif name in _PART_OF:
             if value is not None:
@@ -211,6 +212,15 @@ def get_load() -> Call[EngineLoad]:
     )
 
 
+def get_usage(tenant: str | None, token: str) -> Call[tuple[tuple[TenantUsage, ...], str]]:
+    """One page, and the token of the next one."""
+    return Call(
+        rpc=lambda stubs: stubs.server.GetUsage,
+        message=server_pb2.GetUsageRequest(tenant=tenant, page_size=PAGE_SIZE, page_token=token),
+        convert=responses.usage_page,
+    )
+
+
 def tokenize(prompt: str | None, messages: Sequence[Message] | None) -> Call[TokenizeResult]:
     return Call(
         rpc=lambda stubs: stubs.server.Tokenize,
@@ -224,4 +234,12 @@ def abort(request_id: str) -> Call[bool]:
         rpc=lambda stubs: stubs.server.AbortRequest,
         message=server_pb2.AbortRequestRequest(request_id=request_id),
         convert=lambda answer: bool(answer.aborted),
+    )
+
+
+def reload_config() -> Call[tuple[str, ...]]:
+    return Call(
+        rpc=lambda stubs: stubs.server.ReloadConfig,
+        message=server_pb2.ReloadConfigRequest(),
+        convert=lambda answer: tuple(answer.changed),
     )

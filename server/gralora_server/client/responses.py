@@ -21,6 +21,7 @@ from gralora_server.client.records import (
     Generation,
     ServerInfo,
     StreamDelta,
+    TenantUsage,
     Usage,
 )
 
@@ -152,6 +153,11 @@ def server_info(message: server_pb2.GetServerInfoResponse) -> ServerInfo:
 
 def engine_load(message: server_pb2.GetLoadResponse) -> EngineLoad:
     return _record(EngineLoad, message)
+
+
+def usage_page(message: server_pb2.GetUsageResponse) -> tuple[tuple[TenantUsage, ...], str]:
+    """A page, and the token of the next one."""
+    return tuple(_record(TenantUsage, one) for one in message.usage), message.next_page_token
 
 
 def tokenized(message: server_pb2.TokenizeResponse) -> TokenizeResult:

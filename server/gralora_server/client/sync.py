@@ -20,7 +20,7 @@ from gralora_server.client.base import ClientBase
 from gralora_server.client.connection import RECONNECT_PAUSE_S, ChannelOptions
 from gralora_server.client.errors import UnavailableError, client_error, cut_short, not_ready, passing_problem
 from gralora_server.client.push import Progress, Push
-from gralora_server.client.records import Adapter, AdapterNews, Generation, ServerInfo, StreamDelta
+from gralora_server.client.records import Adapter, AdapterNews, Generation, ServerInfo, StreamDelta, TenantUsage
 from gralora_server.client.requests import Call, GenerateOptions, Message, generate_fields
 from gralora_server.client.responses import Assembler
 
@@ -202,6 +202,18 @@ class Client(ClientBase[grpc.Channel]):
 
     def load(self) -> EngineLoad:
         return self.run(requests.get_load())
+
+    def reload_config(self) -> tuple[str, ...]:
+        """What changed at the top of the server's configuration file. For an admin."""
+        return self.run(requests.reload_config())
+
+    def usage(self, tenant: str | None = None) -> tuple[TenantUsage, ...]:
+        """What was used so far, by tenant and adapter. `tenant` None: by all that the caller may see."""
+        found, token = self.run(requests.get_usage(tenant, ""))
+        while token:
+            more, token = self.run(requests.get_usage(tenant, token))
+            found += more
+        return found
 
     def wait_ready(self, timeout_s: float = 120.0) -> None:
         """Return when the server takes requests, or raise DeadlineError. It need not be listening yet."""

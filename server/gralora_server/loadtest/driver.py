@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,8 +19,10 @@ import grpc
 from gralora.v1 import generation_pb2
 from gralora_server.client.aio import open_channel
 from gralora_server.client.connection import Connection
+from gralora_server.client.errors import client_error
 from gralora_server.client.requests import Stubs, generate_fields
-from gralora_server.loadtest.record import OK, RequestRecord
+from gralora_server.loadtest.patience import Patience
+from gralora_server.loadtest.record import OK, RequestRecord, Try
 from gralora_server.loadtest.trace import Trace, TraceRequest
 
 TICK_S = 0.02
@@ -37,6 +40,7 @@ class Progress:
     ended: int = 0
     failed: int = 0
     tokens: int = 0
+    memory_bytes: int | None = None  # of the server, in samples
 
     @property
     def in_flight(self) -> int:
@@ -62,6 +66,9 @@ class Driver:
     drain_s: float = 60.0  # after the trace's end, what still runs is given so long
     connections: int = 4
     on_progress: Callable[[Progress], None] = lambda _: None
+    patience: Patience = field(default_factory=Patience)
+    tokens: Mapping[str, str] = field(default_factory=dict)  # by tenant; who has none here has the connection's
+    memory_bytes: Callable[[], int | None] = lambda: None  # of the server
     _progress: Progress = field(default_factory=Progress)
     _records: list[RequestRecord] = field(default_factory=list)
     start_s: float = 0.0  # by the monotonic clock: all times of records count from it
@@ -128,40 +135,59 @@ class Driver:
         await asyncio.gather(*tasks)
 
     async def _one(self, stubs: Stubs, request: TraceRequest, message: Any, due_s: float, *, counted: bool) -> None:
-        times: list[float] = []
-        queue_s, status = 0.0, OK
-        sent_s = self.now_s()
+        came = _Came()
         self._progress.sent += 1
-        call = stubs.generation.StreamGenerate(message, metadata=self.connection.call_metadata())
-        try:
-            async for answer in call:
-                now_s = self.now_s()
-                if answer.HasField("started"):
-                    queue_s = answer.started.queue_time_s
-                count = len(answer.token_ids)
-                times += [now_s] * count
-                self._progress.tokens += count
-            if len(times) != request.output_tokens:
-                status = "WRONG_LENGTH"  # the end of sequence is ignored: a server that says less has lost something
-        except grpc.aio.AioRpcError as error:
-            status = error.code().name
-        except asyncio.CancelledError:
-            call.cancel()
-            status = UNFINISHED
+        tries = [await self._try(stubs, request, message, came)]
+        with suppress(asyncio.CancelledError):  # the run is over: what the last try said stands
+            while (again_s := self.patience.again_s(tries, due_s)) is not None:
+                await asyncio.sleep(again_s - self.now_s())
+                tries.append(await self._try(stubs, request, message, came))
         self._progress.ended += 1
-        self._progress.failed += status != OK
+        self._progress.failed += tries[-1].status != OK
         self._records.append(
             RequestRecord(
                 adapter=request.adapter,
                 intended_s=due_s,
-                sent_s=sent_s,
-                token_times_s=tuple(times),
-                finished_s=self.now_s(),
-                status=status,
+                sent_s=tries[0].sent_s,
+                token_times_s=tuple(came.times_s),
+                finished_s=tries[-1].ended_s,
+                status=tries[-1].status,
                 counted=counted,
-                queue_s=queue_s,
+                queue_s=came.queue_s,
+                tenant=request.tenant,
+                prompt_tokens=request.prompt_tokens,
+                tries=tuple(tries),
             )
         )
+
+    async def _try(self, stubs: Stubs, request: TraceRequest, message: Any, came: _Came) -> Try:
+        status, reason, retry_s = OK, "", None
+        sent_s = self.now_s()
+        call = stubs.generation.StreamGenerate(
+            message, metadata=self._metadata(request.tenant), timeout=self.patience.deadline_s
+        )
+        try:
+            async for answer in call:
+                now_s = self.now_s()
+                if answer.HasField("started"):
+                    came.queue_s = answer.started.queue_time_s
+                count = len(answer.token_ids)
+                came.times_s += [now_s] * count
+                self._progress.tokens += count
+            if len(came.times_s) != request.output_tokens:
+                status = "WRONG_LENGTH"  # the end of sequence is ignored: a server that says less has lost something
+        except grpc.aio.AioRpcError as error:
+            failure = client_error(error)
+            status, reason = error.code().name, failure.reason
+            retry_s = None if came.times_s else failure.retry_after_s
+        except asyncio.CancelledError:
+            call.cancel()
+            status = UNFINISHED
+        return Try(sent_s=sent_s, ended_s=self.now_s(), status=status, reason=reason, retry_s=retry_s)
+
+    def _metadata(self, tenant: str) -> tuple[tuple[str, str], ...]:
+        token = self.tokens.get(tenant, self.connection.token)
+        return replace(self.connection, token=token).call_metadata()
 
     def _message(self, request: TraceRequest) -> generation_pb2.StreamGenerateRequest:
         options: Any = {"adapter": request.adapter, "temperature": 0.0, "ignore_eos": True}
@@ -179,6 +205,14 @@ def _endless(requests: Sequence[TraceRequest]) -> Iterator[TraceRequest]:
     """Again and again, each time with other prompts, which no prefix cache has: a fast server does not run out."""
     for lap in itertools.count():
         yield from (replace(request, seed=request.seed + lap) for request in requests)
+
+
+@dataclass(slots=True)
+class _Came:
+    """What a request has been answered so far."""
+
+    times_s: list[float] = field(default_factory=list)  # of tokens
+    queue_s: float = 0.0
 
 
 class _Watch:
@@ -201,6 +235,7 @@ class _Watch:
                 self.lags_s.append(time.monotonic() - before_s - TICK_S)
                 self._cpu_from = self._cpu_from or (time.monotonic(), time.process_time())
             if progress.at_s >= next_sample_s:
+                progress.memory_bytes = self._driver.memory_bytes()
                 self.samples.append(progress)
                 next_sample_s += SAMPLE_S
             if progress.at_s >= next_report_s:

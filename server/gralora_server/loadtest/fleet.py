@@ -77,6 +77,7 @@ class FleetEngine:
         self, base: AsyncEngine, weights: BaseModel, config: EngineConfig, turn: Turn, max_models: int
     ) -> None:
         self.dead = base.dead
+        self.first_token_s = base.first_token_s
         self._base = base
         self._weights = weights  # as loaded: what adapters are merged into copies of
         self._config = replace(config, adapters=(), adapter_pool_bytes=POOL_BYTES)

@@ -8,6 +8,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from gralora_runtime.errors import ConfigError
+from gralora_server.loadtest.overload import Overload
 from gralora_server.loadtest.summary import Distribution, Frozen, Summary
 
 VERSION = 1
@@ -20,6 +21,7 @@ class Sample(Frozen):
     tokens: int
     requests_ended: int
     in_flight: int
+    memory_bytes: int | None = None  # resident, of a server of our own
 
 
 class ServerStory(Frozen):
@@ -65,6 +67,7 @@ class RunResult(Frozen):
     memory_bytes: int | None = None  # resident, of the server's processes; None: not known
     churn: ChurnStats | None = None
     predicted: Prediction | None = None
+    overload: Overload | None = None  # None: nobody asked how it fares under one
 
 
 class Refusal(Frozen):

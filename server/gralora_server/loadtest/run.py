@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 
@@ -12,6 +12,8 @@ from gralora_server.client.connection import Connection
 from gralora_server.loadtest.churn import Churn
 from gralora_server.loadtest.driver import Driver, DriverResult, Progress
 from gralora_server.loadtest.metrics_page import Page, story
+from gralora_server.loadtest.overload import Overload, overload
+from gralora_server.loadtest.patience import Patience
 from gralora_server.loadtest.result import RunResult, Sample
 from gralora_server.loadtest.summary import Slo, Window, generator_health, summarise
 from gralora_server.loadtest.trace import Trace
@@ -26,6 +28,7 @@ class Target:
     connection: Connection
     metrics_address: str | None = None  # HOST:PORT of its page
     memory_bytes: Callable[[], int | None] = field(default=lambda: None)  # None: the page's figure
+    tokens: Mapping[str, str] = field(default_factory=dict)  # by tenant; who has none here has the connection's
 
     @classmethod
     def at(cls, connection: Connection, metrics_address: str | None = None) -> Target:
@@ -61,12 +64,25 @@ async def run(
     churn: Churn | None = None,
     on_progress: Callable[[Progress], None] = lambda _: None,
     drain_s: float = 60.0,
+    patience: Patience | None = None,
+    weights: Mapping[str, float] | None = None,
 ) -> RunResult:
-    """Raises a GraloraClientError if the server cannot be reached, ConfigError if its metrics page cannot."""
+    """`patience` of each user, None: endless; `weights` of tenants, None: all alike.
+
+    Raises a GraloraClientError if the server cannot be reached, ConfigError if its metrics page cannot.
+    """
     async with _client(target.connection) as client:
         await client.wait_ready()
         info = await client.info()
-        driver = Driver(target.connection, info.vocab_size, drain_s=drain_s, on_progress=on_progress)
+        driver = Driver(
+            target.connection,
+            info.vocab_size,
+            drain_s=drain_s,
+            on_progress=on_progress,
+            patience=patience or Patience(),
+            tokens=target.tokens,
+            memory_bytes=target.memory_bytes,
+        )
         before = await _page(target)
         async with nullcontext() if churn is None else churn.running(client):
             driven = await driver.run(trace)
@@ -86,6 +102,23 @@ async def run(
         server=None if before is None or after is None else story(before, after),
         memory_bytes=memory_bytes,
         churn=None if churn is None else churn.stats(),
+        overload=_overload(driven, trace, slo, patience, weights or {}),
+    )
+
+
+def _overload(
+    driven: DriverResult, trace: Trace, slo: Slo, patience: Patience | None, weights: Mapping[str, float]
+) -> Overload | None:
+    """None where neither the users nor their arrivals say that there may be one."""
+    if patience is None and not trace.tenants and trace.peak is None:
+        return None
+    return overload(
+        driven.records,
+        window=Window(trace.warmup_s, trace.duration_s),
+        slo=slo,
+        patience=patience or Patience(),
+        weights=weights,
+        peak=trace.peak,
     )
 
 
@@ -97,6 +130,7 @@ def timeline(driven: DriverResult) -> tuple[Sample, ...]:
             tokens=now.tokens - earlier.tokens,
             requests_ended=now.ended - earlier.ended,
             in_flight=now.in_flight,
+            memory_bytes=now.memory_bytes,
         )
         for earlier, now in zip([Progress(), *driven.samples], driven.samples, strict=False)
     )

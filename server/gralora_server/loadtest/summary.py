@@ -119,7 +119,7 @@ class Window:
     def holds(self, at_s: float) -> bool:
         return self.start_s <= at_s < self.end_s
 
-    def rate(self, count: int) -> float:
+    def rate(self, count: float) -> float:
         return count / (self.end_s - self.start_s)
 
 
@@ -175,10 +175,14 @@ def gaps_s(record: RequestRecord) -> list[float]:
 def fairness(records: Sequence[RequestRecord]) -> Fairness:
     by_adapter = {name: fmean(map(_service_rate, own)) for name, own in _by_adapter(records).items()}
     rates = list(by_adapter.values())
-    squares = sum(rate * rate for rate in rates)
-    jain = sum(rates) ** 2 / (len(rates) * squares) if squares else 0.0
     ratio = max(rates) / min(rates) if rates and min(rates) > 0 else None
-    return Fairness(adapters=len(rates), jain=jain, max_over_min=ratio)
+    return Fairness(adapters=len(rates), jain=jain(rates), max_over_min=ratio)
+
+
+def jain(values: Sequence[float]) -> float:
+    """Jain's index: 1 if all are alike, 1/n if one has it all; 0 if nobody has anything."""
+    squares = sum(value * value for value in values)
+    return sum(values) ** 2 / (len(values) * squares) if squares else 0.0
 
 
 def _service_rate(record: RequestRecord) -> float:

@@ -26,6 +26,7 @@ class TraceRequest:
     prompt_tokens: int
     output_tokens: int
     seed: int
+    tenant: str = ""
 
     def prompt_ids(self, vocab_size: int) -> list[int]:
         """Token ids, the same for the same seed and vocabulary."""
@@ -45,16 +46,22 @@ class Trace:
     warmup_s: float  # what happens before is not counted
     duration_s: float  # nothing is sent after it
     concurrency: int | None = None
+    peak: tuple[float, float] | None = None  # from when to when more comes than before and after
 
     @property
     def adapters(self) -> tuple[str, ...]:
         """Their names, each once, in order."""
         return tuple(sorted({request.adapter for request in self.requests} - {""}))
 
+    @property
+    def tenants(self) -> tuple[str, ...]:
+        """Their names, each once, in order."""
+        return tuple(sorted({request.tenant for request in self.requests} - {""}))
+
     def write(self, path: Path) -> None:
         """JSON lines: a header, then one request a line."""
         times = {"warmup_s": self.warmup_s, "duration_s": self.duration_s}
-        header = {"gralora_trace": VERSION, **times, "concurrency": self.concurrency}
+        header = {"gralora_trace": VERSION, **times, "concurrency": self.concurrency, "peak": self.peak}
         lines = [header, *(asdict(request) for request in self.requests)]
         path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
@@ -78,6 +85,7 @@ class Trace:
             warmup_s=_number(path, header, "warmup_s"),
             duration_s=_number(path, header, "duration_s"),
             concurrency=_concurrency(path, header),
+            peak=_peak(path, header),
         )
 
 
@@ -97,8 +105,9 @@ def _request(path: Path, number: int, line: str) -> TraceRequest:
         value = getattr(request, name)
         if not isinstance(value, kind) or isinstance(value, bool) or value < least:  # type: ignore[operator]
             raise ConfigError(f"{path}, line {number}: {name} must be a number of at least {least}, got {value!r}")
-    if not isinstance(request.adapter, str):
-        raise ConfigError(f"{path}, line {number}: adapter must be a name, got {request.adapter!r}")
+    for name in ("adapter", "tenant"):
+        if not isinstance(value := getattr(request, name), str):
+            raise ConfigError(f"{path}, line {number}: {name} must be a name, got {value!r}")
     return request
 
 
@@ -107,6 +116,16 @@ def _concurrency(path: Path, header: dict[str, Any]) -> int | None:
     if value is None or (isinstance(value, int) and value > 0):
         return value
     raise ConfigError(f"{path}: concurrency must be null or a number of at least 1, got {value!r}")
+
+
+def _peak(path: Path, header: dict[str, Any]) -> tuple[float, float] | None:
+    match header.get("peak"):
+        case None:
+            return None
+        case [int() | float() as start_s, int() | float() as end_s] if 0 <= start_s < end_s:
+            return (float(start_s), float(end_s))
+        case value:
+            raise ConfigError(f"{path}: peak must be null or two times of which the later is last, got {value!r}")
 
 
 def _number(path: Path, header: dict[str, Any], name: str) -> float:

@@ -15,15 +15,18 @@ from gralora_runtime.errors import ConfigError
 from gralora_server.config import MetricsConfig
 from gralora_server.gate import Gate
 from gralora_server.metrics.collector import EngineCollector
+from gralora_server.metrics.tenants import TenantCollector
+from gralora_server.tenants.usage import Usage
 
 
 class MetricsPage:
     """Open from its making until `close`."""
 
-    def __init__(self, config: MetricsConfig, gate: Gate) -> None:
+    def __init__(self, config: MetricsConfig, gate: Gate, usage: Usage) -> None:
         """Raises `ConfigError` if the address cannot be had."""
         registry = CollectorRegistry()
         registry.register(EngineCollector(gate))
+        registry.register(TenantCollector(usage))
         ProcessCollector(registry=registry)
         kind = _Server6 if ":" in config.host else _Server
         try:

@@ -75,6 +75,7 @@ ENDED = Series(
 )
 RUNNING = Series("gralora_requests_running", "gauge", "Requests in the batch.")
 WAITING = Series("gralora_requests_waiting", "gauge", "Requests that wait for a row or for KV pages.")
+PAUSED = Series("gralora_requests_paused", "gauge", "Requests that wait for their client to read on.")
 PREPARING = Series(
     "gralora_requests_preparing", "gauge", "Requests that are being tokenized or wait for their adapter."
 )
@@ -85,6 +86,9 @@ ADAPTER_WAIT = Series(
     "gralora_request_adapter_wait_seconds", "histogram", "Wait of a request for its adapter to be in the pool."
 )
 FIRST_TOKEN = Series("gralora_time_to_first_token_seconds", "histogram", "From submission to the first token.")
+FORECAST = Series(
+    "gralora_first_token_forecast_ratio", "histogram", "What the first token took, over what was foretold on arrival."
+)
 INTER_TOKEN = Series("gralora_inter_token_seconds", "histogram", "From one token of a request to its next.")
 TOTAL = Series("gralora_request_seconds", "histogram", "From submission to the last token, of requests that finished.")
 
@@ -104,8 +108,9 @@ STEP_ROWS = Series("gralora_step_rows", "histogram", "Requests in a step.")
 STEP_TOKENS = Series("gralora_step_tokens", "histogram", "Tokens in a step.")
 STEP_PHASE = Series("gralora_step_phase_seconds", "histogram", "Time that each part of a step took.", ("phase",))
 PREEMPTIONS = Series(
-    "gralora_preemptions_total", "counter", "Requests that lost their KV pages and were computed again."
+    "gralora_preemptions_total", "counter", "Requests that gave their row or their KV pages to others, for a while."
 )
+PAUSES = Series("gralora_pauses_total", "counter", "Requests that stopped because their client did not read.")
 INTERNAL_FAILURES = Series(
     "gralora_internal_failures_total",
     "counter",
@@ -168,6 +173,29 @@ BY_ADAPTER_BYTES = Series(
     "gauge",
     "Memory of an adapter that is in the pool or host memory.",
     ("adapter", "version", "tier"),
+)
+
+# By tenant.
+BY_TENANT_REQUESTS = Series(
+    "gralora_tenant_requests_total", "counter", "Requests of a tenant that the engine took on.", ("tenant",)
+)
+BY_TENANT_PROMPT = Series(
+    "gralora_tenant_prompt_tokens_total", "counter", "Prompt tokens of those requests, cached ones too.", ("tenant",)
+)
+BY_TENANT_CACHED = Series(
+    "gralora_tenant_cached_tokens_total", "counter", "Prompt tokens of these that the prefix cache had.", ("tenant",)
+)
+BY_TENANT_OUTPUT = Series(
+    "gralora_tenant_output_tokens_total", "counter", "Tokens generated for those requests.", ("tenant",)
+)
+BY_TENANT_REFUSED = Series(
+    "gralora_tenant_refused_total",
+    "counter",
+    "Requests and uploads of a tenant that were refused for a quota or a full queue.",
+    ("tenant",),
+)
+BY_TENANT_UPLOADED = Series(
+    "gralora_tenant_upload_bytes_total", "counter", "Bytes of a tenant's uploads that were received.", ("tenant",)
 )
 
 # What gateways scrape.

@@ -9,9 +9,12 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from gralora_server.settings.values import Bytes
+
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
+Size = Annotated[Bytes, Field(ge=1)]
 
 
 class Strict(BaseModel):
@@ -52,8 +55,8 @@ class LimitSettings(Strict):
     streams: Count | None = None  # generations at the same time
     queued_requests: Count | None = None
     queued_tokens: Count | None = None  # of prompts that wait
-    adapter_bytes: Count | None = None  # of adapters in the pool
-    upload_bytes: Count | None = None  # of uploaded adapters that are kept
+    adapter_bytes: Size | None = None  # of adapters in the pool
+    upload_bytes: Size | None = None  # of uploaded adapters that are kept
 
 
 class TenantSettings(Strict):

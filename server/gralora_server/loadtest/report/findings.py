@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from gralora_server.loadtest.result import LoadTestResult, Refusal, RunResult, ServerStory
-from gralora_server.loadtest.summary import Summary
 
 SURVIVAL_SHARE = 0.9
 
@@ -68,7 +67,7 @@ def row_name(result: LoadTestResult, run: RunResult) -> str:
 
 def survived(run: RunResult) -> bool:
     """No errors, and nearly everybody was served as promised."""
-    return not run.summary.errors and run.summary.ok > 0 and run.summary.goodput_share >= SURVIVAL_SHARE
+    return not failures(run) and run.summary.ok > 0 and run.summary.goodput_share >= SURVIVAL_SHARE
 
 
 def answer(result: LoadTestResult) -> list[str]:
@@ -81,7 +80,7 @@ def answer(result: LoadTestResult) -> list[str]:
 def _single(run: RunResult) -> list[str]:
     summary = run.summary
     slo = f"first token within {summary.slo.ttft_s:g} s, then at most {1000 * summary.slo.itl_s:g} ms a token"
-    failed = sum(summary.errors.values())
+    failed = sum(failures(run).values())
     errors = f"{failed} of {summary.requests} requests failed" if failed else "none failed"
     rates = f"{summary.requests_per_s:.2f} requests and {summary.tokens_per_s:.0f} tokens a second"
     half, most = seconds(summary.ttft_s.p50), seconds(summary.ttft_s.p99)
@@ -149,19 +148,27 @@ def limits(result: LoadTestResult) -> list[str]:
     return [f"{one.system} with {_adapters(one.num_adapters)}: {_reason(one)}." for one in found]
 
 
+def failures(run: RunResult) -> Mapping[str, int]:
+    """By status. Where an overload was asked for, who is refused or out of time in it is no failure."""
+    return run.summary.errors if run.overload is None else run.overload.total.errors
+
+
 def _reason(outcome: RunResult | Refusal) -> str:
     if isinstance(outcome, Refusal):
         return f"not run. {outcome.why.rstrip('.')}"
-    if outcome.summary.errors or not outcome.summary.ok:
-        return _failures(outcome.summary)
+    if failures(outcome) or not outcome.summary.ok:
+        return _failures(outcome)
     return f"{outcome.summary.goodput_share:.0%} of the requests met the objective"
 
 
-def _failures(summary: Summary) -> str:
-    if not summary.requests:
+def _failures(run: RunResult) -> str:
+    if not run.summary.requests:
         return "no request was counted"
-    errors = ", ".join(f"{count} x {status}" for status, count in summary.errors.items())
-    return f"{sum(summary.errors.values())} of {summary.requests} requests failed ({errors})"
+    failed = failures(run)
+    errors = ", ".join(f"{count} x {status}" for status, count in failed.items())
+    if not errors:
+        return "no request was answered"
+    return f"{sum(failed.values())} of {run.summary.requests} requests failed ({errors})"
 
 
 def warnings(result: LoadTestResult) -> list[str]:
@@ -175,8 +182,8 @@ def warnings(result: LoadTestResult) -> list[str]:
                 f"late, woke up {seconds(health.wake_lag_p99_s)} late, used {health.cpu_share:.0%} of a core). "
                 "Do not believe its figures."
             )
-        if summary.errors or not summary.requests:
-            found.append(f"{summary.label}: {_failures(summary)}.")
+        if failures(run) or not summary.requests:
+            found.append(f"{summary.label}: {_failures(run)}.")
     return found
 
 

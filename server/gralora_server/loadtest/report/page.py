@@ -8,6 +8,7 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from gralora_server.loadtest.report import findings
+from gralora_server.loadtest.report.overload_findings import overload_said, reasons
 from gralora_server.loadtest.report.plots import plots
 from gralora_server.loadtest.result import LoadTestResult
 
@@ -36,6 +37,7 @@ def write_report(result: LoadTestResult, directory: Path) -> Path:
             warnings=findings.warnings(result),
             plots=drawn,
             predictions=[(run, found) for run in result.runs if (found := findings.comparisons(run))],
+            overloads=[(run, overload_said(run.overload, run.summary.slo)) for run in result.runs if run.overload],
             stories=[(run.summary.label, findings.explanation(run.server)) for run in result.runs if run.server],
             top_adapters=TOP_ADAPTERS,
             json_base64=base64.b64encode(result.model_dump_json(indent=1).encode()).decode(),
@@ -53,5 +55,6 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters["seconds"] = findings.seconds
+    environment.filters["reasons"] = reasons
     environment.tests["survived"] = findings.survived
     return environment

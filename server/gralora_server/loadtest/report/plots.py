@@ -1,41 +1,18 @@
-"""A result's plots. Each is drawn twice: as SVG whose colours are the page's, light or dark, and as PNG on white."""
+"""A result's plots: which there are, and what is on them."""
 
 from __future__ import annotations
 
-import io
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
-from gralora_runtime.errors import ConfigError
+from gralora_server.loadtest.report.drawing import HATCHES, INK, LINES, MARKERS, SERIES, SIZE, Plot, delay_scale, drawn
 from gralora_server.loadtest.report.findings import curve, is_comparison, seconds, systems, throughput
+from gralora_server.loadtest.report.overload_plots import memory_plot, overload_plots
 from gralora_server.loadtest.result import LoadTestResult, RunResult, ServerStory
 
-try:
-    from matplotlib import rc_context
+if TYPE_CHECKING:  # where there is no matplotlib, `drawing` says what to install
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
-except ImportError as cause:
-    raise ConfigError("plots need matplotlib: pip install 'gralora-server[loadtest]'") from cause
-
-# Colours that every reader can tell apart (Okabe and Ito 2008), a marker and a line for who sees none.
-SERIES = ("#0072b2", "#c75000", "#007a5a", "#a8508a", "#7a6a00")
-MARKERS, LINES, HATCHES = "osD^v", ("-", "--", "-.", ":", "-"), ("", "//", "..", "xx", "--")
-INK, GRID = "#1f2328", "#d0d7de"
-SIZE = (5.4, 3.3)
-
-
-@dataclass(frozen=True, slots=True)
-class Plot:
-    """`text` says what the plot shows, with its main figures, for who cannot see it."""
-
-    name: str
-    title: str
-    text: str
-    svg: str
-    png: bytes
 
 
 def plots(result: LoadTestResult) -> list[Plot]:
@@ -50,7 +27,7 @@ def plots(result: LoadTestResult) -> list[Plot]:
 def _comparison(result: LoadTestResult) -> list[Plot]:
     if len({run.num_adapters for run in result.runs}) == 1:
         return [_bars(result)]
-    drawn = [
+    found = [
         _over_adapters(result, "throughput", "Throughput", "tokens a second", throughput),
         _over_adapters(result, "ttft", "First token, 99th percentile", "", lambda run: run.summary.ttft_s.p99),
         _over_adapters(result, "ttft-p50", "First token, median", "", lambda run: run.summary.ttft_s.p50),
@@ -58,14 +35,14 @@ def _comparison(result: LoadTestResult) -> list[Plot]:
     known = result.model_copy(update={"runs": tuple(run for run in result.runs if run.memory_bytes is not None)})
     if known.runs:
         title = "Memory of the server"
-        drawn.append(_over_adapters(known, "memory", title, "GB", lambda run: (run.memory_bytes or 0) / 1e9))
+        found.append(_over_adapters(known, "memory", title, "GB", lambda run: (run.memory_bytes or 0) / 1e9))
     phases = {
         f"{system}, {point.num_adapters}": told
         for system in systems(result)
         for point in curve(result, system)
         if (told := [run.server for run in point.runs if run.server and run.server.steps])
     }
-    return [*drawn, _steps(phases)] if phases else drawn
+    return [*found, _steps(phases)] if phases else found
 
 
 def _over_adapters(
@@ -102,7 +79,7 @@ def _over_adapters(
             axes.set_ylabel(unit)
             axes.set_ylim(bottom=0)
         else:
-            _delay_scale(axes)
+            delay_scale(axes)
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), frameon=False)
 
     shown: Callable[[float], str] = (lambda amount: f"{amount:.3g}") if unit else seconds
@@ -113,18 +90,7 @@ def _over_adapters(
     ]
     what = f"{title} in {unit}" if unit else title
     height = SIZE[1] + 0.25 * len(places)
-    return _plot(name, title, f"{what} over the number of adapters. {'; '.join(said)}.", draw, height)
-
-
-def _delay_scale(axes: Axes) -> None:
-    """Seconds on a logarithmic scale, in words, with more marks where one power of ten holds everything."""
-    axes.set_yscale("log")
-    low, high = axes.get_ylim()
-    axes.set_ylim(low / 1.3, high * 1.3)
-    steps = (1.0,) if high / low > 100 else (1.0, 2.0, 5.0)
-    axes.yaxis.set_major_locator(LogLocator(base=10, subs=steps))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda at_s, _: f"{at_s:g} s" if at_s >= 1 else seconds(at_s)))
-    axes.yaxis.set_minor_locator(NullLocator())
+    return drawn(name, title, f"{what} over the number of adapters. {'; '.join(said)}.", draw, height)
 
 
 def _steps(stories: Mapping[str, Sequence[ServerStory]]) -> Plot:
@@ -155,7 +121,7 @@ def _steps(stories: Mapping[str, Sequence[ServerStory]]) -> Plot:
         + ", ".join(f"{phase} {value:.1f}" for phase, value in zip(phases, mean, strict=True))
         for label, mean in means.items()
     ]
-    return _plot(
+    return drawn(
         "steps", "Where the server's time went", f"A mean step. {'; '.join(said)}.", draw, 2 + 0.5 * len(means)
     )
 
@@ -171,16 +137,20 @@ def _bars(result: LoadTestResult) -> Plot:
         axes.set_xlabel("tokens a second")
 
     said = ", ".join(f"{run.summary.label} {run.summary.tokens_per_s:.0f}" for run in runs)
-    return _plot("throughput", "Throughput", f"Tokens a second: {said}.", draw, 1.5 + 0.6 * len(runs))
+    return drawn("throughput", "Throughput", f"Tokens a second: {said}.", draw, 1.5 + 0.6 * len(runs))
 
 
 def _single(run: RunResult) -> list[Plot]:
-    drawn = [_delays(run)]
+    found = [_delays(run)]
     if run.timeline:
-        drawn.insert(0, _timeline(run))
+        found.insert(0, _timeline(run))
+    if run.overload is not None:
+        found += overload_plots(run.overload)
+    if any(sample.memory_bytes for sample in run.timeline):
+        found.append(memory_plot(run.timeline))
     if run.server is not None and run.server.phase_s:
-        drawn.append(_phases(run.server.phase_s))
-    return drawn
+        found.append(_phases(run.server.phase_s))
+    return found
 
 
 def _timeline(run: RunResult) -> Plot:
@@ -200,7 +170,7 @@ def _timeline(run: RunResult) -> Plot:
         axes.legend(handles=lines, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2, frameon=False)
 
     text = f"Tokens a second between {min(tokens)} and {max(tokens)}, up to {max(running)} requests in flight."
-    return _plot("timeline", "The run, second by second", text, draw)
+    return drawn("timeline", "The run, second by second", text, draw)
 
 
 def _delays(run: RunResult) -> Plot:
@@ -223,7 +193,7 @@ def _delays(run: RunResult) -> Plot:
         axes.xaxis.set_visible(False)
 
     said = [f"{name} {seconds(of.p50)}, {seconds(of.p90)} and {seconds(of.p99)}" for name, of in kinds.items()]
-    return _plot("delays", "Delays", f"50th, 90th and 99th percentile: {'; '.join(said)}.", draw, height=3.8)
+    return drawn("delays", "Delays", f"50th, 90th and 99th percentile: {'; '.join(said)}.", draw, height=3.8)
 
 
 def _phases(phase_s: Mapping[str, float]) -> Plot:
@@ -241,38 +211,4 @@ def _phases(phase_s: Mapping[str, float]) -> Plot:
         axes.set_xlabel("% of the time in steps")
 
     said = ", ".join(f"{name} {phase_s[name] / total:.1%}" for name in names)
-    return _plot("phases", "Where the server's time went", f"Shares of the steps' time: {said}.", draw, height=2.6)
-
-
-def _plot(name: str, title: str, text: str, draw: Callable[[Axes], None], height: float = SIZE[1]) -> Plot:
-    style: Any = {
-        "text.color": INK,
-        "axes.labelcolor": INK,
-        "axes.edgecolor": INK,
-        "xtick.color": INK,
-        "ytick.color": INK,
-        "grid.color": GRID,
-        "axes.grid": True,
-        "axes.grid.axis": "y",
-        "axes.axisbelow": True,
-        "axes.spines.top": False,
-        "font.size": 12.5,  # points of 389 in width: some 11 pixels on a phone
-        "svg.fonttype": "none",
-        "svg.hashsalt": name,  # ids within the drawing, of all plots on one page, must differ
-        "font.family": "sans-serif",
-    }
-    with rc_context(style):
-        figure = Figure(figsize=(SIZE[0], height), layout="constrained")
-        draw(figure.subplots())
-        png, svg = io.BytesIO(), io.StringIO()
-        figure.savefig(png, format="png", dpi=150)
-        figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None})
-    return Plot(name, title, text, _themed(svg.getvalue()), png.getvalue())
-
-
-def _themed(svg: str) -> str:
-    """The drawing alone, with the page's colours in place of the fixed ones."""
-    drawing = svg[svg.index("<svg") :]
-    for number, colour in enumerate(SERIES):
-        drawing = drawing.replace(colour, f"var(--series-{number})")
-    return drawing.replace(INK, "var(--ink)").replace(GRID, "var(--line)")
+    return drawn("phases", "Where the server's time went", f"Shares of the steps' time: {said}.", draw, height=2.6)

@@ -1,0 +1,19 @@
+"""Names of requests: each tenant chooses its own, and the engine knows them all apart."""
+
+from __future__ import annotations
+
+_SEPARATOR = " "  # no id that a client sends has one
+
+
+class ScopedId(str):
+    """Unlike the same id of another tenant. Messages show it as the client wrote it: they use `repr`."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return repr(self.partition(_SEPARATOR)[2])
+
+
+def scoped(tenant: str, request_id: str) -> str:
+    """The id by which the engine knows a tenant's request. Without a tenant: as it is."""
+    return ScopedId(f"{tenant}{_SEPARATOR}{request_id}") if tenant else request_id
