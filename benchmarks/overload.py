@@ -44,7 +44,7 @@ class Plan:
     output: int = 16
 
 
-QUICK = Plan(rates=(2.0,), rate_s=8.0, before_s=8.0, peak_s=15.0, after_s=10.0)
+QUICK = Plan(rates=(3.0,), rate_s=12.0, before_s=8.0, peak_s=15.0, after_s=10.0)
 
 
 def main() -> None:

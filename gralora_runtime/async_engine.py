@@ -75,6 +75,7 @@ class _Entry:
     meter: RequestMeter
     aborted: asyncio.Event  # wakes a submission that still waits for its adapter
     place: Place
+    deadline_s: float
     estimate: Estimate | None = None
     max_tokens: int = 1
     queued: bool = False  # the scheduler has it
@@ -357,6 +358,7 @@ class AsyncEngine:
             observed=observed,
             meter=observed.meter(now_s),
             aborted=asyncio.Event(),
+            deadline_s=math.inf if request.timeout_s is None else now_s + request.timeout_s,
             place=self._backlog.enter(tenant_of(request), request.weight),
         )
         self._entries[request.request_id] = entry
@@ -500,7 +502,7 @@ class AsyncEngine:
             except Exception as cause:
                 outcome = self._give_up(entry, output, cause)
             if outcome is not None:
-                self._learn(entry, output)
+                self._learn(entry, output, now_s)
                 entry.observed.end(entry.given_up or outcome)
                 self._leave(output.request_id)
                 self._note_numbers(entry.stream.served_by, output)
@@ -521,9 +523,12 @@ class AsyncEngine:
             took_s = now_s - entry.submitted_s
             entry.observed.forecast.observe(took_s / max(entry.estimate.first_token_s, 1e-3))
 
-    def _learn(self, entry: _Entry, output: StepOutput) -> None:
-        """From an answer, how long the next ones will be."""
+    def _learn(self, entry: _Entry, output: StepOutput, now_s: float) -> None:
+        """From an answer, how long the next ones will be; and how right the forecast was."""
         finished = output.delta.finished if output.delta is not None else None
+        ended = finished is not None and finished.reason in {FinishReason.STOP, FinishReason.LENGTH}
+        if entry.estimate is not None and (ended or now_s >= entry.deadline_s):
+            self._forecast.compare(entry.estimate, now_s - entry.submitted_s, ended=ended)
         if finished is not None and finished.reason is not FinishReason.CANCELLED:
             self._forecast.learn(
                 entry.place.line.tenant,

@@ -1,7 +1,8 @@
 """When a request would have its first token, and its last, if it came now. From what steps and requests took lately.
 
-A step takes so long for those that decode, and longer by every token of a prompt. So prompts that are taken on while a
-request decodes delay its tokens: those that wait already, and those that will come, which are thought to be as many as lately.
+A step takes so long, longer by each row that decodes, and by each token of a prompt. So prompts delay the tokens of
+those that decode: prompts that wait already, and those that will come, which are thought to be as many as lately. How
+far off forecasts were makes the next ones more cautious, or less: nine in ten are to be in time.
 
 Nothing is told before there is anything to tell it from. Who would be alone is always let in: where it is slower than
 the forecast, nothing else would ever show that.
@@ -12,6 +13,10 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from gralora_runtime.backlog import Backlog, Place, TenantBacklog
 from gralora_runtime.fairness import CROWD, SHARE_BESIDE_OTHERS
@@ -19,10 +24,17 @@ from gralora_runtime.plan import StepPlan
 from gralora_runtime.request import StoppingParams
 
 LATELY = 0.1  # weight of the newest of a moving mean
+FADING = 0.98  # of a step with the next one
+RIDGE = 1e-3
 SHORTEST_RETRY_S, LONGEST_RETRY_S = 0.05, 30.0
 REMEMBERED = 1024  # tenants whose answers' lengths are
 RECENT_S = 2.0  # over which the prompts that were taken on are counted
 MOST_FOR_PROMPTS = 0.95  # of the time
+IN_TIME = 0.9  # of those that are let in
+CAUTION_STEP = 0.1
+LEAST_CAUTION, MOST_CAUTION = 1.0, 4.0  # times the forecast
+
+Array = npt.NDArray[Any]
 
 
 class Mean:
@@ -37,22 +49,40 @@ class Mean:
         self.value = value if self.value is None else self.value + LATELY * (value - self.value)
 
 
+@dataclass(frozen=True, slots=True)
+class StepCost:
+    """Of a step: so much, more for each row that decodes, and more for each token of a prompt. In seconds."""
+
+    step_s: float
+    row_s: float
+    prompt_token_s: float
+
+
 class StepTimes:
-    """What steps took lately. Written by the engine's thread, read by any: a mean is one object."""
+    """What steps took lately, as a line through them. Written by the engine's thread, read by any: sums are replaced
+    as a whole."""
 
     def __init__(self) -> None:
-        self.decode_s = Mean()  # of no prompts
-        self.prompt_token_s = Mean()  # of a prompt's token, beside those that decode
+        self._sums: tuple[Array, Array] | None = None  # of the products of facts [3, 3], and of those with seconds [3]
+        self._fitted: tuple[object, StepCost] | None = None
 
     def observe(self, plan: StepPlan, seconds: float) -> None:
         """A step was computed."""
-        tokens = plan.num_tokens - plan.num_decode_rows
-        if not tokens:
-            self.decode_s.add(seconds)
-            return
-        decoding_s = (self.decode_s.value or 0.0) if plan.num_decode_rows else 0.0
-        # A step costs something however few tokens it has, which is not theirs.
-        self.prompt_token_s.add(max(seconds - decoding_s, 0.0) / tokens)
+        facts = np.array([1.0, plan.num_decode_rows, plan.num_tokens - plan.num_decode_rows])
+        products, with_seconds = (np.zeros((3, 3)), np.zeros(3)) if self._sums is None else self._sums
+        self._sums = (FADING * products + np.outer(facts, facts), FADING * with_seconds + seconds * facts)
+
+    def cost(self) -> StepCost | None:
+        """None: no step was computed yet."""
+        sums, fitted = self._sums, self._fitted
+        if sums is None:
+            return None
+        if fitted is None or fitted[0] is not sums:
+            # What the steps so far leave open is kept small, and nothing makes a step shorter.
+            products = sums[0] + RIDGE * np.diag(np.diag(sums[0]) + 1.0)
+            found = np.maximum(np.linalg.solve(products, sums[1]), 0.0)
+            fitted = self._fitted = (sums, StepCost(*map(float, found)))
+        return fitted[1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +91,7 @@ class Estimate:
 
     first_token_s: float
     last_token_s: float
+    caution: float = 1.0  # by which both are longer than steps and answers say
 
 
 @dataclass(slots=True)
@@ -79,6 +110,7 @@ class Forecast:
         self._steps = steps
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
+        self._caution = LEAST_CAUTION
         self._recent_tokens = 0.0  # of prompts that were taken on, each by how recently
         self._counted_at_s = 0.0
         self._all = _Lengths()
@@ -96,23 +128,26 @@ class Forecast:
         self._recent_tokens = self._recent(now_s) + num_prompt
         self._counted_at_s = now_s
 
+    def compare(self, estimate: Estimate, took_s: float, *, ended: bool) -> None:
+        """What became of a forecast; `ended` False: it would have taken longer."""
+        was_enough = ended and took_s <= estimate.last_token_s * self._caution / estimate.caution
+        change = (1.0 - IN_TIME) if was_enough else -IN_TIME
+        self._caution = min(max(self._caution - CAUTION_STEP * change, LEAST_CAUTION), MOST_CAUTION)
+
     def estimate(self, place: Place, stopping: StoppingParams, *, num_prompt: int, now_s: float) -> Estimate | None:
         """For a request that has entered the backlog; None: there is nothing to tell it from, or nobody else."""
-        times = self._steps
-        if self._backlog.requests < 2 or None in (
-            times.decode_s.value,
-            times.prompt_token_s.value,
-            self._all.tokens.value,
-        ):
+        cost = self._steps.cost()
+        if self._backlog.requests < 2 or cost is None or self._all.tokens.value is None:
             return None
-        decode_s, prompt_token_s = self._step_s
-        own, others = num_prompt, self._tokens_ahead(place)
+        decode_s = self._decode_s(cost)
         # Beside prompts everybody who decodes has a token in each step.
-        prompt_s = prompt_token_s + decode_s / self._max_num_batched_tokens
+        prompt_token_s = cost.prompt_token_s + decode_s / self._max_num_batched_tokens
         token_s = self._token_s(place.line, now_s)
         outputs = self._outputs(place.line.tenant, stopping)
-        first_s = max(self._row_wait_s(place.line, token_s), others * prompt_s) + own * prompt_s + decode_s
-        return Estimate(first_s, first_s + max(0.0, outputs - 1.0) * token_s)
+        wait_s = max(self._row_wait_s(place.line, token_s), self._tokens_ahead(place) * prompt_token_s)
+        first_s = wait_s + num_prompt * prompt_token_s + decode_s
+        last_s = first_s + max(0.0, outputs - 1.0) * token_s
+        return Estimate(self._caution * first_s, self._caution * last_s, self._caution)
 
     def retry_s(self, line: TenantBacklog, soonest_s: float, now_s: float) -> float:
         """When to come again, not before `soonest_s` from now. Each is told a time of its own, a turn after the last:
@@ -122,21 +157,23 @@ class Forecast:
         line.returns_at_s = max(now_s + soonest_s, line.returns_at_s + turn_s)
         return min(max(SHORTEST_RETRY_S, line.returns_at_s - now_s), LONGEST_RETRY_S)
 
-    @property
-    def _step_s(self) -> tuple[float, float]:
-        """Of one without prompts, and more for each token of a prompt."""
-        return self._steps.decode_s.value or 0.0, self._steps.prompt_token_s.value or 0.0
+    def _decode_s(self, cost: StepCost) -> float:
+        """Of a step without prompts, once all that are under way decode."""
+        return cost.step_s + min(self._backlog.requests, self._max_num_seqs) * cost.row_s
 
     def _recent(self, now_s: float) -> float:
         return self._recent_tokens * math.exp((self._counted_at_s - now_s) / RECENT_S)
 
     def _token_s(self, line: TenantBacklog, now_s: float) -> float:
         """Between two tokens of an answer, while prompts are taken on as lately."""
-        decode_s, prompt_token_s = self._step_s
-        for_prompts = min(self._recent(now_s) / RECENT_S * prompt_token_s, MOST_FOR_PROMPTS)
+        cost = self._steps.cost()
+        if cost is None:
+            return 0.0
+        decode_s = self._decode_s(cost)
+        for_prompts = min(self._recent(now_s) / RECENT_S * cost.prompt_token_s, MOST_FOR_PROMPTS)
         others = self._backlog.requests - line.requests
         share = SHARE_BESIDE_OTHERS if others >= CROWD * line.requests else 1.0
-        longest_s = decode_s + share * self._max_num_batched_tokens * prompt_token_s
+        longest_s = decode_s + share * self._max_num_batched_tokens * cost.prompt_token_s
         return min(decode_s / (1.0 - for_prompts), longest_s)
 
     def _row_s(self, line: TenantBacklog, token_s: float) -> float:
