@@ -113,7 +113,8 @@ class _Supervisor:
             await self._stand_in_for_child()
             code = await self._life()
             served_s = 0.0 if self._serving_since_s is None else time.monotonic() - self._serving_since_s
-            if self._asked_to_stop.is_set():
+            # Without a file to read again, SIGHUP is a terminal that is closed, and ends a server.
+            if self._asked_to_stop.is_set() or -code == signal.SIGHUP:
                 return 0 if -code in SIGNALS else _as_shown(code)  # it may not have been far enough to mind a signal
             if code == 0 or (code == self._hopeless and not self._has_served):
                 return code

@@ -250,8 +250,10 @@ class Run:
         self._arrivals()
         self.thread.start()
         assert self._ended.wait(WAIT_S), f"not all requests ended: {self.outputs}"
-        self.alive = self.thread._thread.is_alive()
+        self.alive, died = self.thread._thread.is_alive(), self.died
         self.thread.stop()
+        self.died = died  # a delivery that fails while it is being stopped has nobody to tell any more
+        executor_module.sample = host.sample
         return self
 
     def tokens(self, request_id: str) -> list[int]:

@@ -195,6 +195,13 @@ async def test_to_read_its_files_again_is_the_childs_as_well(tmp_path: Path) -> 
         assert await asyncio.wait_for(s.said.get(), PATIENCE_S) == "hup"
 
 
+async def test_a_child_that_knows_nothing_to_read_again_ends_with_its_terminal(tmp_path: Path) -> None:
+    async with supervised(tmp_path, lives=["serve-deaf"]) as s:
+        await s.serving()
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert await s.code() == 0
+
+
 async def test_a_signal_ends_it_while_there_is_no_child(tmp_path: Path) -> None:
     async with supervised(tmp_path, lives=["crash"], pause_s=3600.0) as s:
         await asyncio.wait_for(s.pauses.begun.wait(), PATIENCE_S)

@@ -40,7 +40,7 @@ def command(
     port: int, folder: Path, *, lives: Sequence[str] = ("serve",), tls: tuple[str, str, str] | None = None
 ) -> list[str]:
     """`lives`: one for each process, and the last is that of all further ones. Those that serve are "serve",
-    "serve-busily" and "stick" in a step; before that, one may "refuse" its settings or "crash".
+    "serve-deaf" to SIGHUP, "serve-busily" and "stick" in a step; before that, one may "refuse" its settings or "crash".
     """
     program = PROGRAM.format(path=sys.path, port=port, folder=str(folder), lives=tuple(lives), tls=tls)
     return [sys.executable, "-c", program]
@@ -70,5 +70,6 @@ async def _serve(config: ServerConfig, life: str) -> None:
         engine.busy_since_s = time.monotonic() if life == "stick" else None
         return engine
 
-    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, lambda: print("hup", flush=True))
+    if life != "serve-deaf":
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, lambda: print("hup", flush=True))
     await serve(config, start, on_serving=lambda _: print(f"serving {os.getpid()}", flush=True))
