@@ -106,7 +106,12 @@ class AsyncEngine:
             max_requests=config.max_num_seqs + config.max_queue,
             max_tokens=config.max_queue_tokens or TIMES_THE_CACHE * parts.info.num_pages * parts.info.page_size,
         )
-        self._forecast = Forecast(self._backlog, parts.engine.times, max_num_seqs=config.max_num_seqs)
+        self._forecast = Forecast(
+            self._backlog,
+            parts.engine.times,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+        )
         self._tokenizing = Tokenizing(parts.prompts)
         self._unsound: set[str] = set()  # versions whose last answer was no numbers
         self._thread = EngineThread(
@@ -317,11 +322,11 @@ class AsyncEngine:
 
     def _refuse_when_late(self, request: GenerationRequest, entry: _Entry, num_prompt: int) -> None:
         """Raises TooLateError if its deadline or the objective cannot be met, as far as can be told."""
-        estimate = self._forecast.estimate(entry.place, request.stopping, num_prompt=num_prompt)
+        now_s = time.monotonic()
+        estimate = self._forecast.estimate(entry.place, request.stopping, num_prompt=num_prompt, now_s=now_s)
         entry.estimate = estimate
         if estimate is None:
             return
-        now_s = time.monotonic()
         left_s = math.inf if request.timeout_s is None else entry.submitted_s + request.timeout_s - now_s
         objective_s = math.inf if self.first_token_s is None else self.first_token_s
         for what, expected_s, limit_s in (
@@ -428,6 +433,7 @@ class AsyncEngine:
         self._backlog.count(place, num_prompt)
         if not is_trial:
             self._refuse_when_late(request, entry, num_prompt)
+        self._forecast.take_on(num_prompt, time.monotonic())
 
     def _max_tokens(self, request: GenerationRequest, num_prompt: int) -> int:
         limit = self._parts.info.max_model_len

@@ -13,6 +13,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 CROWD = 4  # times as many requests
+# Of a step's token budget, for prompts of a crowd beside those who decode alone or nearly so: a longer step costs them
+# time.
+SHARE_BESIDE_OTHERS = 0.25
 MAX_IDLE = 4096  # tenants without a request whose counts are kept; the one that left first is forgotten
 
 

@@ -1,21 +1,28 @@
 """When a request would have its first token, and its last, if it came now. From what steps and requests took lately.
 
+A step takes so long for those that decode, and longer by every token of a prompt. So prompts that are taken on while a
+request decodes delay its tokens: those that wait already, and those that will come, which are thought to be as many as lately.
+
 Nothing is told before there is anything to tell it from. Who would be alone is always let in: where it is slower than
 the forecast, nothing else would ever show that.
 """
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
 from gralora_runtime.backlog import Backlog, Place, TenantBacklog
+from gralora_runtime.fairness import CROWD, SHARE_BESIDE_OTHERS
 from gralora_runtime.plan import StepPlan
 from gralora_runtime.request import StoppingParams
 
 LATELY = 0.1  # weight of the newest of a moving mean
 SHORTEST_RETRY_S, LONGEST_RETRY_S = 0.05, 30.0
 REMEMBERED = 1024  # tenants whose answers' lengths are
+RECENT_S = 2.0  # over which the prompts that were taken on are counted
+MOST_FOR_PROMPTS = 0.95  # of the time
 
 
 class Mean:
@@ -35,14 +42,11 @@ class StepTimes:
 
     def __init__(self) -> None:
         self.decode_s = Mean()  # of no prompts
-        self.step_s = Mean()  # of all in which somebody decodes: what it waits for its next token
         self.prompt_token_s = Mean()  # of a prompt's token, beside those that decode
 
     def observe(self, plan: StepPlan, seconds: float) -> None:
         """A step was computed."""
         tokens = plan.num_tokens - plan.num_decode_rows
-        if plan.num_decode_rows:
-            self.step_s.add(seconds)
         if not tokens:
             self.decode_s.add(seconds)
             return
@@ -70,10 +74,13 @@ class _Lengths:
 class Forecast:
     """Reads the backlog, and learns from requests. Lives on the event loop's thread."""
 
-    def __init__(self, backlog: Backlog, steps: StepTimes, *, max_num_seqs: int) -> None:
+    def __init__(self, backlog: Backlog, steps: StepTimes, *, max_num_seqs: int, max_num_batched_tokens: int) -> None:
         self._backlog = backlog
         self._steps = steps
         self._max_num_seqs = max_num_seqs
+        self._max_num_batched_tokens = max_num_batched_tokens
+        self._recent_tokens = 0.0  # of prompts that were taken on, each by how recently
+        self._counted_at_s = 0.0
         self._all = _Lengths()
         self._of_tenants: OrderedDict[str, _Lengths] = OrderedDict()  # the last to be used last
 
@@ -84,33 +91,57 @@ class Forecast:
                 if whole or value > (mean.value or 0.0):
                     mean.add(value)
 
-    def estimate(self, place: Place, stopping: StoppingParams, *, num_prompt: int) -> Estimate | None:
+    def take_on(self, num_prompt: int, now_s: float) -> None:
+        """A request with so many tokens was let in."""
+        self._recent_tokens = self._recent(now_s) + num_prompt
+        self._counted_at_s = now_s
+
+    def estimate(self, place: Place, stopping: StoppingParams, *, num_prompt: int, now_s: float) -> Estimate | None:
         """For a request that has entered the backlog; None: there is nothing to tell it from, or nobody else."""
-        decode_s, prompt_token_s = self._steps.decode_s.value, self._steps.prompt_token_s.value
-        if self._backlog.requests < 2 or decode_s is None or prompt_token_s is None or self._all.tokens.value is None:
+        times = self._steps
+        if self._backlog.requests < 2 or None in (
+            times.decode_s.value,
+            times.prompt_token_s.value,
+            self._all.tokens.value,
+        ):
             return None
-        first_s = self._ahead_s(place, prompt_token_s) + num_prompt * prompt_token_s + decode_s
-        # What others' prompts cost those that decode shows where somebody waits; where nobody does, it is past.
-        token_s = self._token_s if self._backlog.waiting > 1 else decode_s
+        decode_s, prompt_token_s = self._step_s
+        own, others = num_prompt, self._tokens_ahead(place)
+        # Beside prompts everybody who decodes has a token in each step.
+        prompt_s = prompt_token_s + decode_s / self._max_num_batched_tokens
+        token_s = self._token_s(place.line, now_s)
         outputs = self._outputs(place.line.tenant, stopping)
+        first_s = max(self._row_wait_s(place.line, token_s), others * prompt_s) + own * prompt_s + decode_s
         return Estimate(first_s, first_s + max(0.0, outputs - 1.0) * token_s)
 
     def retry_s(self, line: TenantBacklog, soonest_s: float, now_s: float) -> float:
         """When to come again, not before `soonest_s` from now. Each is told a time of its own, a turn after the last:
         if all came at once, all but one would come in vain.
         """
-        turn_s = self._row_s(line.tenant) / max(1.0, self._rows(line))
+        turn_s = self._row_s(line, self._token_s(line, now_s)) / max(1.0, self._rows(line))
         line.returns_at_s = max(now_s + soonest_s, line.returns_at_s + turn_s)
         return min(max(SHORTEST_RETRY_S, line.returns_at_s - now_s), LONGEST_RETRY_S)
 
     @property
-    def _token_s(self) -> float:
-        return max(self._steps.decode_s.value or 0.0, self._steps.step_s.value or 0.0)
+    def _step_s(self) -> tuple[float, float]:
+        """Of one without prompts, and more for each token of a prompt."""
+        return self._steps.decode_s.value or 0.0, self._steps.prompt_token_s.value or 0.0
 
-    def _row_s(self, tenant: str) -> float:
+    def _recent(self, now_s: float) -> float:
+        return self._recent_tokens * math.exp((self._counted_at_s - now_s) / RECENT_S)
+
+    def _token_s(self, line: TenantBacklog, now_s: float) -> float:
+        """Between two tokens of an answer, while prompts are taken on as lately."""
+        decode_s, prompt_token_s = self._step_s
+        for_prompts = min(self._recent(now_s) / RECENT_S * prompt_token_s, MOST_FOR_PROMPTS)
+        others = self._backlog.requests - line.requests
+        share = SHARE_BESIDE_OTHERS if others >= CROWD * line.requests else 1.0
+        longest_s = decode_s + share * self._max_num_batched_tokens * prompt_token_s
+        return min(decode_s / (1.0 - for_prompts), longest_s)
+
+    def _row_s(self, line: TenantBacklog, token_s: float) -> float:
         """Between a request's first token and its last."""
-        outputs = self._lengths(tenant).tokens.value or self._all.tokens.value or 1.0
-        return outputs * self._token_s
+        return (self._lengths(line.tenant).tokens.value or self._all.tokens.value or 1.0) * token_s
 
     def _outputs(self, tenant: str, stopping: StoppingParams) -> float:
         """How many tokens an answer will have: of its tenant's, or else of all, and never more than it may."""
@@ -137,11 +168,11 @@ class Forecast:
         weights = self._backlog.weight + (0.0 if line.requests else line.weight)
         return max(self._max_num_seqs * line.weight / weights, float(self._max_num_seqs - others))
 
-    def _ahead_s(self, place: Place, prompt_token_s: float) -> float:
-        """Until it is this request's turn."""
-        line = place.line
+    def _row_wait_s(self, line: TenantBacklog, token_s: float) -> float:
         rows = self._rows(line)
-        row_s = max(0.0, line.requests - rows) * self._row_s(line.tenant) / rows
-        # Prompts of other tenants come in turn with its own, a token for a token.
-        own, all_tokens = line.waiting_tokens - place.tokens, self._backlog.waiting_tokens - place.tokens
-        return max(row_s, min(2 * own, all_tokens) * prompt_token_s)
+        return max(0.0, line.requests - rows) * self._row_s(line, token_s) / rows
+
+    def _tokens_ahead(self, place: Place) -> int:
+        """Of prompts: its tenant's, and as many of others, which come in turn with them."""
+        own = place.line.waiting_tokens - place.tokens
+        return min(2 * own, self._backlog.waiting_tokens - place.tokens)

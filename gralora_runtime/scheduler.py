@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from gralora_runtime.adapters.residency.lease import AdapterLease
 from gralora_runtime.errors import DeadlineExceededError, GraloraError, NumericalError, RequestCancelledError
 from gralora_runtime.failure import contained, request_failed, step_failed
-from gralora_runtime.fairness import CPU_PRICES, Account, Ledger, Prices
+from gralora_runtime.fairness import CPU_PRICES, SHARE_BESIDE_OTHERS, Account, Ledger, Prices
 from gralora_runtime.pages import PagePool, page_key
 from gralora_runtime.plan import UNKNOWN, RowPlan, StepPlan
 from gralora_runtime.preemption import giver_among, giver_of_row, givers_of_pages
@@ -29,10 +29,6 @@ from gralora_runtime.request import Delta, FinishReason
 from gralora_runtime.sampling.outcome import RowFailure, Sampled, SamplingFailure
 from gralora_runtime.sequence import Sequence, SequenceStatus
 from gralora_runtime.waiting import FairQueue
-
-# Of a step's token budget, for prompts of a crowd beside those who decode alone or nearly so: a longer step costs them
-# time.
-SHARE_BESIDE_OTHERS = 0.25
 
 
 @dataclass(frozen=True, slots=True)

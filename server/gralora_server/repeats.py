@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -29,16 +30,17 @@ LETTING_GO_S = (0.01, 0.03, 0.1, 0.3, 1.0)
 
 
 class Answer(Protocol):
-    """A `RequestStream`, or somebody's reading of one."""
+    """What a request is answered with, or somebody's reading of that."""
 
-    request_id: str
     served_by: str
 
     def __aiter__(self) -> AsyncIterator[Delta]: ...
     async def __anext__(self) -> Delta: ...
     def hold(self) -> None: ...
     def go_on(self) -> None: ...
-    async def aclose(self) -> None: ...
+
+
+Run = Callable[[], AbstractAsyncContextManager[Answer]]  # of a request, from its submission until it is left
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +66,7 @@ class _Record:
 
     asked: Asked
     settled: asyncio.Event = field(default_factory=asyncio.Event)  # the engine has taken it, or not
+    running: AbstractAsyncContextManager[Answer] | None = None  # until it has ended
     stream: Answer | None = None
     deltas: list[Delta] = field(default_factory=list)
     num_bytes: int = 0
@@ -78,6 +81,14 @@ class _Record:
     def ended(self) -> bool:
         return self.finished or self.error is not None
 
+    async def end(self) -> None:
+        """Leave the engine, with the error that ended it if one did."""
+        running, self.running = self.running, None
+        if running is not None:
+            error = self.error
+            with suppress(GraloraError):  # which its readers are told
+                await running.__aexit__(type(error) if error else None, error, error.__traceback__ if error else None)
+
 
 class Repeats:
     """The answers that can be had again. All of it belongs to the event loop."""
@@ -87,12 +98,22 @@ class Repeats:
         self._records: dict[Asked, _Record] = {}  # in order of arrival
         self._num_bytes = 0
 
-    async def open(self, asked: Asked | None, start: Callable[[], Awaitable[Answer]]) -> Answer:
-        """The answer, which `start` makes the engine begin. Raises what `start` does, and `InvalidRequestError` for
-        another request under the id of one that runs.
+    @asynccontextmanager
+    async def answer(self, asked: Asked | None, run: Run) -> AsyncIterator[Answer]:
+        """What `run` answers, or did. Raises what it does, and `InvalidRequestError` for another request under
+        the id of one that runs.
         """
         if asked is None:
-            return await start()
+            async with run() as stream:
+                yield stream
+            return
+        reading = await self._open(asked, run)
+        try:
+            yield reading
+        finally:
+            await reading.leave()
+
+    async def _open(self, asked: Asked, run: Run) -> _Reading:
         while (record := self._records.get(asked)) is not None and not record.left:
             if record.asked.digest != asked.digest:
                 if record.finished:
@@ -101,13 +122,14 @@ class Repeats:
             await record.settled.wait()
             if self._records.get(asked) is record and not record.left:
                 return _Reading(self, record)
-        return await self._begin(asked, start, follows=record is not None and record.left)
+        return await self._begin(asked, run, follows=record is not None and record.left)
 
-    async def _begin(self, asked: Asked, start: Callable[[], Awaitable[Answer]], *, follows: bool) -> Answer:
-        self.forget(asked)
+    async def _begin(self, asked: Asked, run: Run, *, follows: bool) -> _Reading:
+        if asked in self._records:
+            self._drop(self._records[asked])
         record = self._records[asked] = _Record(asked)
         try:
-            record.stream = await (_once_let_go(start) if follows else start())
+            record.running, record.stream = await _begun(run, LETTING_GO_S if follows else ())
             return _Reading(self, record)
         except BaseException:
             self._drop(record)
@@ -140,10 +162,6 @@ class Repeats:
         record.left = True
         asyncio.get_running_loop().call_later(sum(LETTING_GO_S), self._drop, record)
 
-    def forget(self, asked: Asked) -> None:
-        if asked in self._records:
-            self._drop(self._records[asked])
-
     def _drop(self, record: _Record) -> None:
         if record.kept and self._records.get(record.asked) is record:
             del self._records[record.asked]
@@ -156,16 +174,13 @@ class _Reading:
 
     def __init__(self, repeats: Repeats, record: _Record) -> None:
         assert record.stream is not None
-        self.request_id = record.stream.request_id
         self.served_by = record.stream.served_by
         self._repeats = repeats
         self._record = record
         self._stream = record.stream
         self._at = 0
-        self._is_open = True
         record.num_readers += 1
-        if record.num_readers > 1:
-            self._stream.go_on()  # who held it does not read, but this one does
+        self.go_on()  # whoever held it was alone, and is not any more
 
     def __aiter__(self) -> AsyncIterator[Delta]:
         return self
@@ -188,22 +203,21 @@ class _Reading:
         return new
 
     def hold(self) -> None:
-        """See `RequestStream`. Others that read go on."""
+        """This client takes nothing. While others do, the request goes on."""
         if self._record.num_readers == 1:
             self._stream.hold()
 
     def go_on(self) -> None:
         self._stream.go_on()
 
-    async def aclose(self) -> None:
-        """Leave. The last one to do so ends the request, if it has not ended."""
-        if not self._is_open:
-            return
-        self._is_open = False
+    async def leave(self) -> None:
+        """The last one to do so ends the request, if it has not ended."""
         self._record.num_readers -= 1
-        if self._record.num_readers == 0 and not self._record.ended:
+        if self._record.num_readers:
+            self.go_on()
+        elif not self._record.ended:
             self._repeats.abandoned(self._record)
-            await self._stream.aclose()
+            await self._record.end()
 
     async def _fetch(self) -> None:
         """A reader that is cancelled here has taken nothing: the next one fetches it."""
@@ -213,23 +227,28 @@ class _Reading:
         except GraloraError as error:
             record.error = error
             self._repeats.over(record)
+            await record.end()
             return
         record.deltas.append(delta)
         record.finished = delta.finished is not None
         self._repeats.grown(record, delta)
         if record.finished:
             self._repeats.over(record)
+            await record.end()
 
 
-async def _once_let_go(start: Callable[[], Awaitable[Answer]]) -> Answer:
-    for pause_s in LETTING_GO_S:
+async def _begun(run: Run, pauses_s: Sequence[float]) -> tuple[AbstractAsyncContextManager[Answer], Answer]:
+    """Tried again after each pause while the id is in use."""
+    for pause_s in pauses_s:
+        running = run()
         try:
-            return await start()
+            return running, await running.__aenter__()
         except InvalidRequestError as error:
             if error.field != "request_id":
                 raise
         await asyncio.sleep(pause_s)
-    return await start()
+    running = run()
+    return running, await running.__aenter__()
 
 
 def _size_of(delta: Delta) -> int:

@@ -101,19 +101,23 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
             request.request_id = request.request_id or uuid.uuid4().hex
             timeout_s = effective_timeout_s(request.request_id, context.time_remaining(), self._max_request_s)
             wanted = self._rights.owned(convert.from_generate_request(request, timeout_s=timeout_s))
-            stream = await self._repeats.open(asked, partial(self._submit, engine, request, wanted))
-            request.adapter = stream.served_by  # for the log line: a name does not say which content served
-            try:
-                yield stream
-            finally:
-                await stream.aclose()
+            async with self._repeats.answer(asked, partial(self._run, engine, request, wanted)) as answer:
+                request.adapter = answer.served_by  # for the log line: a name does not say which content served
+                yield answer
 
-    async def _submit(
+    @asynccontextmanager
+    async def _run(
         self, engine: Engine, request: validation.AnyGenerateRequest, wanted: GenerationRequest
-    ) -> MeteredStream:
-        """Paid for once, however often it is asked for."""
-        async with suggesting(engine.adapters, self._rights.sees()):
-            return await self._metering.serve(current(), request, partial(engine.submit, wanted))
+    ) -> AsyncIterator[MeteredStream]:
+        """The request in the engine, on its tenant's account."""
+        with self._metering.admit(current(), request) as meter:
+            async with suggesting(engine.adapters, self._rights.sees()):
+                stream = await engine.submit(wanted)
+            metered = meter.take_on(stream)
+            try:
+                yield metered
+            finally:
+                await metered.aclose()
 
 
 class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):

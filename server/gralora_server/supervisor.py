@@ -19,6 +19,7 @@ from gralora_runtime.errors import ConfigError
 from gralora_server.config import ServerConfig
 from gralora_server.errors import RestartingError, StartingError
 from gralora_server.service import GrpcServer
+from gralora_server.settings.reloader import Reloader
 
 FIRST_PAUSE_S = 1.0
 LONGEST_PAUSE_S = 60.0
@@ -46,20 +47,29 @@ async def supervise(
     config: ServerConfig,
     command: Callable[[int], Sequence[str]],
     *,
+    settings: Callable[[], Reloader | None],
     say: Callable[[str], None],
     hopeless: int,
     backoff: Backoff | None = None,
 ) -> int:
     """Until SIGTERM or SIGINT, which the child gets. Returns the exit code of the last child.
 
-    `command` is told the port, and starts a server that prints a line when it serves; each goes to `say`. `hopeless` is
-    the exit code of one whose settings cannot work: before any has served, that is the end.
+    `command` is told the port, and starts a server that prints a line when it serves; each goes to `say`. `settings`
+    says who may call it. `hopeless` is the exit code of one whose settings cannot work: before any has served, that is
+    the end.
 
     Raises `ConfigError` if the port is in use.
     """
     with _reserved(config) as port:
         shared = replace(config, port=port, supervised=True, metrics=None)
-        supervisor = _Supervisor(shared, command(port), say, hopeless, backoff or Backoff())
+        supervisor = _Supervisor(
+            shared,
+            command=command(port),
+            settings=settings,
+            say=say,
+            hopeless=hopeless,
+            backoff=backoff or Backoff(),
+        )
         return await supervisor.run()
 
 
@@ -88,10 +98,18 @@ def _reserved(config: ServerConfig) -> Iterator[int]:
 
 class _Supervisor:
     def __init__(
-        self, config: ServerConfig, command: Sequence[str], say: Callable[[str], None], hopeless: int, backoff: Backoff
+        self,
+        config: ServerConfig,
+        *,
+        command: Sequence[str],
+        settings: Callable[[], Reloader | None],
+        say: Callable[[str], None],
+        hopeless: int,
+        backoff: Backoff,
     ) -> None:
         self._config = config
         self._command = command
+        self._settings = settings
         self._say = say
         self._hopeless = hopeless
         self._backoff = backoff
@@ -157,8 +175,9 @@ class _Supervisor:
     async def _stand_in_for_child(self) -> None:
         if self._stand_in is not None:
             return
-        stand_in = GrpcServer(self._config, absent=RestartingError if self._has_served else StartingError)
+        absent = RestartingError if self._has_served else StartingError
         try:
+            stand_in = GrpcServer(self._config, self._settings(), absent)
             await stand_in.start()
         except ConfigError:
             if not self._has_served:

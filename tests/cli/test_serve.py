@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -67,9 +68,10 @@ def test_every_option_reaches_its_configuration(configured, tmp_path: Path) -> N
         "--cuda-graphs": "4,2,4", "--pipeline": "on",
         "--max-request-s": "31", "--grace-s": "37", "--metrics-address": "[::1]:41", "--metrics-max-adapters": "43",
         "--upload-bytes": "5k", "--load-share": "0.5", "--max-message-bytes": "6k", "--write-timeout-s": "47",
-        "--max-connection-age-s": "53", "--step-timeout-s": "61", "--log-level": "debug", "--first-token-s": "0.5",
+        "--max-connection-age-s": "53", "--log-level": "debug", "--first-token-s": "0.5",
+        "--step-timeout-s": "61",
     }  # fmt: skip
-    switches = {"--prefix-cache", "--batch-invariant", "--allow-archives", "--reflection"}
+    switches = {"--prefix-cache", "--batch-invariant", "--allow-archives", "--reflection", "--supervise"}
     assert options.keys() | switches == {setting.option for setting in SETTINGS}
     words = [word for pair in options.items() for word in pair] + ["--adapters", "/b"]
     assert (
@@ -92,8 +94,8 @@ def test_every_option_reaches_its_configuration(configured, tmp_path: Path) -> N
         drain_grace_s=37.0,
         max_message_bytes=6144,
         write_timeout_s=47.0,
-        max_connection_age_s=53.0,
         step_timeout_s=61.0,
+        max_connection_age_s=53.0,
     )
     assert engine == EngineConfig(
         model=Path("/m"),
@@ -142,8 +144,10 @@ def test_supervised_it_is_the_same_command_in_a_child_with_the_port_that_the_par
 ) -> None:
     commands: list[list[str]] = []
 
-    async def supervise(config: ServerConfig, command: Callable[[int], list[str]], *, say, hopeless: int) -> int:
+    async def supervise(config: ServerConfig, command: Callable[[int], list[str]], **told: Any) -> int:
         commands.append(command(7))
+        assert told["hopeless"] == ExitCode.USAGE
+        assert told["settings"]().settings.server.supervise
         return 3
 
     monkeypatch.setattr(supervisor, "supervise", supervise)

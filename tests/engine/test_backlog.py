@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from gralora_runtime.adapters.residency.lease import BASE_LEASE
 from gralora_runtime.backlog import Backlog, Place
-from gralora_runtime.forecast import LATELY, LONGEST_RETRY_S, REMEMBERED, Forecast, StepTimes
+from gralora_runtime.forecast import LONGEST_RETRY_S, RECENT_S, REMEMBERED, Forecast, StepTimes
 from gralora_runtime.plan import AdapterUse, RowPlan, StepPlan
 from gralora_runtime.request import GenerationRequest, Prompt, StoppingParams
 
@@ -110,8 +110,7 @@ def foretelling(*, rows: int = 4) -> tuple[Backlog, Forecast]:
     backlog, steps = Backlog(max_requests=10_000, max_tokens=1 << 20), StepTimes()
     steps.observe(step(0, 4), 0.1)
     steps.observe(step(50, 4), 0.6)
-    steps.step_s.value = 0.2
-    forecast = Forecast(backlog, steps, max_num_seqs=rows)
+    forecast = Forecast(backlog, steps, max_num_seqs=rows, max_num_batched_tokens=100)
     forecast.learn("somebody", num_output=10, max_tokens=20, whole=True)
     return backlog, forecast
 
@@ -125,6 +124,7 @@ def wait(backlog: Backlog, tenant: str, count: int, tokens: int = 0, *, running:
     return places
 
 
+PROMPT_TOKEN_S = 0.01 + 0.1 / 100  # its own part of a step, and its part of what each step takes
 ANY, EXACTLY_6 = StoppingParams(), StoppingParams(max_tokens=6, ignore_eos=True)
 
 
@@ -134,30 +134,29 @@ def test_steps_tell_what_decoding_and_prompts_take() -> None:
     steps.observe(step(50, 4), 0.6)
 
     assert steps.decode_s.value == 0.1
-    assert steps.step_s.value == pytest.approx(0.1 + LATELY * 0.5)
     assert steps.prompt_token_s.value == pytest.approx(0.01)
 
 
 def test_nothing_is_foretold_of_who_is_alone_or_before_anything_was_seen() -> None:
     backlog, forecast = foretelling()
     (alone,) = wait(backlog, "a", 1)
-    unknown = Forecast(backlog, StepTimes(), max_num_seqs=4)
+    unknown = Forecast(backlog, StepTimes(), max_num_seqs=4, max_num_batched_tokens=100)
 
-    assert forecast.estimate(alone, ANY, num_prompt=10) is None
+    assert forecast.estimate(alone, ANY, num_prompt=10, now_s=0.0) is None
     wait(backlog, "b", 1)
-    assert forecast.estimate(alone, ANY, num_prompt=10) is not None
-    assert unknown.estimate(alone, ANY, num_prompt=10) is None
+    assert forecast.estimate(alone, ANY, num_prompt=10, now_s=0.0) is not None
+    assert unknown.estimate(alone, ANY, num_prompt=10, now_s=0.0) is None
 
 
 def test_where_there_are_rows_only_the_prompt_takes_time() -> None:
     backlog, forecast = foretelling()
     wait(backlog, "a", 3, running=True)
     (place,) = wait(backlog, "a", 1)
-    estimate = forecast.estimate(place, EXACTLY_6, num_prompt=20)
+    estimate = forecast.estimate(place, EXACTLY_6, num_prompt=20, now_s=0.0)
 
     assert estimate is not None
-    assert estimate.first_token_s == pytest.approx(20 * 0.01 + 0.1)
-    assert estimate.last_token_s == pytest.approx(20 * 0.01 + 0.1 + 5 * 0.1)
+    assert estimate.first_token_s == pytest.approx(20 * PROMPT_TOKEN_S + 0.1)
+    assert estimate.last_token_s == pytest.approx(20 * PROMPT_TOKEN_S + 0.1 + 5 * 0.1)
 
 
 def test_whose_rows_are_taken_waits_for_as_many_to_end() -> None:
@@ -165,11 +164,11 @@ def test_whose_rows_are_taken_waits_for_as_many_to_end() -> None:
     wait(backlog, "a", 4, running=True)
     wait(backlog, "a", 7)
     (place,) = wait(backlog, "a", 1)
-    estimate = forecast.estimate(place, ANY, num_prompt=20)
+    estimate = forecast.estimate(place, ANY, num_prompt=20, now_s=0.0)
 
     assert estimate is not None
-    assert estimate.first_token_s == pytest.approx(8 * (10 * 0.2) / 4 + 20 * 0.01 + 0.1)
-    assert estimate.last_token_s == pytest.approx(estimate.first_token_s + 9 * 0.2)
+    assert estimate.first_token_s == pytest.approx(8 * (10 * 0.1) / 4 + 20 * PROMPT_TOKEN_S + 0.1)
+    assert estimate.last_token_s == pytest.approx(estimate.first_token_s + 9 * 0.1)
 
 
 def test_another_tenants_flood_delays_nobody_by_more_than_a_share() -> None:
@@ -177,27 +176,27 @@ def test_another_tenants_flood_delays_nobody_by_more_than_a_share() -> None:
     wait(backlog, "flood", 4, running=True)
     wait(backlog, "flood", 100, 30)
     (place,) = wait(backlog, "light", 1)
-    estimate = forecast.estimate(place, ANY, num_prompt=20)
+    estimate = forecast.estimate(place, ANY, num_prompt=20, now_s=0.0)
 
     assert estimate is not None
-    assert estimate.first_token_s == pytest.approx(20 * 0.01 + 0.1)
+    assert estimate.first_token_s == pytest.approx(20 * PROMPT_TOKEN_S + 0.1)
 
 
 def test_prompts_before_ones_own_take_time() -> None:
     backlog, forecast = foretelling(rows=100)
     wait(backlog, "a", 2, 50)
     (place,) = wait(backlog, "a", 1, 20)
-    estimate = forecast.estimate(place, StoppingParams(max_tokens=1), num_prompt=20)
+    estimate = forecast.estimate(place, StoppingParams(max_tokens=1), num_prompt=20, now_s=0.0)
 
     assert estimate is not None
-    assert estimate.first_token_s == pytest.approx(100 * 0.01 + 20 * 0.01 + 0.1)
+    assert estimate.first_token_s == pytest.approx(100 * PROMPT_TOKEN_S + 20 * PROMPT_TOKEN_S + 0.1)
     assert estimate.last_token_s == estimate.first_token_s
 
 
 def outputs_of(forecast: Forecast, backlog: Backlog, tenant: str, stopping: StoppingParams) -> float:
     """How many tokens an answer is thought to have."""
     (place,) = wait(backlog, tenant, 1)
-    estimate = forecast.estimate(place, stopping, num_prompt=0)
+    estimate = forecast.estimate(place, stopping, num_prompt=0, now_s=0.0)
     backlog.leave(place)
     assert estimate is not None
     return 1 + (estimate.last_token_s - estimate.first_token_s) / 0.1
@@ -231,15 +230,38 @@ def test_who_ran_out_of_time_might_have_had_more() -> None:
     assert outputs_of(forecast, backlog, "a", ANY) > 75
 
 
+def test_prompts_that_are_taken_on_delay_the_answers_of_those_that_decode() -> None:
+    backlog, forecast = foretelling()
+    (_, place) = wait(backlog, "a", 2)
+
+    def between_tokens_s(now_s: float) -> float:
+        estimate = forecast.estimate(place, EXACTLY_6, num_prompt=0, now_s=now_s)
+        assert estimate is not None
+        return (estimate.last_token_s - estimate.first_token_s) / 5
+
+    quiet_s = between_tokens_s(0.0)
+    forecast.take_on(100, 0.0)  # half of two seconds
+    busy_s = between_tokens_s(0.0)
+    forecast.take_on(10_000, 0.0)
+    full_s = between_tokens_s(0.0)
+    wait(backlog, "flood", 8)
+    beside_crowd_s = between_tokens_s(0.0)
+
+    assert (quiet_s, busy_s) == pytest.approx((0.1, 0.2))
+    assert full_s == pytest.approx(0.1 + 100 * 0.01)  # no step is longer
+    assert beside_crowd_s == pytest.approx(0.1 + 25 * 0.01)
+    assert between_tokens_s(20 * RECENT_S) == pytest.approx(quiet_s)
+
+
 def test_those_who_are_told_to_come_again_come_one_after_the_other() -> None:
     backlog, forecast = foretelling()
     places = wait(backlog, "a", 8)
     line = places[0].line
     told = [forecast.retry_s(line, 1.0, 100.0) for _ in range(5)]
 
-    assert told == pytest.approx([1.0, 1.5, 2.0, 2.5, 3.0])  # a row is free every 10 * 0.2 / 4 s
-    assert forecast.retry_s(line, 0.0, 103.5) == pytest.approx(0.05)
-    assert max(forecast.retry_s(line, 0.0, 103.5) for _ in range(1000)) == LONGEST_RETRY_S
+    assert told == pytest.approx([1.0, 1.25, 1.5, 1.75, 2.0])  # a row is free every 10 * 0.1 / 4 s
+    assert forecast.retry_s(line, 0.0, 102.25) == pytest.approx(0.05)
+    assert max(forecast.retry_s(line, 0.0, 102.25) for _ in range(1000)) == LONGEST_RETRY_S
 
 
 def test_the_lengths_of_few_tenants_are_remembered() -> None:

@@ -39,7 +39,7 @@ async def test_every_one_of_many_streams_at_once_is_served_or_refused_with_a_sta
     """gRPC itself once ended some of them as CANCELLED, before anything of ours had seen them."""
     engine = SmallEngine()
     engine.script = [token(1), finished(output_tokens=1)]
-    async with served(engine) as s:
+    async with served(engine=engine) as s:
         calls = [s.client.generation.StreamGenerate(ask(f"r{index}")) for index in range(NUM_STREAMS)]
         outcomes = Counter(await asyncio.gather(*map(outcome, calls)))
 

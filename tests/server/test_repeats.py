@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
 from support.fake_engine import FakeEngine, finished, token
 from support.grpc_harness import Client, Served, ask, ask_once, failure, read_all, served
 
-from gralora_runtime.errors import QueueFullError, StepFailedError
+from gralora_runtime.errors import GraloraError, QueueFullError, StepFailedError
 from gralora_runtime.request import Delta, FinishReason, GenerationRequest, TokenLogprob
 from gralora_runtime.stream import RequestStream
 from gralora_server import repeats
@@ -98,7 +99,7 @@ async def test_while_somebody_reads_it_goes_on_when_the_first_one_leaves() -> No
 
 async def test_when_all_have_left_it_ends_and_sent_again_it_runs_anew() -> None:
     """The engine lets go of a request at its next step, and would call the id in use until then."""
-    async with served(LettingGoEngine()) as s:
+    async with served(engine=LettingGoEngine()) as s:
         call = s.client.generation.StreamGenerate(ask())
         await call.read()
         call.cancel()
@@ -160,45 +161,100 @@ def asked(request_id: str = "r1", digest: bytes = b"d", tenant: str = "") -> Ask
     return Asked(tenant, request_id, digest)
 
 
-def starting(deltas: list[Delta], started_ids: list[str], request_id: str = "r1") -> Callable[[], Any]:
-    async def start() -> RequestStream:
-        started_ids.append(request_id)
-        stream = RequestStream(request_id, lambda _: None)
-        for delta in deltas:
-            stream.put(delta)
-        return stream
+class Runs:
+    """Of requests that answer so. Each is left once, with the error that ended it."""
 
-    return start
+    def __init__(self, deltas: list[Delta] = ANSWER) -> None:
+        self.deltas = deltas
+        self.begun: list[str] = []
+        self.ends: list[BaseException | None] = []
+        self.streams: list[RequestStream] = []
+        self.holds: list[bool] = []
 
+    def of(self, request_id: str = "r1") -> Callable[[], Any]:
+        @asynccontextmanager
+        async def run() -> AsyncIterator[RequestStream]:
+            self.begun.append(request_id)
+            stream = RequestStream(request_id, lambda _: None, lambda _, held: self.holds.append(held))
+            self.streams.append(stream)
+            for delta in self.deltas:
+                stream.put(delta)
+            try:
+                yield stream
+            except GraloraError as error:
+                self.ends.append(error)
+                raise
+            else:
+                self.ends.append(None)
+            finally:
+                await stream.aclose()
 
-async def use(kept: Repeats, request_id: str, deltas: list[Delta], runs: list[str]) -> list[int]:
-    reading = await kept.open(asked(request_id), starting(deltas, runs, request_id))
-    found = [token_id async for delta in reading for token_id in delta.token_ids]
-    await reading.aclose()
-    return found
+        return run
+
+    async def use(self, kept: Repeats, request_id: str = "r1") -> list[int]:
+        async with kept.answer(asked(request_id), self.of(request_id)) as reading:
+            return [token_id async for delta in reading for token_id in delta.token_ids]
 
 
 async def test_after_the_window_it_runs_again() -> None:
-    kept, runs = Repeats(window_s=0.0), list[str]()
-    await use(kept, "r1", ANSWER, runs)
+    kept, runs = Repeats(window_s=0.0), Runs()
+    await runs.use(kept)
     while kept._records:  # noqa: ASYNC110  # a timer of its own
         await asyncio.sleep(0)
-    await use(kept, "r1", ANSWER, runs)
+    await runs.use(kept)
 
-    assert runs == ["r1", "r1"]
+    assert runs.begun == ["r1", "r1"]
+
+
+async def test_a_run_is_left_at_its_end_whoever_reads_on() -> None:
+    """A tenant's account has it until then."""
+    kept, runs = Repeats(), Runs()
+    async with kept.answer(asked(), runs.of()) as first, kept.answer(asked(), runs.of()) as second:
+        await anext(first)
+        assert runs.ends == [None]
+        assert (await anext(second)).finished is not None
+    assert await runs.use(kept) == TOKENS
+
+    assert runs.begun == ["r1"]
+    assert runs.ends == [None]
+
+
+async def test_a_run_is_left_with_the_error_that_ended_it_and_all_its_readers_hear_of_it() -> None:
+    kept, runs, error = Repeats(), Runs([]), StepFailedError("e")
+    async with kept.answer(asked(), runs.of()) as first, kept.answer(asked(), runs.of()) as second:
+        runs.streams[0].fail(error)
+        for reading in (first, second):
+            with pytest.raises(StepFailedError):
+                await anext(reading)
+
+    assert runs.ends == [error]
+    assert kept._records == {}
+
+
+async def test_a_client_that_is_slow_holds_a_request_only_while_it_is_alone() -> None:
+    kept, runs = Repeats(), Runs([])
+    async with kept.answer(asked(), runs.of()) as first:
+        first.hold()
+        assert runs.holds == [True]
+        async with kept.answer(asked(), runs.of()) as second:
+            assert runs.holds == [True, False]
+            second.hold()
+        assert runs.holds == [True, False]
+        first.hold()
+
+    assert runs.holds == [True, False, True]
 
 
 async def test_an_answer_that_is_too_long_is_not_kept_but_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(repeats, "MAX_ANSWER_BYTES", 1000)
-    kept, runs = Repeats(), list[str]()
+    kept, runs = Repeats(), Runs([])
     long = [*(Delta(token_ids=(number,), logprobs=(TokenLogprob(number, -1.0),)) for number in range(50)), finished()]
-    reading = await kept.open(asked(), starting([], runs))
     found: list[int] = []
-    for delta in long:
-        reading._stream.put(delta)
-        found += (await anext(reading)).token_ids
-        assert len(reading._record.deltas) <= 4
-    await reading.aclose()
+    async with kept.answer(asked(), runs.of()) as reading:
+        for delta in long:
+            runs.streams[0].put(delta)
+            found += (await anext(reading)).token_ids
+            assert len(reading._record.deltas) <= 4
 
     assert found == list(range(50))
     assert (kept._records, kept._num_bytes) == ({}, 0)
@@ -209,49 +265,51 @@ async def test_only_so_many_answers_are_kept_and_the_oldest_go(
     limit: str, value: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(repeats, limit, value)
-    kept, runs = Repeats(), list[str]()
+    kept, runs = Repeats(), Runs([])
     for number in range(5):
-        deltas = [Delta(text="tttt", token_ids=(number,)) for _ in range(3)]
-        stream: Any = await kept.open(asked(f"r{number}"), starting([], runs, f"r{number}"))
-        for delta in [*deltas, finished()]:
-            stream._stream.put(delta)
-            await anext(stream)
+        async with kept.answer(asked(f"r{number}"), runs.of(f"r{number}")) as reading:
+            for delta in [*(Delta(text="tttt", token_ids=(number,)) for _ in range(3)), finished()]:
+                runs.streams[-1].put(delta)
+                await anext(reading)
     assert [key.request_id for key in kept._records] == ["r2", "r3", "r4"]
-    await use(kept, "r4", [], runs)
+    await runs.use(kept, "r4")
 
-    assert runs == ["r0", "r1", "r2", "r3", "r4"]
+    assert runs.begun == ["r0", "r1", "r2", "r3", "r4"]
 
 
 async def test_two_at_the_same_moment_are_one_and_if_the_first_gives_up_the_second_asks() -> None:
-    kept, runs = Repeats(), list[str]()
+    kept, runs = Repeats(), Runs()
     waiting = asyncio.Event()
 
-    async def never() -> RequestStream:
+    @asynccontextmanager
+    async def never() -> AsyncIterator[RequestStream]:
         waiting.set()
         await asyncio.Event().wait()
-        raise AssertionError
+        yield runs.streams[0]
 
-    first = asyncio.ensure_future(kept.open(asked(), never))
+    async def ask_in_vain() -> None:
+        async with kept.answer(asked(), never):
+            raise AssertionError
+
+    first = asyncio.ensure_future(ask_in_vain())
     await waiting.wait()
-    second = asyncio.ensure_future(use(kept, "r1", ANSWER, runs))
+    second = asyncio.ensure_future(runs.use(kept))
     await asyncio.sleep(0)
-    assert runs == []
+    assert runs.begun == []
     first.cancel()
 
     assert await asyncio.wait_for(second, 10) == TOKENS
-    assert runs == ["r1"]
+    assert runs.begun == ["r1"]
 
 
 async def test_tenants_share_no_answers() -> None:
-    kept, runs = Repeats(), list[str]()
-    mine = await kept.open(asked(tenant="a"), starting(ANSWER, runs))
-    others = await kept.open(asked(tenant="b"), starting(ANSWER, runs))
-    async for _ in mine:
-        pass
-    async for _ in others:
-        pass
+    kept, runs = Repeats(), Runs()
+    for tenant in ("a", "b"):
+        async with kept.answer(asked(tenant=tenant), runs.of()) as reading:
+            async for _ in reading:
+                pass
 
-    assert runs == ["r1", "r1"]
+    assert runs.begun == ["r1", "r1"]
 
 
 def test_what_was_asked_has_the_callers_tenant_and_every_field_of_the_request() -> None:

@@ -77,7 +77,7 @@ async def supervised(
         return command(port, folder, lives=lives, tls=files)
 
     pauses = Pauses(pause_s)
-    work = supervise(config, start, say=said.put_nowait, hopeless=HOPELESS, backoff=pauses)
+    work = supervise(config, start, settings=lambda: None, say=said.put_nowait, hopeless=HOPELESS, backoff=pauses)
     task = asyncio.ensure_future(work)
     try:
         await asyncio.wait({task, ports}, return_when=asyncio.FIRST_COMPLETED)
@@ -258,13 +258,15 @@ async def test_a_port_in_use_is_refused_also_by_another_supervisors(tmp_path: Pa
     async with supervised(tmp_path) as s:
         await s.serving()
         with pytest.raises(ConfigError, match=f"cannot listen on 127.0.0.1:{s.port}"):
-            await supervise(replace(CONFIG, port=s.port), lambda _: [], say=print, hopeless=HOPELESS)
+            await supervise(
+                replace(CONFIG, port=s.port), lambda _: [], settings=lambda: None, say=print, hopeless=HOPELESS
+            )
 
 
 async def test_files_that_are_missing_at_first_end_it(tmp_path: Path) -> None:
     tls = TlsConfig(certificate=tmp_path / "none.pem", private_key=tmp_path / "none.key")
     with pytest.raises(ConfigError, match="cannot be read"):
-        await supervise(replace(CONFIG, tls=tls), lambda _: [], say=print, hopeless=HOPELESS)
+        await supervise(replace(CONFIG, tls=tls), lambda _: [], settings=lambda: None, say=print, hopeless=HOPELESS)
 
 
 async def test_files_that_go_missing_later_are_waited_for(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

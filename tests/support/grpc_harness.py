@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import grpc
 from google.protobuf import message
@@ -63,11 +64,11 @@ class Served:
 
 @asynccontextmanager
 async def served(
-    engine: FakeEngine | None = None,
     *,
     started: bool = True,
     channel_options: tuple[tuple[str, int], ...] = (),
     credentials: grpc.ChannelCredentials | None = None,
+    engine: Any = None,
     reloader: Reloader | None = None,
     **settings: object,
 ) -> AsyncIterator[Served]:

@@ -26,14 +26,14 @@ if TYPE_CHECKING:
 
 MAIN = "from gralora_server.cli import main; main()"
 
-Supervise = Annotated[
-    bool, typer.Option("--supervise", help="Serve in a child, and start another when it ends; the port stays.")
-]
-Supervised = Annotated[bool, typer.Option("--supervised", hidden=True)]
-
 
 @takes_settings(ConfigOption)
-def serve(layers: Layers, *, supervise: Supervise = False, supervised: Supervised = False, json: Json = False) -> None:
+def serve(
+    layers: Layers,
+    *,
+    supervised: Annotated[bool, typer.Option("--supervised", hidden=True)] = False,
+    json: Json = False,
+) -> None:
     """Serve a model and its adapters until SIGTERM or Ctrl-C. SIGHUP reads the file of --config again.
 
     Prints one line, SERVING on HOST:PORT, when requests are taken (with --json: address, model and metrics_address).
@@ -43,22 +43,24 @@ def serve(layers: Layers, *, supervise: Supervise = False, supervised: Supervise
     reloader = Reloader(layers.read)
     settings = reloader.settings
     configure(settings.server.log_level)
-    configuration = replace(server_config(settings), supervised=supervised)
-    if supervise and not supervised:
-        raise typer.Exit(_supervise(configuration))
+    config = replace(server_config(settings), supervised=supervised)
+    if settings.server.supervise and not supervised:
+        raise typer.Exit(_supervise(config, layers))
     limit_spinning()
     model = settings.engine.model if settings.engine.model is not None else default_model()
-    _run(configuration, engine_config(settings, model), reloader, as_json=json)
+    _run(config, engine_config(settings, model), reloader, as_json=json)
 
 
-def _supervise(server_config: ServerConfig) -> int:
+def _supervise(config: ServerConfig, layers: Layers) -> int:
     """The same command in a child, with a port that is known."""
+    from gralora_server.settings.reloader import Reloader
     from gralora_server.supervisor import supervise
 
     def command(port: int) -> list[str]:
-        return [sys.executable, "-c", MAIN, *sys.argv[1:], "--supervised", "--address", f"{server_config.host}:{port}"]
+        return [sys.executable, "-c", MAIN, *sys.argv[1:], "--supervised", "--address", f"{config.host}:{port}"]
 
-    return asyncio.run(supervise(server_config, command, say=print_line, hopeless=ExitCode.USAGE))
+    work = supervise(config, command, settings=lambda: Reloader(layers.read), say=print_line, hopeless=ExitCode.USAGE)
+    return asyncio.run(work)
 
 
 async def _start_engine(config: EngineConfig) -> Engine:

@@ -161,11 +161,14 @@ class ServerSettings(Section):
         "max_connection_age_s", "Connections are closed after it, so that balancers spread them anew. Default: never."
     )
     write_timeout_s: Positive = _server("write_timeout_s", "A client that takes no message for so long is dropped.")
-    step_timeout_s: Positive = _server(
-        "step_timeout_s", "A step that takes longer is stuck: no new requests are taken, and --supervise starts anew."
-    )
     grace_s: Annotated[float, Field(ge=0), Called(field="drain_grace_s")] = _server(
         "drain_grace_s", "Running requests may finish after SIGTERM."
+    )
+    step_timeout_s: Positive = _server(
+        "step_timeout_s", "A step that takes longer is stuck: nothing new is begun, and supervised servers start anew."
+    )
+    supervise: bool = Field(
+        default=False, description="Serve in a child process, and start another when it ends; the port stays."
     )
     log_level: LogLevel = Field(default="info", description="What is logged to standard error.")
 

@@ -6,8 +6,8 @@ what is unread when a stream is left was generated all the same.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from gralora_runtime.adapters.catalogue.names import parse_reference
@@ -51,15 +51,6 @@ class Metering:
             self._usage.refuse(caller.tenant, _name(asked_for))
             raise
 
-    async def serve(
-        self, caller: Caller, request: AnyGenerateRequest, submit: Callable[[], Awaitable[RequestStream]]
-    ) -> MeteredStream:
-        """What `submit` makes the engine begin, until its stream ends or is left. Raises what `submit` does."""
-        with ExitStack() as stack:
-            meter = stack.enter_context(self.admit(caller, request))
-            stream = await submit()
-            return meter.take_on(stream, stack.pop_all().close)
-
     @contextmanager
     def upload(self, caller: Caller) -> Iterator[UploadMeter]:
         """An upload while it lasts."""
@@ -83,12 +74,12 @@ class Meter:
         self._tenant = tenant
         self._adapter = ""
 
-    def take_on(self, stream: RequestStream, done: Callable[[], None]) -> MeteredStream:
-        """The engine serves it. What is read from the answer is charged and counted; then `done` is called."""
+    def take_on(self, stream: RequestStream) -> MeteredStream:
+        """The engine serves it. What is read from the answer is charged and counted."""
         self._adapter = stream.served_by.rpartition("@")[0]  # without the version
         self._tab.take_on()
         self._add(Counts(requests=1))
-        return MeteredStream(stream, self, done)
+        return MeteredStream(stream, self)
 
     def use(self, delta: Delta) -> None:
         started, num_tokens = delta.started, len(delta.token_ids)
@@ -106,22 +97,15 @@ class Meter:
 class MeteredStream(AsyncIterator[Delta]):
     """A request's stream, whose tokens count as soon as they are read."""
 
-    def __init__(self, stream: RequestStream, meter: Meter, done: Callable[[], None]) -> None:
+    def __init__(self, stream: RequestStream, meter: Meter) -> None:
         self.request_id = stream.request_id
         self.served_by = stream.served_by
         self._stream = stream
         self._meter = meter
-        self._done = done
 
     async def __anext__(self) -> Delta:
-        try:
-            delta = await anext(self._stream)
-        except (GraloraError, StopAsyncIteration):
-            self._done()
-            raise
+        delta = await anext(self._stream)
         self._meter.use(delta)
-        if delta.finished is not None:
-            self._done()
         return delta
 
     def hold(self) -> None:
@@ -137,7 +121,6 @@ class MeteredStream(AsyncIterator[Delta]):
         with suppress(GraloraError):  # what ended the stream was told to its client, if that is still there
             async for delta in self._stream:
                 self._meter.use(delta)
-        self._done()
 
 
 def estimated_tokens(request: AnyGenerateRequest) -> int:
