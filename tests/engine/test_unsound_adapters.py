@@ -13,6 +13,7 @@ from support.workspaces import save_workspace
 
 from gralora_runtime.adapters.catalogue.numerics import IN_A_ROW, Numerics
 from gralora_runtime.adapters.catalogue.quarantine import LONGEST_S, Quarantine
+from gralora_runtime.assemble import assemble
 from gralora_runtime.async_engine import AsyncEngine
 from gralora_runtime.config import EngineConfig, in_directory
 from gralora_runtime.errors import AdapterQuarantinedError, NumericalError
@@ -25,7 +26,7 @@ OVERFLOWS = 299  # a prompt that begins with this token
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> EngineConfig:
     root = save_workspace(tmp_path_factory.mktemp("unsound"), {name: lora_config("llama", 4) for name in ("a", "b")})
-    return EngineConfig(
+    made = EngineConfig(
         model=root / "model",
         adapters=in_directory(root / "adapters"),
         device="cpu",
@@ -34,6 +35,8 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> EngineConfig:
         kv_cache_bytes=4 << 20,
         adapter_pool_bytes=4 << 20,
     )
+    assemble(made).adapters.close()  # after a change of kernels it compiles them, for longer than a test may take
+    return made
 
 
 @contextlib.asynccontextmanager

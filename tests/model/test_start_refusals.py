@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -79,11 +80,11 @@ def config(tmp_path: Path) -> EngineConfig:
 
 
 @pytest.mark.parametrize("name", OTHERS)
-async def test_a_model_that_fails_when_it_is_checked_is_refused_in_a_sentence(name: str, config: EngineConfig) -> None:
+def test_a_model_that_fails_when_it_is_checked_is_refused_in_a_sentence(name: str, config: EngineConfig) -> None:
     save_other(name, config.model)
 
     with pytest.raises(ModelUnsupportedError, match=OTHERS[name][1]) as caught:
-        await AsyncEngine.start(config)
+        asyncio.run(AsyncEngine.start(config))
     assert "\n" not in str(caught.value)
 
 
