@@ -329,6 +329,8 @@ class AsyncEngine:
         if estimate is None:
             return
         left_s = math.inf if request.timeout_s is None else entry.submitted_s + request.timeout_s - now_s
+        if left_s <= 0:
+            raise DeadlineExceededError(request.request_id)
         objective_s = math.inf if self.first_token_s is None else self.first_token_s
         for what, expected_s, limit_s in (
             ("first token", estimate.first_token_s, min(left_s, objective_s)),
@@ -339,7 +341,7 @@ class AsyncEngine:
                     request.request_id,
                     what=what,
                     expected_s=expected_s,
-                    limit_s=max(0.0, limit_s),
+                    limit_s=limit_s,
                     retry_after_s=self._forecast.retry_s(entry.place.line, expected_s - limit_s, now_s),
                 )
 

@@ -116,19 +116,29 @@ def test_every_byte_of_a_blob_is_a_matrix_s_or_zero(
     modules = (ODD, ModuleShape("odd.v_proj", 21, 3))
     path = write_gralora(tmp_path / "a", modules, r=3, k=3, hybrid_r=1)
     edit_tensors(path, lambda tensors: tensors.update({name: t.to(stored) for name, t in tensors.items()}))
-    empty = np.empty
     blobs = []
     for fill in (0x00, 0xAB):
-        monkeypatch.setattr(np, "empty", lambda *args, fill=fill: filled(empty(*args), fill))
+        monkeypatch.setattr(loader, "np", FilledMemory(fill))
         blobs.append(load(path, modules, packing=packing).blob.view(torch.uint8))
 
     assert torch.equal(*blobs)
     assert (blobs[0] == 0).any(), "there are no gaps"
 
 
-def filled(array: np.ndarray[Any, np.dtype[Any]], byte: int) -> np.ndarray[Any, np.dtype[Any]]:
-    array.view(np.uint8).fill(byte)
-    return array
+class FilledMemory:
+    """numpy for one module, whose fresh memory holds one byte everywhere. numpy itself must not change: what Numba
+    compiles meanwhile would not know its functions any more, for as long as the process lives."""
+
+    def __init__(self, byte: int) -> None:
+        self._byte = byte
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(np, name)
+
+    def empty(self, *args: Any) -> np.ndarray[Any, np.dtype[Any]]:
+        array: np.ndarray[Any, np.dtype[Any]] = np.empty(*args)
+        array.view(np.uint8).fill(self._byte)
+        return array
 
 
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float64], ids=str)

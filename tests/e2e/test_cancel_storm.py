@@ -7,7 +7,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 from gralora_server import Client
-from gralora_server.client import DeadlineError
+from gralora_server.client import DeadlineError, ResourceExhaustedError
 
 from .conftest import assert_idle
 
@@ -48,10 +48,13 @@ def test_calls_that_time_out_leave_nothing_either(client: Client) -> None:
             late = client.generate("long", adapter="a0", max_tokens=400, ignore_eos=True, timeout_s=timeout_s)
         except DeadlineError:
             return "deadline"
+        except ResourceExhaustedError as error:
+            return error.reason  # it was known that there is not enough time
         return late.finish_reason.value  # the server was a moment quicker than the client's own clock
 
     with ThreadPoolExecutor(16) as pool:
         outcomes = set(pool.map(call, range(32)))
 
-    assert outcomes == {"deadline"}
+    assert "deadline" in outcomes
+    assert outcomes <= {"deadline", "TOO_LATE"}
     assert_idle(client)
