@@ -58,10 +58,10 @@ def main() -> None:
     options = parser.parse_args()
     plan = QUICK if options.quick else Plan()
     result: dict[str, Any] = {"machine": facts(), "busy_share_before": busy_share(), "plan": asdict(plan)}
+    options.json.parent.mkdir(parents=True, exist_ok=True)  # now, and not when all has been measured
     with tempfile.TemporaryDirectory(prefix="overload-") as folder:
         found, gates = measure(plan, Path(folder), options.json)
     result |= found | {"gates": [asdict(gate) | {"passed": gate.passed} for gate in gates]}
-    options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps(result, indent=1) + "\n")
     show(gates)
     sys.exit(not options.quick and any(not gate.passed for gate in gates))
