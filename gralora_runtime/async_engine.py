@@ -328,7 +328,7 @@ class AsyncEngine:
         entry.estimate = estimate
         if estimate is None:
             return
-        left_s = math.inf if request.timeout_s is None else entry.submitted_s + request.timeout_s - now_s
+        left_s = entry.deadline_s - now_s
         if left_s <= 0:
             raise DeadlineExceededError(request.request_id)
         objective_s = math.inf if self.first_token_s is None else self.first_token_s

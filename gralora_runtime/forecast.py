@@ -137,7 +137,11 @@ class Forecast:
     def estimate(self, place: Place, stopping: StoppingParams, *, num_prompt: int, now_s: float) -> Estimate | None:
         """For a request that has entered the backlog; None: there is nothing to tell it from, or nobody else."""
         cost = self._steps.cost()
-        if self._backlog.requests < 2 or cost is None or self._all.tokens.value is None:
+        if self._backlog.requests < 2:
+            # Whatever made forecasts too rosy is over. Nothing else would ever say so: who is refused takes no time.
+            self._caution = LEAST_CAUTION
+            return None
+        if cost is None or self._all.tokens.value is None:
             return None
         decode_s = self._decode_s(cost)
         # Beside prompts everybody who decodes has a token in each step.

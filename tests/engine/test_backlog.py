@@ -188,6 +188,22 @@ def test_forecasts_that_were_too_rosy_make_the_next_ones_more_cautious_and_right
     assert told() == first
 
 
+def test_once_somebody_is_alone_what_made_forecasts_cautious_is_over() -> None:
+    """Or whoever is refused for caution would be refused for ever, as only those that are let in can lessen it."""
+    backlog, forecast = foretelling()
+    first, place = wait(backlog, "a", 2)
+    before = forecast.estimate(place, EXACTLY_6, num_prompt=20, now_s=0.0)
+    assert before is not None
+    for _ in range(100):
+        forecast.compare(before, 10.0, ended=False)
+    backlog.leave(first)
+    alone = forecast.estimate(place, EXACTLY_6, num_prompt=20, now_s=0.0)
+    wait(backlog, "a", 1)
+
+    assert alone is None
+    assert forecast.estimate(place, EXACTLY_6, num_prompt=20, now_s=0.0) == before
+
+
 def test_nothing_is_foretold_of_who_is_alone_or_before_anything_was_seen() -> None:
     backlog, forecast = foretelling()
     (alone,) = wait(backlog, "a", 1)
