@@ -17,7 +17,7 @@ from gralora_runtime.assemble import assemble
 from gralora_runtime.config import EngineConfig, in_directory
 from gralora_runtime.detokenizer import Detokenizer
 from gralora_runtime.request import Delta, ResponseParams
-from gralora_runtime.sequence import Sequence as EngineSequence
+from gralora_runtime.scheduling.sequence import Sequence as EngineSequence
 
 Deltas = dict[str, list[tuple[float, Delta]]]  # by request, with when each came
 

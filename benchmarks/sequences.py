@@ -10,7 +10,7 @@ from gralora_runtime.adapters.residency.lease import AdapterLease
 from gralora_runtime.detokenizer import Detokenizer
 from gralora_runtime.request import ResponseParams, SamplingParams, StoppingParams
 from gralora_runtime.sampling.state import SamplerState
-from gralora_runtime.sequence import Sequence
+from gralora_runtime.scheduling.sequence import Sequence
 
 GREEDY = SamplingParams(temperature=0.0)
 

@@ -39,8 +39,8 @@ from gralora_runtime.model.refusal import refusing
 from gralora_runtime.model.selfcheck import check_runner, expected_logits
 from gralora_runtime.model.tokenization import PromptTokenizer
 from gralora_runtime.observation.steps import StepObservation
-from gralora_runtime.pages import PagePool
-from gralora_runtime.scheduler import Scheduler
+from gralora_runtime.scheduling.pages import PagePool
+from gralora_runtime.scheduling.scheduler import Scheduler
 from gralora_runtime.stepping.batch import BatchBuilder
 from gralora_runtime.stepping.engine import Engine
 from gralora_runtime.stepping.executor import Beside, Executor, InTurn

@@ -19,7 +19,6 @@ from gralora_runtime.adapters.checkpoint.golden import GoldenAnswer, GoldenCase
 from gralora_runtime.adapters.manager import AdapterManager
 from gralora_runtime.adapters.residency.lease import AdapterLease
 from gralora_runtime.assemble import EngineParts, assemble
-from gralora_runtime.backlog import Backlog, Place
 from gralora_runtime.config import EngineConfig
 from gralora_runtime.detokenizer import Detokenizer
 from gralora_runtime.errors import (
@@ -34,9 +33,10 @@ from gralora_runtime.errors import (
     TooLateError,
 )
 from gralora_runtime.failure import request_failed
-from gralora_runtime.fairness import Prices
-from gralora_runtime.forecast import Estimate, Forecast
 from gralora_runtime.info import EngineInfo, EngineLoad, TokenizeResult
+from gralora_runtime.intake.backlog import Backlog, Place
+from gralora_runtime.intake.forecast import Estimate, Forecast
+from gralora_runtime.intake.tokenizing import Tokenizing
 from gralora_runtime.observation.requests import RequestMeter, RequestObservation, outcome_of
 from gralora_runtime.observation.snapshot import EngineSnapshot
 from gralora_runtime.observation.usage import OTHER
@@ -49,11 +49,11 @@ from gralora_runtime.request import (
     StoppingParams,
 )
 from gralora_runtime.sampling.state import SamplerState
-from gralora_runtime.scheduler import StepOutput
-from gralora_runtime.sequence import Sequence
+from gralora_runtime.scheduling.fairness import Prices
+from gralora_runtime.scheduling.scheduler import StepOutput
+from gralora_runtime.scheduling.sequence import Sequence
 from gralora_runtime.stepping.engine_thread import EngineThread
 from gralora_runtime.stream import RequestStream, merge_deltas
-from gralora_runtime.tokenizing import Tokenizing
 
 # How far behind the likeliest token one may be, by its log probability, and have been chosen where sums are rounded
 # otherwise: logits agree to 1e-3 in float32; 16 bits leave logits of 16 to 32 an eighth between two values.

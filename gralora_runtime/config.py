@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gralora_runtime.errors import ConfigError
-from gralora_runtime.fairness import CPU_PRICES, Prices
+from gralora_runtime.scheduling.fairness import CPU_PRICES, Prices
 
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "float32", "bfloat16", "float16")

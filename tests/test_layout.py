@@ -58,8 +58,8 @@ CONFINED = {
     "jinja2": ["gralora_runtime/model/*", "gralora_server/loadtest/report/page.py"],
 }
 NO_TORCH = [
-    "gralora_runtime/scheduler.py",
-    "gralora_runtime/pages.py",
+    "gralora_runtime/scheduling/scheduler.py",
+    "gralora_runtime/scheduling/pages.py",
     "gralora_runtime/plan.py",
     "gralora_runtime/request.py",
     "gralora_runtime/errors.py",

@@ -27,7 +27,7 @@ from gralora_runtime.adapters.residency.lease import AdapterLease
 from gralora_runtime.async_engine import AsyncEngine
 from gralora_runtime.config import EngineConfig
 from gralora_runtime.request import SamplingParams
-from gralora_runtime.sequence import Sequence as EngineSequence
+from gralora_runtime.scheduling.sequence import Sequence as EngineSequence
 
 SHAPE = "llama-3-8b" if ON_GPU else "tiny"
 KIND: Kind = (16, 4)

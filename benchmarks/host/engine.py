@@ -12,9 +12,9 @@ from benchmarks.host.device import EOS, MAX_WIDTH, VOCAB, Device, PretendExecuto
 from benchmarks.sequences import make_sequence
 from gralora_runtime.adapters.residency.lease import BASE_LEASE, AdapterLease
 from gralora_runtime.observation.steps import Phase, StepObservation
-from gralora_runtime.pages import PagePool
-from gralora_runtime.scheduler import Scheduler
-from gralora_runtime.sequence import Sequence as EngineSequence
+from gralora_runtime.scheduling.pages import PagePool
+from gralora_runtime.scheduling.scheduler import Scheduler
+from gralora_runtime.scheduling.sequence import Sequence as EngineSequence
 from gralora_runtime.stepping.batch import BatchBuilder
 from gralora_runtime.stepping.engine import Engine
 from gralora_runtime.stepping.fence import StepFence

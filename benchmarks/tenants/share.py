@@ -12,7 +12,7 @@ from benchmarks.catalogue.gate import Gate, PartResult
 from benchmarks.tenants.plan import Plan
 from benchmarks.tenants.serving import Asked, ask, engine_of
 from gralora_runtime.async_engine import AsyncEngine
-from gralora_runtime.fairness import bound
+from gralora_runtime.scheduling.fairness import bound
 
 SAMPLE_S = 0.1
 LEAST_JAIN = 0.99

@@ -11,10 +11,10 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from gralora_runtime.failure import contained
-from gralora_runtime.forecast import StepTimes
+from gralora_runtime.intake.forecast import StepTimes
 from gralora_runtime.observation.steps import Phase, StepObservation
 from gralora_runtime.plan import StepPlan
-from gralora_runtime.scheduler import Scheduler, StepOutput
+from gralora_runtime.scheduling.scheduler import Scheduler, StepOutput
 from gralora_runtime.shortage import out_of_memory
 from gralora_runtime.stepping.batch import BatchBuilder
 from gralora_runtime.stepping.executor import Executor, Launched

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 from gralora_runtime.errors import EngineDeadError
 from gralora_runtime.failure import contained
 from gralora_runtime.observation.steps import Phase
-from gralora_runtime.scheduler import Scheduler, StepOutput
+from gralora_runtime.scheduling.scheduler import Scheduler, StepOutput
 from gralora_runtime.stepping.engine import Engine
 
 logger = logging.getLogger(__name__)

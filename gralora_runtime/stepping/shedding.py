@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from gralora_runtime.plan import StepPlan
-from gralora_runtime.scheduler import Scheduler
+from gralora_runtime.scheduling.scheduler import Scheduler
 
 
 def shed(scheduler: Scheduler, plan: StepPlan, error: BaseException) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from gralora_runtime.config import AdapterSource, EngineConfig
-from gralora_runtime.fairness import Prices
+from gralora_runtime.scheduling.fairness import Prices
 from gralora_server import supervisor
 from gralora_server.cli import serve
 from gralora_server.cli.app import run

@@ -9,8 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gralora_runtime.adapters.residency.lease import BASE_LEASE
-from gralora_runtime.backlog import Backlog, Place
-from gralora_runtime.forecast import LONGEST_RETRY_S, MOST_CAUTION, RECENT_S, REMEMBERED, Estimate, Forecast, StepTimes
+from gralora_runtime.intake.backlog import Backlog, Place
+from gralora_runtime.intake.forecast import (
+    LONGEST_RETRY_S,
+    MOST_CAUTION,
+    RECENT_S,
+    REMEMBERED,
+    Estimate,
+    Forecast,
+    StepTimes,
+)
 from gralora_runtime.plan import AdapterUse, RowPlan, StepPlan
 from gralora_runtime.request import GenerationRequest, Prompt, StoppingParams
 

@@ -20,13 +20,13 @@ from support.fakes import FakeDetokenizer, fake_lease
 from gralora_runtime.detokenizer import TextDelta
 from gralora_runtime.errors import MemoryShortageError, RequestFailedError, StepFailedError
 from gralora_runtime.observation.steps import StepObservation
-from gralora_runtime.pages import PagePool
 from gralora_runtime.plan import StepPlan
 from gralora_runtime.request import FinishReason, ResponseParams, SamplingParams, StoppingParams
 from gralora_runtime.sampling import host
 from gralora_runtime.sampling.state import SamplerState
-from gralora_runtime.scheduler import Scheduler, StepOutput
-from gralora_runtime.sequence import Sequence
+from gralora_runtime.scheduling.pages import PagePool
+from gralora_runtime.scheduling.scheduler import Scheduler, StepOutput
+from gralora_runtime.scheduling.sequence import Sequence
 from gralora_runtime.stepping import executor as executor_module
 from gralora_runtime.stepping.batch import BatchBuilder, StepTensors
 from gralora_runtime.stepping.engine import Engine

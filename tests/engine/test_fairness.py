@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.fakes import Harness, fake_lease, fake_sequence
 
-from gralora_runtime.fairness import MAX_IDLE, Ledger, Prices, bound
-from gralora_runtime.pages import root_key
-from gralora_runtime.sequence import Sequence, SequenceStatus
-from gralora_runtime.waiting import SLACK, FairQueue
+from gralora_runtime.scheduling.fairness import MAX_IDLE, Ledger, Prices, bound
+from gralora_runtime.scheduling.pages import root_key
+from gralora_runtime.scheduling.sequence import Sequence, SequenceStatus
+from gralora_runtime.scheduling.waiting import SLACK, FairQueue
 
 
 def served(harness: Harness, tenant: str) -> float:

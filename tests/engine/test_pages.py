@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from gralora_runtime.pages import PagePool, page_key, root_key
+from gralora_runtime.scheduling.pages import PagePool, page_key, root_key
 
 
 def published(pool: PagePool, root: bytes, tokens: list[int]) -> list[int]:

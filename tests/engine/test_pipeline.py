@@ -36,12 +36,12 @@ from gralora_runtime.adapters.residency.lease import BASE_LEASE, AdapterLease
 from gralora_runtime.detokenizer import StopScanner, TextDelta
 from gralora_runtime.errors import GraloraError, StepFailedError
 from gralora_runtime.observation.steps import StepObservation
-from gralora_runtime.pages import PagePool
 from gralora_runtime.plan import StepPlan
 from gralora_runtime.request import FinishReason, ResponseParams, SamplingParams, StoppingParams
 from gralora_runtime.sampling.state import SamplerState
-from gralora_runtime.scheduler import Scheduler
-from gralora_runtime.sequence import Sequence
+from gralora_runtime.scheduling.pages import PagePool
+from gralora_runtime.scheduling.scheduler import Scheduler
+from gralora_runtime.scheduling.sequence import Sequence
 from gralora_runtime.stepping.batch import BatchBuilder, StepTensors
 from gralora_runtime.stepping.engine import Engine
 from gralora_runtime.stepping.executor import Beside, Executor, InTurn

@@ -10,9 +10,9 @@ from contextlib import contextmanager
 import pytest
 
 from gralora_runtime.errors import DrainingError
+from gralora_runtime.intake.tokenizing import Tokenizing
 from gralora_runtime.model.tokenization import LONG_CHARS
 from gralora_runtime.request import Prompt
-from gralora_runtime.tokenizing import Tokenizing
 
 
 class SlowTokenizer:

@@ -15,7 +15,7 @@ from gralora_runtime.model.programs.gpu.runner import GpuRunner
 from gralora_runtime.observation.steps import StepObservation
 from gralora_runtime.request import Delta, FinishReason, ResponseParams, SamplingParams, StoppingParams
 from gralora_runtime.sampling.state import SamplerState
-from gralora_runtime.sequence import Sequence
+from gralora_runtime.scheduling.sequence import Sequence
 from gralora_runtime.stepping.device_executor import OnDevice
 from gralora_runtime.stepping.engine import Engine
 from gralora_runtime.stepping.executor import InTurn

@@ -6,12 +6,12 @@ from collections.abc import Callable
 
 from gralora_runtime.adapters.residency.lease import AdapterLease
 from gralora_runtime.detokenizer import TextDelta
-from gralora_runtime.pages import PagePool
 from gralora_runtime.plan import StepPlan
 from gralora_runtime.request import StoppingParams
 from gralora_runtime.sampling.outcome import SampledToken
-from gralora_runtime.scheduler import Scheduler, StepOutput
-from gralora_runtime.sequence import Sequence
+from gralora_runtime.scheduling.pages import PagePool
+from gralora_runtime.scheduling.scheduler import Scheduler, StepOutput
+from gralora_runtime.scheduling.sequence import Sequence
 
 
 class FakeSampler:

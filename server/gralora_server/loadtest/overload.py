@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from gralora_runtime.fairness import Prices
+from gralora_runtime.scheduling.fairness import Prices
 from gralora_server.loadtest.patience import Patience
 from gralora_server.loadtest.record import RequestRecord
 from gralora_server.loadtest.recovery import Recovery, recovery

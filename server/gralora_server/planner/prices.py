@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gralora_runtime.fairness import Prices
+from gralora_runtime.scheduling.fairness import Prices
 from gralora_server.planner.profile import Profile
 
 

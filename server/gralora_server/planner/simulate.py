@@ -12,12 +12,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import cast
 
-from gralora_runtime.pages import PagePool
 from gralora_runtime.request import StoppingParams
 from gralora_runtime.sampling.outcome import SampledToken
 from gralora_runtime.sampling.state import SamplerState
-from gralora_runtime.scheduler import Scheduler
-from gralora_runtime.sequence import Sequence as EngineSequence
+from gralora_runtime.scheduling.pages import PagePool
+from gralora_runtime.scheduling.scheduler import Scheduler
+from gralora_runtime.scheduling.sequence import Sequence as EngineSequence
 from gralora_server.loadtest.record import OK, RequestRecord
 from gralora_server.loadtest.trace import Trace, TraceRequest
 from gralora_server.planner.profile import Profile

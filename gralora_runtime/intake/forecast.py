@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gralora_runtime.backlog import Backlog, Place, TenantBacklog
-from gralora_runtime.fairness import CROWD, SHARE_BESIDE_OTHERS
+from gralora_runtime.intake.backlog import Backlog, Place, TenantBacklog
 from gralora_runtime.plan import StepPlan
 from gralora_runtime.request import StoppingParams
+from gralora_runtime.scheduling.fairness import CROWD, SHARE_BESIDE_OTHERS
 
 LATELY = 0.1  # weight of the newest of a moving mean
 FADING = 0.98  # of a step with the next one

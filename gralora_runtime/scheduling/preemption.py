@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from gralora_runtime.fairness import Ledger
-from gralora_runtime.sequence import Sequence
+from gralora_runtime.scheduling.fairness import Ledger
+from gralora_runtime.scheduling.sequence import Sequence
 
 
 @dataclass(slots=True, eq=False)

@@ -8,11 +8,11 @@ from enum import Enum
 
 from gralora_runtime.adapters.residency.lease import AdapterLease
 from gralora_runtime.detokenizer import Detokenizer
-from gralora_runtime.pages import PageKey, root_key
 from gralora_runtime.plan import AdapterUse
 from gralora_runtime.request import Delta, Finished, FinishReason, Started, StoppingParams
 from gralora_runtime.sampling.outcome import SampledToken
 from gralora_runtime.sampling.state import SamplerState
+from gralora_runtime.scheduling.pages import PageKey, root_key
 
 
 class SequenceStatus(Enum):

@@ -21,14 +21,14 @@ from dataclasses import dataclass
 from gralora_runtime.adapters.residency.lease import AdapterLease
 from gralora_runtime.errors import DeadlineExceededError, GraloraError, NumericalError, RequestCancelledError
 from gralora_runtime.failure import contained, request_failed, step_failed
-from gralora_runtime.fairness import CPU_PRICES, SHARE_BESIDE_OTHERS, Account, Ledger, Prices
-from gralora_runtime.pages import PagePool, page_key
 from gralora_runtime.plan import UNKNOWN, RowPlan, StepPlan
-from gralora_runtime.preemption import giver_among, giver_of_row, givers_of_pages
 from gralora_runtime.request import Delta, FinishReason
 from gralora_runtime.sampling.outcome import RowFailure, Sampled, SamplingFailure
-from gralora_runtime.sequence import Sequence, SequenceStatus
-from gralora_runtime.waiting import FairQueue
+from gralora_runtime.scheduling.fairness import CPU_PRICES, SHARE_BESIDE_OTHERS, Account, Ledger, Prices
+from gralora_runtime.scheduling.pages import PagePool, page_key
+from gralora_runtime.scheduling.preemption import giver_among, giver_of_row, givers_of_pages
+from gralora_runtime.scheduling.sequence import Sequence, SequenceStatus
+from gralora_runtime.scheduling.waiting import FairQueue
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,8 +7,8 @@ import heapq
 from bisect import insort
 from collections.abc import Iterator
 
-from gralora_runtime.fairness import Account, Ledger
-from gralora_runtime.sequence import Sequence
+from gralora_runtime.scheduling.fairness import Account, Ledger
+from gralora_runtime.scheduling.sequence import Sequence
 
 SLACK = 64  # entries that are out of date may be as many as the others, and so many more
 
