@@ -20,7 +20,6 @@ from gralora_runtime.adapters.manager import AdapterManager
 from gralora_runtime.adapters.residency.lease import AdapterLease
 from gralora_runtime.assemble import EngineParts, assemble
 from gralora_runtime.config import EngineConfig
-from gralora_runtime.detokenizer import Detokenizer
 from gralora_runtime.errors import (
     DeadlineExceededError,
     DrainingError,
@@ -28,27 +27,23 @@ from gralora_runtime.errors import (
     GraloraError,
     InvalidRequestError,
     NumericalError,
-    QueueFullError,
     RequestCancelledError,
-    TooLateError,
 )
 from gralora_runtime.failure import request_failed
 from gralora_runtime.info import EngineInfo, EngineLoad, TokenizeResult
-from gralora_runtime.intake.backlog import Backlog, Place
-from gralora_runtime.intake.forecast import Estimate, Forecast
+from gralora_runtime.intake.entrance import Arrival, Entrance
+from gralora_runtime.intake.rules import rules_of
 from gralora_runtime.intake.tokenizing import Tokenizing
 from gralora_runtime.observation.requests import RequestMeter, RequestObservation, outcome_of
 from gralora_runtime.observation.snapshot import EngineSnapshot
 from gralora_runtime.observation.usage import OTHER
 from gralora_runtime.request import (
-    FinishReason,
     GenerationRequest,
     Prompt,
     ResponseParams,
     SamplingParams,
     StoppingParams,
 )
-from gralora_runtime.sampling.state import SamplerState
 from gralora_runtime.scheduling.fairness import Prices
 from gralora_runtime.scheduling.scheduler import StepOutput
 from gralora_runtime.scheduling.sequence import Sequence
@@ -61,22 +56,16 @@ TIE = 2e-3
 TIE_OF_16_BITS = 0.125
 NUM_RIVALS = 5
 
-TIMES_THE_CACHE = 16  # tokens of prompts that may wait, over those that the KV cache holds
-
 
 @dataclass(slots=True, eq=False)
 class _Entry:
     """A request from submission to its last delta."""
 
+    arrival: Arrival
     stream: RequestStream
-    adapter: str
-    submitted_s: float
     observed: RequestObservation
     meter: RequestMeter
     aborted: asyncio.Event  # wakes a submission that still waits for its adapter
-    place: Place
-    deadline_s: float
-    estimate: Estimate | None = None
     max_tokens: int = 1
     queued: bool = False  # the scheduler has it
     loaded_bytes: int = 0  # of its adapter, which was not there yet
@@ -102,17 +91,7 @@ class AsyncEngine:
         self._closing = False
         self.requests = RequestObservation(config.max_named_adapters)
         self._trials = RequestObservation(0)  # golden prompts are nobody's requests
-        self.first_token_s = config.first_token_s  # the objective, which may change at any time
-        self._backlog = Backlog(
-            max_requests=config.max_num_seqs + config.max_queue,
-            max_tokens=config.max_queue_tokens or TIMES_THE_CACHE * parts.info.num_pages * parts.info.page_size,
-        )
-        self._forecast = Forecast(
-            self._backlog,
-            parts.engine.times,
-            max_num_seqs=config.max_num_seqs,
-            max_num_batched_tokens=config.max_num_batched_tokens,
-        )
+        self._entrance = Entrance(config, parts.info, parts.engine.times)
         self._tokenizing = Tokenizing(parts.prompts)
         self._unsound: set[str] = set()  # versions whose last answer was no numbers
         self._thread = EngineThread(
@@ -131,6 +110,15 @@ class AsyncEngine:
         parts = await asyncio.to_thread(assemble, config)
         return cls(parts, config)
 
+    @property
+    def first_token_s(self) -> float | None:
+        """Who would wait longer for the first token is refused. It may be changed at any time."""
+        return self._entrance.first_token_s
+
+    @first_token_s.setter
+    def first_token_s(self, limit_s: float | None) -> None:
+        self._entrance.first_token_s = limit_s
+
     async def submit(self, request: GenerationRequest) -> RequestStream:
         """Admit a request: tokenized, checked, and its adapter resident. Raises a `GraloraError` if it cannot be."""
         self.requests.receive()
@@ -141,21 +129,22 @@ class AsyncEngine:
             raise
 
     async def _submit(self, request: GenerationRequest) -> RequestStream:
-        self._refuse_when_full(request)
+        self._refuse_when_closed()
+        self._entrance.refuse_when_full(request)
         entry = self._enter(request, self.requests)
         try:
-            self._refuse_when_late(request, entry, num_prompt=1)
-            sequence = await self._prepare(request, entry)
+            self._entrance.refuse_when_late(entry.arrival, num_prompt=1)
+            sequence = await self._prepare(entry)
         except BaseException:
             self._leave(request.request_id)
             raise
-        self._queue(request, entry, sequence)
+        self._queue(entry, sequence)
         return entry.stream
 
-    def _queue(self, request: GenerationRequest, entry: _Entry, sequence: Sequence) -> None:
+    def _queue(self, entry: _Entry, sequence: Sequence) -> None:
         entry.meter.admit(entry.stream.served_by, sequence.num_prompt)
         entry.queued = True
-        self._thread.post(request.request_id, lambda scheduler: scheduler.add(sequence))
+        self._thread.post(sequence.request_id, lambda scheduler: scheduler.add(sequence))
 
     def abort(self, request_id: str) -> bool:
         """End a request wherever it stands; False if there is none of that id."""
@@ -219,7 +208,7 @@ class AsyncEngine:
         """All that can be measured, from any thread, and without making the engine or the event loop wait."""
         engine, requests = self._parts.engine, self.requests.read()
         running, waiting = engine.scheduler.adapters()
-        coming = {entry.adapter for entry in self._entries.copy().values() if not entry.queued}
+        coming = {entry.arrival.request.adapter for entry in self._entries.copy().values() if not entry.queued}
         named = {label.rpartition("@")[0] for label in requests.adapters.keys() - {OTHER}}
         return EngineSnapshot(
             info=self.info(),
@@ -294,9 +283,9 @@ class AsyncEngine:
         try:
             entry = self._enter(request, self._trials)
             try:
-                sequence = await self._prepare(request, entry, lease)
+                sequence = await self._prepare(entry, lease)
                 self._check_still_wanted(request.request_id, entry)
-                self._queue(request, entry, sequence)
+                self._queue(entry, sequence)
                 queued = True
             finally:
                 if not queued:
@@ -311,39 +300,11 @@ class AsyncEngine:
             tie=TIE if self.info().dtype == "float32" else TIE_OF_16_BITS,
         )
 
-    def _refuse_when_full(self, request: GenerationRequest) -> None:
+    def _refuse_when_closed(self) -> None:
         if self.dead.is_set():
             raise EngineDeadError
         if self._draining:
             raise DrainingError
-        line = self._backlog.line(tenant_of(request), request.weight)
-        problem = self._backlog.full_of_requests(request, line)
-        if problem is not None:
-            raise QueueFullError(problem, self._forecast.retry_s(line, 0.0, time.monotonic()))
-
-    def _refuse_when_late(self, request: GenerationRequest, entry: _Entry, num_prompt: int) -> None:
-        """Raises TooLateError if its deadline or the objective cannot be met, as far as can be told."""
-        now_s = time.monotonic()
-        estimate = self._forecast.estimate(entry.place, request.stopping, num_prompt=num_prompt, now_s=now_s)
-        entry.estimate = estimate
-        if estimate is None:
-            return
-        left_s = entry.deadline_s - now_s
-        if left_s <= 0:
-            raise DeadlineExceededError(request.request_id)
-        objective_s = math.inf if self.first_token_s is None else self.first_token_s
-        for what, expected_s, limit_s in (
-            ("first token", estimate.first_token_s, min(left_s, objective_s)),
-            ("last token", estimate.last_token_s, left_s),
-        ):
-            if expected_s > limit_s:
-                raise TooLateError(
-                    request.request_id,
-                    what=what,
-                    expected_s=expected_s,
-                    limit_s=limit_s,
-                    retry_after_s=self._forecast.retry_s(entry.place.line, expected_s - limit_s, now_s),
-                )
 
     def _enter(self, request: GenerationRequest, observed: RequestObservation) -> _Entry:
         if self.dead.is_set():
@@ -352,16 +313,13 @@ class AsyncEngine:
             raise DrainingError
         if request.request_id in self._entries:
             raise InvalidRequestError("request_id", request.request_id, "a request of that id is already running")
-        now_s = time.monotonic()
+        arrival = self._entrance.arrive(request)
         entry = _Entry(
+            arrival=arrival,
             stream=RequestStream(request.request_id, self.abort, self._hold),
-            adapter=request.adapter,
-            submitted_s=now_s,
             observed=observed,
-            meter=observed.meter(now_s),
+            meter=observed.meter(arrival.arrived_s),
             aborted=asyncio.Event(),
-            deadline_s=math.inf if request.timeout_s is None else now_s + request.timeout_s,
-            place=self._backlog.enter(tenant_of(request), request.weight),
         )
         self._entries[request.request_id] = entry
         self._idle.clear()
@@ -371,56 +329,43 @@ class AsyncEngine:
         entry = self._entries.pop(request_id, None)
         if entry is None:
             return
-        self._backlog.leave(entry.place)
+        self._entrance.leave(entry.arrival)
         if not self._entries:
             self._idle.set()
 
-    async def _prepare(self, request: GenerationRequest, entry: _Entry, lease: AdapterLease | None = None) -> Sequence:
-        """`lease`: if there is one already."""
-        deadline_s = None if request.timeout_s is None else entry.submitted_s + request.timeout_s
+    async def _prepare(self, entry: _Entry, lease: AdapterLease | None = None) -> Sequence:
+        """`lease`: if there is one already, and then it is a trial's."""
+        arrival, base = entry.arrival, self._parts.base
+        request = arrival.request
         tokens = await self._tokenizing.encode(request.prompt, shorter_than=self._parts.info.max_model_len)
-        max_tokens = entry.max_tokens = self._max_tokens(request, len(tokens))
-        self._check_token_ids(request)
-        self._count_prompt(request, entry, len(tokens), is_trial=lease is not None)
-        base, eos_token_ids = self._parts.base, self._parts.base.eos_token_ids
-        seed = secrets.randbits(63) if request.sampling.seed is None else request.sampling.seed
-        sampler = SamplerState(
-            request.sampling,
-            request.stopping,
-            request.response,
-            seed=seed,
-            prompt_token_ids=tokens,
-            eos_token_ids=eos_token_ids,
-            vocab_size=self._parts.info.vocab_size,
-        )
-        detokenizer = Detokenizer(
-            base.tokenizer,
-            request.stopping.stop,
-            prompt_token_ids=tokens,
-            min_tokens=request.stopping.min_tokens,
-        )
+        rules = rules_of(request, tokens, base, self._parts.info)
+        entry.max_tokens = rules.max_tokens
+        if lease is None:
+            self._entrance.count_prompt(arrival, len(tokens))
+        else:
+            self._entrance.count_trial(arrival, len(tokens))
         # Where text can end a request the engine has to know it; else it is made when the client is ready to read it.
         stops_at_text = bool(request.stopping.stop)
         if not stops_at_text:
-            entry.stream.detokenizer = detokenizer
+            entry.stream.detokenizer = rules.detokenizer
         # Last, because from here on nothing may fail: the lease has to reach the scheduler, which releases it.
         if lease is None:
-            lease = await self._acquire(request, entry, deadline_s)
+            lease = await self._acquire(entry)
         return Sequence(
             request_id=request.request_id,
             adapter_name=lease.name,
             tokens=tokens,
             num_prompt=len(tokens),
-            max_tokens=max_tokens,
+            max_tokens=rules.max_tokens,
             stopping=request.stopping,
-            eos_token_ids=eos_token_ids,
+            eos_token_ids=base.eos_token_ids,
             lease=lease,
-            sampler=sampler,
-            detokenizer=detokenizer if stops_at_text else None,
-            arrival_s=entry.submitted_s,
-            seed=seed,
-            deadline_s=deadline_s,
-            tenant=entry.place.line.tenant,
+            sampler=rules.sampler,
+            detokenizer=rules.detokenizer if stops_at_text else None,
+            arrival_s=arrival.arrived_s,
+            seed=rules.seed,
+            deadline_s=arrival.deadline_s,
+            tenant=arrival.tenant,
             weight=request.weight,
             priority=request.priority,
             prefix_scope=request.prefix_scope,
@@ -428,49 +373,22 @@ class AsyncEngine:
             echo_prompt_token_ids=request.response.echo_prompt_token_ids,
         )
 
-    def _count_prompt(self, request: GenerationRequest, entry: _Entry, num_prompt: int, *, is_trial: bool) -> None:
-        """A trial is not refused: others wait for its outcome."""
-        place = entry.place
-        problem = None if is_trial else self._backlog.full_of_tokens(request, place, num_prompt)
-        if problem is not None:
-            raise QueueFullError(problem, self._forecast.retry_s(place.line, 0.0, time.monotonic()))
-        self._backlog.count(place, num_prompt)
-        if not is_trial:
-            self._refuse_when_late(request, entry, num_prompt)
-        self._forecast.take_on(num_prompt, time.monotonic())
-
-    def _max_tokens(self, request: GenerationRequest, num_prompt: int) -> int:
-        limit = self._parts.info.max_model_len
-        if num_prompt >= limit:
-            raise InvalidRequestError("prompt", num_prompt, f"the prompt must be shorter than {limit} tokens")
-        room, wanted = limit - num_prompt, request.stopping.max_tokens
-        if wanted is not None and wanted > room:
-            problem = f"the prompt's {num_prompt} tokens leave room for {room} of at most {limit}"
-            raise InvalidRequestError("stopping.max_tokens", wanted, problem)
-        return room if wanted is None else wanted
-
-    def _check_token_ids(self, request: GenerationRequest) -> None:
-        vocab_size = self._parts.info.vocab_size
-        fields = {
-            "stopping.stop_token_ids": request.stopping.stop_token_ids,
-            "sampling.logit_bias": request.sampling.logit_bias,
-        }
-        for field, ids in fields.items():
-            for token in ids:
-                if not 0 <= token < vocab_size:
-                    raise InvalidRequestError(field, token, f"token ids of this model are 0 to {vocab_size - 1}")
-
-    async def _acquire(self, request: GenerationRequest, entry: _Entry, deadline_s: float | None) -> AdapterLease:
+    async def _acquire(self, entry: _Entry) -> AdapterLease:
         """Wait for the adapter, the deadline or an abort, whichever comes first; never lose a lease."""
+        request = entry.arrival.request
         future = self.adapters.acquire(request.adapter, request.canary_key or request.request_id)
         was_there = future.done()
         waiter = asyncio.ensure_future(_settled(future))
         aborted = asyncio.ensure_future(entry.aborted.wait())
         asked_s = time.monotonic()
-        timeout_s = None if deadline_s is None else max(0.0, deadline_s - asked_s)
+        timeout_s = max(0.0, entry.arrival.deadline_s - asked_s)
         kept = False
         try:
-            await asyncio.wait({waiter, aborted}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(
+                {waiter, aborted},
+                timeout=None if math.isinf(timeout_s) else timeout_s,
+                return_when=asyncio.FIRST_COMPLETED,
+            )
             self._check_still_wanted(request.request_id, entry)
             if not future.done():
                 raise DeadlineExceededError(request.request_id)
@@ -504,7 +422,8 @@ class AsyncEngine:
             except Exception as cause:
                 outcome = self._give_up(entry, output, cause)
             if outcome is not None:
-                self._learn(entry, output, now_s)
+                finished = output.delta.finished if output.delta is not None else None
+                self._entrance.learn(entry.arrival, finished, max_tokens=entry.max_tokens, now_s=now_s)
                 entry.observed.end(entry.given_up or outcome)
                 self._leave(output.request_id)
                 self._note_numbers(entry.stream.served_by, output)
@@ -515,29 +434,9 @@ class AsyncEngine:
         if served_by and isinstance(last.error, NumericalError):
             self._unsound.add(served_by)
             self.adapters.note_answer(served_by, last.error.problem)
-        elif finished and finished.reason in (FinishReason.STOP, FinishReason.LENGTH) and served_by in self._unsound:
+        elif finished and finished.reason.is_whole and served_by in self._unsound:
             self._unsound.remove(served_by)
             self.adapters.note_answer(served_by)
-
-    def _note_first_token(self, entry: _Entry, now_s: float) -> None:
-        self._backlog.start(entry.place)
-        if entry.estimate is not None:
-            took_s = now_s - entry.submitted_s
-            entry.observed.forecast.observe(took_s / max(entry.estimate.first_token_s, 1e-3))
-
-    def _learn(self, entry: _Entry, output: StepOutput, now_s: float) -> None:
-        """From an answer, how long the next ones will be; and how right the forecast was."""
-        finished = output.delta.finished if output.delta is not None else None
-        ended = finished is not None and finished.reason in {FinishReason.STOP, FinishReason.LENGTH}
-        if entry.estimate is not None and (ended or now_s >= entry.deadline_s):
-            self._forecast.compare(entry.estimate, now_s - entry.submitted_s, ended=ended)
-        if finished is not None and finished.reason is not FinishReason.CANCELLED:
-            self._forecast.learn(
-                entry.place.line.tenant,
-                num_output=finished.output_tokens,
-                max_tokens=entry.max_tokens,
-                whole=finished.reason is not FinishReason.DEADLINE,
-            )
 
     def _deliver_one(self, entry: _Entry, output: StepOutput, now_s: float) -> str | None:
         """The outcome, if this is the request's end."""
@@ -547,7 +446,9 @@ class AsyncEngine:
         assert output.delta is not None
         entry.stream.put(output.delta)
         if output.delta.started is not None:
-            self._note_first_token(entry, now_s)
+            ratio = self._entrance.note_first_token(entry.arrival, now_s)
+            if ratio is not None:
+                entry.observed.forecast.observe(ratio)
         entry.meter.deliver(output.delta, now_s)
         return output.delta.finished.reason.value if output.delta.finished else None
 
@@ -584,8 +485,3 @@ async def _settled(future: concurrent.futures.Future[AdapterLease]) -> None:
     loop, done = asyncio.get_running_loop(), asyncio.Event()
     future.add_done_callback(lambda _: loop.call_soon_threadsafe(done.set))
     await done.wait()
-
-
-def tenant_of(request: GenerationRequest) -> str:
-    """Whose share it is served from. An adapter that is nobody's is a tenant of its own, all its versions together."""
-    return request.tenant or f"adapter:{request.adapter.partition('@')[0]}"

@@ -90,6 +90,11 @@ class FinishReason(Enum):
     CANCELLED = "cancelled"
     DEADLINE = "deadline"
 
+    @property
+    def is_whole(self) -> bool:
+        """Nothing broke the answer off."""
+        return self in (FinishReason.STOP, FinishReason.LENGTH)
+
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:

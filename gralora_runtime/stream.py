@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from gralora_runtime.detokenizer import Detokenizer
 from gralora_runtime.errors import GraloraError, SlowConsumerError
 from gralora_runtime.failure import contained, request_failed
-from gralora_runtime.request import Delta, FinishReason
+from gralora_runtime.request import Delta
 
 # Unread deltas at which a client counts as gone: one of them is one token, so this is seconds of the fastest decoding.
 MAX_UNREAD_DELTAS = 1024
@@ -106,7 +106,7 @@ def _with_text(delta: Delta, detokenizer: Detokenizer) -> Delta:
     if finished is not None and finished.stop_token_id is not None:
         tokens = tokens[:-1]  # the token that stops is reported, but it is no text
     text = detokenizer.push_all(tokens)
-    if finished is not None and finished.reason in (FinishReason.STOP, FinishReason.LENGTH):
+    if finished is not None and finished.reason.is_whole:
         text += detokenizer.flush()
     return Delta(
         text=text, token_ids=delta.token_ids, logprobs=delta.logprobs, started=delta.started, finished=finished

@@ -78,7 +78,7 @@ def _in_process(engine: CheckedEngine, rows: int, kinds: list[Kind]) -> float:
     """Tokens a second of steps in which all decode, every second row sampled by a seed."""
     inner = engine.parts.engine
     scheduler = inner.scheduler
-    scheduler._release_lease = lambda _: None  # noqa: SLF001  # the leases are not the manager's
+    scheduler.roster._release_lease = lambda _: None  # noqa: SLF001  # the leases are not the manager's
     sequences = [_sequence(engine, number, _lease(engine, number, kinds)) for number in range(rows)]
     for sequence in sequences:
         scheduler.add(sequence)

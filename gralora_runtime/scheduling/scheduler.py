@@ -13,10 +13,10 @@ free at once: pages because steps run in order, and its adapter's slot because i
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Sequence as Several
+from dataclasses import dataclass, replace
 
 from gralora_runtime.adapters.residency.lease import AdapterLease
 from gralora_runtime.errors import DeadlineExceededError, GraloraError, NumericalError, RequestCancelledError
@@ -27,8 +27,8 @@ from gralora_runtime.sampling.outcome import RowFailure, Sampled, SamplingFailur
 from gralora_runtime.scheduling.fairness import CPU_PRICES, SHARE_BESIDE_OTHERS, Account, Ledger, Prices
 from gralora_runtime.scheduling.pages import PagePool, page_key
 from gralora_runtime.scheduling.preemption import giver_among, giver_of_row, givers_of_pages
+from gralora_runtime.scheduling.roster import Roster
 from gralora_runtime.scheduling.sequence import Sequence, SequenceStatus
-from gralora_runtime.scheduling.waiting import FairQueue
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ class SchedulerCounters:
 
 
 class Scheduler:
-    """Owns the sequences and their pages. Not thread-safe: only the engine's thread calls it."""
+    """Plans steps and takes in their results. Not thread-safe: only the engine's thread calls it."""
 
     def __init__(
         self,
@@ -69,19 +69,11 @@ class Scheduler:
     ) -> None:
         self.pages = pages
         self.ledger = Ledger(prices)
+        self.roster = Roster(pages, self.ledger, max_num_seqs=max_num_seqs, release_lease=release_lease)
         self.counters = SchedulerCounters()
-        self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
-        self._release_lease = release_lease
         self._now_s = now_s
-        self._waiting = FairQueue(self.ledger)
-        self._paused: dict[str, Sequence] = {}
-        self._running: list[Sequence] = []  # in order of admission: the last one is the youngest
-        self._by_id: dict[str, Sequence] = {}
         self._outputs: list[StepOutput] = []
-        self._seats = list(range(max_num_seqs - 1, -1, -1))
-        self._stays = itertools.count()
-        self._arrivals = itertools.count()
         # Of the step that is being planned: who gave way, and whether anybody did so for want of pages.
         self._gave_way: set[Sequence] = set()
         self._is_crowded = False
@@ -89,58 +81,45 @@ class Scheduler:
 
     @property
     def num_running(self) -> int:
-        return len(self._running)
+        return len(self.roster.running)
 
     @property
     def num_waiting(self) -> int:
-        return len(self._waiting)
+        return len(self.roster.waiting)
 
     @property
     def num_paused(self) -> int:
-        return len(self._paused)
+        return len(self.roster.paused)
 
     @property
     def has_work(self) -> bool:
-        return bool(self._running or self._waiting)
+        return bool(self.roster.running or self.roster.waiting)
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence; its adapter's lease now belongs to the scheduler."""
-        assert sequence.request_id not in self._by_id, f"request id {sequence.request_id!r} used twice"
-        self._by_id[sequence.request_id] = sequence
-        sequence.number = next(self._arrivals)
-        self.ledger.enter(sequence.tenant, sequence.weight)
-        self._waiting.add(sequence)
+        self.roster.enter(sequence)
         if sequence.loaded_bytes:
             self.ledger.charge(sequence.tenant, sequence.loaded_bytes * self.ledger.prices.adapter_byte)
-        if sequence.deadline_s is not None:
-            self._next_deadline_s = min(self._next_deadline_s, sequence.deadline_s)
+        self._next_deadline_s = min(self._next_deadline_s, sequence.deadline_s)
 
     def cancel(self, request_id: str) -> None:
         """End a sequence and free what it holds. Unknown ids are sequences that ended already."""
-        sequence = self._by_id.get(request_id)
+        sequence = self.roster.get(request_id)
         if sequence is not None:
             self._end_early(sequence, FinishReason.CANCELLED, RequestCancelledError(request_id))
 
     def pause(self, request_id: str) -> None:
         """Its client does not read: its row and its pages are for others until `resume`."""
-        sequence = self._by_id.get(request_id)
-        if sequence is None or sequence.status is SequenceStatus.PAUSED:
-            return
-        if sequence.status is SequenceStatus.RUNNING:
-            self._leave_seat(sequence)
-            self._free_pages(sequence)
-        else:
-            self._waiting.remove(sequence)
-        sequence.status = SequenceStatus.PAUSED
-        self._paused[request_id] = sequence
-        self.counters.pauses += 1
+        sequence = self.roster.get(request_id)
+        if sequence is not None and sequence.status is not SequenceStatus.PAUSED:
+            self.roster.pause(sequence)
+            self.counters.pauses += 1
 
     def resume(self, request_id: str) -> None:
         """It goes on where it was, as soon as it is its turn."""
-        sequence = self._paused.pop(request_id, None)
+        sequence = self.roster.paused.get(request_id)
         if sequence is not None:
-            sequence.status = SequenceStatus.WAITING
-            self._waiting.put_back(sequence)
+            self.roster.resume(sequence)
 
     def plan(self) -> StepPlan | None:
         """Choose the rows of the next step and lease their pages; None when there is nothing to compute."""
@@ -172,8 +151,7 @@ class Scheduler:
         """End one request because our code failed on it, wherever it stands, and put the books right."""
         self.counters.request_failures += 1
         self._outputs.append(StepOutput(request_id, error=request_failed(request_id, cause)))
-        self._drop(request_id)
-        self._reclaim_pages()
+        self.roster.drop([request_id])
 
     def fail_step(self, plan: StepPlan | None, cause: BaseException) -> bool:
         """End the rows of a step whose shared part failed, and put the books right; all others go on. Returns whether
@@ -182,28 +160,39 @@ class Scheduler:
         Without a plan it was the planning that failed: then all end but those that it had not touched.
         """
         if plan is not None:
-            ids = [row.request_id for row in plan.rows if self._sequence_of(row) is not None]
+            ids = [row.request_id for row in plan.rows if self.roster.of_row(row) is not None]
             if not ids:
                 return False
         else:
-            others = [*self._waiting, *self._paused.values()]
+            others = [*self.roster.waiting, *self.roster.paused.values()]
             untouched = {sequence.request_id for sequence in others if not sequence.pages}
-            ids = [request_id for request_id in self._by_id if request_id not in untouched]
+            ids = [request_id for request_id in self.roster.ids() if request_id not in untouched]
         self.counters.step_failures += 1
         error = step_failed(len(ids), cause)
-        for request_id in ids:
-            self._outputs.append(StepOutput(request_id, error=error))
-            self._drop(request_id)
-        self._reclaim_pages()
+        self._outputs += [StepOutput(request_id, error=error) for request_id in ids]
+        self.roster.drop(ids)
         return True
+
+    def shed(self, plan: StepPlan, cause: BaseException) -> None:
+        """Of a step that ran out of memory end the younger half, one at least; the others' rows are planned anew.
+
+        For a step of which nothing has been taken in, and on which no other one follows.
+        """
+        rows = sorted(plan.rows, key=lambda row: row.stay)  # in order of admission
+        num_kept = len(rows) // 2
+        self.fail_step(replace(plan, rows=tuple(rows[num_kept:])), cause)
+        for row in rows[:num_kept]:
+            sequence = self.sequence(row.request_id)
+            sequence.num_computed = row.start
+            sequence.num_pending -= int(row.samples)
 
     def adapters(self) -> tuple[frozenset[str], frozenset[str]]:
         """Names of the adapters in the batch, and of those that wait for it; "" is the base model.
 
-        Other threads may ask: sequences are copied in one call, while which the engine's thread cannot move them.
+        Other threads may ask.
         """
         by_status: dict[bool, set[str]] = {True: set(), False: set()}
-        for sequence in self._by_id.copy().values():
+        for sequence in self.roster.every():
             by_status[sequence.status is SequenceStatus.RUNNING].add(sequence.adapter_name)
         return frozenset(by_status[True]), frozenset(by_status[False])
 
@@ -212,39 +201,30 @@ class Scheduler:
         outputs, self._outputs = self._outputs, []
         return outputs
 
-    def abandon_all(self) -> list[Sequence]:
+    def abandon_all(self) -> Several[Sequence]:
         """Retire every sequence without a word to its client, and return them. For an engine that is stopping."""
-        abandoned = list(self._by_id.values())
+        abandoned = self.roster.every()
         for sequence in abandoned:
-            self._retire(sequence)
+            self.roster.retire(sequence)
         return abandoned
 
     def sequence(self, request_id: str) -> Sequence:
         """A sequence that waits or runs."""
-        return self._by_id[request_id]
+        sequence = self.roster.get(request_id)
+        assert sequence is not None, f"{request_id!r} has ended"
+        return sequence
 
     def check_integrity(self) -> None:
         """Assert that every page lease belongs to exactly one running sequence."""
-        self.pages.check_integrity(page for sequence in self._running for page in sequence.pages)
-        others = [*self._waiting, *self._paused.values()]
-        assert not any(sequence.pages for sequence in others), "a sequence that does not run holds pages"
-        assert {*self._by_id.values()} == {*self._running, *others}
-        assert (
-            len(self._by_id)
-            == len(self._running) + len(others)
-            == sum(account.requests for account in self.ledger.tenants().values())
-        )
-        taken = sorted(sequence.seat for sequence in self._running)
-        assert sorted(taken + self._seats) == list(range(self._max_num_seqs)), "a seat is lost or taken twice"
+        self.roster.check_integrity()
 
     def _expire_deadlines(self) -> None:
         now_s = self._now_s()
         if now_s < self._next_deadline_s:
             return
-        late = [s for s in self._by_id.values() if s.deadline_s is not None and s.deadline_s <= now_s]
-        for sequence in late:
+        for sequence in [sequence for sequence in self.roster.every() if sequence.deadline_s <= now_s]:
             self._end_early(sequence, FinishReason.DEADLINE, DeadlineExceededError(sequence.request_id))
-        coming = (s.deadline_s for s in self._by_id.values() if s.deadline_s is not None)
+        coming = (sequence.deadline_s for sequence in self.roster.every())
         self._next_deadline_s = min(coming, default=math.inf)
 
     def _end_early(self, sequence: Sequence, reason: FinishReason, error: GraloraError) -> None:
@@ -253,12 +233,12 @@ class Scheduler:
             self._outputs.append(StepOutput(sequence.request_id, Delta(finished=sequence.finish(reason))))
         else:
             self._outputs.append(StepOutput(sequence.request_id, error=error))
-        self._retire(sequence)
+        self.roster.retire(sequence)
 
     def _plan_decoding(self, rows: dict[Sequence, int]) -> list[Sequence]:
         """One token for each running sequence that has come to that; the others, whose prompts are not done yet."""
         prompts: list[Sequence] = []
-        for sequence in self._running.copy():
+        for sequence in self.roster.running.copy():
             if sequence.num_uncomputed > 1:
                 prompts.append(sequence)
             elif not (sequence.num_pending and sequence.has_all_tokens) and self._reserve(sequence, 1, rows):
@@ -275,7 +255,7 @@ class Scheduler:
         admitting = not self._is_crowded  # who just lost its pages would only take them back
         while left > 0:
             started = min(prompts, key=lambda sequence: self._account(sequence).served, default=None)
-            waiting = self._waiting.first() if admitting else None
+            waiting = self.roster.waiting.first() if admitting else None
             if waiting is not None and (waiting.num_pending or waiting in self._gave_way):
                 admitting, waiting = False, None
             if started is None and waiting is None:
@@ -340,10 +320,9 @@ class Scheduler:
         Pages are leased for all its tokens at once, not for the first chunk: half-admitted prompts that wait for each
         other's pages would only preempt one another.
         """
-        if not self._seats and not self._free_a_row(sequence, rows):
+        if not self.roster.has_seat and not self._free_a_row(sequence, rows):
             return 0
         matched, keys = self.pages.match(sequence.parent_key, sequence.tokens)
-        num_matched = len(matched) * self.pages.page_size
         num_fresh = self._pages_for(len(sequence.tokens)) - len(matched)
         if num_fresh > self.pages.num_available:
             self._free_pages_for(sequence, num_fresh, rows)
@@ -351,20 +330,15 @@ class Scheduler:
         if fresh is None:
             self.pages.release(matched)
             return 0
-        self._waiting.remove(sequence)
-        self._running.append(sequence)
-        sequence.status = SequenceStatus.RUNNING
-        sequence.seat, sequence.stay = self._seats.pop(), next(self._stays)
-        sequence.pages, sequence.page_keys = (*matched, *fresh), keys
-        sequence.num_computed = num_matched
+        self.roster.start(sequence, (*matched, *fresh), keys)
         sequence.begin(self._now_s())
-        self.counters.prefix_hit_tokens += num_matched
+        self.counters.prefix_hit_tokens += sequence.num_computed
         count = min(sequence.num_uncomputed, most)
         self._take(sequence, count, rows)
         return count
 
     def _free_a_row(self, sequence: Sequence, rows: dict[Sequence, int]) -> bool:
-        victim = giver_of_row(sequence, self._running, self.ledger)
+        victim = giver_of_row(sequence, self.roster.running, self.ledger)
         if victim is None:
             return False
         self._preempt(victim, rows)
@@ -372,7 +346,7 @@ class Scheduler:
 
     def _free_pages_for(self, sequence: Sequence, num_pages: int, rows: dict[Sequence, int]) -> None:
         missing = num_pages - self.pages.num_available
-        for victim in givers_of_pages(sequence, num_pages, missing, self._running, self.ledger):
+        for victim in givers_of_pages(sequence, num_pages, missing, self.roster.running, self.ledger):
             self._preempt(victim, rows)
 
     def _reserve(self, sequence: Sequence, count: int, rows: dict[Sequence, int]) -> bool:
@@ -384,7 +358,7 @@ class Scheduler:
             return True
         while missing > self.pages.num_available:
             self._is_crowded = True
-            victim = giver_among(self._running)
+            victim = giver_among(self.roster.running)
             self._preempt(victim, rows)
             if victim is sequence:
                 return False
@@ -396,16 +370,9 @@ class Scheduler:
     def _preempt(self, sequence: Sequence, rows: dict[Sequence, int]) -> None:
         rows.pop(sequence, None)
         self._gave_way.add(sequence)
-        self._leave_seat(sequence)
-        self._free_pages(sequence)
-        sequence.status = SequenceStatus.WAITING
+        self.roster.put_back(sequence)
         sequence.preemptions += 1
         self.counters.preemptions += 1
-        self._waiting.put_back(sequence)
-
-    def _leave_seat(self, sequence: Sequence) -> None:
-        self._running.remove(sequence)
-        self._seats.append(sequence.seat)
 
     def _freeze(self, counts: Mapping[Sequence, int]) -> StepPlan:
         decoding = [sequence for sequence, count in counts.items() if count == 1]
@@ -413,7 +380,7 @@ class Scheduler:
         rows += [self._row(sequence, count) for sequence, count in counts.items() if count > 1]
         sampling = [row for row in rows if row.samples]
         for place, row in enumerate(sampling):
-            sequence = self._by_id[row.request_id]
+            sequence = self.sequence(row.request_id)
             sequence.num_pending += 1
             sequence.sampled_at = place
         return StepPlan(tuple(rows), len(decoding))
@@ -440,13 +407,8 @@ class Scheduler:
         else:
             self.counters.prefill_tokens += len(row.token_ids)
 
-    def _sequence_of(self, row: RowPlan) -> Sequence | None:
-        """None if it ended meanwhile: its id may be another's by now."""
-        sequence = self._by_id.get(row.request_id)
-        return sequence if sequence is not None and sequence.stay == row.stay else None
-
     def _commit_row(self, row: RowPlan, sampled: Sampled | None) -> None:
-        sequence = self._sequence_of(row)
+        sequence = self.roster.of_row(row)
         if sequence is None:
             return
         self._count_tokens(sequence, row)
@@ -463,13 +425,13 @@ class Scheduler:
         if isinstance(sampled, SamplingFailure):
             error = NumericalError(sequence.request_id, sequence.adapter_name, sampled.problem)
             self._outputs.append(StepOutput(sequence.request_id, error=error))
-            self._retire(sequence)
+            self.roster.retire(sequence)
             return
         delta = sequence.accept(sampled)
         self.counters.generated_tokens += 1
         self._outputs.append(StepOutput(sequence.request_id, delta))
         if delta.finished is not None:
-            self._retire(sequence)
+            self.roster.retire(sequence)
 
     def _publish_full_pages(self, sequence: Sequence, num_computed: int) -> None:
         size = self.pages.page_size
@@ -477,41 +439,6 @@ class Scheduler:
             key = page_key(sequence.parent_key, sequence.tokens[index * size : (index + 1) * size])
             sequence.page_keys.append(key)
             self.pages.publish(sequence.pages[index], key)
-
-    def _retire(self, sequence: Sequence) -> None:
-        if sequence.status is SequenceStatus.RUNNING:
-            self._leave_seat(sequence)
-        elif sequence.status is SequenceStatus.PAUSED:
-            del self._paused[sequence.request_id]
-        else:
-            self._waiting.remove(sequence)
-        self._free_pages(sequence)
-        sequence.status = SequenceStatus.FINISHED
-        del self._by_id[sequence.request_id]
-        self.ledger.leave(sequence.tenant)
-        self._release_lease(sequence.lease)
-
-    def _drop(self, request_id: str) -> None:
-        """Forget a sequence after a failure, which may have left it anywhere. It has its lease while it has an id."""
-        sequence = self._by_id.pop(request_id, None)
-        if sequence is None:
-            return
-        self._running = [running for running in self._running if running is not sequence]
-        self._waiting.discard(sequence)
-        self._paused.pop(request_id, None)
-        sequence.status = SequenceStatus.FINISHED
-        self.ledger.leave(sequence.tenant)
-        self._release_lease(sequence.lease)
-
-    def _reclaim_pages(self) -> None:
-        taken = {sequence.seat for sequence in self._running}
-        self._seats = [seat for seat in range(self._max_num_seqs - 1, -1, -1) if seat not in taken]
-        self.pages.reclaim(page for sequence in self._running for page in sequence.pages)
-
-    def _free_pages(self, sequence: Sequence) -> None:
-        self.pages.release(sequence.pages)
-        sequence.pages, sequence.page_keys = (), []
-        sequence.num_computed = 0
 
     def _pages_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.pages.page_size)

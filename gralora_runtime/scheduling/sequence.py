@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from enum import Enum
@@ -44,7 +45,7 @@ class Sequence:
     detokenizer: Detokenizer | None  # None: nothing stops at its text, so whoever reads the tokens makes it
     arrival_s: float
     seed: int
-    deadline_s: float | None = None
+    deadline_s: float = math.inf  # by the scheduler's clock
     tenant: str = ""
     weight: float = 1.0  # of the tenant
     priority: int = 0  # higher first, among the tenant's own

@@ -19,7 +19,6 @@ from gralora_runtime.shortage import out_of_memory
 from gralora_runtime.stepping.batch import BatchBuilder
 from gralora_runtime.stepping.executor import Executor, Launched
 from gralora_runtime.stepping.fence import StepFence
-from gralora_runtime.stepping.shedding import shed
 
 MAX_FAILURES_IN_A_ROW = 3  # of steps: then it is not the requests that are at fault
 
@@ -139,7 +138,7 @@ class Engine:
             raise error
         if plan is not None and out_of_memory(error):  # too much at once: no reason to end the engine
             if repeatable:
-                shed(self.scheduler, plan, error)
+                self.scheduler.shed(plan, error)
             else:
                 self.scheduler.fail_step(plan, error)
         elif self.scheduler.fail_step(plan, error):

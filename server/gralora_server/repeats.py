@@ -15,13 +15,12 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from gralora_runtime.errors import GraloraError, InvalidRequestError
-from gralora_runtime.request import Delta, FinishReason
+from gralora_runtime.request import Delta
 from gralora_runtime.stream import merge_deltas
 from gralora_server.tenants import caller
 from gralora_server.validation import AnyGenerateRequest
 
 WINDOW_S = 60.0  # in which an answer can be had again
-WHOLE = (FinishReason.STOP, FinishReason.LENGTH)
 MAX_ANSWERS = 10_000
 MAX_BYTES = 64 << 20  # of all answers, by `_size_of`
 MAX_ANSWER_BYTES = 1 << 20  # a longer one goes to those who are there, and is not kept
@@ -152,7 +151,7 @@ class Repeats:
     def over(self, record: _Record) -> None:
         """It has ended. Who asks again after an error, a deadline or an abort wants another try."""
         finished = record.deltas[-1].finished if record.finished else None
-        if finished is not None and finished.reason in WHOLE:
+        if finished is not None and finished.reason.is_whole:
             asyncio.get_running_loop().call_later(self._window_s, self._drop, record)
         else:
             self._drop(record)

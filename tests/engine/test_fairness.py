@@ -22,7 +22,7 @@ def served(harness: Harness, tenant: str) -> float:
 
 
 def rows_of(harness: Harness) -> Counter[str]:
-    return Counter(sequence.tenant for sequence in harness.scheduler._running)
+    return Counter(sequence.tenant for sequence in harness.scheduler.roster.running)
 
 
 def flood(harness: Harness, tenant: str, count: int, *, prompt: int = 3, max_tokens: int = 50, **kwargs: float) -> None:
@@ -65,7 +65,7 @@ def test_rows_and_service_follow_the_weights_of_two_that_always_want_more(weight
     flood(harness, "heavy", 200, prompt=3, max_tokens=10, weight=weight)
     limit = bound(harness.scheduler.ledger.prices, longest_prompt=30, most_tokens=8 * 40)
     differences = []
-    while {sequence.tenant for sequence in harness.scheduler._waiting} == {"many", "heavy"}:
+    while {sequence.tenant for sequence in harness.scheduler.roster.waiting} == {"many", "heavy"}:
         harness.step()
         differences.append(abs(served(harness, "many") - served(harness, "heavy")))
 
@@ -199,14 +199,13 @@ def test_pages_are_given_up_for_a_tenant_that_holds_fewer() -> None:
 
 
 def test_a_loaded_adapter_is_paid_for() -> None:
-    ledger = Ledger(Prices(adapter_byte=0.5))
     harness = Harness()
-    harness.scheduler.ledger = harness.scheduler._waiting._ledger = ledger
+    harness.scheduler.ledger.prices = Prices(adapter_byte=0.5)
     sequence = fake_sequence("a", [1], tenant="a")
     sequence.loaded_bytes = 100
     harness.scheduler.add(sequence)
 
-    assert ledger.account("a").served == 50.0
+    assert served(harness, "a") == 50.0
 
 
 def test_a_token_is_paid_for_once_however_often_it_is_computed() -> None:
@@ -214,7 +213,7 @@ def test_a_token_is_paid_for_once_however_often_it_is_computed() -> None:
     for name in ("a", "b"):
         harness.scheduler.add(fake_sequence(name, [ord(name), *range(5)], max_tokens=8, tenant="one"))
     harness.scheduler.add(fake_sequence("watch", [1], max_tokens=200, tenant="one"))  # keeps the account open
-    while {"a", "b"} & harness.scheduler._by_id.keys():
+    while {"a", "b"} & set(harness.scheduler.roster.ids()):
         harness.step()
 
     assert harness.scheduler.counters.preemptions > 0

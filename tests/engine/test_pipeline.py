@@ -17,6 +17,7 @@ Failures anywhere, pipelined or not, are in test_containment.py.
 
 from __future__ import annotations
 
+import math
 import random
 import threading
 import time
@@ -149,7 +150,7 @@ class Wanted:
     cancel: int | None = None  # steps after it came
     deadline: int | None = None
 
-    def sequence(self, request_id: str, lease: AdapterLease, deadline_s: float | None) -> Sequence:
+    def sequence(self, request_id: str, lease: AdapterLease, deadline_s: float) -> Sequence:
         n = self.number
         rng = np.random.default_rng(n % 5)  # some share a prefix
         prompt = [*rng.integers(0, VOCAB, size=5 + n % 6).tolist(), *range(n % 3)]
@@ -223,7 +224,7 @@ class Engines:
 
         self.scheduler.plan = noted  # type: ignore[method-assign]
 
-    def add(self, wanted: Wanted, request_id: str = "", deadline_s: float | None = None) -> bool:
+    def add(self, wanted: Wanted, request_id: str = "", deadline_s: float = math.inf) -> bool:
         request_id = request_id or f"r{wanted.number}"
         lease = self.slots.acquire(wanted.content, self.step)
         if lease is None:
@@ -270,7 +271,7 @@ def run(schedule: tuple[Wanted, ...], **options: object) -> Engines:
     while coming or engines.engine.has_work:
         while coming and coming[0].arrival <= number:
             wanted = coming[0]
-            deadline_s = None if wanted.deadline is None else engines.clock.now_s + wanted.deadline
+            deadline_s = math.inf if wanted.deadline is None else engines.clock.now_s + wanted.deadline
             if not engines.add(wanted, deadline_s=deadline_s):
                 break  # somebody has to end first
             coming.pop(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from gralora_runtime.adapters.residency.lease import AdapterLease
@@ -51,7 +52,7 @@ def fake_sequence(
     max_tokens: int = 4,
     stopping: StoppingParams | None = None,
     lease: AdapterLease | None = None,
-    deadline_s: float | None = None,
+    deadline_s: float = math.inf,
     tenant: str = "",
     weight: float = 1.0,
     priority: int = 0,

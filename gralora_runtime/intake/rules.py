@@ -1,0 +1,67 @@
+"""What a request asks for, checked against the model and made into what follows it token by token."""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass
+
+from gralora_runtime.detokenizer import Detokenizer
+from gralora_runtime.errors import InvalidRequestError
+from gralora_runtime.info import EngineInfo
+from gralora_runtime.model.loading import BaseModel
+from gralora_runtime.request import GenerationRequest
+from gralora_runtime.sampling.state import SamplerState
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """Of one request."""
+
+    max_tokens: int
+    seed: int
+    sampler: SamplerState
+    detokenizer: Detokenizer
+
+
+def rules_of(request: GenerationRequest, tokens: list[int], base: BaseModel, info: EngineInfo) -> Rules:
+    """`tokens`: of the prompt. Raises InvalidRequestError."""
+    max_tokens = _max_tokens(request, len(tokens), info.max_model_len)
+    _check_token_ids(request, info.vocab_size)
+    seed = secrets.randbits(63) if request.sampling.seed is None else request.sampling.seed
+    sampler = SamplerState(
+        request.sampling,
+        request.stopping,
+        request.response,
+        seed=seed,
+        prompt_token_ids=tokens,
+        eos_token_ids=base.eos_token_ids,
+        vocab_size=info.vocab_size,
+    )
+    detokenizer = Detokenizer(
+        base.tokenizer,
+        request.stopping.stop,
+        prompt_token_ids=tokens,
+        min_tokens=request.stopping.min_tokens,
+    )
+    return Rules(max_tokens, seed, sampler, detokenizer)
+
+
+def _max_tokens(request: GenerationRequest, num_prompt: int, limit: int) -> int:
+    if num_prompt >= limit:
+        raise InvalidRequestError("prompt", num_prompt, f"the prompt must be shorter than {limit} tokens")
+    room, wanted = limit - num_prompt, request.stopping.max_tokens
+    if wanted is not None and wanted > room:
+        problem = f"the prompt's {num_prompt} tokens leave room for {room} of at most {limit}"
+        raise InvalidRequestError("stopping.max_tokens", wanted, problem)
+    return room if wanted is None else wanted
+
+
+def _check_token_ids(request: GenerationRequest, vocab_size: int) -> None:
+    fields = {
+        "stopping.stop_token_ids": request.stopping.stop_token_ids,
+        "sampling.logit_bias": request.sampling.logit_bias,
+    }
+    for field, ids in fields.items():
+        for token in ids:
+            if not 0 <= token < vocab_size:
+                raise InvalidRequestError(field, token, f"token ids of this model are 0 to {vocab_size - 1}")
