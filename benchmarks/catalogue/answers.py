@@ -27,13 +27,14 @@ class Answer:
     digest: str = ""
     tokens: tuple[int, ...] = ()
     is_whole: bool = True  # the client stayed until the end
+    max_tokens: int = MAX_TOKENS
     error: str = ""
 
 
-def prompt_of(name: str, vocab_size: int) -> list[int]:
+def prompt_of(name: str, vocab_size: int, num_tokens: int = PROMPT_TOKENS) -> list[int]:
     """A name's prompt is always the same, so that a prefix cache that took one version's pages for another's shows."""
     drawn = random.Random(name)
-    return [drawn.randrange(3, vocab_size) for _ in range(PROMPT_TOKENS)]
+    return [drawn.randrange(3, vocab_size) for _ in range(num_tokens)]
 
 
 @dataclass(slots=True, kw_only=True)

@@ -97,13 +97,22 @@ class Churn:
         return self.digests[content]
 
     async def run(self, client: AsyncClient, workers: int, until_s: float) -> None:
+        await self.operate(client, workers, lambda: time.monotonic() >= until_s)
+        self.end()
+
+    async def operate(self, client: AsyncClient, workers: int, is_over: Callable[[], bool]) -> None:
+        """Returns when the changes that had begun by then are done. May be called again."""
         async with asyncio.TaskGroup() as group:
-            for number in range(workers):
-                group.create_task(self._operate(client, random.Random(f"{self.seed} {number}"), until_s))
+            for _ in range(workers):
+                drawn = random.Random(f"{self.seed} {next(self._numbers)}")
+                group.create_task(self._operate(client, drawn, is_over))
+
+    def end(self) -> None:
+        """Nothing is changed any more."""
         for one in self.by_name.values():
             one.end()
 
-    async def _operate(self, client: AsyncClient, drawn: random.Random, until_s: float) -> None:
+    async def _operate(self, client: AsyncClient, drawn: random.Random, is_over: Callable[[], bool]) -> None:
         kinds: list[tuple[str, int, Callable[[AsyncClient, random.Random, Changing], Awaitable[None]]]] = [
             ("replace", 6, self._replace),
             ("load from elsewhere", 2, self._load_from_elsewhere),
@@ -114,7 +123,7 @@ class Churn:
             ("unload", 2, self._unload),
             ("unload a version", 1, self._unload_version),
         ]
-        while time.monotonic() < until_s:
+        while not is_over():
             name = drawn.choice(self.names[:HOT] if drawn.random() < 0.5 else self.names)
             what, _, change = drawn.choices(kinds, weights=[weight for _, weight, _ in kinds])[0]
             one = self.by_name[name]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.catalogue import memory, truth
-from benchmarks.catalogue.answers import MAX_TOKENS, Answer, Traffic
+from benchmarks.catalogue.answers import Answer, Traffic
 from benchmarks.catalogue.churn import Churn
 from benchmarks.catalogue.fleet import Fleet
 from benchmarks.catalogue.gate import Gate, PartResult
@@ -79,12 +79,12 @@ async def _observe(server: LocalServer, churn: Churn, plan: Plan, seed: int) -> 
         page = await asyncio.to_thread(Page.read, server.metrics_address)
         counted = {"loads": series.ADAPTER_LOADS, "evictions": series.ADAPTER_EVICTIONS}
         counters = {name: page.value(of) for name, of in counted.items()}
-        left = await _unload_all(operators, server.metrics_address)
+        left = await unload_all(operators, server.metrics_address)
     return Observed(answers=answers, samples=samples, left=left, counters=counters)
 
 
-async def _unload_all(client: AsyncClient, metrics_address: str) -> dict[str, float]:
-    """What is left of leases and memory."""
+async def unload_all(client: AsyncClient, metrics_address: str) -> dict[str, float]:
+    """What is left of leases and memory once all adapters are gone."""
     for adapter in await client.adapters.list():
         await client.adapters.unload(adapter.name)
     until_s = time.monotonic() + EMPTY_S
@@ -106,7 +106,7 @@ async def _unload_all(client: AsyncClient, metrics_address: str) -> dict[str, fl
 
 def judge(observed: Observed, churn: Churn, plan: Plan, folder: Path) -> PartResult:
     """After the fact: contents have their digests, and each asked content its tokens."""
-    _note_initial(observed.answers, churn, folder)
+    note_initial(observed.answers, churn, folder)
     served = [answer for answer in observed.answers if not answer.error and answer.tokens]
     asked = {(churn.contents[a.digest], a.name) for a in served if a.digest in churn.contents}
     expected = truth.expected_tokens(churn.fleet.contents, folder / "truth", asked)
@@ -122,7 +122,7 @@ def judge(observed: Observed, churn: Churn, plan: Plan, folder: Path) -> PartRes
         "peft_compared": len(peft), **observed.counters, "left": observed.left,
         "memory_mib": [[round(at_s, 1), size >> 20] for at_s, size in observed.samples],
         "problems": churn.problems[:SHOWN],
-        "examples": [_shown(a, v, churn) for a, v in verdicts if v in ("wrong", "stale") or "unexpected" in v][:SHOWN],
+        "examples": [shown(a, v, churn) for a, v in verdicts if v in ("wrong", "stale") or "unexpected" in v][:SHOWN],
     }  # fmt: skip
     gates = [
         Gate("wrong answers", counts["wrong"], 0),
@@ -149,7 +149,7 @@ def verdict_of(answer: Answer, churn: Churn, expected: dict[truth.Asked, truth.T
     right = expected.get((content, answer.name), ()) if content is not None else ()
     if content is None or answer.tokens != right[: len(answer.tokens)]:
         return "wrong"
-    if answer.is_whole and len(answer.tokens) != MAX_TOKENS:
+    if answer.is_whole and len(answer.tokens) != answer.max_tokens:
         return "wrong"
     if answer.wanted:
         return "right" if answer.digest == answer.wanted else "wrong"
@@ -157,7 +157,8 @@ def verdict_of(answer: Answer, churn: Churn, expected: dict[truth.Asked, truth.T
     return "wrong" if found is Verdict.FOREIGN else found.value
 
 
-def _note_initial(answers: Sequence[Answer], churn: Churn, folder: Path) -> None:
+def note_initial(answers: Sequence[Answer], churn: Churn, folder: Path) -> None:
+    """Which digests the contents have that names had before anything changed."""
     for name in {answer.name for answer in answers}:
         number = churn.fleet.initial[name]
         if number not in churn.digests:
@@ -167,8 +168,8 @@ def _note_initial(answers: Sequence[Answer], churn: Churn, folder: Path) -> None
             shutil.rmtree(directory)
 
 
-def _shown(answer: Answer, verdict: str, churn: Churn) -> dict[str, Any]:
-    """With what was so and what was done around that time, in seconds from when the request was sent."""
+def shown(answer: Answer, verdict: str, churn: Churn) -> dict[str, Any]:
+    """One answer with what was so and what was done around that time, in seconds from when the request was sent."""
     one = churn.by_name[answer.name]
 
     def since_s(at_s: float) -> float:

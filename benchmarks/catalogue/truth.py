@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,17 +20,33 @@ from gralora_runtime.request import GenerationRequest, Prompt, SamplingParams, S
 
 MAX_GAP = 1e-2  # of a logit, fp32: so much less likely than PEFT's best token one of ours may be
 
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What a name is asked, and for how many tokens at most."""
+
+    prompt_of: Callable[[str, int], list[int]] = prompt_of  # of a name, for a vocabulary of that size
+    max_tokens: int = MAX_TOKENS
+    max_model_len: int = 64
+
+
+QUESTION = Question()
+
 Asked = tuple[int, str]  # a content, and the name whose prompt it is asked
 Tokens = tuple[int, ...]
 
 
-def expected_tokens(contents: Contents, folder: Path, asked: Iterable[Asked]) -> dict[Asked, Tokens]:
+def expected_tokens(
+    contents: Contents, folder: Path, asked: Iterable[Asked], question: Question = QUESTION
+) -> dict[Asked, Tokens]:
     """One request at a time."""
     folder.mkdir()
-    return asyncio.run(_expected_tokens(contents, folder, sorted(asked)))
+    return asyncio.run(_expected_tokens(contents, folder, sorted(asked), question))
 
 
-async def _expected_tokens(contents: Contents, folder: Path, asked: list[Asked]) -> dict[Asked, Tokens]:
+async def _expected_tokens(
+    contents: Contents, folder: Path, asked: list[Asked], question: Question
+) -> dict[Asked, Tokens]:
     config = EngineConfig(
         model=contents.base.path,
         adapters=in_directory(folder),
@@ -37,7 +54,7 @@ async def _expected_tokens(contents: Contents, folder: Path, asked: list[Asked])
         device="cpu",
         max_num_seqs=1,
         max_num_batched_tokens=32,
-        max_model_len=64,
+        max_model_len=question.max_model_len,
         kv_cache_bytes=16 << 20,
         adapter_pool_bytes=max(8 << 20, 16 * contents.mean_bytes()),
         host_cache_bytes=0,
@@ -45,21 +62,23 @@ async def _expected_tokens(contents: Contents, folder: Path, asked: list[Asked])
     )
     engine = await AsyncEngine.start(config)
     try:
-        return {one: await _alone(engine, contents, folder, *one) for one in asked}
+        return {one: await _alone(engine, contents, folder, *one, question) for one in asked}
     finally:
         await engine.close()
 
 
-async def _alone(engine: AsyncEngine, contents: Contents, folder: Path, number: int, name: str) -> Tokens:
+async def _alone(
+    engine: AsyncEngine, contents: Contents, folder: Path, number: int, name: str, question: Question
+) -> Tokens:
     directory = folder / f"c{number}-{name}"
     contents.write(number, directory)
     stream = await engine.submit(
         GenerationRequest(
             request_id=directory.name,
-            prompt=Prompt(token_ids=tuple(prompt_of(name, contents.base.vocab_size))),
+            prompt=Prompt(token_ids=tuple(question.prompt_of(name, contents.base.vocab_size))),
             adapter=directory.name,
             sampling=SamplingParams(temperature=0.0),
-            stopping=StoppingParams(max_tokens=MAX_TOKENS, ignore_eos=True),
+            stopping=StoppingParams(max_tokens=question.max_tokens, ignore_eos=True),
         )
     )
     tokens = [token async for delta in stream for token in delta.token_ids]
@@ -68,7 +87,9 @@ async def _alone(engine: AsyncEngine, contents: Contents, folder: Path, number: 
     return tuple(tokens)
 
 
-def unlike_peft(contents: Contents, folder: Path, expected: Mapping[Asked, Tokens]) -> list[Asked]:
+def unlike_peft(
+    contents: Contents, folder: Path, expected: Mapping[Asked, Tokens], question: Question = QUESTION
+) -> list[Asked]:
     """Those of which PEFT would not have chosen one of the tokens, nor nearly so."""
     base = AutoModelForCausalLM.from_pretrained(contents.base.path, dtype=torch.float32).eval()
     unlike = []
@@ -76,7 +97,7 @@ def unlike_peft(contents: Contents, folder: Path, expected: Mapping[Asked, Token
         directory = folder / f"peft-{number}-{name}"
         contents.write(number, directory)
         adapted = PeftModel.from_pretrained(base, directory).eval()
-        if _gap(adapted, prompt_of(name, contents.base.vocab_size), tokens) > MAX_GAP:
+        if _gap(adapted, question.prompt_of(name, contents.base.vocab_size), tokens) > MAX_GAP:
             unlike.append((number, name))
         adapted.unload()
         shutil.rmtree(directory)
