@@ -1,7 +1,8 @@
 """`python -m benchmarks.overload`: ten times what the server can do, by users with deadlines.
 
 First single rates, to know the best goodput; then half of the best one, ten times the best, and half of it again. Then
-a shorter peak of users who come again when told: in the long one there are none, or it would not end when it ends.
+a shorter peak of users who come again when told: in the long one there are none, or it would not end when it ends. All
+whom that one leaves have to be served before its run ends.
 Everything is `gralora loadtest` against a server of its own, on the same cores. Writes JSON; fails if a gate does.
 """
 
@@ -42,13 +43,16 @@ class Plan:
     after_s: float = 40.0
     deadline_s: float = 2.0
     retries: int = 3  # in the second peak
-    retried_peak_s: float = 60.0
+    retried_peak_s: float = 15.0
+    retried_after_s: float = 240.0
     kv_cache: str = "256MiB"  # little, so that all of it has been written long before the peak ends
     prompt: int = 64
     output: int = 16
 
 
-QUICK = Plan(rates=(3.0,), rate_s=12.0, before_s=12.0, peak_s=15.0, after_s=10.0, retried_peak_s=10.0)
+QUICK = Plan(
+    rates=(3.0,), rate_s=12.0, before_s=12.0, peak_s=15.0, after_s=10.0, retried_peak_s=5.0, retried_after_s=30.0
+)
 
 
 def main() -> None:
@@ -74,14 +78,16 @@ def measure(plan: Plan, folder: Path, out: Path) -> tuple[dict[str, Any], list[G
         assert run.overload is not None
         goodputs[rate] = run.overload.total.good_requests_per_s
     best = max(goodputs, key=lambda rate: goodputs[rate])
-    run = _run(plan, folder / "peak", _peak(plan, best, plan.peak_s), plan.before_s + plan.peak_s + plan.after_s)
+    run = _run(
+        plan, folder / "peak", _peak(plan, best, plan.peak_s, plan.after_s), plan.before_s + plan.peak_s + plan.after_s
+    )
     for picture in (folder / "peak").glob("overload*.png"):
         out.with_name(picture.name).write_bytes(picture.read_bytes())
     again = _run(
         plan,
         folder / "again",
-        _peak(plan, best, plan.retried_peak_s),
-        plan.before_s + plan.retried_peak_s + plan.after_s,
+        _peak(plan, best, plan.retried_peak_s, plan.retried_after_s),
+        plan.before_s + plan.retried_peak_s + plan.retried_after_s,
         retries=plan.retries,
     )
     overload, retried = run.overload, again.overload
@@ -115,9 +121,9 @@ def measure(plan: Plan, folder: Path, out: Path) -> tuple[dict[str, Any], list[G
     return found, gates
 
 
-def _peak(plan: Plan, best: float, peak_s: float) -> str:
+def _peak(plan: Plan, best: float, peak_s: float, after_s: float) -> str:
     quiet = f"{best / 2:g}"
-    return f"step:{quiet},{plan.before_s:g},{TIMES * best:g},{peak_s:g},{quiet},{plan.after_s:g}"
+    return f"step:{quiet},{plan.before_s:g},{TIMES * best:g},{peak_s:g},{quiet},{after_s:g}"
 
 
 def _run(plan: Plan, out: Path, arrivals: str, duration_s: float, *, retries: int = 0) -> RunResult:

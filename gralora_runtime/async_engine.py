@@ -129,8 +129,8 @@ class AsyncEngine:
             raise
 
     async def _submit(self, request: GenerationRequest) -> RequestStream:
-        self._refuse_when_closed()
-        self._entrance.refuse_when_full(request)
+        if self._draining:
+            raise EngineDeadError if self.dead.is_set() else DrainingError
         entry = self._enter(request, self.requests)
         try:
             self._entrance.refuse_when_late(entry.arrival, num_prompt=1)
@@ -300,12 +300,6 @@ class AsyncEngine:
             tie=TIE if self.info().dtype == "float32" else TIE_OF_16_BITS,
         )
 
-    def _refuse_when_closed(self) -> None:
-        if self.dead.is_set():
-            raise EngineDeadError
-        if self._draining:
-            raise DrainingError
-
     def _enter(self, request: GenerationRequest, observed: RequestObservation) -> _Entry:
         if self.dead.is_set():
             raise EngineDeadError
@@ -313,7 +307,8 @@ class AsyncEngine:
             raise DrainingError
         if request.request_id in self._entries:
             raise InvalidRequestError("request_id", request.request_id, "a request of that id is already running")
-        arrival = self._entrance.arrive(request)
+        is_trial = observed is self._trials
+        arrival = self._entrance.arrive_for_trial(request) if is_trial else self._entrance.arrive(request)
         entry = _Entry(
             arrival=arrival,
             stream=RequestStream(request.request_id, self.abort, self._hold),

@@ -22,7 +22,6 @@ class TenantBacklog:
     waiting: int = 0  # for their first token
     waiting_tokens: int = 0  # of their prompts, as far as those are known
     running: int = 0
-    returns_at_s: float = 0.0  # when the last of those that were told to come again will
 
     @property
     def requests(self) -> int:

@@ -15,6 +15,7 @@ from gralora_runtime.errors import DeadlineExceededError, QueueFullError, TooLat
 from gralora_runtime.info import EngineInfo
 from gralora_runtime.intake.backlog import Backlog, Place, TenantBacklog
 from gralora_runtime.intake.forecast import Estimate, Forecast, StepTimes
+from gralora_runtime.intake.promises import Promises
 from gralora_runtime.request import Finished, FinishReason, GenerationRequest
 
 TIMES_THE_CACHE = 16  # tokens of prompts that may wait, over those that the KV cache holds
@@ -28,6 +29,7 @@ class Arrival:
     place: Place
     arrived_s: float
     deadline_s: float
+    is_expected: bool = False  # it had been told to come now
     estimate: Estimate | None = None
 
     @property
@@ -44,6 +46,7 @@ class Entrance:
             max_requests=config.max_num_seqs + config.max_queue,
             max_tokens=config.max_queue_tokens or TIMES_THE_CACHE * info.num_pages * info.page_size,
         )
+        self._promises = Promises()
         self._forecast = Forecast(
             self._backlog,
             times,
@@ -51,24 +54,31 @@ class Entrance:
             max_num_batched_tokens=config.max_num_batched_tokens,
         )
 
-    def refuse_when_full(self, request: GenerationRequest) -> None:
-        """Raises QueueFullError if one more would be too many."""
+    def arrive(self, request: GenerationRequest) -> Arrival:
+        """It is one of those under way from here on. Raises QueueFullError if one more would be too many."""
+        now_s = time.monotonic()
+        is_expected = self._promises.came(request.request_id, now_s)
         line = self._backlog.line(tenant_of(request), request.weight)
         problem = self._backlog.full_of_requests(request, line)
         if problem is not None:
-            raise self._queue_full(problem, line)
+            raise QueueFullError(problem, self._retry_s(request, line, 0.0, is_expected=is_expected))
+        arrival = self._arrive(request, now_s)
+        arrival.is_expected = is_expected
+        return arrival
 
-    def arrive(self, request: GenerationRequest) -> Arrival:
-        """It is one of those under way from here on."""
-        now_s = time.monotonic()
-        deadline_s = math.inf if request.timeout_s is None else now_s + request.timeout_s
-        return Arrival(request, self._backlog.enter(tenant_of(request), request.weight), now_s, deadline_s)
+    def arrive_for_trial(self, request: GenerationRequest) -> Arrival:
+        """As `arrive`, of one that is not refused: others wait for its outcome."""
+        return self._arrive(request, time.monotonic())
 
     def refuse_when_late(self, arrival: Arrival, num_prompt: int) -> None:
         """Raises TooLateError if its deadline or the objective cannot be met, as far as can be told."""
         now_s = time.monotonic()
         request, line = arrival.request, arrival.place.line
-        estimate = self._forecast.estimate(arrival.place, request.stopping, num_prompt=num_prompt, now_s=now_s)
+        estimate = self._estimate(arrival, num_prompt, now_s)
+        if estimate is not None and not arrival.is_expected:
+            # It would stay until then, in the way of those whose time comes before.
+            others = self._promises.expected(arrival.tenant, estimate.last_token_s, now_s)
+            estimate = self._estimate(arrival, num_prompt, now_s, others)
         arrival.estimate = estimate
         if estimate is None:
             return
@@ -86,14 +96,15 @@ class Entrance:
                     what=what,
                     expected_s=expected_s,
                     limit_s=limit_s,
-                    retry_after_s=self._forecast.retry_s(line, expected_s - limit_s, now_s),
+                    retry_after_s=self._retry_s(request, line, expected_s - limit_s, is_expected=arrival.is_expected),
                 )
 
     def count_prompt(self, arrival: Arrival, num_prompt: int) -> None:
         """Its prompt has so many tokens. Raises QueueFullError or TooLateError."""
         problem = self._backlog.full_of_tokens(arrival.request, arrival.place, num_prompt)
         if problem is not None:
-            raise self._queue_full(problem, arrival.place.line)
+            retry_s = self._retry_s(arrival.request, arrival.place.line, 0.0, is_expected=arrival.is_expected)
+            raise QueueFullError(problem, retry_s)
         self._backlog.count(arrival.place, num_prompt)
         self.refuse_when_late(arrival, num_prompt)
         self._forecast.take_on(num_prompt, time.monotonic())
@@ -127,8 +138,27 @@ class Entrance:
         """It has ended, or was refused."""
         self._backlog.leave(arrival.place)
 
-    def _queue_full(self, problem: str, line: TenantBacklog) -> QueueFullError:
-        return QueueFullError(problem, self._forecast.retry_s(line, 0.0, time.monotonic()))
+    def _arrive(self, request: GenerationRequest, now_s: float) -> Arrival:
+        deadline_s = math.inf if request.timeout_s is None else now_s + request.timeout_s
+        return Arrival(request, self._backlog.enter(tenant_of(request), request.weight), now_s, deadline_s)
+
+    def _estimate(self, arrival: Arrival, num_prompt: int, now_s: float, others: float = 0.0) -> Estimate | None:
+        return self._forecast.estimate(
+            arrival.place, arrival.request.stopping, num_prompt=num_prompt, now_s=now_s, others=others
+        )
+
+    def _retry_s(
+        self, request: GenerationRequest, line: TenantBacklog, soonest_s: float, *, is_expected: bool
+    ) -> float:
+        now_s = time.monotonic()
+        return self._promises.tell(
+            line.tenant,
+            request.request_id,
+            soonest_s=soonest_s,
+            turn_s=self._forecast.turn_s(line, now_s),
+            is_expected=is_expected,
+            now_s=now_s,
+        )
 
 
 def tenant_of(request: GenerationRequest) -> str:

@@ -26,9 +26,9 @@ from gralora_runtime.scheduling.fairness import CROWD, SHARE_BESIDE_OTHERS
 LATELY = 0.1  # weight of the newest of a moving mean
 FADING = 0.98  # of a step with the next one
 RIDGE = 1e-3
-SHORTEST_RETRY_S, LONGEST_RETRY_S = 0.05, 30.0
 REMEMBERED = 1024  # tenants whose answers' lengths are
 RECENT_S = 2.0  # over which the prompts that were taken on are counted
+RATE_S = 5.0  # and their number
 MOST_FOR_PROMPTS = 0.95  # of the time
 IN_TIME = 0.9  # of those that are let in
 CAUTION_STEP = 0.1
@@ -112,6 +112,7 @@ class Forecast:
         self._max_num_batched_tokens = max_num_batched_tokens
         self._caution = LEAST_CAUTION
         self._recent_tokens = 0.0  # of prompts that were taken on, each by how recently
+        self._recent_requests = 0.0
         self._counted_at_s = 0.0
         self._all = _Lengths()
         self._of_tenants: OrderedDict[str, _Lengths] = OrderedDict()  # the last to be used last
@@ -126,6 +127,7 @@ class Forecast:
     def take_on(self, num_prompt: int, now_s: float) -> None:
         """A request with so many tokens was let in."""
         self._recent_tokens = self._recent(now_s) + num_prompt
+        self._recent_requests = self._lately(now_s) + 1.0
         self._counted_at_s = now_s
 
     def compare(self, estimate: Estimate, took_s: float, *, ended: bool) -> None:
@@ -134,8 +136,13 @@ class Forecast:
         change = (1.0 - IN_TIME) if was_enough else -IN_TIME
         self._caution = min(max(self._caution - CAUTION_STEP * change, LEAST_CAUTION), MOST_CAUTION)
 
-    def estimate(self, place: Place, stopping: StoppingParams, *, num_prompt: int, now_s: float) -> Estimate | None:
-        """For a request that has entered the backlog; None: there is nothing to tell it from, or nobody else."""
+    def estimate(
+        self, place: Place, stopping: StoppingParams, *, num_prompt: int, now_s: float, others: float = 0.0
+    ) -> Estimate | None:
+        """For a request that has entered the backlog; None: there is nothing to tell it from, or nobody else.
+
+        `others`: of its tenant, which are to come meanwhile.
+        """
         cost = self._steps.cost()
         if self._backlog.requests < 2:
             # Whatever made forecasts too rosy is over. Nothing else would ever say so: who is refused takes no time.
@@ -143,40 +150,42 @@ class Forecast:
             return None
         if cost is None or self._all.tokens.value is None:
             return None
-        decode_s = self._decode_s(cost)
+        decode_s = self._decode_s(cost, others)
         # Beside prompts everybody who decodes has a token in each step.
         prompt_token_s = cost.prompt_token_s + decode_s / self._max_num_batched_tokens
-        token_s = self._token_s(place.line, now_s)
+        token_s = self._token_s(place.line, now_s, others)
         outputs = self._outputs(place.line.tenant, stopping)
-        wait_s = max(self._row_wait_s(place.line, token_s), self._tokens_ahead(place) * prompt_token_s)
+        wait_s = max(self._row_wait_s(place.line, token_s, others), self._tokens_ahead(place) * prompt_token_s)
         first_s = wait_s + num_prompt * prompt_token_s + decode_s
         last_s = first_s + max(0.0, outputs - 1.0) * token_s
         return Estimate(self._caution * first_s, self._caution * last_s, self._caution)
 
-    def retry_s(self, line: TenantBacklog, soonest_s: float, now_s: float) -> float:
-        """When to come again, not before `soonest_s` from now. Each is told a time of its own, a turn after the last:
-        if all came at once, all but one would come in vain.
-        """
-        turn_s = self._row_s(line, self._token_s(line, now_s)) / max(1.0, self._rows(line))
-        line.returns_at_s = max(now_s + soonest_s, line.returns_at_s + turn_s)
-        return min(max(SHORTEST_RETRY_S, line.returns_at_s - now_s), LONGEST_RETRY_S)
+    def turn_s(self, line: TenantBacklog, now_s: float) -> float:
+        """Between two of a tenant that are let in: as many as lately, of which its weight says how many are its own."""
+        per_s = self._lately(now_s) / RATE_S * line.weight / self._weights(line)
+        if per_s < 1.0 / RATE_S:  # hardly any were
+            return self._row_s(line, self._token_s(line, now_s)) / max(1.0, self._rows(line))
+        return 1.0 / per_s
 
-    def _decode_s(self, cost: StepCost) -> float:
+    def _decode_s(self, cost: StepCost, others: float) -> float:
         """Of a step without prompts, once all that are under way decode."""
-        return cost.step_s + min(self._backlog.requests, self._max_num_seqs) * cost.row_s
+        return cost.step_s + min(self._backlog.requests + others, self._max_num_seqs) * cost.row_s
+
+    def _lately(self, now_s: float) -> float:
+        return self._recent_requests * math.exp((self._counted_at_s - now_s) / RATE_S)
 
     def _recent(self, now_s: float) -> float:
         return self._recent_tokens * math.exp((self._counted_at_s - now_s) / RECENT_S)
 
-    def _token_s(self, line: TenantBacklog, now_s: float) -> float:
+    def _token_s(self, line: TenantBacklog, now_s: float, others: float = 0.0) -> float:
         """Between two tokens of an answer, while prompts are taken on as lately."""
         cost = self._steps.cost()
         if cost is None:
             return 0.0
-        decode_s = self._decode_s(cost)
+        decode_s = self._decode_s(cost, others)
         for_prompts = min(self._recent(now_s) / RECENT_S * cost.prompt_token_s, MOST_FOR_PROMPTS)
-        others = self._backlog.requests - line.requests
-        share = SHARE_BESIDE_OTHERS if others >= CROWD * line.requests else 1.0
+        of_others = self._backlog.requests - line.requests
+        share = SHARE_BESIDE_OTHERS if of_others >= CROWD * line.requests else 1.0
         longest_s = decode_s + share * self._max_num_batched_tokens * cost.prompt_token_s
         return min(decode_s / (1.0 - for_prompts), longest_s)
 
@@ -206,12 +215,15 @@ class Forecast:
     def _rows(self, line: TenantBacklog) -> float:
         """That a tenant may have: its share, and what the others do not want."""
         others = self._backlog.requests - line.requests
-        weights = self._backlog.weight + (0.0 if line.requests else line.weight)
-        return max(self._max_num_seqs * line.weight / weights, float(self._max_num_seqs - others))
+        return max(self._max_num_seqs * line.weight / self._weights(line), float(self._max_num_seqs - others))
 
-    def _row_wait_s(self, line: TenantBacklog, token_s: float) -> float:
+    def _weights(self, line: TenantBacklog) -> float:
+        """Of all tenants that have requests, and of this one."""
+        return self._backlog.weight + (0.0 if line.requests else line.weight)
+
+    def _row_wait_s(self, line: TenantBacklog, token_s: float, others: float) -> float:
         rows = self._rows(line)
-        return max(0.0, line.requests - rows) * self._row_s(line, token_s) / rows
+        return max(0.0, line.requests + others - rows) * self._row_s(line, token_s) / rows
 
     def _tokens_ahead(self, place: Place) -> int:
         """Of prompts: its tenant's, and as many of others, which come in turn with them."""

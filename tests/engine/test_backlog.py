@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from gralora_runtime.adapters.residency.lease import BASE_LEASE
 from gralora_runtime.intake.backlog import Backlog, Place
 from gralora_runtime.intake.forecast import (
-    LONGEST_RETRY_S,
     MOST_CAUTION,
     RECENT_S,
     REMEMBERED,
@@ -328,15 +327,31 @@ def test_prompts_that_are_taken_on_delay_the_answers_of_those_that_decode() -> N
     assert between_tokens_s(20 * RECENT_S) == approx(quiet_s)
 
 
-def test_those_who_are_told_to_come_again_come_one_after_the_other() -> None:
+def test_a_turn_lasts_as_long_as_between_two_that_were_let_in_by_the_tenants_weights() -> None:
     backlog, forecast = foretelling()
     places = wait(backlog, "a", 8)
     line = places[0].line
-    told = [forecast.retry_s(line, 1.0, 100.0) for _ in range(5)]
 
-    assert told == approx([1.0, 1.25, 1.5, 1.75, 2.0])  # a row is free every 10 * 0.1 / 4 s
-    assert forecast.retry_s(line, 0.0, 102.25) == approx(0.05)
-    assert max(forecast.retry_s(line, 0.0, 102.25) for _ in range(1000)) == LONGEST_RETRY_S
+    assert forecast.turn_s(line, 0.0) == approx(0.25)  # nobody was: a row is free every 10 * 0.1 / 4 s
+    for number in range(1000):
+        forecast.take_on(1, number / 10)
+    assert forecast.turn_s(line, 100.0) == approx(0.1)
+    backlog.enter("b", 3.0)
+    assert forecast.turn_s(line, 100.0) == approx(0.4)
+    assert forecast.turn_s(line, 1000.0) == approx(1 / 3)  # the other tenant has one request: three rows are left
+
+
+def test_those_who_are_to_come_are_counted_as_if_they_were_there() -> None:
+    backlog, forecast = foretelling()
+    (place,) = wait(backlog, "a", 1)
+    wait(backlog, "b", 1)
+    alone, among = (
+        forecast.estimate(place, EXACTLY_6, num_prompt=0, now_s=0.0, others=others) for others in (0.0, 12.0)
+    )
+
+    assert alone is not None
+    assert among is not None
+    assert among.first_token_s > alone.first_token_s + 1.0
 
 
 def test_the_lengths_of_few_tenants_are_remembered() -> None:

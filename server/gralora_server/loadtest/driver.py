@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -71,6 +72,8 @@ class Driver:
     memory_bytes: Callable[[], int | None] = lambda: None  # of the server
     _progress: Progress = field(default_factory=Progress)
     _records: list[RequestRecord] = field(default_factory=list)
+    _run: str = field(default_factory=lambda: secrets.token_hex(8))
+    _numbers: Iterator[int] = field(default_factory=itertools.count)
     start_s: float = 0.0  # by the monotonic clock: all times of records count from it
 
     async def run(self, trace: Trace) -> DriverResult:
@@ -192,6 +195,8 @@ class Driver:
     def _message(self, request: TraceRequest) -> generation_pb2.StreamGenerateRequest:
         options: Any = {"adapter": request.adapter, "temperature": 0.0, "ignore_eos": True}
         options["max_tokens"] = request.output_tokens
+        if self.patience.retries:  # by which a server knows who comes again
+            options["request_id"] = f"{self._run}-{next(self._numbers)}"
         ids = request.prompt_ids(self.vocab_size)
         return generation_pb2.StreamGenerateRequest(**generate_fields(None, ids, None, options))
 
