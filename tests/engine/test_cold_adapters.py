@@ -14,7 +14,6 @@ from support.device import DEVICE
 from support.peft_adapters import gralora_config
 from support.workspaces import save_workspace
 
-from gralora_runtime.adapters.residency.mover import NUM_READERS
 from gralora_runtime.async_engine import AsyncEngine
 from gralora_runtime.config import EngineConfig, in_directory
 
@@ -53,7 +52,7 @@ def test_a_light_tenant_is_answered_while_another_has_hundreds_of_loads_queued(
         await until(lambda: engine.load().waiting_for_adapter == NUM_COLD + 1)
         gate.open()
         assert len((await light).token_ids) == 2
-        assert gate.names.index("light") <= NUM_READERS + 1  # and whoever was being read when it came
+        assert gate.names.index("light") < 10  # threads begin in any order: the next ones, and hardly more
         await asyncio.gather(*crowd)
         assert len(gate.names) == NUM_COLD + 1
 
