@@ -371,7 +371,12 @@ class AsyncEngine:
     async def _acquire(self, entry: _Entry) -> AdapterLease:
         """Wait for the adapter, the deadline or an abort, whichever comes first; never lose a lease."""
         request = entry.arrival.request
-        future = self.adapters.acquire(request.adapter, request.canary_key or request.request_id)
+        future = self.adapters.acquire(
+            request.adapter,
+            request.canary_key or request.request_id,
+            tenant=request.tenant,
+            weight=request.weight,
+        )
         was_there = future.done()
         waiter = asyncio.ensure_future(_settled(future))
         aborted = asyncio.ensure_future(entry.aborted.wait())

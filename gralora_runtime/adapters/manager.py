@@ -143,12 +143,13 @@ class AdapterManager:
 
     # For requests.
 
-    def acquire(self, adapter: str, key: str = "") -> Future[AdapterLease]:
+    def acquire(self, adapter: str, key: str = "", *, tenant: str = "", weight: float = 1.0) -> Future[AdapterLease]:
         """A lease on the adapter, once it is in the pool. Cancelling the future withdraws the wish.
 
         `adapter`: see `parse_reference`. Requests of one `key` all get the canary, or none of them does.
+        `tenant`: whose turn it takes where adapters wait to be loaded; "": that of all who name none.
         """
-        waiter = Waiter(future=Future(), wants_lease=True)
+        waiter = Waiter(future=Future(), wants_lease=True, tenant=tenant, weight=weight)
         if adapter == "":
             waiter.future.set_result(BASE_LEASE)
             return waiter.future
@@ -460,7 +461,8 @@ class AdapterManager:
         if not version.loading:
             self._mover.start(version, answers)
         elif not waiter.patient:
-            self._mover.hurry(version)
+            self._mover.hurry(version, waiter)
+            self._admission.hurry(version, waiter)
         return waiter.future
 
     def _is_gone(self, version: AdapterVersion) -> bool:
@@ -477,6 +479,8 @@ class AdapterManager:
         if not version.loading:
             version.loading, version.error = True, None
             self._examine(version, resident, answers)
+        else:
+            self._admission.hurry(version, waiter)
 
     def _serve(self, version: AdapterVersion, resident: Resident, waiter: Waiter, answers: Answers) -> None:
         alias = self._store.get(version.name)
@@ -528,7 +532,8 @@ class AdapterManager:
     def _examine(self, version: AdapterVersion, resident: Resident, answers: Answers) -> None:
         """It is there. Who waits for it goes on waiting until it has answered its golden prompts."""
         if not self._closed:
-            answers.later(partial(self._admission.begin, version, self._grant(version, resident)))
+            held = self._grant(version, resident)
+            answers.later(partial(self._admission.begin, version, held, tuple(version.waiters)))
 
     def _lease_for_trial(self, version: AdapterVersion) -> AdapterLease:
         with self._lock:

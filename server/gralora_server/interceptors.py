@@ -20,11 +20,9 @@ import grpc
 from gralora_runtime.errors import GraloraError, InvalidRequestError
 from gralora_runtime.failure import contained
 from gralora_server.decoding import Behavior, Context, Handler, behavior_of, decoding, preceded, with_behavior
-from gralora_server.errors import PermissionDeniedError
 from gralora_server.status import Failure, clip, failure_of
-from gralora_server.tenants.caller import Caller, current, set_current
-from gralora_server.tenants.identities import Identities
-from gralora_server.tenants.roles import may_call
+from gralora_server.tenants.caller import Recognise, current, set_current
+from gralora_server.tenants.roles import check_call
 from gralora_server.tenants.tenancy import Tenancy
 
 OUR_METHODS = "/gralora.v1."
@@ -53,20 +51,21 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # 
             return handler
         identities, authorization = self._tenancy.current.identities, _authorization(call)
         if identities.reads_certificates and not authorization:
-            return with_behavior(handler, preceded(behavior_of(handler), self._by_certificate(call.method, identities)))
+            return with_behavior(handler, preceded(behavior_of(handler), self._by_certificate(call.method)))
         try:
-            _enter(identities.by_authorization(authorization), call.method)
+            _enter(lambda: self._tenancy.current.identities.by_authorization(authorization), call.method)
         except GraloraError as error:
             # Whatever the method is: of a stream of requests gRPC reads nothing by itself.
             return grpc.stream_stream_rpc_method_handler(self._refusal(call.method, error))
         return handler
 
-    def _by_certificate(self, method: str, identities: Identities) -> Behavior:
+    def _by_certificate(self, method: str) -> Behavior:
         """Only a handler is told who the peer is."""
 
         async def check(request: object, context: Context) -> object:
             try:
-                _enter(identities.by_certificate(context.auth_context()), method)
+                peer = context.auth_context()
+                _enter(lambda: self._tenancy.current.identities.by_certificate(peer), method)
             except GraloraError as error:
                 await self._refuse(method, error, context)
             return request
@@ -127,11 +126,11 @@ class SparseLog:
         self._quiet_until_s, self._num_dropped = now_s + QUIET_S, 0
 
 
-def _enter(caller: Caller, method: str) -> None:
-    """From here on the call is this caller's, for its log line even if it may go no further."""
-    set_current(caller)
-    if not may_call(caller.role, method):
-        raise PermissionDeniedError(f"call {method}")
+def _enter(recognise: Recognise, method: str) -> None:
+    """From here on the call is its caller's, for its log line even if it may go no further."""
+    caller = recognise()
+    set_current(caller, recognise)
+    check_call(caller.role, method)
 
 
 def _observed(method: str, behavior: Behavior) -> Behavior:

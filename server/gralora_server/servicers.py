@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,9 +40,11 @@ from gralora_server.tenants.settings import Role
 from gralora_server.tenants.suggestions import suggesting
 from gralora_server.tenants.usage import Usage
 from gralora_server.uploading import Uploading, uploads_of
+from gralora_server.watching import Watching
 
 DEFAULT_PAGE_SIZE = 500
 WATCHED_AT_ONCE = 100  # adapters in one message
+RECHECK_S = 1.0  # so long a watch goes on at most once its caller may not watch any more
 WATCH_PAUSE_S = 0.05  # what changes meanwhile is one change
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -238,7 +240,7 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
     async def WatchAdapters(  # type: ignore[override]  # the stubs know generators only
         self, request: adapters_pb2.WatchAdaptersRequest, context: Context
     ) -> None:
-        """Ends when the client leaves or the server drains."""
+        """Ends when the client leaves or may not watch any more, or the server drains."""
         validation.validate_prefix(request.prefix)
         loop, adapters = asyncio.get_running_loop(), self._gate.engine.adapters
 
@@ -246,19 +248,20 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
             loop.call_soon_threadsafe(woken.set)
 
         with self._gate.listen() as woken:
-            watch = await asyncio.to_thread(adapters.watch, request.prefix, wake, self._rights.sees())
+            watching = Watching(self._rights, partial(adapters.watch, request.prefix, wake))
             try:
                 while self._gate.phase is Phase.SERVING:
                     woken.clear()
-                    news = await asyncio.to_thread(watch.take, WATCHED_AT_ONCE)
+                    news = await watching.take(WATCHED_AT_ONCE)
                     if news is None:
-                        await woken.wait()
+                        with suppress(TimeoutError):
+                            await asyncio.wait_for(woken.wait(), RECHECK_S)
                         continue
                     await context.write(convert.to_news(news))
                     if news.synced:
                         await asyncio.sleep(WATCH_PAUSE_S)
             finally:
-                watch.close()
+                watching.close()
         raise DrainingError
 
 

@@ -20,7 +20,7 @@ from gralora_runtime.adapters.checkpoint.header import inspect
 from gralora_runtime.adapters.manager import AdapterManager
 from gralora_runtime.adapters.residency import mover
 from gralora_runtime.adapters.residency.lease import AdapterLease
-from gralora_runtime.adapters.residency.mover import NUM_READERS
+from gralora_runtime.adapters.residency.mover import NUM_READERS, READ_AHEAD
 
 WAIT_S = 20.0  # for what must happen; a test that fails waits so long
 UNIT_BYTES = 4 * sum(4 * (module.in_features + module.out_features) for module in MODULES)  # an adapter of rank 4
@@ -73,7 +73,7 @@ def use(manager: AdapterManager, name: str) -> AdapterLease:
 
 def quiesce(manager: AdapterManager) -> None:
     """Returns when every read and every move that was under way or followed from one is done."""
-    for _ in range(4):  # a read leads to a move, which may lead to a read
+    for _ in range(READ_AHEAD):  # a read leads to a move, which may lead to a read; so many are read at most
         barrier = threading.Barrier(NUM_READERS)
         for future in [manager._mover._readers.submit(barrier.wait) for _ in range(NUM_READERS)]:
             future.result(WAIT_S)

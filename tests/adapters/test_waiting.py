@@ -32,7 +32,7 @@ from gralora_runtime.adapters.checkpoint.loader import LoadedAdapter, load
 from gralora_runtime.adapters.manager import AdapterManager
 from gralora_runtime.adapters.residency import mover
 from gralora_runtime.adapters.residency.lease import AdapterLease
-from gralora_runtime.adapters.residency.mover import READ_AHEAD
+from gralora_runtime.adapters.residency.mover import NUM_READERS, READ_AHEAD
 from gralora_runtime.adapters.residency.pace import Pace
 from gralora_runtime.adapters.residency.pool import AdapterPool, Resident
 from gralora_runtime.adapters.residency.transfer import transfer_to
@@ -572,7 +572,7 @@ def test_what_is_read_ahead_is_bounded_by_bytes_too(
         assert set(names) == {future.result(WAIT_S).name for future in waiting}
 
 
-def test_adapters_of_unknown_size_are_read_ahead_as_if_the_bytes_were_shared_out(
+def test_of_adapters_of_unknown_size_as_many_are_read_at_once_as_there_are_readers(
     tmp_path: Path, gate: Gate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(mover, "READ_AHEAD_BYTES", int(READ_AHEAD * 1.5 * UNIT_BYTES))
@@ -584,7 +584,7 @@ def test_adapters_of_unknown_size_are_read_ahead_as_if_the_bytes_were_shared_out
             manager._store.get(name).current.summary = None
         gate.shut()
         waiting = [manager.acquire(name) for name in names]
-        assert len(manager._mover._reading) == READ_AHEAD
+        assert len(manager._mover._reading) == NUM_READERS
         gate.open()
         for future in waiting:
             future.add_done_callback(lambda answered: manager.release(answered.result()))

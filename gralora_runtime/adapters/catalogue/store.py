@@ -46,6 +46,8 @@ class Waiter:
     wants_lease: bool
     pin: bool = False
     patient: bool = False  # everybody else's load goes first
+    tenant: str = ""  # whose request it is; "": an operator's, or there are no tenants
+    weight: float = 1.0  # of the tenant
     reference: Reference | None = None  # of a request: what it asked for
     version: AdapterVersion | None = None  # in whose line it stands
 

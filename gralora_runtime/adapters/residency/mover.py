@@ -8,8 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
@@ -27,6 +26,7 @@ from gralora_runtime.adapters.residency.host_cache import HostCache
 from gralora_runtime.adapters.residency.placement import Placement, PlacementQueue
 from gralora_runtime.adapters.residency.pool import AdapterPool, Resident
 from gralora_runtime.adapters.residency.shares import Shares
+from gralora_runtime.adapters.turns import Item, Turns
 from gralora_runtime.errors import (
     AdapterCapacityError,
     AdapterRejectedError,
@@ -44,6 +44,7 @@ NUM_READERS = 2  # a slow disk holds up at most so many loads before the others 
 # Adapters in memory on their way to the pool, and their bytes: what waits beyond that waits on disk, but for one.
 READ_AHEAD = 16
 READ_AHEAD_BYTES = 1 << 30
+BESIDE_OTHERS = 2  # times as much, for tenants that have nothing on its way: what others brought may wait for long
 # Before a piece of the pool is prepared. A megabyte that was never written takes a core for 2 to 10 ms, in which nobody
 # who was just given an adapter should have to compute.
 REST_S = 0.01
@@ -92,8 +93,8 @@ class Mover:
         self._moved = moved  # something is different about where a name's weights are
         self._oddities = oddities
         self._forget = forget  # a version that came with a load which failed
-        self._to_read: deque[AdapterVersion] = deque()
-        self._to_read_last: deque[AdapterVersion] = deque()  # once nothing else is to be read
+        self._to_read: Turns[AdapterVersion] = Turns()
+        self._to_read_last: dict[AdapterVersion, None] = {}  # once nothing else is to be read
         self._reading: dict[AdapterVersion, int] = {}  # and the bytes that it will take
         self.shares = Shares(pool, lambda digest: (version.name for version in store.sharing(digest)))
         self._queue = PlacementQueue(pool, self.shares)
@@ -118,19 +119,24 @@ class Mover:
         elif resident is not None:
             self._join(version, Placement(digest=version.digest, numel=resident.layout.numel, adapter=None), answers)
         else:
-            patient = all(waiter.patient for waiter in version.waiters)
-            (self._to_read_last if patient else self._to_read).append(version)
+            if all(waiter.patient for waiter in version.waiters):
+                self._to_read_last[version] = None
+            else:
+                _stand_in_turn(self._to_read, version, version.waiters)
             self._read_more(answers)
 
     def read(self, version: AdapterVersion, on_done: Callable[[Future[LoadedAdapter]], None], answers: Answers) -> None:
         """In a reader. `version` need not be anybody's: then it only says where to read."""
         answers.later(partial(self._readers.submit(self.fetch, version).add_done_callback, on_done))
 
-    def hurry(self, version: AdapterVersion) -> None:
-        """Somebody waits now for what was to be read last."""
-        if version in self._to_read_last:
-            self._to_read_last.remove(version)
-            self._to_read.append(version)
+    def hurry(self, version: AdapterVersion, waiter: Waiter) -> None:
+        """Somebody more waits now for what is to be read or to be placed: its turn may come sooner than the others'."""
+        placement = self._queue.find(version.digest)
+        if version in self._to_read or version in self._to_read_last:
+            self._to_read_last.pop(version, None)
+            _stand_in_turn(self._to_read, version, (waiter,))
+        elif placement is not None and not placement.moving:
+            _stand_in_turn(self._queue.turns, placement, (waiter,))
 
     def forget(self, version: AdapterVersion, answers: Answers) -> None:
         """Nobody waits for this name any more: unless it is being moved in, it gives up its place."""
@@ -262,9 +268,16 @@ class Mover:
         return self._oddities.of_content(adapter, source, roots)
 
     def _read_more(self, answers: Answers) -> None:
-        """Read on, in order of arrival, while little enough waits for room. Nobody's wish any more: not read at all."""
-        while (version := self._next_to_read()) is not None and self._has_room_ahead(version):
-            (self._to_read if version in self._to_read else self._to_read_last).remove(version)
+        """Read on, tenants in turn, while little enough waits for room. Nobody's wish any more: not read at all.
+
+        No more than there are readers: who comes next is decided when one is free.
+        """
+        while len(self._reading) < NUM_READERS and (version := self._next_to_read()) is not None:
+            self._to_read_last.pop(version, None)
+            if version in self._to_read and version.waiters:
+                self._to_read.take(version)
+            elif version in self._to_read:
+                self._to_read.remove(version)
             if version.waiters:
                 self._reading[version] = self._expected_bytes(version)
                 self.read(version, partial(self._on_read, version), answers)
@@ -274,19 +287,32 @@ class Mover:
     def _next_to_read(self) -> AdapterVersion | None:
         """Not of an owner whose share is in use: what was read would wait in memory, which others need as well."""
         full = {placement.owner for placement in self._queue if placement.held_back}
-        for version in self._to_read or self._to_read_last:
-            share = self.shares.share_of(version.name) if full else None
-            if share is None or share.owner not in full:
-                return version
-        return None
+        waiting = (version for version in self._to_read or self._to_read_last if not self._is_full(version, full))
+        first = next(waiting, None)
+        if first is None or self._has_room_ahead(first):
+            return first
+        busy = self._tenants_ahead()
+        if self._to_read.tenants <= busy:
+            return None
+        light = (version for version in (first, *waiting) if busy.isdisjoint(one.tenant for one in version.waiters))
+        return next((version for version in light if self._has_room_ahead(version, BESIDE_OTHERS)), None)
 
-    def _has_room_ahead(self, version: AdapterVersion) -> bool:
+    def _is_full(self, version: AdapterVersion, full: Collection[str]) -> bool:
+        share = self.shares.share_of(version.name) if full else None
+        return share is not None and share.owner in full
+
+    def _tenants_ahead(self) -> set[str]:
+        """Who has something on its way."""
+        placed = (version for placement in self._queue for version in placement.versions)
+        return {waiter.tenant for version in (*self._reading, *placed) for waiter in version.waiters}
+
+    def _has_room_ahead(self, version: AdapterVersion, times: int = 1) -> bool:
         ahead = [placement for placement in self._queue if not placement.held_back]
         num_bytes = sum(placement.adapter.num_bytes for placement in ahead if placement.adapter is not None)
         num_bytes += sum(self._reading.values())
-        if num_bytes and num_bytes + self._expected_bytes(version) > READ_AHEAD_BYTES:
+        if num_bytes and num_bytes + self._expected_bytes(version) > times * READ_AHEAD_BYTES:
             return False
-        return len(self._reading) + len(ahead) < READ_AHEAD
+        return len(self._reading) + len(ahead) < times * READ_AHEAD
 
     def _expected_bytes(self, version: AdapterVersion) -> int:
         """One that nobody has looked into yet counts as one of as many as may be on their way."""
@@ -307,6 +333,7 @@ class Mover:
         if queued is None:
             self._queue.add(placement)
         (queued or placement).versions.append(version)
+        _stand_in_turn(self._queue.turns, queued or placement, version.waiters)
         self.wake(answers)
 
     def arrive(self, version: AdapterVersion, resident: Resident, answers: Answers) -> None:
@@ -385,21 +412,25 @@ class Mover:
     def _on_read(self, version: AdapterVersion, read: Future[LoadedAdapter]) -> None:
         if read.cancelled():
             return
-        error = read.exception()
-        log_if_unexpected(version.name, error)
+        log_if_unexpected(version.name, read.exception())
         with self._answering() as answers:
             del self._reading[version]
             self.wake(answers)
-            if self._store.alias_of(version) is None or self._closed:
+            if self._closed:
                 return
-            if error is not None:
-                self.fail(version, error, answers)
-                return
-            try:
-                self._take_in_or_tell(version, read.result(), answers)
-            except Exception as bug:  # ours: whoever waits has to hear of it, or would for ever wait
-                log.exception("taking in adapter %r failed", version.name)
-                self.fail(version, bug, answers)
+            if self._store.alias_of(version) is not None:
+                self._end_read(version, read, answers)
+            self._read_more(answers)
+
+    def _end_read(self, version: AdapterVersion, read: Future[LoadedAdapter], answers: Answers) -> None:
+        if (error := read.exception()) is not None:
+            self.fail(version, error, answers)
+            return
+        try:
+            self._take_in_or_tell(version, read.result(), answers)
+        except Exception as bug:  # ours: whoever waits has to hear of it, or would for ever wait
+            log.exception("taking in adapter %r failed", version.name)
+            self.fail(version, bug, answers)
 
     def _take_in_or_tell(self, version: AdapterVersion, adapter: LoadedAdapter, answers: Answers) -> None:
         if version.digest in ("", adapter.digest):
@@ -540,6 +571,11 @@ class Mover:
                 self._queue.remove(placement)
                 for version in placement.versions:
                     self.fail(version, error, answers)
+
+
+def _stand_in_turn(turns: Turns[Item], item: Item, waiters: Iterable[Waiter]) -> None:
+    for waiter in waiters:
+        turns.add(item, waiter.tenant, waiter.weight)
 
 
 def log_if_unexpected(name: str, error: BaseException | None) -> None:

@@ -1,4 +1,4 @@
-"""Who waits for room in the pool, and which adapters make it. First come, first served; decides, but moves no memory.
+"""Who waits for room in the pool, and which adapters make it. Tenants in turn; decides, but moves no memory.
 
 When the first in line finds no idle room, the adapters that would make it get no new leases until it has moved in, so
 it waits for requests that are already running and for no others. Those behind it may use any room but that. Pinned
@@ -21,6 +21,7 @@ from gralora_runtime.adapters.residency.eviction import Window, choose_window
 from gralora_runtime.adapters.residency.pool import AdapterPool, Resident
 from gralora_runtime.adapters.residency.share import PoolShare
 from gralora_runtime.adapters.residency.shares import Shares, leaving_soonest, take, worth_least
+from gralora_runtime.adapters.turns import Turns
 
 # How many adapters behind a waiting one are tried per change in the pool: bounds the search, which holds a lock.
 LOOKAHEAD = 4
@@ -49,12 +50,13 @@ OwnersDrain = tuple[Placement, Sequence[Resident]]  # for whom, and who
 
 
 class PlacementQueue:
-    """Placements in order of arrival, and the room kept for the first one."""
+    """Placements, and the room kept for the first one."""
 
     def __init__(self, pool: AdapterPool, shares: Shares) -> None:
         self._pool = pool
         self._shares = shares
-        self._waiting: dict[str, Placement] = {}  # by digest, in order of arrival
+        self.turns: Turns[Placement] = Turns()  # whoever adds a placement says who waits for it
+        self._waiting: dict[str, Placement] = {}  # by digest
         self._drain: tuple[Placement, Window[Resident]] | None = None
         self._owners_drains: dict[str, OwnersDrain] = {}  # by owner
 
@@ -62,7 +64,7 @@ class PlacementQueue:
         return len(self._waiting)
 
     def __iter__(self) -> Iterator[Placement]:
-        return iter(tuple(self._waiting.values()))
+        return iter(tuple(self.turns))
 
     def find(self, digest: str) -> Placement | None:
         return self._waiting.get(digest)
@@ -75,6 +77,10 @@ class PlacementQueue:
 
     def remove(self, placement: Placement) -> None:
         del self._waiting[placement.digest]
+        if placement.moving:
+            self.turns.take(placement)
+        else:
+            self.turns.remove(placement)
         if self._drain is not None and self._drain[0] is placement:
             self._stop_draining()
         of_owners = {owner: drain for owner, drain in self._owners_drains.items() if drain[0] is not placement}
@@ -107,7 +113,7 @@ class PlacementQueue:
         return None
 
     def _ready(self) -> Iterator[Placement]:
-        return (placement for placement in self._waiting.values() if placement.adapter is not None)
+        return (placement for placement in self.turns if placement.adapter is not None)
 
     def _hold_back(self) -> Mapping[str, Sequence[Resident]]:
         """Who waits for adapters of its owner's, and which of these get no new leases; all that owners have."""

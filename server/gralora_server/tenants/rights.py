@@ -6,18 +6,30 @@ Another tenant's adapter and one that does not exist are refused by the same lin
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from gralora_runtime.adapters.catalogue.changes import any_name
 from gralora_runtime.adapters.catalogue.names import parse_reference
 from gralora_runtime.errors import AdapterNotFoundError
 from gralora_runtime.request import GenerationRequest
 from gralora_server.errors import PermissionDeniedError
-from gralora_server.tenants.caller import current
+from gralora_server.tenants.caller import Caller, current, recognised
 from gralora_server.tenants.ownership import Ownership, is_operator
 from gralora_server.tenants.request_ids import scoped
+from gralora_server.tenants.roles import check_call
 from gralora_server.tenants.settings import LimitSettings, Role
 from gralora_server.tenants.tenancy import Tenancy
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """Which names one caller sees by one state of the settings. Two of them are equal if they have to be."""
+
+    caller: Caller
+    ownership: Ownership
+
+    def sees(self, name: str) -> bool:
+        return self.ownership.may_see(self.caller, name)
 
 
 class Rights:
@@ -58,6 +70,15 @@ class Rights:
         """Which names there are for whoever is calling now, for use in any thread and for as long as one likes."""
         caller = current()
         return any_name if is_operator(caller) else lambda name: self._ownership.may_see(caller, name)
+
+    def view(self, method: str) -> View:
+        """What the caller sees by the settings and at the time of now, for a call that goes on after they change.
+
+        Raises when it could not begin now: its token has expired or is nobody's any more, or its role is too small.
+        """
+        caller = recognised()
+        check_call(caller.role, method)
+        return View(caller=caller, ownership=self._ownership)
 
     def owned(self, request: GenerationRequest) -> GenerationRequest:
         """The caller's. Prefixes of a tenant are its own, but for adapters that are everybody's."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from gralora_server.errors import PermissionDeniedError
 from gralora_server.tenants.settings import Role
 
 _OURS = "/gralora.v1."
@@ -36,6 +37,11 @@ ROLES: dict[str, Role] = {
 def rank(role: Role) -> int:
     """Who has more may do more."""
     return _RANKS[role]
+
+
+def check_call(role: Role, method: str) -> None:
+    if not may_call(role, method):
+        raise PermissionDeniedError(f"call {method}")
 
 
 def may_call(role: Role, method: str) -> bool:
