@@ -61,7 +61,7 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks $(BENCH)
 
 # On a machine with a GPU, under six minutes. CHECK=--dry: anywhere, by Triton's interpreter; its times mean nothing.
-gpu-# An hour at 70 % of what the server can do, with nothing else running. SOAK=--tiny: two minutes over a tiny model.
+	gpu-# An hour at 70 % of what the server can do, with nothing else running. SOAK=--tiny: two minutes over a tiny model.
 soak: $(STAMP)
 	$(BIN)/python -m benchmarks.soak $(SOAK)
 
