@@ -61,11 +61,7 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks $(BENCH)
 
 # On a machine with a GPU, under six minutes. CHECK=--dry: anywhere, by Triton's interpreter; its times mean nothing.
-	gpu-# An hour at 70 % of what the server can do, with nothing else running. SOAK=--tiny: two minutes over a tiny model.
-soak: $(STAMP)
-	$(BIN)/python -m benchmarks.soak $(SOAK)
-
-check: $(STAMP)
+	gpu-check: $(STAMP)
 	$(BIN)/python -m benchmarks.gpu_check $(CHECK)
 
 # One multi-adapter server beside merged models, at 1 to 64 customers: nine minutes with nothing else running.
