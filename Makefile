@@ -61,7 +61,7 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks $(BENCH)
 
 # On a machine with a GPU, under six minutes. CHECK=--dry: anywhere, by Triton's interpreter; its times mean nothing.
-	gpu-check: $(STAMP)
+gpu-check: $(STAMP)
 	$(BIN)/python -m benchmarks.gpu_check $(CHECK)
 
 # One multi-adapter server beside merged models, at 1 to 64 customers: nine minutes with nothing else running.
