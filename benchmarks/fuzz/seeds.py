@@ -18,6 +18,7 @@ from benchmarks.fuzz.methods import Method
 from gralora.v1 import adapters_pb2
 from gralora_server.client.push import Push
 
+PUSHED, NUM_PUSHED = "pushed-", 8  # names of uploads: few, so that calls get in each other's way
 # Fields that take a text of a certain kind; each is drawn anew for each request.
 _WORDS = {"text": "w3 w4 w5", "content": "w6 w7", "role": "user", "version": "1", "canary_key": "somebody"}
 _NAMED = frozenset({"adapter", "name", "prefix", "path"})
@@ -29,23 +30,20 @@ class Seeds:
 
     def __init__(self, names: Sequence[str], pushed: Path) -> None:
         self._names = names
-        self._pushed = pushed
+        pushes = [Push.of(pushed, f"{PUSHED}{number}", pin=False, progress=None) for number in range(NUM_PUSHED)]
+        self._uploads = [list(push.messages({})) for push in pushes]
 
     def draw(self, rng: random.Random, method: Method) -> list[Message]:
         """The messages of one call."""
         if method.sends_many:
-            push = Push.of(self._pushed, self._new_name(rng), pin=False, progress=None)
-            return list(push.messages({}))
+            return [method.request.FromString(part.SerializeToString()) for part in rng.choice(self._uploads)]
         message = method.request()
         self._fill(rng, message)
         return [message]
 
-    def _new_name(self, rng: random.Random) -> str:
-        return f"pushed-{rng.randrange(8)}"
-
     def _fill(self, rng: random.Random, message: Message) -> None:
         if isinstance(message, adapters_pb2.AdapterUploadHeader):
-            message.CopyFrom(Push.of(self._pushed, self._new_name(rng), pin=False, progress=None).header)
+            message.CopyFrom(rng.choice(self._uploads)[0].header)
             return
         descriptor = message.DESCRIPTOR
         chosen = {rng.choice(oneof.fields).name for oneof in descriptor.oneofs}
