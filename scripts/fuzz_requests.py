@@ -75,6 +75,8 @@ def show(report: Report) -> None:
     if report.memory_bytes:
         first, last = (num_bytes / 2**20 for num_bytes in report.growth_bytes)
         print(f"the server's memory: {first:.0f} MiB after a quarter, {last:.0f} MiB at the end")
+        tenths = report.memory_bytes[:: max(1, len(report.memory_bytes) // 10)]
+        print(f"on the way: {', '.join(f'{num_bytes / 2**20:.0f}' for num_bytes in tenths)} MiB")
 
 
 def keep(report: Report, folder: Path) -> None:
