@@ -16,8 +16,7 @@ from gralora_server.errors import ConfigInvalidError
 from gralora_server.settings import writing
 from gralora_server.settings.layers import Layers
 
-MAX_PROCESSOR_S = 2.0
-MAX_MEMORY_BYTES = 64 << 20
+MAX_PROCESSOR_S, MAX_MEMORY_BYTES = 2.0, 64 << 20  # of one file; of all of them
 ACCEPTED, REFUSED = "accepted", "refused"
 BYTES_SHARE = 0.3
 
@@ -74,7 +73,8 @@ class Configs:
 
 def seed_text() -> str:
     """`gralora config schema --toml` without comments, and with a value wherever it says only of what kind it is."""
-    lines = [line for line in _COMMENTED.sub("", writing.example()).splitlines() if line and not line.startswith("#")]
+    lines = _COMMENTED.sub("", writing.example()).splitlines()
+    lines = [line for line in lines if line and not line.startswith(("#", "profile"))]  # there is no such file
     begin = next(at for at, line in enumerate(lines) if line.startswith("public_"))
     end = next(at for at in range(begin, len(lines)) if lines[at].startswith("["))
     lines = [*lines[begin:end], *lines[:begin], *lines[end:]]  # what belongs to no table comes first
