@@ -76,7 +76,6 @@ class _Rounds:
     async def go_on(self, count: int) -> None:
         numbers = iter(range(self.report.requests, self.report.requests + count))
         await asyncio.gather(*(self._send(numbers) for _ in range(AT_ONCE)))
-        self.report.requests += count
         memory_bytes = self.server.memory_bytes
         if memory_bytes is None or self.server.process.status() == psutil.STATUS_ZOMBIE:
             self.report.problems.append("the server died")
@@ -90,8 +89,11 @@ class _Rounds:
 
     async def _send(self, numbers: Iterator[int]) -> None:
         for number in numbers:
+            if self.report.problems:
+                return
             mutant = self.mutants.make(number)
             ending = await self.caller.send(mutant)
+            self.report.requests += 1
             self.report.saw[mutant.method.name, ending.label] += 1
             problem = problem_of(ending)
             if problem is not None:

@@ -35,11 +35,13 @@ _VALUES = (
     '"127.0.0.1:99999"', '"[::1]:0"', '":"', '"/dev/zero"', '"/proc/self/mem"', '"hf://"', '"s3:///"', '"a,hold"',
     '"https://h/{name}{name}"', "true", "[]", '[""]', "[[[]]]", "{}", "{a = {b = {}}}", "1979-05-27T07:32:00Z", "07:32:00",
     "1979-05-27", "\'\'\'\n\'\'\'", '"""\n"""', "9" * 5000, "1." + "9" * 5000, "[" + "1," * 3000 + "]",
-    "[" * 2000 + "]" * 2000, "[" * _NESTED + "]" * _NESTED, "{a = " * _NESTED + "1" + "}" * _NESTED, '"generate"', '"*"', '"0"', '"' + "0" * 64 + '"',
+    "[" * 2000 + "]" * 2000, "[" * _NESTED + "]" * _NESTED, "{a = " * _NESTED + "1" + "}" * _NESTED,
+    '"generate"', '"*"', '"0"', '"' + "0" * 64 + '"',
 )  # fmt: skip
 _LINES = (
-    "[", "[[", "[[tenants]]", "[tenants.acme]", "[tenants.'']", '[tenants."a.b"]', "[tenants.acme.limits.x]", "[server]",
-    "[[admin_tokens]]", "[engine.model]", "a.b.c.d = 1", "server.address = 1", "= 1", "x", "#", "\"\" = 1", "[" + "a." * 300 + "a]",
+    "[", "[[", "[[tenants]]", "[tenants.acme]", "[tenants.'']", '[tenants."a.b"]', "[tenants.acme.limits.x]",
+    "[server]", "[" + "a." * 300 + "a]",
+    "[[admin_tokens]]", "[engine.model]", "a.b.c.d = 1", "server.address = 1", "= 1", "x", "#", '"" = 1',
     "\ufeff", "\0", "'''", '"""', "[jwt]", "[tenants]", "tenants = 1", "public_adapters = [\n\n#\n'*',\n]",
 )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""What mutated requests are sent to: a server over a tiny model, adapters that they act on, and one that they do not."""
+"""What mutated requests are sent to: a server over a tiny model, adapters that they act on, one that they do not."""
 
 from __future__ import annotations
 
