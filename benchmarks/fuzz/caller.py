@@ -22,9 +22,10 @@ class Caller:
     """Made on the event loop that uses it."""
 
     def __init__(self, address: str, deadline_s: float = DEADLINE_S) -> None:
-        self._channel = grpc.aio.insecure_channel(address)
+        # The stubs want serializers; without one bytes are sent as they are.
+        self._channel: Any = grpc.aio.insecure_channel(address)
         # Of a stream of requests that the server ends while we write, grpc.aio may forget why (grpc/grpc#36066).
-        self._blocking = grpc.insecure_channel(address)
+        self._blocking: Any = grpc.insecure_channel(address)
         self._deadline_s = deadline_s
 
     async def send(self, mutant: Mutant) -> Ending:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-
 import time
 from collections import Counter
 from collections.abc import Iterator
-
 from dataclasses import dataclass, field
 
 import psutil
@@ -29,7 +27,7 @@ LOOK_S = 0.02
 
 @dataclass(slots=True)
 class Report:
-    """`saw`: calls of each method by how they ended. `memory_bytes`: after each round. `offenders`: by their numbers."""
+    """`saw`: calls of each method by how they ended. `memory_bytes`: after each round. `offenders`: by number."""
 
     requests: int = 0
     probes: int = 0

@@ -15,6 +15,7 @@ from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 
 from benchmarks.fuzz.methods import Method
+from benchmarks.fuzz.structure import fields_of
 from gralora.v1 import adapters_pb2
 from gralora_server.client.push import Push
 
@@ -45,9 +46,9 @@ class Seeds:
         if isinstance(message, adapters_pb2.AdapterUploadHeader):
             message.CopyFrom(rng.choice(self._uploads)[0].header)
             return
-        descriptor = message.DESCRIPTOR
-        chosen = {rng.choice(oneof.fields).name for oneof in descriptor.oneofs}
-        for field in descriptor.fields:
+        oneofs: Any = message.DESCRIPTOR.oneofs
+        chosen = {rng.choice(oneof.fields).name for oneof in oneofs}
+        for field in fields_of(message):
             if field.containing_oneof is None or field.name in chosen:
                 self._fill_field(rng, message, field)
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 import random
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from google.protobuf.descriptor import Descriptor, FieldDescriptor
+from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 
 HUGE_SHARE = 0.002  # of texts: more would measure how fast loopback is
@@ -52,10 +52,16 @@ def change(rng: random.Random, message: Message) -> None:
         setattr(inside, field.name, _value(rng, field))
 
 
+def fields_of(message: Message) -> Sequence[FieldDescriptor]:
+    """Its stubs name two kinds of descriptors, which are one."""
+    descriptor: Any = message.DESCRIPTOR
+    fields: Sequence[FieldDescriptor] = descriptor.fields
+    return fields
+
+
 def _places(message: Message, depth: int = 0) -> Iterator[tuple[Message, FieldDescriptor]]:
     """Each field of it, set or not, and of the messages that it has."""
-    descriptor: Descriptor = message.DESCRIPTOR
-    for field in descriptor.fields:
+    for field in fields_of(message):
         yield message, field
         if field.message_type is None or depth == MAX_DEPTH or _is_map(field):
             continue
@@ -69,6 +75,7 @@ def _places(message: Message, depth: int = 0) -> Iterator[tuple[Message, FieldDe
 def _fill(rng: random.Random, message: Message, field: FieldDescriptor) -> None:
     there, count = getattr(message, field.name), rng.choice((1, 1, 1, *MANY))
     if _is_map(field):
+        assert field.message_type is not None
         key, value = field.message_type.fields_by_name["key"], field.message_type.fields_by_name["value"]
         for number in range(count):
             there[_value(rng, key) if count == 1 else number] = _value(rng, value)

@@ -14,7 +14,8 @@ Code = grpc.StatusCode
 IDLE = EngineLoad(
     running=0, waiting=0, waiting_for_adapter=0, paused=0, pages_total=8, pages_free=5, pages_cached=3, pages_leased=0,
     adapter_leases=0, adapter_slots_used=2, adapter_slots_total=4, adapter_pool_bytes_used=1,
-    adapter_pool_bytes_total=2, steps=9, generated_tokens=9, preemptions=1, pauses=1, prefix_hit_tokens=3, request_failures=0, step_failures=0,
+    adapter_pool_bytes_total=2,
+    steps=9, generated_tokens=9, preemptions=1, pauses=1, prefix_hit_tokens=3, request_failures=0, step_failures=0,
 )  # fmt: skip
 
 
