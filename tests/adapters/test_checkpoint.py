@@ -55,6 +55,12 @@ def test_the_header_tells_rank_blocks_targets_and_size(tmp_path: Path) -> None:
     assert header.fits(MODULES) == []
 
 
+@pytest.mark.parametrize("name", ["x" * 300, "a/" * 3000 + "a"], ids=["name", "path"])
+def test_a_directory_whose_name_no_file_system_takes_is_refused(tmp_path: Path, name: str) -> None:
+    """A client that asked for it to be loaded was told of an internal error."""
+    assert rejection(tmp_path / name, roots=(tmp_path,)) == "adapter_config.json cannot be read (File name too long)"
+
+
 def test_the_summary_has_the_largest_rank_of_all_modules(tmp_path: Path) -> None:
     tensors = lora_tensors(r=4) | lora_tensors([MODULES[2]], r=8)
     config = lora_config(r=4, lora_alpha=16, rank_pattern={"layers.0.mlp.down_proj": 8}, base_model_name_or_path="m")

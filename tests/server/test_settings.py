@@ -299,6 +299,23 @@ def test_what_may_be_a_secret_is_not_repeated(text: str, folder: Folder) -> None
     assert "1234567890" not in told
 
 
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("a = " + "9" * 5000, "has a number of too many digits"),
+        ("a = " + "[" * 5000 + "]" * 5000, "has arrays or tables that are nested too deeply"),
+        ("a = " + "{a = " * 5000 + "1" + "}" * 5000, "has arrays or tables that are nested too deeply"),
+    ],
+    ids=["digits", "arrays", "tables"],
+)
+def test_a_file_that_python_itself_refuses_is_refused_by_name(folder: Folder, text: str, problem: str) -> None:
+    """It was a traceback, and with a reload an internal error."""
+    folder.path.write_text(text)
+
+    with pytest.raises(ConfigInvalidError, match=rf"gralora\.toml {problem}"):
+        Layers(folder.path, {}, {}).read()
+
+
 def test_a_file_that_is_not_there_or_not_text_is_refused_by_name(folder: Folder, tmp_path: Path) -> None:
     with pytest.raises(ConfigInvalidError, match=r"gralora\.toml cannot be read: No such file"):
         Layers(folder.path, {}, {}).read()

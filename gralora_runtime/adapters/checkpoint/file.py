@@ -6,6 +6,7 @@ that nobody writes to, a number of a million digits, a call that keeps the inter
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
@@ -16,6 +17,7 @@ from typing import Any, BinaryIO
 from gralora_runtime.adapters.checkpoint.containment import resolve_inside
 
 MAX_DIGITS = 64  # of a number; integers of 64 bits have 20, floats that are written in full up to 24
+_UNREADABLE = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)  # with other errors it is taken for missing
 
 
 class MalformedError(ValueError):
@@ -31,7 +33,7 @@ def open_regular(directory: Path, file: str, roots: Sequence[Path]) -> BinaryIO:
         # Opening a pipe would wait for a writer without O_NONBLOCK; a link that was put there a moment ago is no file.
         opened = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
     except (OSError, ValueError) as cause:
-        if isinstance(cause, PermissionError):
+        if isinstance(cause, OSError) and cause.errno in _UNREADABLE:
             raise MalformedError(f"{file} cannot be read ({cause.strerror})") from cause
         if not directory.is_dir():
             raise MalformedError(f"there is no directory {directory.name}") from cause

@@ -42,13 +42,18 @@ def read(path: Path) -> Document:
     try:
         text = path.read_bytes().decode()
         values = tomllib.loads(text)
+        lines = lines_of(text)
     except OSError as cause:
         raise ConfigInvalidError([f"{path} cannot be read: {cause.strerror}"]) from cause
     except UnicodeDecodeError as cause:
         raise ConfigInvalidError([f"{path} is not UTF-8: {cause.reason} at byte {cause.start}"]) from cause
     except tomllib.TOMLDecodeError as cause:
         raise ConfigInvalidError([_syntax(path, text, str(cause))]) from cause
-    return Document(path, values, lines_of(text))
+    except ValueError as cause:  # tomllib lets Python's own limit through
+        raise ConfigInvalidError([f"{path} has a number of too many digits"]) from cause
+    except RecursionError as cause:
+        raise ConfigInvalidError([f"{path} has arrays or tables that are nested too deeply"]) from cause
+    return Document(path, values, lines)
 
 
 def dotted(keys: Keys) -> str:
