@@ -62,14 +62,13 @@ async def _expected_tokens(
     )
     engine = await AsyncEngine.start(config)
     try:
-        return {one: await _alone(engine, contents, folder, *one, question) for one in asked}
+        return {one: await _alone(engine, contents, folder, one, question) for one in asked}
     finally:
         await engine.close()
 
 
-async def _alone(
-    engine: AsyncEngine, contents: Contents, folder: Path, number: int, name: str, question: Question
-) -> Tokens:
+async def _alone(engine: AsyncEngine, contents: Contents, folder: Path, asked: Asked, question: Question) -> Tokens:
+    number, name = asked
     directory = folder / f"c{number}-{name}"
     contents.write(number, directory)
     stream = await engine.submit(
