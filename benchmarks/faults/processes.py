@@ -14,12 +14,11 @@ import psutil
 from benchmarks.catalogue.content import Contents
 from benchmarks.faults.fault import Fault, Outcome
 from benchmarks.faults.stage import ANSWERED, PATIENCE_S, Stage, Tokens, counted, not_given_back, until
-from benchmarks.faults.streams import Stream, under_way, wrong_in
+from benchmarks.faults.streams import BROKEN_OFF, Stream, under_way, wrong_in
 from gralora_server.client import Adapter, AsyncClient
 from gralora_server.loadtest.local_server import LocalServer
 
 STREAMS = 32
-BROKEN_OFF = "UNAVAILABLE"  # gRPC's own word for a connection that broke: whoever was killed can give no reason
 STOPPED_S = 5.0
 DEADLINE_S = 2.0
 LATE_S = 0.5  # after its deadline: a call that ends later has been held

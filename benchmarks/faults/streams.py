@@ -6,7 +6,6 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +13,7 @@ from benchmarks.faults.stage import ANSWERED, PATIENCE_S, WRONG, Stage, Tokens
 from gralora_server.client import AsyncClient, GraloraClientError
 
 HUNG = "hung"
+BROKEN_OFF = "UNAVAILABLE"  # gRPC's own word for a connection that broke: whoever was killed can give no reason
 
 
 @dataclass(slots=True, eq=False)
@@ -89,12 +89,3 @@ async def under_way(
 def wrong_in(saw: Mapping[str, int], *allowed: str) -> Iterator[str]:
     """What must not be among how calls ended: whatever is neither answered nor `allowed`."""
     yield from (f"{count} calls ended as {how}" for how, count in saw.items() if how not in (ANSWERED, *allowed))
-
-
-@contextmanager
-def collecting(problems: list[str], what: str) -> Iterator[None]:
-    """What was wrong in the block, or took too long, is a problem and not the end of all faults."""
-    try:
-        yield
-    except (AssertionError, TimeoutError) as error:
-        problems.append(f"{what}: {error or 'it took too long'}")
