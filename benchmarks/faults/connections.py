@@ -48,8 +48,9 @@ async def _readers_are_silent(stage: Stage, server: LocalServer) -> Outcome:
     async with AsyncClient(server.address) as client:
         expected = await stage.answers(client)
         async with AsyncClient(server.address, options=(*OWN_CONNECTION, ("grpc.http2.bdp_probe", 0))) as silent:
+            generated = (await client.load()).generated_tokens
             streams = [_unread(stage, silent, number) for number in range(READERS)]
-            await _all_begun(client)
+            await _all_begun(client, generated)
             first_s = [await _first_token_s(stage, client, expected) for _ in range(5)]
             problems = await not_given_back(client, within_s=PATIENCE_S)
             resumed_s = time.monotonic()
@@ -70,12 +71,12 @@ async def _how_it_ended(stream: AsyncGenerationStream) -> Tokens:
     return ()
 
 
-async def _all_begun(client: AsyncClient) -> None:
-    """Half of them could only because others, whose windows are full, had given up their rows."""
+async def _all_begun(client: AsyncClient, generated: int) -> None:
+    """Half of them could only because others, whose windows are full, had ended or given up their rows."""
 
     async def is_so() -> bool:
         load = await client.load()
-        return load.pauses > 0 and not load.waiting
+        return load.generated_tokens > generated and not load.waiting
 
     await until(is_so)
 
@@ -163,19 +164,18 @@ async def _clients_are_many(stage: Stage, server: LocalServer) -> Outcome:
         expected = await stage.answers(client)
         before = _descriptors(server)
         names = [stage.names[number % len(stage.names)] for number in range(CONNECTIONS)]
+        others = [AsyncClient(server.address, max_attempts=1, options=OWN_CONNECTION) for _ in names]
+        calls = [asyncio.create_task(stage.answer(other, name)) for other, name in zip(others, names, strict=True)]
         async with asyncio.timeout(MANY_S):
-            results = await asyncio.gather(*(_ask_once(stage, server, name) for name in names), return_exceptions=True)
+            results = await asyncio.gather(*calls, return_exceptions=True)
+        at_once, ended_s = _descriptors(server) - before, time.monotonic()
+        assert at_once >= CONNECTIONS, f"only {at_once} connections at once"
         saw = counted(results, [expected[name] for name in names])
-        ended_s = time.monotonic()
+        await asyncio.gather(*(other.close() for other in others))
+        others.clear()  # gRPC keeps a connection for as long as somebody knows its client
         recovered_s = await stage.recovered_s(client, expected, ended_s)
         problems = [*wrong_in(saw, "QUEUE_FULL"), *await not_given_back(client), *await _not_closed(server, before)]
     return Outcome(saw=saw, recovered_s=recovered_s, problems=problems)
-
-
-async def _ask_once(stage: Stage, server: LocalServer, name: str) -> Tokens:
-    """By a connection of its own, which gRPC keeps until nobody knows the client any more."""
-    async with AsyncClient(server.address, max_attempts=1, options=OWN_CONNECTION) as client:
-        return await stage.answer(client, name)
 
 
 def streams_are_cancelled(stage: Stage) -> Outcome:
@@ -259,7 +259,7 @@ def _how(refused: GraloraClientError | None) -> str:
 
 def _not_worth_another_try(refused: GraloraClientError | None) -> Iterator[str]:
     """An adapter may still load: its files take few descriptors. But it must not be called broken."""
-    if _how(refused) not in (ANSWERED, "ADAPTER_SOURCE"):
+    if _how(refused) not in (ANSWERED, "OUT_OF_DESCRIPTORS"):
         yield f"loading an adapter without descriptors ended as {refused}"
 
 
