@@ -24,6 +24,7 @@
     +-- NumericalError           the model or its adapter gave logits that are no numbers, for this request alone
     +-- RequestFailedError       our bug, met while working on this request alone: its cause is in the log, under an id
     +-- MemoryShortageError      memory ran out while working on it: try again
+    +-- DescriptorShortageError  the server has as many files and connections open as it may: try again
     +-- StepFailedError          our bug, met while working on all requests of a step: try again
     +-- DrainingError            the server is shutting down
     +-- EngineDeadError          step after step failed, or the engine thread did: our bug
@@ -330,6 +331,19 @@ class MemoryShortageError(GraloraError):
 
     def __init__(self, doing: str) -> None:
         super().__init__(f"memory ran out while {doing}; the same request may be sent again")
+
+
+class DescriptorShortageError(GraloraError):
+    """A file could not be opened for want of a descriptor, which says nothing about the file."""
+
+    reason = "OUT_OF_DESCRIPTORS"
+    retry_after_s = 1.0
+
+    def __init__(self, file: str) -> None:
+        super().__init__(
+            f"{file} could not be opened: the server has as many files and connections open as it may; "
+            "the same request may be sent again"
+        )
 
 
 class StepFailedError(GraloraError):

@@ -10,7 +10,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import fields
 from pathlib import Path
 
 from rich.console import Console
@@ -45,7 +45,9 @@ def main() -> None:
                 stage.folder.mkdir()
                 stage.write_adapters()
                 found[fault.name] = fault.run(stage)
-    written = {name: asdict(outcome) for name, outcome in found.items()}
+    written = {
+        name: {part.name: getattr(outcome, part.name) for part in fields(outcome)} for name, outcome in found.items()
+    }
     options.json.write_text(json.dumps(before | {"model": base.name, "faults": written}, indent=1) + "\n")
     show({fault: found[fault.name] for fault in EVERYTHING if fault.name in found})
     sys.exit(any(not outcome.is_good for outcome in found.values()))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.faults import processes
+from benchmarks.faults import connections, processes
 from benchmarks.faults.fault import Fault
 
-EVERYTHING: tuple[Fault, ...] = (*processes.FAULTS,)
+EVERYTHING: tuple[Fault, ...] = (*processes.FAULTS, *connections.FAULTS)

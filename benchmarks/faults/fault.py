@@ -13,8 +13,9 @@ class Outcome:
     """`saw`: calls by how they ended, "answered" or an error's reason, of the clients that were there when it happened.
 
     `recovered_s`: from when the fault ended (a kill: when it happened) to the first right answer of a new call.
-    `lost`: what had been acknowledged and is not there afterwards. `problems`: what must not be, such as a wrong answer,
-    an error without a reason, a call that hung, or descriptors and rows that were not given back. Both have to be empty.
+    `lost`: what had been acknowledged and is not there afterwards. `problems`: what must not be, such as a wrong
+    answer, an error without a reason, a call that hung, or descriptors and rows that were not given back. Both have to
+    be empty.
     """
 
     saw: Mapping[str, int]

@@ -30,6 +30,7 @@ from gralora_runtime.errors import (
     AdapterVersionLostError,
     CatalogueError,
     DeadlineExceededError,
+    DescriptorShortageError,
     DrainingError,
     GraloraError,
     InvalidRequestError,
@@ -83,6 +84,7 @@ CODES: dict[type[GraloraError], grpc.StatusCode] = {
     # The adapter's weights or the prompt are at fault, not us, and the same again ends the same.
     NumericalError: grpc.StatusCode.FAILED_PRECONDITION,
     MemoryShortageError: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    DescriptorShortageError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     QueueFullError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     # Not DEADLINE_EXCEEDED, which says that time has passed: the same request, a little later, may be served at once.
     TooLateError: grpc.StatusCode.RESOURCE_EXHAUSTED,

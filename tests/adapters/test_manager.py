@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 from pathlib import Path
 
@@ -35,6 +36,7 @@ from gralora_runtime.errors import (
     AdapterRejectedError,
     AdapterVersionLostError,
     ConfigError,
+    DescriptorShortageError,
     DrainingError,
     InvalidRequestError,
     MemoryShortageError,
@@ -279,6 +281,25 @@ def test_a_bug_while_placing_leaves_nobody_waiting(
                 lease(manager, "a")
         assert "placing an adapter failed" in caplog.text
         use(manager, "b")
+
+
+def test_an_adapter_whose_files_find_no_descriptor_is_neither_refused_nor_kept_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was once "cannot be served: adapter_config.json is missing", and then not even read again for a while."""
+    write_units(tmp_path, ["a"])
+
+    def no_descriptor(*_: object, **__: object) -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with managing(tmp_path, units=2) as manager:
+        with monkeypatch.context() as patch:
+            patch.setattr("gralora_runtime.adapters.checkpoint.file.os.open", no_descriptor)
+            with pytest.raises(DescriptorShortageError, match=r"adapter_config\.json could not be opened") as caught:
+                lease(manager, "a")
+        quiesce(manager)
+        assert caught.value.retry_after_s == 1.0
+        use(manager, "a")
 
 
 @pytest.mark.parametrize("step", ["read", "fill"])

@@ -1,4 +1,4 @@
-"""Each fault of `python -m benchmarks.faults`, over a tiny model: nothing acknowledged is lost, and all is well after."""
+"""Each fault of `python -m benchmarks.faults`, over a tiny model: nothing acknowledged is lost, all is well after."""
 
 from __future__ import annotations
 

@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from gralora_runtime.adapters.checkpoint.containment import resolve_inside
+from gralora_runtime.errors import DescriptorShortageError
 
+NO_DESCRIPTOR = (errno.EMFILE, errno.ENFILE)
 MAX_DIGITS = 64  # of a number; integers of 64 bits have 20, floats that are written in full up to 24
 _UNREADABLE = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)  # with other errors it is taken for missing
 
@@ -25,7 +27,10 @@ class MalformedError(ValueError):
 
 
 def open_regular(directory: Path, file: str, roots: Sequence[Path]) -> BinaryIO:
-    """The file, opened to be read. One that leaves `roots` through a link is refused, and so is all that is no file."""
+    """The file, opened to be read. One that leaves `roots` through a link is refused, and so is all that is no file.
+
+    Raises DescriptorShortageError where nobody could tell what it is.
+    """
     path = resolve_inside(roots, directory / file)
     if path is None:
         raise MalformedError(f"{file} leaves the adapters directory through a link (--allow-root permits more)")
@@ -33,6 +38,8 @@ def open_regular(directory: Path, file: str, roots: Sequence[Path]) -> BinaryIO:
         # Opening a pipe would wait for a writer without O_NONBLOCK; a link that was put there a moment ago is no file.
         opened = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
     except (OSError, ValueError) as cause:
+        if isinstance(cause, OSError) and cause.errno in NO_DESCRIPTOR:
+            raise DescriptorShortageError(file) from cause
         if isinstance(cause, OSError) and cause.errno in _UNREADABLE:
             raise MalformedError(f"{file} cannot be read ({cause.strerror})") from cause
         if not directory.is_dir():

@@ -20,6 +20,7 @@ of domain "gralora.dev"; its `reason` is stable and one of:
   TOO_LATE            RESOURCE_EXHAUSTED   RetryInfo and the trailer; its deadline or the server's objective cannot be met; metadata
                                            "expected_s" and "limit_s"
   OUT_OF_MEMORY       RESOURCE_EXHAUSTED   RetryInfo; memory ran out, and the youngest requests had to go
+  OUT_OF_DESCRIPTORS  RESOURCE_EXHAUSTED   RetryInfo; an adapter's files could not be opened for want of descriptors
   SLOW_CONSUMER       RESOURCE_EXHAUSTED   the client did not read its stream
   DEADLINE_EXCEEDED   DEADLINE_EXCEEDED    the deadline passed, or had passed on arrival
   CANCELLED           CANCELLED            the client went away, or AbortRequest was called before the first token
