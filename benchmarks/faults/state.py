@@ -1,0 +1,2 @@
+from benchmarks.faults.fault import Fault
+FAULTS: tuple[Fault, ...] = ()
