@@ -420,6 +420,32 @@ def test_a_full_disk_is_a_quota(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
             uploads.begin(manifest_of("b", FILES))
 
 
+@pytest.mark.parametrize(
+    ("number", "kind", "problem"),
+    [(errno.ENOSPC, AdapterUploadQuotaError, "the disk is full"), (errno.EROFS, AdapterUploadError, "Read-only")],
+)
+def test_what_the_disk_refuses_at_any_step_is_told_leaves_nothing_and_can_be_tried_again(
+    number: int, kind: type[Exception], problem: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    with opening(tmp_path) as uploads:
+        for step in (
+            lambda: uploads.begin(MANIFEST).close(),
+            lambda: receive(uploads, MANIFEST, FILES),
+            lambda: uploads.accept(MANIFEST),
+            lambda: uploads.delete(MANIFEST.name),
+        ):
+            with monkeypatch.context() as patch:
+                patch.setattr(os, "fsync", refuse)
+                with pytest.raises(kind, match=problem):
+                    step()
+            assert not list((tmp_path / UNFINISHED).glob("new-*")) + list((tmp_path / UNFINISHED).glob("record-*"))
+            step()
+        assert left_in(tmp_path) == set()
+
+
 def test_what_nobody_goes_on_with_is_removed_after_a_while(tmp_path: Path) -> None:
     now_s = [1e10]
     limits = replace(LIMITS, unfinished_age_s=100.0)
