@@ -16,16 +16,17 @@ import subprocess
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from unittest import SkipTest
 
 from benchmarks.catalogue.content import Contents
 from benchmarks.faults import prelude
+from benchmarks.faults.acknowledged import Acknowledged
 from benchmarks.faults.fault import Fault, Outcome
-from benchmarks.faults.seen import Seen
-from benchmarks.faults.stage import PATIENCE_S, RETRY_S, Stage, Tokens
-from gralora_server.client import AsyncClient, GraloraClientError
+from benchmarks.faults.seen import Seen, until_done
+from benchmarks.faults.stage import Stage
+from gralora_server.client import AsyncClient
 from gralora_server.loadtest.local_server import LocalServer
 from gralora_server.tenants.keeping import EVERY_S
 
@@ -114,36 +115,6 @@ def disk_of(stage: Stage) -> Iterator[Disk]:
     raise SkipTest("this process may mount nothing")
 
 
-@dataclass(frozen=True, slots=True)
-class Acknowledged:
-    """What the server said is done, and has to be so after another start."""
-
-    answers: dict[str, Tokens] = field(default_factory=dict)
-    pinned: list[str] = field(default_factory=list)
-    requests: list[int] = field(default_factory=list)  # of the operator, as usage told them
-
-    async def push(self, stage: Stage, client: AsyncClient, name: str) -> None:
-        """Raises GraloraClientError."""
-        await client.adapters.push(stage.folder / name, name)
-        self.answers[name] = await stage.answer(client, name)
-
-    async def pin(self, client: AsyncClient, name: str) -> None:
-        """Raises GraloraClientError."""
-        await client.adapters.pin(name)
-        self.pinned.append(name)
-
-    async def lost(self, stage: Stage, client: AsyncClient) -> list[str]:
-        found = await _requests(client)
-        lost = [f"{told - found} requests of the usage" for told in self.requests if found < told]
-        for name in self.pinned:
-            if not (await client.adapters.get(name)).pinned:
-                lost.append(f"that {name} is pinned")
-        for name, tokens in self.answers.items():
-            if (answer := await stage.answer(client, name)) != tokens:
-                lost.append(f"{name}, which answers {answer} and not {tokens}")
-        return lost
-
-
 def on_a_disk(take: Callable[[Disk], Act], give: Callable[[Disk], Act]) -> Callable[[Stage], Outcome]:
     def run(stage: Stage) -> Outcome:
         with disk_of(stage) as disk:
@@ -194,32 +165,19 @@ async def _go_on(stage: Stage, server: LocalServer, seen: Seen, told: Acknowledg
                 await asyncio.sleep(PAUSE_S)
         give(server)
         given_s = time.monotonic()
-        async with asyncio.timeout(PATIENCE_S):
-            await _until_done(lambda: told.push(stage, client, DURING))
-            await _until_done(lambda: told.pin(client, PINNED_DURING))
-            told.answers[FRESH] = await stage.answer(client, FRESH)
+        await until_done(lambda: told.push(stage, client, DURING))
+        await until_done(lambda: told.pin(client, PINNED_DURING))
+        told.answers[FRESH] = await stage.answer(client, FRESH)
         recovered_s = await stage.recovered_s(client, told.answers, given_s)
-        told.requests.append(await _requests(client))
+        await told.note_usage(client)
     if UPLOAD_REFUSED not in seen.saw:
         seen.problems.append("no upload was refused: there was room")
     return recovered_s
 
 
-async def _until_done(act: Callable[[], Awaitable[None]]) -> None:
-    while True:
-        try:
-            return await act()
-        except GraloraClientError:
-            await asyncio.sleep(RETRY_S)
-
-
 async def _lost(stage: Stage, server: LocalServer, told: Acknowledged) -> list[str]:
     async with AsyncClient(server.address) as client:
         return await told.lost(stage, client)
-
-
-async def _requests(client: AsyncClient) -> int:
-    return sum(row.requests for row in await client.usage())
 
 
 FAULTS = (

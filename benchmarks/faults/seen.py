@@ -9,13 +9,14 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from benchmarks.faults.stage import ANSWERED, WRONG, Stage, Tokens
+from benchmarks.faults.stage import ANSWERED, PATIENCE_S, RETRY_S, WRONG, Stage, Tokens
 from gralora_server.client import AsyncClient, GraloraClientError
 from gralora_server.loadtest.local_server import LocalServer
 
 HUNG = "hung"
 HANG_S = 20.0
 GIVEN_BACK_S = 5.0
+PAUSE_S = 0.02  # between a stream and the next one: what is wanted is that they go on, not a load
 UNMEANT = ("", "INTERNAL", "STEP_FAILED")  # reasons that tell a client nothing it could act on
 
 T = TypeVar("T")
@@ -57,6 +58,7 @@ class Seen:
 
         async def ask(name: str) -> None:
             while not over.is_set():
+                await asyncio.sleep(PAUSE_S)
                 if await self.call(name, stage.answer(client, name), expected[name]) is None:
                     self.problems.append(f"{name}, which nothing was done to, was not answered")
 
@@ -85,3 +87,15 @@ async def until(is_so: Callable[[], bool], patience_s: float) -> None:
     async with asyncio.timeout(patience_s):
         while not is_so():  # noqa: ASYNC110  # of another process
             await asyncio.sleep(0.02)
+
+
+async def until_done(act: Callable[[], Awaitable[object]]) -> None:
+    """Again and again, until no error comes. Raises TimeoutError."""
+    async with asyncio.timeout(PATIENCE_S):
+        while True:
+            try:
+                await act()
+            except GraloraClientError:
+                await asyncio.sleep(RETRY_S)
+            else:
+                return
