@@ -21,7 +21,7 @@ from gralora_server.loadtest.local_server import LocalServer
 
 USED = "a0"
 OPERATOR, LIMITED, NEWCOMER = "the-operators-token", "a-token-with-few-requests", "a-token-that-comes-later"
-BURST = 2  # requests of LIMITED
+BURST, RATE = 2, 0.001  # requests of LIMITED, and how many more come in a second
 BROKEN: Mapping[str, Callable[[str], str]] = {
     "no TOML": lambda text: text + "\n[tenants",
     "an unknown key": lambda text: text + "\n[tenants.other]\nweihgt = 2\n",

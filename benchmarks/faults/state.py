@@ -23,6 +23,7 @@ from gralora_server.tenants import usage_file
 
 PINNED, PINNED_LATER = "a1", "a2"
 SENT, TORN, UNRECORDED = "sent", "torn", "unrecorded"
+CONTENTS = (SENT, TORN, UNRECORDED)
 REFUSED_START = "start refused"
 NEWER_SCHEMA = 99
 
@@ -84,11 +85,11 @@ def overwritten(stage: Stage) -> Outcome:
 
 def uploads_damaged(stage: Stage) -> Outcome:
     """Between two starts: one's weights are cut to half, another's record is garbage, and one is left alone."""
-    for name in (SENT, TORN, UNRECORDED):
+    for name in CONTENTS:
         _write(stage, name)
     told, seen = Acknowledged(), Seen()
     with stage.server() as server:
-        asyncio.run(_write_state(stage, server, told, SENT, TORN, UNRECORDED))
+        asyncio.run(_write_state(stage, server, told, *CONTENTS))
     halve(_upload(stage, TORN) / WEIGHTS_FILE)
     fill_with_garbage(_upload(stage, UNRECORDED).parent / uploads.RECORD_FILE)
     with stage.server() as server:
@@ -137,7 +138,7 @@ async def _send_again(
 
 def _write(stage: Stage, name: str) -> None:
     """Each has a content that no other adapter has."""
-    Contents(stage.base).write(len(stage.names) + len(name), stage.folder / name)
+    Contents(stage.base).write(len(stage.names) + CONTENTS.index(name), stage.folder / name)
 
 
 def _upload(stage: Stage, name: str) -> Path:
