@@ -32,9 +32,7 @@ class Acknowledged:
     async def lost(self, stage: Stage, client: AsyncClient) -> list[str]:
         found = await _requests(client)
         lost = [f"{told - found} requests of the usage" for told in self.requests if found < told]
-        for name in self.pinned:
-            if not (await client.adapters.get(name)).pinned:
-                lost.append(f"that {name} is pinned")
+        lost += [f"that {name} is pinned" for name in self.pinned if not (await client.adapters.get(name)).pinned]
         for name, tokens in self.answers.items():
             try:
                 answer = await stage.answer(client, name)

@@ -1,7 +1,7 @@
 """A wall clock that jumps under a running server.
 
 The machine's clock stays as it is: the server's process begins with a prelude in whose world time.time() and
-datetime.now() are as far off as a file says that it reads anew each time. time.monotonic() is untouched, as it is when a
+datetime.now() are as far off as a file says. time.monotonic() is untouched, as it is when a
 real clock is set; and so are times that the kernel writes to files, which a real jump would move, too.
 """
 
@@ -121,7 +121,7 @@ class _Jump:
         long = await self.stage.answer(client, USED, max_tokens=LONG)
         calls = (self.stage.answer(client, USED, max_tokens=LONG) for _ in range(STREAMS))
         streams = [asyncio.create_task(self.seen.call("a stream", call, long)) for call in calls]
-        while (await client.load()).running < STREAMS:
+        while (await client.load()).running < STREAMS:  # noqa: ASYNC110  # of another process
             await asyncio.sleep(0)
         self.clock.set(self.by_s)
         jumped_s = time.monotonic()

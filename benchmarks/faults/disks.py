@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import os
 import resource
 import shutil
 import subprocess
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +31,7 @@ from gralora_server.tenants.keeping import EVERY_S
 
 SIZE_BYTES = 64 << 20
 PAUSE_S = 0.5
-UPLOAD_REFUSED = "ADAPTER_UPLOAD_QUOTA"
+UPLOAD_REFUSED = {"ADAPTER_UPLOAD", "ADAPTER_UPLOAD_QUOTA"}
 LASTS_S = EVERY_S + 0.5  # so that usage meets it, too
 ANSWERING, FRESH = "a0", "a3"  # the second is asked for the first time when nothing can be written
 BEFORE, DURING = "sent-before", "sent-during"
@@ -76,7 +75,8 @@ class Disk:
                 while True:
                     out.write(bytes(1 << 16))
             except OSError as error:
-                assert error.errno == errno.ENOSPC, error
+                if error.errno != errno.ENOSPC:
+                    raise
 
     def empty(self, _: LocalServer) -> None:
         self._ballast.unlink()
@@ -93,7 +93,7 @@ class Disk:
     def _run(self, *command: str) -> None:
         user = ("--user", "--preserve-credentials") if self.in_user_namespace else ()
         where = ("nsenter", f"--target={self.holder}", *user, "--mount")
-        subprocess.run([*where, *command], check=True, capture_output=True)  # noqa: S603
+        subprocess.run([*where, *command], check=True, capture_output=True)
 
 
 @contextmanager
@@ -105,7 +105,7 @@ def disk_of(stage: Stage) -> Iterator[Disk]:
     for in_user_namespace in (False, True):
         user = ["--user", "--map-root-user"] if in_user_namespace else []
         command = ["unshare", "--mount", *user, *mount, str(SIZE_BYTES), str(state)]
-        with subprocess.Popen(  # noqa: S603
+        with subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
         ) as holder:
             assert holder.stdout is not None
@@ -115,11 +115,19 @@ def disk_of(stage: Stage) -> Iterator[Disk]:
     raise SkipTest("this process may mount nothing")
 
 
-def on_a_disk(take: Callable[[Disk], Act], give: Callable[[Disk], Act]) -> Callable[[Stage], Outcome]:
+@dataclass(frozen=True, slots=True)
+class Trouble:
+    """How it comes, and how it goes."""
+
+    begin: Act
+    end: Act
+
+
+def on_a_disk(trouble: Callable[[Disk], Trouble]) -> Callable[[Stage], Outcome]:
     def run(stage: Stage) -> Outcome:
         with disk_of(stage) as disk:
             environment = prelude.environment(stage.folder / "prelude", disk.code)
-            return _nothing_can_be_written(stage, take(disk), give(disk), environment)
+            return _nothing_can_be_written(stage, trouble(disk), environment)
 
     return run
 
@@ -129,32 +137,29 @@ def no_file_may_grow(stage: Stage) -> Outcome:
         _, most = resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE)
         resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (num_bytes, most))
 
-    return _nothing_can_be_written(
-        stage, lambda server: limit(server, 0), lambda server: limit(server, resource.RLIM_INFINITY)
-    )
+    trouble = Trouble(lambda server: limit(server, 0), lambda server: limit(server, resource.RLIM_INFINITY))
+    return _nothing_can_be_written(stage, trouble)
 
 
-def _nothing_can_be_written(
-    stage: Stage, take: Act, give: Act, environment: Mapping[str, str] | None = None
-) -> Outcome:
+def _nothing_can_be_written(stage: Stage, trouble: Trouble, environment: Mapping[str, str] | None = None) -> Outcome:
     for number, name in enumerate((BEFORE, DURING), len(stage.names)):
         Contents(stage.base).write(number, stage.folder / name)
     shutil.move(stage.adapters / FRESH, stage.folder / FRESH)
     seen, told = Seen(), Acknowledged()
     with stage.server(environment=environment) as server:
-        recovered_s = asyncio.run(_go_on(stage, server, seen, told, take, give))
+        recovered_s = asyncio.run(_go_on(stage, server, seen, told, trouble))
     with stage.server(environment=environment) as server:
         lost = asyncio.run(_lost(stage, server, told))
     return Outcome(saw=dict(seen.saw), recovered_s=recovered_s, lost=lost, problems=seen.problems)
 
 
-async def _go_on(stage: Stage, server: LocalServer, seen: Seen, told: Acknowledged, take: Act, give: Act) -> float:
+async def _go_on(stage: Stage, server: LocalServer, seen: Seen, told: Acknowledged, trouble: Trouble) -> float:
     async with AsyncClient(server.address) as client:
         for name in (ANSWERING, PINNED_BEFORE, PINNED_DURING):
             told.answers[name] = await stage.answer(client, name)
         await told.push(stage, client, BEFORE)
         await told.pin(client, PINNED_BEFORE)
-        take(server)
+        trouble.begin(server)
         until_s = time.monotonic() + LASTS_S
         async with seen.streams(stage, client, told.answers, ANSWERING, BEFORE):
             shutil.move(stage.folder / FRESH, stage.adapters / FRESH)  # by somebody who has room
@@ -163,14 +168,14 @@ async def _go_on(stage: Stage, server: LocalServer, seen: Seen, told: Acknowledg
                 await seen.call(f"pinning {PINNED_DURING}", told.pin(client, PINNED_DURING))
                 await seen.call(FRESH, stage.answer(client, FRESH))
                 await asyncio.sleep(PAUSE_S)
-        give(server)
-        given_s = time.monotonic()
+        trouble.end(server)
+        ended_s = time.monotonic()
         await until_done(lambda: told.push(stage, client, DURING))
         await until_done(lambda: told.pin(client, PINNED_DURING))
         told.answers[FRESH] = await stage.answer(client, FRESH)
-        recovered_s = await stage.recovered_s(client, told.answers, given_s)
+        recovered_s = await stage.recovered_s(client, told.answers, ended_s)
         await told.note_usage(client)
-    if UPLOAD_REFUSED not in seen.saw:
+    if not seen.saw.keys() & UPLOAD_REFUSED:
         seen.problems.append("no upload was refused: there was room")
     return recovered_s
 
@@ -181,7 +186,15 @@ async def _lost(stage: Stage, server: LocalServer, told: Acknowledged) -> list[s
 
 
 FAULTS = (
-    Fault("disk-full", "the disk of the state directory is full", on_a_disk(lambda d: d.fill, lambda d: d.empty)),
-    Fault("disk-read-only", "it, and the adapters', become read-only", on_a_disk(lambda d: d.forbid, lambda d: d.permit)),
+    Fault(
+        "disk-full",
+        "the disk of the state directory is full",
+        on_a_disk(lambda disk: Trouble(disk.fill, disk.empty)),
+    ),
+    Fault(
+        "disk-read-only",
+        "it, and the adapters', become read-only",
+        on_a_disk(lambda disk: Trouble(disk.forbid, disk.permit)),
+    ),
     Fault("no-file-grows", "the server may write no byte more into any file", no_file_may_grow),
 )

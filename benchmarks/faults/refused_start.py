@@ -15,7 +15,7 @@ def problems_of_start(arguments: Sequence[str], *, names: str) -> list[str]:
     """None, if the server ends with an exit code and one line that tells what is wrong with whom it `names`."""
     command = [sys.executable, "-c", MAIN, *arguments]
     try:
-        ended = subprocess.run(  # noqa: S603
+        ended = subprocess.run(
             command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=PATIENCE_S, check=False
         )
     except subprocess.TimeoutExpired:

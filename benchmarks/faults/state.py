@@ -106,9 +106,7 @@ async def _write_state(stage: Stage, server: LocalServer, told: Acknowledged, *s
         await told.note_usage(client)
 
 
-async def _come_back(
-    stage: Stage, server: LocalServer, told: Acknowledged, since_s: float
-) -> tuple[float, list[str]]:
+async def _come_back(stage: Stage, server: LocalServer, told: Acknowledged, since_s: float) -> tuple[float, list[str]]:
     async with AsyncClient(server.address) as client:
         recovered_s = await stage.recovered_s(client, told.answers, since_s)
         return recovered_s, await told.lost(stage, client)
@@ -123,9 +121,7 @@ async def _go_on(stage: Stage, server: LocalServer, told: Acknowledged, seen: Se
             await seen.call("what is there", client.adapters.list())
 
 
-async def _send_again(
-    stage: Stage, server: LocalServer, told: Acknowledged, seen: Seen
-) -> tuple[float, list[str]]:
+async def _send_again(stage: Stage, server: LocalServer, told: Acknowledged, seen: Seen) -> tuple[float, list[str]]:
     async with AsyncClient(server.address) as client:
         for name in (SENT, UNRECORDED, *stage.names):
             await seen.call(name, stage.answer(client, name), told.answers[name])
@@ -144,7 +140,9 @@ def _write(stage: Stage, name: str) -> None:
 def _upload(stage: Stage, name: str) -> Path:
     """Where its only upload lies."""
     folder = stage.folder / "state" / "uploads"
-    (found,) = [record.parent for record in folder.glob(f"*/{uploads.RECORD_FILE}") if f'"{name}"' in record.read_text()]
+    (found,) = [
+        record.parent for record in folder.glob(f"*/{uploads.RECORD_FILE}") if f'"{name}"' in record.read_text()
+    ]
     (upload,) = [entry for entry in found.iterdir() if entry.is_dir()]
     return upload
 

@@ -96,6 +96,16 @@ def left_in(folder: Path) -> set[str]:
 # --- one upload
 
 
+def test_an_upload_that_was_cut_off_on_the_disk_can_be_sent_again(tmp_path: Path) -> None:
+    with opening(tmp_path) as uploads:
+        directory = push(uploads, MANIFEST.name, 0)
+        os.truncate(directory / WEIGHTS, 3)
+
+        assert uploads.received(MANIFEST) == dict.fromkeys(FILES, 0)
+        assert receive(uploads, MANIFEST, FILES) == directory
+        assert holds(directory, FILES)
+
+
 def test_an_upload_is_found_when_it_was_accepted_and_not_before(tmp_path: Path) -> None:
     with opening(tmp_path) as uploads:
         assert uploads.received(MANIFEST) == {CONFIG: 0, WEIGHTS: 0}

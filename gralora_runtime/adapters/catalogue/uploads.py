@@ -138,7 +138,7 @@ class Uploads:
     def received(self, manifest: Manifest) -> dict[str, int]:
         """How many bytes of each file are here, from its beginning."""
         with self._lock:
-            if self._directory(manifest).is_dir():
+            if self._is_whole(manifest):
                 return {file.name: file.size for file in manifest.files}
             staging = self._staging(manifest)
             return {file.name: _size(staging / file.name) for file in manifest.files}
@@ -199,7 +199,9 @@ class Uploads:
             if any(map(self._in_use, whole)):
                 raise AdapterUploadError(name, "stays: an adapter is read from it")
             if name in self._records:
-                (folder / RECORD_FILE).unlink(missing_ok=True)  # first, so that a kill leaves nothing that would be found
+                (folder / RECORD_FILE).unlink(
+                    missing_ok=True
+                )  # first, so that a kill leaves nothing that would be found
                 sync_directory(folder)
                 del self._records[name]
             for directory in (*whole, *self._unfinished_of(name)):
@@ -284,6 +286,11 @@ class Uploads:
         of_both = hashlib.sha256(f"{manifest.name}\0{manifest.digest}".encode())
         return self._unfinished / of_both.hexdigest()
 
+    def _is_whole(self, manifest: Manifest) -> bool:
+        """It was checked when it got its name; what was cut off since is seen."""
+        directory = self._directory(manifest)
+        return all(_size(directory / file.name) == file.size for file in manifest.files) and directory.is_dir()
+
     def _is_kept(self, manifest: Manifest) -> bool:
         accepted = manifest.digest in self._records.get(manifest.name, ())
         return accepted or self._in_use(self._directory(manifest))
@@ -292,8 +299,10 @@ class Uploads:
         """A directory to receive it, within the limits."""
         self._remove_old()
         staging = self._staging(manifest)
-        if self._directory(manifest).is_dir():
+        if self._is_whole(manifest):
             return
+        if (directory := self._directory(manifest)).is_dir():  # somebody has damaged it: it is sent anew
+            self._return_to_unfinished(directory)
         if staging not in self._taken:
             self._check_room(manifest)
             self._check_share(manifest, share)
