@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from benchmarks.faults import connections, processes
+from benchmarks.faults import clocks, connections, disks, files, processes, settings, state
 from benchmarks.faults.fault import Fault
 
-EVERYTHING: tuple[Fault, ...] = (*processes.FAULTS, *connections.FAULTS)
+EVERYTHING: tuple[Fault, ...] = (
+    *processes.FAULTS,
+    *connections.FAULTS,
+    *disks.FAULTS,
+    *files.FAULTS,
+    *clocks.FAULTS,
+    *state.FAULTS,
+    *settings.FAULTS,
+)

@@ -96,6 +96,16 @@ def left_in(folder: Path) -> set[str]:
 # --- one upload
 
 
+def test_an_upload_that_was_cut_off_on_the_disk_can_be_sent_again(tmp_path: Path) -> None:
+    with opening(tmp_path) as uploads:
+        directory = push(uploads, MANIFEST.name, 0)
+        os.truncate(directory / WEIGHTS, 3)
+
+        assert uploads.received(MANIFEST) == dict.fromkeys(FILES, 0)
+        assert receive(uploads, MANIFEST, FILES) == directory
+        assert holds(directory, FILES)
+
+
 def test_an_upload_is_found_when_it_was_accepted_and_not_before(tmp_path: Path) -> None:
     with opening(tmp_path) as uploads:
         assert uploads.received(MANIFEST) == {CONFIG: 0, WEIGHTS: 0}
@@ -418,6 +428,32 @@ def test_a_full_disk_is_a_quota(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
         with pytest.raises(AdapterUploadQuotaError, match="the disk has no"):
             uploads.begin(manifest_of("b", FILES))
+
+
+@pytest.mark.parametrize(
+    ("number", "kind", "problem"),
+    [(errno.ENOSPC, AdapterUploadQuotaError, "the disk is full"), (errno.EROFS, AdapterUploadError, "Read-only")],
+)
+def test_what_the_disk_refuses_at_any_step_is_told_leaves_nothing_and_can_be_tried_again(
+    number: int, kind: type[Exception], problem: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    with opening(tmp_path) as uploads:
+        for step in (
+            lambda: uploads.begin(MANIFEST).close(),
+            lambda: receive(uploads, MANIFEST, FILES),
+            lambda: uploads.accept(MANIFEST),
+            lambda: uploads.delete(MANIFEST.name),
+        ):
+            with monkeypatch.context() as patch:
+                patch.setattr(os, "fsync", refuse)
+                with pytest.raises(kind, match=problem):
+                    step()
+            assert not list((tmp_path / UNFINISHED).glob("new-*")) + list((tmp_path / UNFINISHED).glob("record-*"))
+            step()
+        assert left_in(tmp_path) == set()
 
 
 def test_what_nobody_goes_on_with_is_removed_after_a_while(tmp_path: Path) -> None:

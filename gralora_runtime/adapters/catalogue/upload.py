@@ -6,7 +6,8 @@ import errno
 import hashlib
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from gralora_runtime.adapters.catalogue.manifest import Manifest, UploadFile
@@ -18,6 +19,17 @@ from gralora_runtime.errors import (
 )
 
 HASHED_BYTES = 1 << 20
+
+
+@contextmanager
+def blaming_disk(name: str) -> Iterator[None]:
+    """What the disk under an upload of this name refuses is an operator's to mend, and no bug."""
+    try:
+        yield
+    except OSError as cause:
+        if cause.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise AdapterUploadQuotaError(name, "the disk is full") from cause
+        raise AdapterUploadError(name, f"cannot be written or read: {cause.strerror}") from cause
 
 
 class Upload:
@@ -50,16 +62,12 @@ class Upload:
             self._refuse_when_ended()
             if self._directory.is_dir():
                 return  # it is whole already, and was checked
-            try:
+            with blaming_disk(self.manifest.name):
                 self._write(announced, offset, data)
-            except OSError as cause:
-                if cause.errno in (errno.ENOSPC, errno.EDQUOT):
-                    raise AdapterUploadQuotaError(self.manifest.name, "the disk is full") from cause
-                raise
 
     def finish(self) -> Path:
         """The directory of the whole. What is missing can be sent by another call."""
-        with self._lock:
+        with self._lock, blaming_disk(self.manifest.name):
             self._refuse_when_ended()
             if not self._directory.is_dir():
                 for file in self.manifest.files:

@@ -29,7 +29,7 @@ from filelock import FileLock, Timeout
 from gralora_runtime.adapters.catalogue.durable import sync_directory
 from gralora_runtime.adapters.catalogue.manifest import Manifest
 from gralora_runtime.adapters.catalogue.sources.source import Found
-from gralora_runtime.adapters.catalogue.upload import Upload
+from gralora_runtime.adapters.catalogue.upload import Upload, blaming_disk
 from gralora_runtime.errors import (
     AdapterUploadError,
     AdapterUploadQuotaError,
@@ -138,7 +138,7 @@ class Uploads:
     def received(self, manifest: Manifest) -> dict[str, int]:
         """How many bytes of each file are here, from its beginning."""
         with self._lock:
-            if self._directory(manifest).is_dir():
+            if self._is_whole(manifest):
                 return {file.name: file.size for file in manifest.files}
             staging = self._staging(manifest)
             return {file.name: _size(staging / file.name) for file in manifest.files}
@@ -165,7 +165,7 @@ class Uploads:
         try:
             if before is not None:  # without the lock: it may be hashing
                 before.end(AdapterUploadError(manifest.name, "gave way to a newer one of that name"))
-            with self._lock:
+            with self._lock, blaming_disk(manifest.name):
                 self._refuse_when_closed()
                 self._prepare(manifest, share)
         except BaseException:
@@ -189,7 +189,7 @@ class Uploads:
             sent = self._active.get(name)
         if sent is not None:  # without the lock: it may be hashing
             sent.end(AdapterUploadError(name, "was deleted"))
-        with self._lock:
+        with self._lock, blaming_disk(name):
             self._refuse_when_closed()
             if self._active.get(name) not in (None, sent):
                 raise AdapterUploadError(name, "is being sent again")
@@ -198,9 +198,12 @@ class Uploads:
             whole = [entry for entry in entries if entry.is_dir() and not entry.is_symlink()]
             if any(map(self._in_use, whole)):
                 raise AdapterUploadError(name, "stays: an adapter is read from it")
-            if self._records.pop(name, None) is not None:
-                (folder / RECORD_FILE).unlink()  # first, so that a kill leaves nothing that would be found
+            if name in self._records:
+                (folder / RECORD_FILE).unlink(
+                    missing_ok=True
+                )  # first, so that a kill leaves nothing that would be found
                 sync_directory(folder)
+                del self._records[name]
             for directory in (*whole, *self._unfinished_of(name)):
                 self._remove(directory)
             self._remove_if_empty(folder)
@@ -210,7 +213,7 @@ class Uploads:
 
     def accept(self, manifest: Manifest) -> None:
         """From now on the name is this upload."""
-        with self._lock:
+        with self._lock, blaming_disk(manifest.name):
             self._refuse_when_closed()
             digests = [digest for digest in self._records.get(manifest.name, ()) if digest != manifest.digest]
             self._write_record(manifest.name, [*digests, manifest.digest])
@@ -283,6 +286,11 @@ class Uploads:
         of_both = hashlib.sha256(f"{manifest.name}\0{manifest.digest}".encode())
         return self._unfinished / of_both.hexdigest()
 
+    def _is_whole(self, manifest: Manifest) -> bool:
+        """It was checked when it got its name; what was cut off since is seen."""
+        directory = self._directory(manifest)
+        return all(_size(directory / file.name) == file.size for file in manifest.files) and directory.is_dir()
+
     def _is_kept(self, manifest: Manifest) -> bool:
         accepted = manifest.digest in self._records.get(manifest.name, ())
         return accepted or self._in_use(self._directory(manifest))
@@ -291,15 +299,21 @@ class Uploads:
         """A directory to receive it, within the limits."""
         self._remove_old()
         staging = self._staging(manifest)
-        if self._directory(manifest).is_dir():
+        if self._is_whole(manifest):
             return
+        if (directory := self._directory(manifest)).is_dir():  # somebody has damaged it: it is sent anew
+            self._return_to_unfinished(directory)
         if staging not in self._taken:
             self._check_room(manifest)
             self._check_share(manifest, share)
             made = self._unfinished / f"new-{uuid.uuid4().hex}"
-            made.mkdir()
-            _write(made / MANIFEST_FILE, manifest.to_json())
-            made.rename(staging)
+            try:
+                made.mkdir()
+                _write(made / MANIFEST_FILE, manifest.to_json())
+                made.rename(staging)
+            except OSError:
+                shutil.rmtree(made, ignore_errors=True)
+                raise
             self._taken[staging] = _counted(manifest)
         self._changed_s[staging] = self._now_s()
 
@@ -357,8 +371,11 @@ class Uploads:
 
     def _write_record(self, name: str, digests: list[str]) -> None:
         folder, written = self._folder_of(name), self._unfinished / f"record-{uuid.uuid4().hex}"
-        _write(written, json.dumps({"name": name, "digests": digests}))
-        written.replace(folder / RECORD_FILE)
+        try:
+            _write(written, json.dumps({"name": name, "digests": digests}))
+            written.replace(folder / RECORD_FILE)
+        finally:
+            written.unlink(missing_ok=True)
         sync_directory(folder)
         self._records[name] = digests
 
