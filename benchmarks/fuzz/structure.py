@@ -14,6 +14,7 @@ from google.protobuf.message import Message
 HUGE_SHARE = 0.002  # of texts: more would measure how fast loopback is
 HUGE_BYTES = 5 << 20  # more than a prompt may have, less than a message
 MANY = (2, 17, 1025, 5000)  # one more than most lists may have
+MAX_COPIED_BYTES = 1 << 20
 MAX_DEPTH = 6
 
 _SIGNED_32 = (0, 1, 2, -1, 63, 64, 319, 320, 1 << 20, (1 << 31) - 1, -(1 << 31))
@@ -81,19 +82,25 @@ def _fill(rng: random.Random, message: Message, field: FieldDescriptor) -> None:
             there[_value(rng, key) if count == 1 else number] = _value(rng, value)
     elif field.message_type is not None:
         copied = [type(one).FromString(one.SerializeToString()) for one in there[:1]]
-        for _ in range(count):
+        for _ in range(_at_most(count, sum(one.ByteSize() for one in copied))):
             there.add().CopyFrom(copied[0]) if copied else there.add()
     else:
-        there.extend([_value(rng, field, may_be_huge=count == 1)] * count)
+        value = _value(rng, field)
+        there.extend([value] * _at_most(count, len(value) if isinstance(value, str | bytes) else 0))
+
+
+def _at_most(count: int, num_bytes: int) -> int:
+    """Copies of so many bytes, or else a text that is huge would be so thousands of times, in our own memory."""
+    return min(count, 1 + MAX_COPIED_BYTES // max(num_bytes, 1))
 
 
 def _is_map(field: FieldDescriptor) -> bool:
     return field.message_type is not None and field.message_type.GetOptions().map_entry
 
 
-def _value(rng: random.Random, field: FieldDescriptor, *, may_be_huge: bool = True) -> Any:
+def _value(rng: random.Random, field: FieldDescriptor) -> Any:
     if field.cpp_type in _NUMBERS:
         return rng.choice(_NUMBERS[field.cpp_type])
-    is_huge = may_be_huge and rng.random() < HUGE_SHARE
+    is_huge = rng.random() < HUGE_SHARE
     text = "w3 " * (HUGE_BYTES // 3) if is_huge else rng.choice(_TEXTS)
     return text.encode() if field.type == FieldDescriptor.TYPE_BYTES else text
