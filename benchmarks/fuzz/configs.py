@@ -8,11 +8,13 @@ import random
 import re
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 from benchmarks.fuzz import octets
-from gralora_server.errors import ConfigInvalidError
+from gralora_runtime.errors import ConfigError
 from gralora_server.settings import writing
 from gralora_server.settings.layers import Layers
 
@@ -73,6 +75,17 @@ class Configs:
         raw = text.encode("utf-8", errors="surrogatepass")
         return octets.mutated(rng, raw, self._text.encode()) if rng.random() < BYTES_SHARE else raw
 
+    def read(self, _number: int, file: Path) -> Read:
+        return read(file)
+
+
+class Files(Protocol):
+    """Made by number, and read as the server reads them."""
+
+    def make(self, number: int) -> bytes: ...
+
+    def read(self, number: int, file: Path) -> Read: ...
+
 
 def seed_text() -> str:
     """`gralora config schema --toml` without comments, and with a value wherever it says only of what kind it is."""
@@ -92,12 +105,17 @@ def _filled(line: str) -> str:
 
 
 def read(file: Path) -> Read:
-    """As `gralora config check` reads it, within what that may take."""
+    """As `gralora config check` reads it."""
+    return measured(lambda: Layers(file, {}, {}).read())
+
+
+def measured(reads: Callable[[], object]) -> Read:
+    """What became of one file, within what that may take."""
     started_s = time.process_time()
     try:
-        Layers(file, {}, {}).read()
+        reads()
         label = ACCEPTED
-    except ConfigInvalidError:
+    except ConfigError:
         label = REFUSED
     except Exception as error:  # what this looks for
         return Read(type(error).__name__, f"{type(error).__name__}: {str(error)[:200]}")
@@ -113,12 +131,12 @@ class Findings:
     problems: dict[int, str] = field(default_factory=dict)  # by the file's number
 
 
-def run(configs: Configs, folder: Path, *, number: int, seconds: float) -> Findings:
+def run(files: Files, folder: Path, *, number: int, seconds: float) -> Findings:
     """Until there have been so many of them, or the time is over."""
     findings, started_s, file = Findings(), time.monotonic(), folder / "gralora.toml"
     while findings.configs < number and time.monotonic() - started_s < seconds:
-        file.write_bytes(configs.make(findings.configs))
-        found = read(file)
+        file.write_bytes(files.make(findings.configs))
+        found = files.read(findings.configs, file)
         findings.saw[found.label] += 1
         if found.problem is not None:
             findings.problems[findings.configs] = found.problem

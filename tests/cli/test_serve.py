@@ -168,6 +168,11 @@ def test_sizes(text: str, expected: int) -> None:
     assert parse_bytes(text) == expected
 
 
+def test_a_size_that_is_more_than_any_is_refused() -> None:
+    with pytest.raises(ValueError, match="more than any size"):
+        parse_bytes("9" * 400)
+
+
 @pytest.mark.parametrize(("text", "expected"), [("on", None), ("off", ()), ("1", (1,)), ("8, 2,4", (2, 4, 8))])
 def test_graphs(text: str, expected: tuple[int, ...] | None) -> None:
     assert parse_graphs(text) == expected

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from gralora_runtime.errors import ConfigError
 from gralora_runtime.plan import AdapterUse, RowPlan, StepPlan
 from gralora_server.planner.points import SHORT, Point, Points
+from gralora_server.planner.prices import prices_of
 from gralora_server.planner.profile import Profile
 
 from .profiles import STEP_S, TOKEN_S, profile
@@ -110,6 +112,32 @@ def test_what_is_no_profile_is_said(tmp_path: Path, change: dict[str, object] | 
         Profile.read(path)
 
 
-def test_a_profile_that_is_not_there() -> None:
+@pytest.mark.parametrize("name", ["nowhere.json", "\0"])
+def test_a_profile_that_is_not_there(name: str) -> None:
     with pytest.raises(ConfigError, match="cannot be read"):
-        Profile.read(Path("nowhere.json"))
+        Profile.read(Path(name))
+
+
+def test_a_profile_that_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "profile.json").write_bytes(b"\xff\xfe")
+
+    with pytest.raises(ConfigError, match="cannot be read"):
+        Profile.read(tmp_path / "profile.json")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"settings": {"max_num_batched_tokens": 256}}, "lacks settings.max_num_seqs"),
+        ({"settings": {"max_num_batched_tokens": 0, "max_num_seqs": 8}}, "take no time"),
+        ({"settings": {"max_num_batched_tokens": 10**400, "max_num_seqs": 8}}, "take no time"),
+        ({"step_s": [{"tokens": 1, "seconds": 0.0}, {"tokens": 2, "seconds": 0.0}]}, "take no time"),
+        ({"load_byte_s": -1.0, "load_slowdown": 1.0}, "byte -"),
+        ({"load_byte_s": math.nan}, "byte nan"),
+    ],
+)
+def test_a_profile_that_gives_no_prices_is_refused(change: dict[str, object], words: str) -> None:
+    found = Profile.model_validate(profile().model_dump() | change)
+
+    with pytest.raises(ConfigError, match=words):
+        prices_of(found)

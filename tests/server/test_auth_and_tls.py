@@ -108,9 +108,10 @@ def test_a_token_file_that_cannot_be_meant_is_refused(content: str, problem: str
     assert ADMIN not in str(caught.value)
 
 
-def test_a_token_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["tokens", "\0"])
+def test_a_token_file_that_is_not_there_is_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be read"):
-        read_token_file(tmp_path / "tokens")
+        read_token_file(tmp_path / name)
 
 
 async def test_tls_is_served() -> None:

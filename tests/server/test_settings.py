@@ -324,3 +324,11 @@ def test_a_file_that_is_not_there_or_not_text_is_refused_by_name(folder: Folder,
         Layers(folder.path, {}, {}).read()
     with pytest.raises(ConfigError, match="cannot be read"):
         Layers(tmp_path, {}, {}).read()
+
+
+def test_tables_in_tables_without_end_are_refused(folder: Folder) -> None:
+    assert "nested too deeply" in folder.problems("a" + ".a" * 3000 + " = 1")[0]
+
+
+def test_a_profile_whose_name_no_file_has_is_refused(folder: Folder) -> None:
+    assert "cannot be read" in folder.problems('[engine]\nprofile = "\\u0000"\n')[0]

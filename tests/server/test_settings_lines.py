@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gralora_server.settings.lines import Keys, lines_of
+from gralora_server.settings.lines import MAX_DEPTH, Keys, lines_of
 
 TEXT = '''\
 top = """
@@ -78,6 +78,12 @@ def test_windows_line_ends_count_once() -> None:
 
 def test_an_empty_text_has_no_keys() -> None:
     assert lines_of("# nothing\n") == {}
+
+
+def test_keys_in_keys_are_told_apart_only_as_deep_as_anybody_looks() -> None:
+    deep = lines_of("a" + ".a" * 5000 + " = 1\n")
+
+    assert deep == {("a",) * length: 1 for length in range(1, MAX_DEPTH + 1)}
 
 
 CHARACTERS = st.characters(exclude_categories=["Cc", "Cs"]) | st.sampled_from("#[]{}='\".,\n \\")

@@ -88,6 +88,8 @@ class Profile(Frozen):
             first = cause.errors()[0]
             where = ".".join(map(str, first["loc"])) or "the document"
             raise ConfigError(f"{path} is no profile: {where}: {first['msg']}") from cause
+        except ValueError as cause:  # its text is no UTF-8, or its name one that no file has
+            raise ConfigError(f"the profile {str(path)!r} cannot be read: {cause}") from cause
         if profile.version != VERSION or not _rising(point.tokens for point in profile.step_s):
             raise ConfigError(
                 f"{path} is no profile of version {VERSION} with two or more step_s of rising tokens: measure it again"

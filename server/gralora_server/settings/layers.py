@@ -77,11 +77,14 @@ NOTHING_SAID = Layers(None, {}, {})  # every setting has its default
 def _from_file(document: Document, problems: list[str]) -> Settings:
     """The defaults, if there are problems."""
     # As JSON: a file's types are strict (a text is no number), but paths, roles and times are texts.
-    as_json = json.dumps(document.values, default=str)
     try:
+        as_json = json.dumps(document.values, default=str)
         found = Settings.model_validate_json(as_json, strict=True)
     except ValidationError as error:
         problems += problems_of(error, document)
+        return Settings()
+    except RecursionError:
+        problems.append(f"{document.path} has tables that are nested too deeply")
         return Settings()
     settings: Settings = _below(found, document.path.absolute().parent)
     return settings

@@ -10,6 +10,7 @@ import tomllib
 from collections.abc import Mapping
 
 Keys = tuple[str | int, ...]  # a number is a place in an array
+MAX_DEPTH = 32  # of keys in keys that are told from one another: settings have five, and a line may have thousands
 
 _BLANK = re.compile(r"(?:[ \t\n]|#[^\n]*)*")
 _SPACE = re.compile(r"[ \t]*")
@@ -127,7 +128,7 @@ class _Scanner:
         return False
 
     def _note(self, path: Keys, line: int) -> None:
-        for length in range(1, len(path) + 1):
+        for length in range(1, min(len(path), MAX_DEPTH) + 1):
             self.lines.setdefault(path[:length], line)
 
     def _line(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import fields
 from functools import partial
@@ -22,7 +23,10 @@ def parse_bytes(text: Any) -> int:
     match = _BYTES.fullmatch(str(text).strip())
     if match is None:
         raise ValueError(f"{text!r} is not a size (examples: 1073741824, 512MiB, 2g)")
-    return int(float(match[1]) * _UNITS[match[2].lower()])
+    num_bytes = float(match[1]) * _UNITS[match[2].lower()]
+    if math.isinf(num_bytes):
+        raise ValueError(f"{str(text)[:20]!r}... is more than any size")
+    return int(num_bytes)
 
 
 def parse_graphs(given: Any) -> tuple[int, ...] | None:

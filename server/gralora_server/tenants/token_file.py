@@ -20,7 +20,7 @@ def read_token_file(path: Path) -> tuple[OpaqueToken, ...]:
     """Raises ConfigError when the file cannot be meant."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as cause:
+    except (OSError, ValueError) as cause:  # its text is no UTF-8, or its name one that no file has
         raise ConfigError(f"the token file {str(path)!r} cannot be read: {cause}") from cause
     words = [(number, line.split()) for number, line in enumerate(lines, 1)]
     tokens = [_parse(path, number, line) for number, line in words if line and not line[0].startswith("#")]
