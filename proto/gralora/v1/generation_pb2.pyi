@@ -352,6 +352,7 @@ class GenerateRequest(_message.Message):
     requests of the tenant that are running. Empty: the server makes one. Sent again with the same fields while it runs, or within a
     minute after it ended with stop or length, the same answer is given from its beginning, and nothing is computed twice;
     a request that all its clients have left was cancelled, and runs anew, as does one whose answer takes over a megabyte.
+    Who was refused and told when to come again (RetryInfo) is known by it: at that time it goes before newcomers.
     """
     adapter: _builtins.str
     """The adapter's name: "pirate" or "acme/pirate", the version that it stands for. "pirate@3" and
@@ -432,6 +433,7 @@ class StreamGenerateRequest(_message.Message):
     requests of the tenant that are running. Empty: the server makes one. Sent again with the same fields while it runs, or within a
     minute after it ended with stop or length, the same answer is given from its beginning, and nothing is computed twice;
     a request that all its clients have left was cancelled, and runs anew, as does one whose answer takes over a megabyte.
+    Who was refused and told when to come again (RetryInfo) is known by it: at that time it goes before newcomers.
     """
     adapter: _builtins.str
     """The adapter's name: "pirate" or "acme/pirate", the version that it stands for. "pirate@3" and
