@@ -145,6 +145,20 @@ def test_a_log_without_its_file_is_not_played_into_a_new_one(folder: Path, rest:
     assert rows(folder) == ()
 
 
+@pytest.mark.parametrize("damaged", range(0, 32, 4))
+def test_a_log_whose_header_is_damaged_is_not_taken_for_an_empty_one(folder: Path, damaged: int) -> None:
+    with closing(Journal.open(folder)) as journal:
+        promote(journal, "name0", 5)
+        sound = (folder / f"{FILE}-wal").read_bytes()
+        main = (folder / FILE).read_bytes()
+    (folder / FILE).write_bytes(main)
+    (folder / f"{FILE}-wal").write_bytes(sound[:damaged] + bytes([sound[damaged] ^ 0xFF]) + sound[damaged + 1 :])
+    assert f"is damaged: the header of {FILE}-wal is none; {MOVE_AWAY}" in refusal(folder)
+
+    (folder / f"{FILE}-wal").write_bytes(sound)
+    assert next(row for row in rows(folder) if row.name == "name0").last_number == 5
+
+
 # Making one.
 
 

@@ -6,6 +6,7 @@ Knows the tables, and not what is written into them.
 from __future__ import annotations
 
 import sqlite3
+import struct
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from itertools import chain
@@ -18,6 +19,7 @@ from gralora_runtime.errors import CatalogueError
 
 FILE = "catalogue.sqlite"
 LOCK = "catalogue.lock"
+LOG_HEADER, LOG_MARK, LOG_VERSION = struct.Struct(">8I"), 0x377F0682, 3_007_000
 MOVE_AWAY = f"move {FILE}* away: names then come anew from the sources"
 SEE_TO_DISK = "see to the disk and to who may write there, then try again"
 
@@ -72,6 +74,7 @@ def open_file(folder: Path) -> tuple[sqlite3.Connection, FileLock]:
         lock = _take_lock(path)
         undo.callback(lock.release)
         _make_if_missing(path)
+        _check_log(path)
         connection = _connect(path)
         undo.callback(connection.close)
         _check(connection, path)
@@ -130,6 +133,33 @@ def _make_if_missing(path: Path) -> None:
     finally:
         new.unlink(missing_ok=True)
     sync_directory(path.parent)  # so that a power cut does not undo the rename
+
+
+def _check_log(path: Path) -> None:
+    """SQLite takes a log whose header is damaged for an empty one, and what was acknowledged would silently be gone.
+
+    Of frames behind the header it believes all up to the first that is damaged, as after a power cut.
+    """
+    log = path.with_name(f"{FILE}-wal")
+    if not log.exists():
+        return
+    with log.open("rb") as file:
+        header = file.read(LOG_HEADER.size)
+    if len(header) == LOG_HEADER.size and not _is_log_header(header):
+        raise CatalogueError(str(path), f"is damaged: the header of {log.name} is none", MOVE_AWAY)
+
+
+def _is_log_header(header: bytes) -> bool:
+    """By its marks and its checksum: https://www.sqlite.org/fileformat2.html, 4.1 and 4.2."""
+    mark, version, *_, first, second = LOG_HEADER.unpack(header)
+    if mark & ~1 != LOG_MARK or version != LOG_VERSION:
+        return False
+    words = struct.unpack(">6I" if mark & 1 else "<6I", header[:24])
+    one = two = 0
+    for even, odd in zip(words[::2], words[1::2], strict=True):
+        one = (one + even + two) & 0xFFFFFFFF
+        two = (two + odd + one) & 0xFFFFFFFF
+    return (one, two) == (first, second)
 
 
 def _connect(path: Path | str) -> sqlite3.Connection:
