@@ -177,20 +177,34 @@ async def _clients_are_many(stage: Stage, server: LocalServer) -> Outcome:
     async with AsyncClient(server.address) as client:
         expected = await stage.answers(client)
         before = _descriptors(server)
-        names = [stage.names[number % len(stage.names)] for number in range(CONNECTIONS)]
-        others = [AsyncClient(server.address, max_attempts=1, options=OWN_CONNECTION) for _ in names]
-        calls = [asyncio.create_task(stage.answer(other, name)) for other, name in zip(others, names, strict=True)]
-        async with asyncio.timeout(MANY_S):
-            results = await asyncio.gather(*calls, return_exceptions=True)
-        at_once, ended_s = _descriptors(server) - before, time.monotonic()
+        saw, at_once = await _all_ask_at_once(stage, server, expected, before)
+        ended_s = time.monotonic()
         # What the server opened to load its adapters may be closed by now.
         assert at_once > 0.99 * CONNECTIONS, f"only {at_once} connections at once"
-        saw = counted(results, [expected[name] for name in names])
-        await asyncio.gather(*(other.close() for other in others))
-        others.clear()
         recovered_s = await stage.recovered_s(client, expected, ended_s)
-        problems = [*wrong_in(saw, "QUEUE_FULL"), *await not_given_back(client), *await _not_closed(server, before)]
+        problems = [
+            *wrong_in(saw, "QUEUE_FULL", "TOO_LATE"),
+            *await not_given_back(client),
+            *await _not_closed(server, before),
+        ]
     return Outcome(saw=saw, recovered_s=recovered_s, problems=problems)
+
+
+async def _all_ask_at_once(
+    stage: Stage, server: LocalServer, expected: Mapping[str, Tokens], before: int
+) -> tuple[Mapping[str, int], int]:
+    """How their calls ended, and how many connections there were then.
+
+    An error keeps the client that met it, and so its connection: none may outlive this.
+    """
+    names = [stage.names[number % len(stage.names)] for number in range(CONNECTIONS)]
+    others = [AsyncClient(server.address, max_attempts=1, options=OWN_CONNECTION) for _ in names]
+    calls = (stage.answer(other, name) for other, name in zip(others, names, strict=True))
+    async with asyncio.timeout(MANY_S):
+        results = await asyncio.gather(*calls, return_exceptions=True)
+    at_once = _descriptors(server) - before
+    await asyncio.gather(*(other.close() for other in others))
+    return counted(results, [expected[name] for name in names]), at_once
 
 
 def streams_are_cancelled(stage: Stage) -> Outcome:
