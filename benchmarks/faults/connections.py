@@ -23,7 +23,7 @@ ROWS = 4  # fewer than there are clients that do not read: each of them could be
 READERS = 2 * ROWS
 WRITE_TIMEOUT_S = 6.0  # so long would somebody else wait if they kept their rows
 FIRST_TOKEN_S = 2.0  # of somebody else, meanwhile
-TOP_LOGPROBS = 20  # messages so long that they fill a client's window
+TOP_LOGPROBS = 20  # messages of some length, of which a small window holds few
 GONE_S = 40.0  # keepalive: a ping after 20 s, and 10 s for its answer
 CONNECTIONS = 2000
 MANY_S = 120.0  # for all of them to be answered or refused
@@ -33,6 +33,7 @@ EXHAUSTING = 400  # connections, far more than that
 LOOKED_AT_S = 1.5
 IDLE_SHARE = 0.5  # of a core: a server that waits for a descriptor and does nothing else
 OWN_CONNECTION = (("grpc.use_local_subchannel_pool", 1),)
+SMALL_WINDOW = (*OWN_CONNECTION, ("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 1024))
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 TLS_HELLO = bytes.fromhex("160301020001")  # the beginning of a handshake
 CHATTER = (b"", PREFACE, PREFACE[:10], TLS_HELLO, b"GET / HTTP/1.1\r\n")
@@ -48,22 +49,29 @@ def readers_are_silent(stage: Stage) -> Outcome:
 async def _readers_are_silent(stage: Stage, server: LocalServer) -> Outcome:
     async with AsyncClient(server.address) as client:
         expected = await stage.answers(client)
-        async with AsyncClient(server.address, options=(*OWN_CONNECTION, ("grpc.http2.bdp_probe", 0))) as silent:
+        async with AsyncClient(server.address, options=SMALL_WINDOW) as silent:
             generated = (await client.load()).generated_tokens
             streams = [_unread(stage, silent, number) for number in range(READERS)]
             await _all_begun(client, generated)
             first_s = [await _first_token_s(stage, client, expected) for _ in range(5)]
             problems = await not_given_back(client, within_s=PATIENCE_S)
+            await asyncio.sleep(WRITE_TIMEOUT_S)  # also those whose last tokens were computed before they were held
             resumed_s = time.monotonic()
             saw = counted(await asyncio.gather(*map(_how_it_ended, streams), return_exceptions=True), [()] * READERS)
         recovered_s = await stage.recovered_s(client, expected, resumed_s)
-    problems += [*wrong_in(saw, "SLOW_CONSUMER"), *_slow(first_s)]
+    problems += [*_not_ended(saw), *_slow(first_s)]
     return Outcome(saw=saw, recovered_s=recovered_s, problems=problems, figures=_figures(first_s))
 
 
 def _unread(stage: Stage, client: AsyncClient, number: int) -> AsyncGenerationStream:
     name = stage.names[number % len(stage.names)]
     return stage.stream(client, name, max_tokens=stage.long, logprobs=True, top_logprobs=TOP_LOGPROBS)
+
+
+def _not_ended(saw: Mapping[str, int]) -> Iterator[str]:
+    """One that could be read to its end had fitted into its window, and says nothing of those who do not read."""
+    if saw["SLOW_CONSUMER"] != READERS:
+        yield f"of {READERS} clients that did not read, the server ended {saw['SLOW_CONSUMER']}: {dict(saw)}"
 
 
 async def _how_it_ended(stream: AsyncGenerationStream) -> Tokens:
@@ -115,7 +123,7 @@ async def _clients_are_frozen(stage: Stage, server: LocalServer) -> Outcome:
         before = _descriptors(server)
         async with (
             between(server.address) as proxy,
-            AsyncClient(proxy.address, max_attempts=1, options=OWN_CONNECTION) as beyond,
+            AsyncClient(proxy.address, max_attempts=1, options=SMALL_WINDOW) as beyond,
         ):
             streams = await under_way(stage, beyond, long, ROWS, logprobs=True, top_logprobs=TOP_LOGPROBS)
             proxy.freeze()
@@ -169,20 +177,34 @@ async def _clients_are_many(stage: Stage, server: LocalServer) -> Outcome:
     async with AsyncClient(server.address) as client:
         expected = await stage.answers(client)
         before = _descriptors(server)
-        names = [stage.names[number % len(stage.names)] for number in range(CONNECTIONS)]
-        others = [AsyncClient(server.address, max_attempts=1, options=OWN_CONNECTION) for _ in names]
-        calls = [asyncio.create_task(stage.answer(other, name)) for other, name in zip(others, names, strict=True)]
-        async with asyncio.timeout(MANY_S):
-            results = await asyncio.gather(*calls, return_exceptions=True)
-        at_once, ended_s = _descriptors(server) - before, time.monotonic()
+        saw, at_once = await _all_ask_at_once(stage, server, expected, before)
+        ended_s = time.monotonic()
         # What the server opened to load its adapters may be closed by now.
         assert at_once > 0.99 * CONNECTIONS, f"only {at_once} connections at once"
-        saw = counted(results, [expected[name] for name in names])
-        await asyncio.gather(*(other.close() for other in others))
-        others.clear()
         recovered_s = await stage.recovered_s(client, expected, ended_s)
-        problems = [*wrong_in(saw, "QUEUE_FULL"), *await not_given_back(client), *await _not_closed(server, before)]
+        problems = [
+            *wrong_in(saw, "QUEUE_FULL", "TOO_LATE"),
+            *await not_given_back(client),
+            *await _not_closed(server, before),
+        ]
     return Outcome(saw=saw, recovered_s=recovered_s, problems=problems)
+
+
+async def _all_ask_at_once(
+    stage: Stage, server: LocalServer, expected: Mapping[str, Tokens], before: int
+) -> tuple[Mapping[str, int], int]:
+    """How their calls ended, and how many connections there were then.
+
+    An error keeps the client that met it, and so its connection: none may outlive this.
+    """
+    names = [stage.names[number % len(stage.names)] for number in range(CONNECTIONS)]
+    others = [AsyncClient(server.address, max_attempts=1, options=OWN_CONNECTION) for _ in names]
+    calls = (stage.answer(other, name) for other, name in zip(others, names, strict=True))
+    async with asyncio.timeout(MANY_S):
+        results = await asyncio.gather(*calls, return_exceptions=True)
+    at_once = _descriptors(server) - before
+    await asyncio.gather(*(other.close() for other in others))
+    return counted(results, [expected[name] for name in names]), at_once
 
 
 def streams_are_cancelled(stage: Stage) -> Outcome:

@@ -347,6 +347,8 @@ def _channel_options(config: ServerConfig) -> list[tuple[str, int]]:
         ("grpc.so_reuseport", int(config.supervised)),
         ("grpc.keepalive_time_ms", 20_000),
         ("grpc.keepalive_timeout_ms", 10_000),
+        # The keepalive's own limit is one for TCP, and a frozen process's system acknowledges what it is sent.
+        ("grpc.http2.ping_timeout_ms", 10_000),
         ("grpc.keepalive_permit_without_calls", 1),
         # A client that pings during a long silent prefill must not be taken for an attacker.
         ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
