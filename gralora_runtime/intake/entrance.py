@@ -57,8 +57,8 @@ class Entrance:
     def arrive(self, request: GenerationRequest) -> Arrival:
         """It is one of those under way from here on. Raises QueueFullError if one more would be too many."""
         now_s = time.monotonic()
-        is_expected = self._promises.came(request.request_id, now_s)
         line = self._backlog.line(tenant_of(request), request.weight)
+        is_expected = self._promises.came(line.tenant, request.request_id, now_s)
         problem = self._backlog.full_of_requests(request, line)
         if problem is not None:
             raise QueueFullError(problem, self._retry_s(request, line, 0.0, is_expected=is_expected))
@@ -75,9 +75,7 @@ class Entrance:
         now_s = time.monotonic()
         request, line = arrival.request, arrival.place.line
         estimate = self._estimate(arrival, num_prompt, now_s)
-        if estimate is not None and not arrival.is_expected:
-            # It would stay until then, in the way of those whose time comes before.
-            others = self._promises.expected(arrival.tenant, estimate.last_token_s, now_s)
+        if estimate is not None and (others := self._to_come(arrival, estimate, now_s)):
             estimate = self._estimate(arrival, num_prompt, now_s, others)
         arrival.estimate = estimate
         if estimate is None:
@@ -146,6 +144,12 @@ class Entrance:
         return self._forecast.estimate(
             arrival.place, arrival.request.stopping, num_prompt=num_prompt, now_s=now_s, others=others
         )
+
+    def _to_come(self, arrival: Arrival, estimate: Estimate, now_s: float) -> float:
+        """Of its tenant, before its last token: it would stay until then, in their way."""
+        if arrival.is_expected:
+            return 0.0
+        return self._promises.expected(arrival.tenant, estimate.last_token_s, now_s)
 
     def _retry_s(
         self, request: GenerationRequest, line: TenantBacklog, soonest_s: float, *, is_expected: bool

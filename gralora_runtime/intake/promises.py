@@ -39,12 +39,12 @@ class Promises:
         self._told: OrderedDict[str, tuple[str, float]] = OrderedDict()  # tenant and time by id
         self.share = 1.0  # of those that were told a time, who come
 
-    def came(self, request_id: str, now_s: float) -> bool:
-        """A request came. Returns whether it was its time; who comes too early keeps it."""
+    def came(self, tenant: str, request_id: str, now_s: float) -> bool:
+        """A request came. Returns whether it was its time; who comes too early, or as another tenant, keeps it."""
         told = self._told.get(request_id)
-        if told is None:
+        if told is None or told[0] != tenant:
             return False
-        tenant, due_s = told
+        due_s = told[1]
         if now_s < due_s - EARLY_S:
             return False
         self._forget(request_id)

@@ -29,13 +29,21 @@ def test_somebody_is_expected_when_it_is_his_time_and_not_before_and_not_long_af
     promises = Promises()
     due_s = {name: tell(promises, name) for name in ("early", "first", "last", "late")}
 
-    assert not promises.came("early", due_s["early"] - 2 * EARLY_S)
-    assert promises.came("early", due_s["early"])  # it had kept its time
-    assert not promises.came("early", due_s["early"])  # once
-    assert promises.came("first", due_s["first"] - EARLY_S / 2)
-    assert promises.came("last", due_s["last"] + GRACE_S / 2)
-    assert not promises.came("late", due_s["late"] + 2 * GRACE_S)
-    assert not promises.came("stranger", 0.0)
+    assert not promises.came("a", "early", due_s["early"] - 2 * EARLY_S)
+    assert promises.came("a", "early", due_s["early"])  # it had kept its time
+    assert not promises.came("a", "early", due_s["early"])  # once
+    assert promises.came("a", "first", due_s["first"] - EARLY_S / 2)
+    assert promises.came("a", "last", due_s["last"] + GRACE_S / 2)
+    assert not promises.came("a", "late", due_s["late"] + 2 * GRACE_S)
+    assert not promises.came("a", "stranger", 0.0)
+
+
+def test_a_time_is_its_tenants_alone() -> None:
+    promises = Promises()
+    due_s = tell(promises, "r", tenant="a")
+
+    assert not promises.came("b", "r", due_s)
+    assert promises.came("a", "r", due_s)
 
 
 def test_room_is_kept_for_as_many_as_will_come_meanwhile() -> None:
@@ -68,7 +76,7 @@ def test_once_people_come_again_their_times_are_kept_again() -> None:
     promises.share = LEAST_SHARE
     for number in range(60):
         now_s = 10.0 * number
-        assert promises.came(str(number), now_s + tell(promises, str(number), now_s=now_s))
+        assert promises.came("a", str(number), now_s + tell(promises, str(number), now_s=now_s))
 
     assert promises.share > 0.9
 
@@ -76,22 +84,22 @@ def test_once_people_come_again_their_times_are_kept_again() -> None:
 def test_who_came_in_time_and_found_no_room_waits_for_those_alone_whose_time_it_is() -> None:
     promises = Promises()
     due_s = [tell(promises, str(number)) for number in range(50)]
-    assert promises.came("0", due_s[0])
+    assert promises.came("a", "0", due_s[0])
 
     again_s = tell(promises, "0", due_s[0], expected=True)
     assert round(again_s, 6) == TURN_S
-    assert promises.came("0", due_s[0] + again_s)
+    assert promises.came("a", "0", due_s[0] + again_s)
 
 
 def test_what_is_too_far_away_is_not_promised_and_few_are_remembered() -> None:
     promises = Promises()
     assert promises.tell("a", "x", soonest_s=0.0, turn_s=1e9, is_expected=False, now_s=0.0) == LONGEST_S
-    assert not promises.came("x", LONGEST_S)
+    assert not promises.came("a", "x", LONGEST_S)
     for number in range(MOST + 10):
         promises.tell(str(number), str(number), soonest_s=1.0, turn_s=0.0, is_expected=False, now_s=0.0)
 
-    assert not promises.came("0", 1.0)
-    assert promises.came(str(MOST + 9), 1.0)
+    assert not promises.came("0", "0", 1.0)
+    assert promises.came(str(MOST + 9), str(MOST + 9), 1.0)
 
 
 @given(
@@ -108,7 +116,7 @@ def test_nothing_is_kept_of_those_that_came_or_are_late(acts: list[tuple[str, in
         request_id, tenant = str(number), f"tenant {number % 2}"
         if act == "tell":
             open_until[request_id] = now_s + tell(promises, request_id, now_s, tenant=tenant, expected=expected)
-        elif act == "came" and promises.came(request_id, now_s):
+        elif act == "came" and promises.came(tenant, request_id, now_s):
             assert open_until.pop(request_id) >= now_s - GRACE_S
         else:
             assert promises.expected(tenant, 0.0, now_s) <= 3.0
