@@ -14,8 +14,9 @@ from gralora_runtime.config import EngineConfig
 from gralora_runtime.errors import DeadlineExceededError, QueueFullError, TooLateError
 from gralora_runtime.info import EngineInfo
 from gralora_runtime.intake.backlog import Backlog, Place, TenantBacklog
-from gralora_runtime.intake.forecast import Estimate, Forecast, StepTimes
+from gralora_runtime.intake.forecast import Estimate, Forecast
 from gralora_runtime.intake.promises import Promises
+from gralora_runtime.observation.step_times import StepTimes
 from gralora_runtime.request import Finished, FinishReason, GenerationRequest
 
 TIMES_THE_CACHE = 16  # tokens of prompts that may wait, over those that the KV cache holds

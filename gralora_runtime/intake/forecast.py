@@ -13,19 +13,13 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from dataclasses import dataclass, field
-from typing import Any
-
-import numpy as np
-import numpy.typing as npt
 
 from gralora_runtime.intake.backlog import Backlog, Place, TenantBacklog
-from gralora_runtime.plan import StepPlan
+from gralora_runtime.observation.step_times import StepCost, StepTimes
 from gralora_runtime.request import StoppingParams
 from gralora_runtime.scheduling.fairness import CROWD, SHARE_BESIDE_OTHERS
 
 LATELY = 0.1  # weight of the newest of a moving mean
-FADING = 0.98  # of a step with the next one
-RIDGE = 1e-3
 REMEMBERED = 1024  # tenants whose answers' lengths are
 RECENT_S = 2.0  # over which the prompts that were taken on are counted
 RATE_S = 5.0  # and their number
@@ -33,8 +27,6 @@ MOST_FOR_PROMPTS = 0.95  # of the time
 IN_TIME = 0.9  # of those that are let in
 CAUTION_STEP = 0.1
 LEAST_CAUTION, MOST_CAUTION = 1.0, 4.0  # times the forecast
-
-Array = npt.NDArray[Any]
 
 
 class Mean:
@@ -47,42 +39,6 @@ class Mean:
 
     def add(self, value: float) -> None:
         self.value = value if self.value is None else self.value + LATELY * (value - self.value)
-
-
-@dataclass(frozen=True, slots=True)
-class StepCost:
-    """Of a step: so much, more for each row that decodes, and more for each token of a prompt. In seconds."""
-
-    step_s: float
-    row_s: float
-    prompt_token_s: float
-
-
-class StepTimes:
-    """What steps took lately, as a line through them. Written by the engine's thread, read by any: sums are replaced
-    as a whole."""
-
-    def __init__(self) -> None:
-        self._sums: tuple[Array, Array] | None = None  # of the products of facts [3, 3], and of those with seconds [3]
-        self._fitted: tuple[object, StepCost] | None = None
-
-    def observe(self, plan: StepPlan, seconds: float) -> None:
-        """A step was computed."""
-        facts = np.array([1.0, plan.num_decode_rows, plan.num_tokens - plan.num_decode_rows])
-        products, with_seconds = (np.zeros((3, 3)), np.zeros(3)) if self._sums is None else self._sums
-        self._sums = (FADING * products + np.outer(facts, facts), FADING * with_seconds + seconds * facts)
-
-    def cost(self) -> StepCost | None:
-        """None: no step was computed yet."""
-        sums, fitted = self._sums, self._fitted
-        if sums is None:
-            return None
-        if fitted is None or fitted[0] is not sums:
-            # What the steps so far leave open is kept small, and nothing makes a step shorter.
-            products = sums[0] + RIDGE * np.diag(np.diag(sums[0]) + 1.0)
-            found = np.maximum(np.linalg.solve(products, sums[1]), 0.0)
-            fitted = self._fitted = (sums, StepCost(*map(float, found)))
-        return fitted[1]
 
 
 @dataclass(frozen=True, slots=True)

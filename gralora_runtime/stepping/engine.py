@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from gralora_runtime.failure import contained
-from gralora_runtime.intake.forecast import StepTimes
+from gralora_runtime.observation.step_times import StepTimes
 from gralora_runtime.observation.steps import Phase, StepObservation
 from gralora_runtime.plan import StepPlan
 from gralora_runtime.scheduling.scheduler import Scheduler, StepOutput

@@ -16,8 +16,8 @@ from gralora_runtime.intake.forecast import (
     REMEMBERED,
     Estimate,
     Forecast,
-    StepTimes,
 )
+from gralora_runtime.observation.step_times import StepTimes
 from gralora_runtime.plan import AdapterUse, RowPlan, StepPlan
 from gralora_runtime.request import GenerationRequest, Prompt, StoppingParams
 
