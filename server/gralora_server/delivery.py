@@ -1,6 +1,6 @@
-"""One request's deltas on their way to its client: merged into messages, written in bounded time.
+"""One request's deltas on their way to its client: merged, written in bounded time.
 
-Knows neither the engine nor how a call ends: errors leave as exceptions, and whoever opened the stream closes it.
+Knows neither the engine nor a wire: errors leave as exceptions, and whoever opened the stream closes it.
 """
 
 from __future__ import annotations
@@ -10,18 +10,14 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from types import TracebackType
 from typing import Self
 
-import grpc
-
-from gralora.v1 import generation_pb2
 from gralora_runtime.request import Delta
 from gralora_runtime.stream import merge_deltas
-from gralora_server.convert import to_stream_response
 from gralora_server.errors import StalledClientError
 
 # Of one write: then its request stops being computed until the client has read on.
 HOLD_AFTER_S = 1.0
 
-Write = Callable[[generation_pb2.StreamGenerateResponse], Awaitable[None]]
+Write = Callable[[Delta], Awaitable[None]]  # raises CancelledError when there is nobody to write to
 
 
 def _nothing() -> None:
@@ -51,25 +47,19 @@ async def deliver(
     on_slow: Callable[[], None] = _nothing,
     on_read: Callable[[], None] = _nothing,
 ) -> None:
-    """Write the whole generation. Raises `StalledClientError` when a write is not taken in time, and `CancelledError`
-    when there is nobody to write to.
+    """Write the whole generation. Raises `StalledClientError` when a write is not taken in time, and what `write` does.
 
     `on_slow` is called when a write takes longer than `hold_after_s`, and `on_read` after every one that was taken.
     """
-    announced = request_id  # on the first message only
     try:
         async with WriteLimit(write_timeout_s, min(hold_after_s, write_timeout_s), on_slow) as limit:
             async for delta in merged(deltas, min_tokens=min_tokens):
-                message = to_stream_response(delta, request_id=announced)
-                announced = ""
                 limit.begin()
-                await write(message)
+                await write(delta)
                 limit.end()
                 on_read()
     except TimeoutError as cause:
         raise StalledClientError(request_id, write_timeout_s) from cause
-    except grpc.aio.InternalError as cause:  # the client left while a write was pending, before gRPC noticed
-        raise asyncio.CancelledError from cause
 
 
 class WriteLimit:

@@ -29,6 +29,7 @@ from gralora_runtime.errors import ConfigError, DrainingError, EngineDeadError, 
 from gralora_server.config import MetricsConfig, ServerConfig
 from gralora_server.errors import ConfigInvalidError, StartingError
 from gralora_server.gate import Gate, Phase
+from gralora_server.generating import Generating
 from gralora_server.health import Health
 from gralora_server.interceptors import AuthInterceptor, CallInterceptor
 from gralora_server.metrics.page import MetricsPage
@@ -150,13 +151,8 @@ class GrpcServer:
 
     def _register(self) -> None:
         rights, metering = Rights(self.tenancy), Metering(self.quotas, self.usage)
-        generation = GenerationServicer(
-            self.gate,
-            rights,
-            metering,
-            max_request_s=self._config.max_request_s,
-            write_timeout_s=self._config.write_timeout_s,
-        )
+        generating = Generating(self.gate, rights, metering, max_request_s=self._config.max_request_s)
+        generation = GenerationServicer(generating, write_timeout_s=self._config.write_timeout_s)
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(generation, self._server)
         adapters = AdapterServicer(self.gate, rights, metering)
         adapters_pb2_grpc.add_AdapterServiceServicer_to_server(adapters, self._server)

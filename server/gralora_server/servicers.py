@@ -7,9 +7,8 @@ Streaming methods are coroutines that write to the context rather than generator
 from __future__ import annotations
 
 import asyncio
-import uuid
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,17 +23,16 @@ from gralora.v1 import (
     server_pb2,
     server_pb2_grpc,
 )
-from gralora_runtime.errors import DeadlineExceededError, DrainingError
-from gralora_runtime.request import GenerationRequest
+from gralora_runtime.errors import DrainingError
+from gralora_runtime.request import Delta
 from gralora_server import convert, validation
-from gralora_server.delivery import collect, deliver
+from gralora_server.delivery import Write, collect, deliver
 from gralora_server.errors import PermissionDeniedError, StartingError
 from gralora_server.gate import Gate, Phase
-from gralora_server.ports import Engine
-from gralora_server.repeats import Answer, Repeats, asked_for
+from gralora_server.generating import Generating
 from gralora_server.settings.reloader import Reloader
 from gralora_server.tenants.caller import Caller, current
-from gralora_server.tenants.metering import MeteredStream, Metering
+from gralora_server.tenants.metering import Metering
 from gralora_server.tenants.rights import Rights
 from gralora_server.tenants.settings import Role
 from gralora_server.tenants.suggestions import suggesting
@@ -51,75 +49,49 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
-    """Each call is one request of the engine, or shares one that was sent before (`Repeats`), and leaves it at its end,
-    however it ends.
-    """
+    """What `Generating` answers, as messages."""
 
-    def __init__(
-        self,
-        gate: Gate,
-        rights: Rights,
-        metering: Metering,
-        *,
-        max_request_s: float | None,
-        write_timeout_s: float,
-    ) -> None:
-        self._gate = gate
-        self._rights = rights
-        self._metering = metering
-        self._max_request_s = max_request_s
+    def __init__(self, generating: Generating, *, write_timeout_s: float) -> None:
+        self._generating = generating
         self._write_timeout_s = write_timeout_s
-        self._repeats = Repeats()
 
     async def Generate(
         self, request: generation_pb2.GenerateRequest, context: Context
     ) -> generation_pb2.GenerateResponse:
-        async with self._opened(request, context) as stream:
-            return convert.to_response(await collect(stream), request_id=request.request_id)
+        async with self._generating.opened(request, remaining_s=context.time_remaining()) as answer:
+            return convert.to_response(await collect(answer), request_id=request.request_id)
 
     async def StreamGenerate(  # type: ignore[override]  # the stubs know generators only
         self, request: generation_pb2.StreamGenerateRequest, context: Context
     ) -> None:
-        async with self._opened(request, context) as stream:
+        async with self._generating.opened(request, remaining_s=context.time_remaining()) as answer:
             # Tells routers that the request was taken, long before its first token.
             await context.send_initial_metadata(())
             await deliver(
-                stream,
-                context.write,
+                answer,
+                writing(context, request.request_id),
                 request_id=request.request_id,
                 min_tokens=convert.to_min_tokens_per_message(request.response),
                 write_timeout_s=self._write_timeout_s,
-                on_slow=stream.hold,
-                on_read=stream.go_on,
+                on_slow=answer.hold,
+                on_read=answer.go_on,
             )
 
-    @asynccontextmanager
-    async def _opened(self, request: validation.AnyGenerateRequest, context: Context) -> AsyncIterator[Answer]:
-        with self._gate.admit() as engine:
-            validation.validate_generate(request)
-            self._rights.check_use(request.adapter)
-            asked = asked_for(request)
-            # From here on the id is part of the request, for the log line as well.
-            request.request_id = request.request_id or uuid.uuid4().hex
-            timeout_s = effective_timeout_s(request.request_id, context.time_remaining(), self._max_request_s)
-            wanted = self._rights.owned(convert.from_generate_request(request, timeout_s=timeout_s))
-            async with self._repeats.answer(asked, partial(self._run, engine, request, wanted)) as answer:
-                request.adapter = answer.served_by  # for the log line: a name does not say which content served
-                yield answer
 
-    @asynccontextmanager
-    async def _run(
-        self, engine: Engine, request: validation.AnyGenerateRequest, wanted: GenerationRequest
-    ) -> AsyncIterator[MeteredStream]:
-        """The request in the engine, on its tenant's account."""
-        with self._metering.admit(current(), request) as meter:
-            async with suggesting(engine.adapters, self._rights.sees()):
-                stream = await engine.submit(wanted)
-            metered = meter.take_on(stream)
-            try:
-                yield metered
-            finally:
-                await metered.aclose()
+def writing(context: Context, request_id: str) -> Write:
+    """Deltas to a stream of messages, of which the first says the request's id."""
+    announced = request_id
+
+    async def write(delta: Delta) -> None:
+        nonlocal announced
+        message = convert.to_stream_response(delta, request_id=announced)
+        announced = ""
+        try:
+            await context.write(message)
+        except grpc.aio.InternalError as cause:  # the client left while a write was pending, before gRPC noticed
+            raise asyncio.CancelledError from cause
+
+    return write
 
 
 class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
@@ -309,14 +281,6 @@ class ServerServicer(server_pb2_grpc.ServerServiceServicer):
     ) -> server_pb2.ReloadConfigResponse:
         # Shielded: a client that leaves in between leaves no half of it behind.
         return server_pb2.ReloadConfigResponse(changed=await asyncio.shield(self._reloader.reload()))
-
-
-def effective_timeout_s(request_id: str, remaining_s: float | None, maximum_s: float | None) -> float | None:
-    """The client's deadline or the server's limit, whichever is sooner; None when there is neither."""
-    if remaining_s is not None and remaining_s <= 0:
-        raise DeadlineExceededError(request_id)
-    limits = [limit for limit in (remaining_s, maximum_s) if limit is not None]
-    return min(limits, default=None)
 
 
 def seen_tenant(caller: Caller, asked: str | None) -> str | None:

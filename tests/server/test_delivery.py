@@ -15,6 +15,7 @@ from gralora_runtime.request import Delta, Started
 from gralora_runtime.stream import RequestStream
 from gralora_server.delivery import collect, deliver, merged
 from gralora_server.errors import StalledClientError
+from gralora_server.servicers import writing
 
 STARTED = Delta(
     started=Started(prompt_tokens=1, cached_tokens=0, queue_time_s=0, seed=1, adapter="", adapter_digest="")
@@ -51,41 +52,53 @@ async def test_text_without_tokens_waits_for_company() -> None:
 
 async def test_a_generation_of_one_message_has_everything_on_it() -> None:
     whole = Delta(text="a", token_ids=(1,), started=STARTED.started, finished=finished().finished)
-    written: list[generation_pb2.StreamGenerateResponse] = []
+    written: list[Delta] = []
 
-    async def write(message: generation_pb2.StreamGenerateResponse) -> None:
-        written.append(message)
+    async def write(delta: Delta) -> None:
+        written.append(delta)
 
     await deliver(stream(whole), write, request_id="r1", min_tokens=8, write_timeout_s=10)
 
-    assert len(written) == 1
-    assert written[0].request_id == "r1"
-    assert written[0].HasField("started")
-    assert written[0].HasField("finished")
+    assert written == [whole]
 
 
 async def test_a_write_that_is_not_taken_in_time_is_a_stalled_client() -> None:
-    async def write(_message: generation_pb2.StreamGenerateResponse) -> None:
+    async def write(_delta: Delta) -> None:
         await asyncio.Event().wait()
 
     with pytest.raises(StalledClientError, match="r1"):
         await deliver(stream(STARTED), write, request_id="r1", min_tokens=1, write_timeout_s=0.01)
 
 
-async def test_a_write_to_a_client_that_left_is_no_bug_of_ours() -> None:
-    async def write(_message: generation_pb2.StreamGenerateResponse) -> None:
-        raise grpc.aio.InternalError("Failed execute_batch")
+async def test_a_message_to_a_client_that_left_is_no_bug_of_ours() -> None:
+    class Context:
+        async def write(self, _message: generation_pb2.StreamGenerateResponse) -> None:
+            raise grpc.aio.InternalError("Failed execute_batch")
 
     with pytest.raises(asyncio.CancelledError):
-        await deliver(stream(STARTED), write, request_id="r1", min_tokens=1, write_timeout_s=10)
+        await writing(Context(), "r1")(STARTED)
+
+
+async def test_the_first_message_alone_says_the_request_s_id() -> None:
+    written: list[generation_pb2.StreamGenerateResponse] = []
+
+    class Context:
+        async def write(self, message: generation_pb2.StreamGenerateResponse) -> None:
+            written.append(message)
+
+    write = writing(Context(), "r1")
+    await write(STARTED)
+    await write(finished())
+
+    assert [message.request_id for message in written] == ["r1", ""]
 
 
 async def test_what_was_generated_before_an_error_is_not_delivered_half_merged() -> None:
     """The status says that the generation failed; a client that wants each token asks for no merging."""
     written: list[list[int]] = []
 
-    async def write(message: generation_pb2.StreamGenerateResponse) -> None:
-        written.append(list(message.token_ids))
+    async def write(delta: Delta) -> None:
+        written.append(list(delta.token_ids))
 
     failing = stream(STARTED, token(1), token(2), token(3), error=DeadlineExceededError("r1"))
     with pytest.raises(DeadlineExceededError):
@@ -115,10 +128,10 @@ async def test_messages_hold_more_tokens_while_the_client_is_behind_and_one_when
     received: list[int] = []
     room = asyncio.Event()
 
-    async def write(message: generation_pb2.StreamGenerateResponse) -> None:
+    async def write(delta: Delta) -> None:
         await room.wait()
-        sizes.append(len(message.token_ids))
-        received.extend(message.token_ids)
+        sizes.append(len(delta.token_ids))
+        received.extend(delta.token_ids)
 
     delivering = asyncio.create_task(deliver(tokens, write, request_id="r1", min_tokens=1, write_timeout_s=10))
     for index in range(10):  # the first is being written, which takes as long as these
@@ -139,7 +152,7 @@ async def test_messages_hold_more_tokens_while_the_client_is_behind_and_one_when
 async def test_a_write_that_takes_long_holds_the_request_until_the_client_reads_on() -> None:
     room, told = asyncio.Event(), asyncio.Queue[str]()
 
-    async def write(_message: generation_pb2.StreamGenerateResponse) -> None:
+    async def write(_delta: Delta) -> None:
         await room.wait()
 
     delivering = asyncio.create_task(

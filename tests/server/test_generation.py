@@ -25,7 +25,7 @@ from gralora_runtime.errors import (
     RequestCancelledError,
 )
 from gralora_runtime.request import FinishReason
-from gralora_server.servicers import effective_timeout_s
+from gralora_server.generating import effective_timeout_s
 
 Code = grpc.StatusCode
 
