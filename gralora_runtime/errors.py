@@ -31,7 +31,7 @@
     +-- ConfigError              the server was started with impossible settings
     +-- ModelUnsupportedError    the base model cannot be served exactly: all reasons at once
 
-Which gRPC status each becomes is one table in `gralora_server/status.py`.
+Which gRPC status each becomes is one table in `gralora_server/explanation.py`.
 """
 
 from __future__ import annotations

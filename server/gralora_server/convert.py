@@ -24,7 +24,7 @@ from gralora_runtime.request import (
     StoppingParams,
     TokenLogprob,
 )
-from gralora_server.status import clip
+from gralora_server.explanation import clip
 from gralora_server.tenants.usage import UsageRow
 from gralora_server.validation import AnyGenerateRequest
 

@@ -8,9 +8,6 @@ is a status each, and a log line now and then.
 from __future__ import annotations
 
 import asyncio
-import json
-import logging
-import math
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any, NoReturn
@@ -19,20 +16,17 @@ import grpc
 
 from gralora_runtime.errors import GraloraError, InvalidRequestError
 from gralora_runtime.failure import contained
+from gralora_server.call_log import Clock, SparseLog, call_fields, log_call
 from gralora_server.decoding import Behavior, Context, Handler, behavior_of, decoding, preceded, with_behavior
-from gralora_server.status import Failure, clip, failure_of
-from gralora_server.tenants.caller import Recognise, current, set_current
+from gralora_server.status import Failure, failure_of
+from gralora_server.tenants.caller import Recognise, set_current
 from gralora_server.tenants.roles import check_call
 from gralora_server.tenants.tenancy import Tenancy
 
 OUR_METHODS = "/gralora.v1."
 HEALTH_METHODS = "/grpc.health.v1.Health/"  # probes carry no token
-QUIET_S = 10.0  # between two lines of one `SparseLog`
 
-Clock = Callable[[], float]
 Continuation = Callable[[grpc.HandlerCallDetails], Awaitable["grpc.RpcMethodHandler[Any, Any]"]]
-
-_calls = logging.getLogger("gralora_server.calls")
 
 
 class AuthInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in the stubs alone
@@ -80,7 +74,7 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # 
 
     async def _refuse(self, method: str, error: GraloraError, context: Context) -> NoReturn:
         failure = failure_of(error)
-        self._log.write(_fields(method, None, failure.code, 0.0))
+        self._log.write(call_fields(method, None, failure.code, 0.0))
         await _end(context, failure)
 
 
@@ -102,28 +96,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # 
     def _refusal(self, method: str) -> Callable[[Context, InvalidRequestError], Awaitable[NoReturn]]:
         async def refuse(context: Context, error: InvalidRequestError) -> NoReturn:
             failure = failure_of(error)
-            self._log.write(_fields(method, None, failure.code, 0.0) | {"problem": str(error)})
+            self._log.write(call_fields(method, None, failure.code, 0.0) | {"problem": str(error)})
             await _end(context, failure)
 
         return refuse
-
-
-class SparseLog:
-    """For lines that anybody can cause: one is written every `QUIET_S` at most, and says how many were not."""
-
-    def __init__(self, clock: Clock) -> None:
-        self._clock = clock
-        self._quiet_until_s = -math.inf
-        self._num_dropped = 0
-
-    def write(self, fields: dict[str, object]) -> None:
-        now_s = self._clock()
-        if now_s < self._quiet_until_s:
-            self._num_dropped += 1
-            return
-        dropped = {"lines_dropped": self._num_dropped} if self._num_dropped else {}
-        _calls.info("%s", json.dumps(fields | dropped))
-        self._quiet_until_s, self._num_dropped = now_s + QUIET_S, 0
 
 
 def _enter(recognise: Recognise, method: str) -> None:
@@ -152,7 +128,7 @@ def _observed(method: str, behavior: Behavior) -> Behavior:
             code = failure.code
         finally:
             if code is not None:
-                _calls.info("%s", json.dumps(_fields(method, request, code, time.monotonic() - started_s)))
+                log_call(call_fields(method, request, code, time.monotonic() - started_s))
         # May wait for a client that does not read, and so comes last: nothing is held any more.
         return await _end(context, failure)
 
@@ -169,19 +145,6 @@ def _cancellation(context: Context) -> grpc.StatusCode:
     if remaining_s is not None and remaining_s <= 0:
         return grpc.StatusCode.DEADLINE_EXCEEDED
     return grpc.StatusCode.CANCELLED
-
-
-def _fields(method: str, request: Any, code: grpc.StatusCode, duration_s: float) -> dict[str, object]:
-    """Of a log line, which is JSON because the request's strings are whatever a client sent."""
-    adapter = getattr(request, "adapter", "") or getattr(request, "name", "")
-    tenant = current().tenant
-    return {
-        "method": method,
-        "request_id": clip(getattr(request, "request_id", ""), 128),
-        "adapter": clip(adapter, 128),
-        "code": code.name,
-        "duration_ms": round(duration_s * 1000, 1),
-    } | ({"tenant": tenant} if tenant else {})
 
 
 def _authorization(call: grpc.HandlerCallDetails) -> str:

@@ -25,7 +25,8 @@ from gralora_runtime.errors import (
 )
 from gralora_server import errors as server_errors
 from gralora_server.errors import StalledClientError, StartingError, UsageFileError
-from gralora_server.status import CODES, clip, failure_of
+from gralora_server.explanation import CODES, clip
+from gralora_server.status import failure_of
 
 NEVER_IN_A_CALL = {GraloraError, AdapterError, ConfigError, ModelUnsupportedError, UsageFileError}
 OUR_BUGS = {EngineDeadError, RequestFailedError}

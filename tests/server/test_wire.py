@@ -18,7 +18,8 @@ from grpc_reflection.v1alpha import reflection_pb2
 from support.fake_engine import finished, token
 from support.grpc_harness import Failed, Served, ask, ask_once, failure, read_all, served, unpack
 
-from gralora_server.interceptors import QUIET_S, AuthInterceptor, CallInterceptor, SparseLog
+from gralora_server.call_log import QUIET_S, SparseLog
+from gralora_server.interceptors import AuthInterceptor, CallInterceptor
 from gralora_server.tenants.settings import CertificateSettings, TenancySettings, TenantSettings
 from gralora_server.tenants.tenancy import Tenancy
 
