@@ -167,6 +167,10 @@ class AsyncEngine:
         token_ids = await self._tokenizing.encode(prompt)
         return TokenizeResult(token_ids=tuple(token_ids), max_model_len=self._parts.info.max_model_len)
 
+    def token_text(self, token_id: int) -> str:
+        """Of one token alone, for those who show tokens."""
+        return self._tokenizing.text_of(token_id)
+
     @property
     def busy_since_s(self) -> float | None:
         """When the step that runs now began, by `time.monotonic`, from any thread; None if there is nothing to do."""

@@ -62,6 +62,13 @@ class InvalidRequestError(GraloraError):
         self.problem = problem
         super().__init__(f"{field}: {problem} (got {self.value})")
 
+    def renamed(self, field: str) -> InvalidRequestError:
+        """The same, where the field has another name."""
+        other = InvalidRequestError(field, None, self.problem)
+        other.value = self.value
+        other.args = (f"{field}: {self.problem} (got {self.value})",)
+        return other
+
     def metadata(self) -> dict[str, str]:
         return {"field": self.field, "value": self.value}
 

@@ -37,6 +37,10 @@ class Tokenizing:
                 raise DrainingError from None  # it was not the caller who gave up
             raise
 
+    def text_of(self, token_id: int) -> str:
+        """See `PromptTokenizer.text_of`."""
+        return self._prompts.text_of(token_id)
+
     def close(self) -> None:
         """Nobody stands in line any more."""
         self._closed = True

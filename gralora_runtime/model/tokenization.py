@@ -51,6 +51,10 @@ class PromptTokenizer:
             raise InvalidRequestError(field, getattr(prompt, field), "the prompt is empty")
         return ids
 
+    def text_of(self, token_id: int) -> str:
+        """One token alone; of half a character there is only U+FFFD."""
+        return str(self._tokenizer.decode([token_id], skip_special_tokens=False))
+
     def _check_ids(self, token_ids: tuple[int, ...]) -> list[int]:
         for index, token in enumerate(token_ids):
             if not 0 <= token < self._vocab_size:

@@ -34,6 +34,18 @@ class MetricsConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class HttpConfig:
+    """Where OpenAI's clients are served. `port` 0 lets the system choose."""
+
+    host: str
+    port: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"http port must be 0 to 65535, got {self.port}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ServerConfig:
     """`port` 0 lets the system choose. None means: off, or no limit."""
 
@@ -43,6 +55,7 @@ class ServerConfig:
     auth_token_file: Path | None = None
     tenancy: TenancySettings | None = None
     metrics: MetricsConfig | None = None
+    http: HttpConfig | None = None
     state_dir: Path | None = None  # what tenants used is kept there
     reflection: bool = True
     max_message_bytes: int = 16 << 20  # received; 4 MiB of prompt text leave room for the rest

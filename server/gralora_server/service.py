@@ -151,13 +151,13 @@ class GrpcServer:
 
     def _register(self) -> None:
         rights, metering = Rights(self.tenancy), Metering(self.quotas, self.usage)
-        generating = Generating(self.gate, rights, metering, max_request_s=self._config.max_request_s)
-        generation = GenerationServicer(generating, write_timeout_s=self._config.write_timeout_s)
+        self.generating = Generating(self.gate, rights, metering, max_request_s=self._config.max_request_s)
+        generation = GenerationServicer(self.generating, write_timeout_s=self._config.write_timeout_s)
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(generation, self._server)
-        adapters = AdapterServicer(self.gate, rights, metering)
-        adapters_pb2_grpc.add_AdapterServiceServicer_to_server(adapters, self._server)
-        server = ServerServicer(self.gate, rights, self.reloader, self.usage)
-        server_pb2_grpc.add_ServerServiceServicer_to_server(server, self._server)
+        self.adapters = AdapterServicer(self.gate, rights, metering)
+        adapters_pb2_grpc.add_AdapterServiceServicer_to_server(self.adapters, self._server)
+        self.about = ServerServicer(self.gate, rights, self.reloader, self.usage)
+        server_pb2_grpc.add_ServerServiceServicer_to_server(self.about, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         if self._config.reflection:
             names = (*SERVICES, HEALTH_SERVICE, reflection.SERVICE_NAME)
@@ -172,21 +172,29 @@ async def serve(
     on_bound: Callable[[int], None] | None = None,
     on_serving: Callable[[int], None] | None = None,
     on_metrics: Callable[[int], None] | None = None,
+    on_http: Callable[[int], None] | None = None,
 ) -> None:
     """Serve until SIGTERM or SIGINT, then drain; a second signal ends the draining at once. SIGHUP reloads the
     configuration file, if there is one.
 
     `on_bound` is told the port when calls are answered, if only with UNAVAILABLE; `on_serving` when requests are taken.
-    `on_metrics` is told the port of the metrics page, which is there from before the model loads until the very end.
+    `on_metrics` is told the port of the metrics page, which is there from before the model loads until the very end,
+    and `on_http` that for OpenAI's clients.
 
     Raises what the factory raises, and `EngineDeadError` when the engine died while serving.
     """
     server = GrpcServer(config, reloader)
     port = await server.start()
     try:
-        async with keeping(server.usage, config.state_dir), _page(config.metrics, server) as metrics_port:
+        async with (
+            keeping(server.usage, config.state_dir),
+            _page(config.metrics, server) as metrics_port,
+            serving_http(config, server) as http_port,
+        ):
             if metrics_port is not None and on_metrics is not None:
                 on_metrics(metrics_port)
+            if http_port is not None and on_http is not None:
+                on_http(http_port)
             if on_bound is not None:
                 on_bound(port)
             _log.info("listening on %s:%d", config.host, port)
@@ -236,6 +244,31 @@ async def _page(config: MetricsConfig | None, server: GrpcServer) -> AsyncIterat
         yield page.port
     finally:
         await asyncio.to_thread(page.close)
+
+
+@asynccontextmanager
+async def serving_http(config: ServerConfig, server: GrpcServer) -> AsyncIterator[int | None]:
+    """The port for OpenAI's clients while it is served; None if it is not wanted."""
+    if config.http is None:
+        yield None
+        return
+    from gralora_server.http.front import http_listener  # its libraries take a tenth of a second
+
+    listener = http_listener(
+        config.http,
+        config,
+        gate=server.gate,
+        tenancy=server.tenancy,
+        generating=server.generating,
+        adapters=server.adapters,
+        server=server.about,
+    )
+    port = await listener.start()
+    _log.info("HTTP on %s:%d", config.http.host, port)
+    try:
+        yield port
+    finally:
+        await listener.stop()
 
 
 async def _serve_engine(server: GrpcServer, engine: Engine, asked_to_stop: asyncio.Event, grace_s: float) -> None:

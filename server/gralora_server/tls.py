@@ -32,7 +32,7 @@ class ServerCertificate:
         """Raises ConfigError."""
         self._files = files
         self._lock = threading.Lock()
-        self._stamp = self._stamp_now()
+        self._stamp = stamp_of(self._files)
         self._initial = self._read()
 
     def credentials(self) -> grpc.ServerCredentials:
@@ -48,7 +48,7 @@ class ServerCertificate:
     def _newer(self) -> grpc.ServerCertificateConfiguration | None:
         """gRPC asks for each connection, in threads of its own. None: nothing has changed, or not to the better."""
         with self._lock:
-            stamp = self._stamp_now()
+            stamp = stamp_of(self._files)
             if stamp == self._stamp:
                 return None
             # Before they are read: what is written meanwhile changes it again.
@@ -62,22 +62,29 @@ class ServerCertificate:
         return read
 
     def _read(self) -> grpc.ServerCertificateConfiguration:
-        files = self._files
-        try:
-            private_key, certificate = files.private_key.read_bytes(), files.certificate.read_bytes()
-            client_ca = None if files.client_ca is None else files.client_ca.read_bytes()
-            _check(private_key, certificate, client_ca)
-        except OSError as cause:
-            raise ConfigError(f"a TLS file cannot be read: {cause}") from cause
-        except (ValueError, TypeError, UnsupportedAlgorithm) as cause:
-            paths = (files.certificate, files.private_key, files.client_ca)
-            named = ", ".join(str(path) for path in paths if path is not None)
-            raise ConfigError(f"a TLS file is broken ({named}): {cause}") from cause
+        private_key, certificate, client_ca = read_files(self._files)
         return grpc.ssl_server_certificate_configuration([(private_key, certificate)], client_ca)
 
-    def _stamp_now(self) -> Stamp:
-        paths = (self._files.private_key, self._files.certificate, self._files.client_ca)
-        return tuple(_stamp(path) for path in paths if path is not None)
+
+def read_files(files: TlsConfig) -> tuple[bytes, bytes, bytes | None]:
+    """The key, the certificate and the clients' authority, that belong together. Raises ConfigError."""
+    try:
+        private_key, certificate = files.private_key.read_bytes(), files.certificate.read_bytes()
+        client_ca = None if files.client_ca is None else files.client_ca.read_bytes()
+        _check(private_key, certificate, client_ca)
+    except OSError as cause:
+        raise ConfigError(f"a TLS file cannot be read: {cause}") from cause
+    except (ValueError, TypeError, UnsupportedAlgorithm) as cause:
+        paths = (files.certificate, files.private_key, files.client_ca)
+        named = ", ".join(str(path) for path in paths if path is not None)
+        raise ConfigError(f"a TLS file is broken ({named}): {cause}") from cause
+    return private_key, certificate, client_ca
+
+
+def stamp_of(files: TlsConfig) -> Stamp:
+    """It differs once one of them has changed."""
+    paths = (files.private_key, files.certificate, files.client_ca)
+    return tuple(_stamp(path) for path in paths if path is not None)
 
 
 def _nothing() -> None:

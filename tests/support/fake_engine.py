@@ -245,6 +245,9 @@ class FakeEngine:
         self.closed = False
         self.busy_since_s: float | None = None  # set: a step began then, and does not end
 
+    def token_text(self, token_id: int) -> str:
+        return f"t{token_id} "
+
     async def submit(self, request: GenerationRequest) -> RequestStream:
         self.requests.append(request)
         if self.refusals:

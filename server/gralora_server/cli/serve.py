@@ -36,7 +36,8 @@ def serve(
 ) -> None:
     """Serve a model and its adapters until SIGTERM or Ctrl-C. SIGHUP reads the file of --config again.
 
-    Prints one line, SERVING on HOST:PORT, when requests are taken (with --json: address, model and metrics_address).
+    Prints one line, SERVING on HOST:PORT, when requests are taken (with --json: address, model, metrics_address and
+    http_address).
     """
     from gralora_server.settings.reloader import Reloader
 
@@ -74,16 +75,18 @@ def _run(server_config: ServerConfig, engine_config: EngineConfig, reloader: Rel
 
     from gralora_server.service import serve as serve_until_stopped
 
-    metrics_address: str | None = None
+    also: dict[str, str | None] = {"metrics_address": None, "http_address": None}
 
     def note_metrics(port: int) -> None:
-        nonlocal metrics_address
         assert server_config.metrics is not None
-        metrics_address = f"{server_config.metrics.host}:{port}"
+        also["metrics_address"] = f"{server_config.metrics.host}:{port}"
+
+    def note_http(port: int) -> None:
+        assert server_config.http is not None
+        also["http_address"] = f"{server_config.http.host}:{port}"
 
     def on_serving(port: int) -> None:
-        address = f"{server_config.host}:{port}"
-        announce(address, as_json=as_json, model=engine_config.model, metrics_address=metrics_address)
+        announce(f"{server_config.host}:{port}", as_json=as_json, model=engine_config.model, **also)
 
     serving = serve_until_stopped(
         server_config,
@@ -91,5 +94,6 @@ def _run(server_config: ServerConfig, engine_config: EngineConfig, reloader: Rel
         reloader=reloader,
         on_serving=on_serving,
         on_metrics=note_metrics,
+        on_http=note_http,
     )
     uvloop.run(serving)

@@ -9,7 +9,7 @@ from pydantic import SecretStr
 
 from gralora_runtime.config import EngineConfig
 from gralora_runtime.errors import ConfigError
-from gralora_server.config import MetricsConfig, ServerConfig, TlsConfig
+from gralora_server.config import HttpConfig, MetricsConfig, ServerConfig, TlsConfig
 from gralora_server.planner.prices import prices_of
 from gralora_server.planner.profile import Profile
 from gralora_server.settings.sections import ServerSettings, Settings
@@ -41,6 +41,7 @@ def server_config(settings: Settings) -> ServerConfig:
         tls=_tls(server),
         auth_token_file=server.token_file,
         metrics=_metrics(server.metrics_address),
+        http=_http(server.http_address),
         reflection=server.reflection,
         max_message_bytes=server.max_message_bytes,
         max_request_s=server.max_request_s,
@@ -71,3 +72,10 @@ def _metrics(address: str | None) -> MetricsConfig | None:
         return None
     host, port = parse_address(address)
     return MetricsConfig(host=host.strip("[]"), port=port)
+
+
+def _http(address: str | None) -> HttpConfig | None:
+    if address is None:
+        return None
+    host, port = parse_address(address)
+    return HttpConfig(host=host, port=port)

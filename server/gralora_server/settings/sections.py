@@ -148,6 +148,9 @@ class ServerSettings(Section):
     tls_cert: Path | None = Field(default=None, description="PEM file of the certificate: serve with TLS.")
     tls_key: Path | None = Field(default=None, description="PEM file of its key.")
     tls_client_ca: Path | None = Field(default=None, description="PEM file: serve only clients certified by it.")
+    http_address: Address | None = Field(
+        default=None, description="HOST:PORT for OpenAI's clients, over HTTP. Default: there is none."
+    )
     metrics_address: Address | None = Field(
         default=None, description="HOST:PORT of a page for Prometheus. Default: none is served."
     )

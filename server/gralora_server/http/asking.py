@@ -1,0 +1,142 @@
+"""Bodies to our messages. Decides nothing: what a message may hold is checked where gRPC's are.
+
+The base model is asked for by its name, and everything else is an adapter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from gralora.v1 import generation_pb2, server_pb2
+from gralora_runtime.errors import InvalidRequestError
+from gralora_server.http.bodies import MAX_CHOICES, ChatBody, CompletionBody, PromptBody, Sampled, Turn
+
+# gRPC's names of fields, where ours are others; a name stands for all that begin with it.
+FIELDS = (
+    ("sampling.", ""),
+    ("stopping.", ""),
+    ("response.", ""),
+    ("messages.messages", "messages"),
+    ("token_ids.ids", "prompt"),
+    ("token_ids", "prompt"),
+    ("text", "prompt"),
+    ("adapter", "model"),
+    ("canary_key", "user"),
+)
+
+
+def chat_requests(body: ChatBody, *, base: str, request_id: str) -> list[generation_pb2.StreamGenerateRequest]:
+    """One for each choice."""
+    asked = _common(body, base)
+    asked.messages.messages.extend(_turns(body.messages))
+    max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    if max_tokens is not None:
+        asked.stopping.max_tokens = max_tokens
+    asked.response.logprobs = bool(body.logprobs)
+    asked.response.top_logprobs = body.top_logprobs or 0
+    return list(_numbered([asked], body.n, request_id))
+
+
+def completion_requests(
+    body: CompletionBody, *, base: str, request_id: str
+) -> list[generation_pb2.StreamGenerateRequest]:
+    """One for each choice: all of the first prompt, then of the next."""
+    shared = _common(body, base)
+    if body.max_tokens is not None:
+        shared.stopping.max_tokens = body.max_tokens
+    if body.logprobs is not None:
+        shared.response.logprobs, shared.response.top_logprobs = True, body.logprobs
+    asked = []
+    for prompt in prompts_of(body):
+        one = generation_pb2.StreamGenerateRequest()
+        one.CopyFrom(shared)
+        if isinstance(prompt, str):
+            one.text = prompt
+        else:
+            one.token_ids.ids.extend(prompt)
+        asked.append(one)
+    return list(_numbered(asked, body.n, request_id))
+
+
+def prompts_of(body: CompletionBody) -> Sequence[str | list[int]]:
+    """Raises InvalidRequestError if they are none, or too many."""
+    prompts: Sequence[str | list[int]]
+    if isinstance(body.prompt, str):
+        prompts = [body.prompt]
+    elif body.prompt and isinstance(body.prompt[0], int):
+        prompts = [[token for token in body.prompt if isinstance(token, int)]]
+    else:
+        prompts = [one for one in body.prompt if not isinstance(one, int)]
+    if not 1 <= len(prompts) * body.n <= MAX_CHOICES:
+        problem = f"must be 1 to {MAX_CHOICES} choices, prompts times n"
+        raise InvalidRequestError("prompt", len(prompts) * body.n, problem)
+    return prompts
+
+
+def tokenize_request(body: PromptBody) -> server_pb2.TokenizeRequest:
+    """What is not set stays so."""
+    asked = server_pb2.TokenizeRequest()
+    if body.prompt is not None:
+        asked.text = body.prompt
+    if body.messages is not None:
+        asked.messages.messages.extend(_turns(body.messages))
+    return asked
+
+
+def in_their_words(error: InvalidRequestError) -> InvalidRequestError:
+    """The same, with the field as a body has it."""
+    for ours, theirs in FIELDS:
+        if error.field.startswith(ours):
+            return error.renamed(theirs + error.field.removeprefix(ours))
+    return error
+
+
+def _common(body: Sampled, base: str) -> generation_pb2.StreamGenerateRequest:
+    asked = generation_pb2.StreamGenerateRequest(
+        adapter="" if body.model == base else body.model, canary_key=body.user or "", priority=body.priority
+    )
+    sampling, stopping = asked.sampling, asked.stopping
+    for name in ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"):
+        if (value := getattr(body, name)) is not None:
+            setattr(sampling, name, value)
+    if body.seed is not None:
+        sampling.seed = body.seed
+    sampling.top_k = 0 if body.top_k in (None, -1) else body.top_k
+    for token, bias in (body.logit_bias or {}).items():
+        sampling.logit_bias[_token_id(token)] = _bias(token, bias)
+    stopping.min_tokens = body.min_tokens
+    stopping.stop.extend([body.stop] if isinstance(body.stop, str) else body.stop or ())
+    stopping.stop_token_ids.extend(body.stop_token_ids or ())
+    stopping.ignore_eos = body.ignore_eos
+    return asked
+
+
+def _numbered(
+    asked: Sequence[generation_pb2.StreamGenerateRequest], n: int, request_id: str
+) -> Iterator[generation_pb2.StreamGenerateRequest]:
+    """`n` of each, with ids and seeds of their own."""
+    is_alone = len(asked) * n == 1
+    for number in range(len(asked) * n):
+        one = generation_pb2.StreamGenerateRequest()
+        one.CopyFrom(asked[number // n])
+        one.request_id = request_id if is_alone or not request_id else f"{request_id}-{number}"
+        if one.sampling.HasField("seed"):
+            one.sampling.seed = (one.sampling.seed + number % n) % 2**64
+        yield one
+
+
+def _turns(turns: Sequence[Turn]) -> Iterator[generation_pb2.ChatMessage]:
+    for turn in turns:
+        yield generation_pb2.ChatMessage(role=turn.role, content=turn.text)
+
+
+def _token_id(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) <= 9):
+        raise InvalidRequestError("logit_bias", text, "must have token ids as keys")
+    return int(text)
+
+
+def _bias(token: str, bias: object) -> float:
+    if isinstance(bias, bool) or not isinstance(bias, int | float):
+        raise InvalidRequestError(f"logit_bias[{token}]", bias, "must be a number")
+    return bias

@@ -1,0 +1,149 @@
+"""Bodies of requests, as OpenAI's clients and vLLM's send them. What they may hold beyond their types is decided where
+gRPC's requests are checked.
+
+A field that nothing here knows is refused, since whoever sent it expects something of it; so are known ones with a
+value that we could only ignore. Of turns, which clients send back as they got them, unknown fields are ignored.
+
+A body of a million mistakes costs no more than one of one: lists end at the first, and unknown fields are looked at
+afterwards.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, FailFast, Field
+
+from gralora_runtime.errors import InvalidRequestError
+
+T = TypeVar("T")
+
+MAX_CHOICES = 64  # of one request
+Int32 = Annotated[int, Field(ge=-(2**31), le=2**31 - 1)]
+List = Annotated[list[T], FailFast()]
+TokenIds = List[Int32]
+
+
+class Part(BaseModel):
+    """Of a body."""
+
+    model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
+
+
+class Body(BaseModel):
+    model_config = ConfigDict(extra="allow", strict=True, frozen=True)
+
+    def checked(self) -> Self:
+        """Raises InvalidRequestError if there are fields that nothing knows."""
+        for name, value in (self.model_extra or {}).items():
+            raise InvalidRequestError(name[:80], type(value).__name__, "is a field that this server does not know")
+        return self
+
+
+class StreamOptions(Part):
+    include_usage: bool = Field(default=False, description="One more event, with the usage of all choices.")
+    continuous_usage_stats: Literal[False] = False
+
+
+class Sampled(Body):
+    """What both ways to ask for text share."""
+
+    model: str = Field(min_length=1, description="The base model's name, an adapter's, or NAME@VERSION.")
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] = Field(default=1, description="Choices for each prompt.")
+    stream: bool = Field(default=False, description="Server-sent events.")
+    stream_options: StreamOptions | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: Int32 | None = Field(default=None, description="0 or -1: off.")
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**64)] | None = Field(
+        default=None, description="Of the first choice; each other one's is one more."
+    )
+    logit_bias: dict[str, Any] | None = Field(default=None, description="Numbers, by token id.")
+    min_tokens: Int32 = 0
+    stop: str | List[str] | None = None
+    stop_token_ids: TokenIds | None = None
+    ignore_eos: bool = False
+    priority: Int32 = Field(default=0, description="Among the requests of one tenant; higher first.")
+    user: str | None = Field(default=None, description="Requests of one user get the same version of a canary.")
+    return_token_ids: bool = False
+    # Sent by clients, and without meaning here.
+    metadata: dict[str, Any] | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    service_tier: Literal["auto", "default"] | None = None
+    store: Literal[False] | None = None
+
+    @property
+    def includes_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+
+class CompletionBody(Sampled):
+    """Of `/v1/completions`."""
+
+    prompt: str | List[str] | TokenIds | List[TokenIds]
+    max_tokens: Int32 | None = Field(default=16, description="null: as many as the context window leaves room for.")
+    logprobs: Int32 | None = Field(default=None, description="Also of so many of the likeliest tokens.")
+    best_of: Literal[1] | None = None
+    echo: Literal[False] = False
+    suffix: Literal[""] | None = None
+
+
+class TextPart(Part):
+    type: Literal["text"]
+    text: str
+
+
+class Turn(Part):
+    """Of a conversation."""
+
+    role: str
+    content: str | List[TextPart] | None = None
+
+    @property
+    def text(self) -> str:
+        if isinstance(self.content, list):
+            return "".join(part.text for part in self.content)
+        return self.content or ""
+
+
+class TextFormat(Part):
+    type: Literal["text"]
+
+
+class ChatBody(Sampled):
+    """Of `/v1/chat/completions`."""
+
+    messages: List[Turn]
+    max_tokens: Int32 | None = None
+    max_completion_tokens: Int32 | None = Field(default=None, description="Goes before max_tokens.")
+    logprobs: bool | None = False
+    top_logprobs: Int32 | None = None
+    response_format: TextFormat | None = None
+
+
+class PromptBody(Body):
+    """Of `/tokenize`: a text, or a conversation."""
+
+    model: str = Field(default="", description="All adapters have the base model's tokenizer.")
+    prompt: str | None = None
+    messages: List[Turn] | None = None
+
+
+class LoadBody(Body):
+    """Of `/v1/load_lora_adapter`, as vLLM has it."""
+
+    lora_name: str
+    lora_path: str = Field(default="", description="Where its files lie; empty: found by its name.")
+    load_inplace: bool = Field(default=False, description="Always so: what has changed becomes a new version.")
+
+
+class UnloadBody(Body):
+    """Of `/v1/unload_lora_adapter`, as vLLM has it."""
+
+    lora_name: str
+    lora_int_id: int | None = None
