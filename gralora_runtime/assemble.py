@@ -30,6 +30,7 @@ from gralora_runtime.config import EngineConfig
 from gralora_runtime.errors import ConfigError
 from gralora_runtime.info import EngineInfo
 from gralora_runtime.model.adaptable import adaptable_modules, weight_norms
+from gralora_runtime.model.chat_turns import tool_format
 from gralora_runtime.model.kv_pool import KVPool, page_bytes
 from gralora_runtime.model.loading import BaseModel, load_base_model
 from gralora_runtime.model.programs.choice import kv_in_panels, make_runner, reserved_bytes
@@ -350,4 +351,5 @@ def _info(
         adapter_pool_bytes=adapter_pool_bytes,
         max_adapter_slots=config.max_adapter_slots,
         version=version("gralora-server"),
+        tool_format=tool_format(base.chat_tokenizer.chat_template),
     )

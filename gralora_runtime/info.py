@@ -24,6 +24,7 @@ class EngineInfo:
     adapter_pool_bytes: int
     max_adapter_slots: int
     version: str
+    tool_format: str = ""  # how the model writes its calls of tools; "": in no known way
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

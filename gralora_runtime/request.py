@@ -43,20 +43,43 @@ class ResponseParams:
 
 
 @dataclass(frozen=True, slots=True)
+class ToolCall:
+    """One that the model made. `arguments`: a JSON object."""
+
+    id: str
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True, slots=True)
+class Tool:
+    """What the model may call. `parameters`: a JSON schema, or ""."""
+
+    name: str
+    description: str
+    parameters: str
+
+
+@dataclass(frozen=True, slots=True)
 class ChatMessage:
     """One turn of a conversation, for the model's chat template."""
 
     role: str
     content: str
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str = ""
+    name: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
-    """Exactly one of the three is set; the engine turns it into token ids."""
+    """Exactly one of the first three is set; the engine turns it into token ids. The others belong to messages."""
 
     text: str | None = None
     token_ids: tuple[int, ...] | None = None
     messages: tuple[ChatMessage, ...] | None = None
+    tools: tuple[Tool, ...] = ()
+    continues: bool = False  # the last turn, instead of asking for the next
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

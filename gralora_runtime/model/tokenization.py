@@ -8,8 +8,9 @@ from jinja2 import TemplateError
 from tokenizers import Tokenizer
 
 from gralora_runtime.errors import InvalidRequestError
+from gralora_runtime.model.chat_turns import as_template_has_it, knows_tools, tool_as_template_has_it
 from gralora_runtime.model.prompt_bound import prompt_bound
-from gralora_runtime.request import ChatMessage, Prompt
+from gralora_runtime.request import Prompt
 
 # From here on a text takes 10 ms and more. `Tokenizer.encode` keeps Python's lock all the while, and no stream would
 # get a token; `encode_batch_fast` gives it back, but waits for a thread of a pool that all such calls share.
@@ -19,6 +20,8 @@ LONG_CHARS = 16_384
 def is_long(prompt: Prompt) -> bool:
     """Whether it takes so long to tokenize that nothing short should wait for it."""
     texts = [prompt.text or "", *(message.content for message in prompt.messages or ())]
+    texts += [call.arguments for message in prompt.messages or () for call in message.tool_calls]
+    texts += [text for tool in prompt.tools for text in (tool.description, tool.parameters)]
     return sum(map(len, texts)) >= LONG_CHARS
 
 
@@ -43,7 +46,7 @@ class PromptTokenizer:
             _check_length(num_tokens, shorter_than, got=num_tokens)
             field, ids = "token_ids", self._check_ids(prompt.token_ids)
         elif prompt.messages is not None:
-            text = self._render(prompt.messages)
+            text = self._render(prompt)
             field, ids = "messages", self._encode_text(text, shorter_than, add_special_tokens=False)
         else:
             field, ids = "text", self._encode_text(prompt.text or "", shorter_than, add_special_tokens=True)
@@ -70,13 +73,25 @@ class PromptTokenizer:
         (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         return list(encoding.ids)
 
-    def _render(self, messages: tuple[ChatMessage, ...]) -> str:
-        if not self._chat_tokenizer.chat_template:
+    def _render(self, prompt: Prompt) -> str:
+        messages, template = prompt.messages or (), self._chat_tokenizer.chat_template
+        if not template:
             raise InvalidRequestError("messages", len(messages), "this model has no chat template; send text")
-        turns = [{"role": message.role, "content": message.content} for message in messages]
+        if not knows_tools(template) and (prompt.tools or any(message.tool_calls for message in messages)):
+            names = [tool.name for tool in prompt.tools]
+            raise InvalidRequestError("messages.tools", names, "this model's chat template does not know of tools")
         try:
-            return str(self._chat_tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
-        except TemplateError as error:  # templates raise it themselves, for example for roles out of order
+            return str(
+                self._chat_tokenizer.apply_chat_template(
+                    [as_template_has_it(message) for message in messages],
+                    tools=[tool_as_template_has_it(tool) for tool in prompt.tools] or None,
+                    tokenize=False,
+                    add_generation_prompt=not prompt.continues,
+                    continue_final_message=prompt.continues,
+                )
+            )
+        except (TemplateError, ValueError) as error:
+            # Templates raise it themselves, for example for roles out of order.
             roles = [message.role for message in messages]
             raise InvalidRequestError("messages", roles, f"the model's chat template refuses them: {error}") from error
 

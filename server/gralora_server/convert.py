@@ -23,6 +23,8 @@ from gralora_runtime.request import (
     Started,
     StoppingParams,
     TokenLogprob,
+    Tool,
+    ToolCall,
 )
 from gralora_server.explanation import clip
 from gralora_server.tenants.usage import UsageRow
@@ -65,10 +67,19 @@ def from_prompt(request: AnyGenerateRequest | server_pb2.TokenizeRequest) -> Pro
     if kind == "text":
         return Prompt(text=request.text)
     if kind == "messages":
-        turns = request.messages.messages
-        return Prompt(messages=tuple(ChatMessage(turn.role, turn.content) for turn in turns))
+        asked = request.messages
+        return Prompt(
+            messages=tuple(from_turn(turn) for turn in asked.messages),
+            tools=tuple(Tool(tool.name, tool.description, tool.parameters) for tool in asked.tools),
+            continues=asked.continue_final_message,
+        )
     assert not isinstance(request, server_pb2.TokenizeRequest)
     return Prompt(token_ids=tuple(request.token_ids.ids))
+
+
+def from_turn(turn: generation_pb2.ChatMessage) -> ChatMessage:
+    calls = tuple(ToolCall(call.id, call.name, call.arguments) for call in turn.tool_calls)
+    return ChatMessage(turn.role, turn.content, calls, turn.tool_call_id, turn.name)
 
 
 def from_sampling(sampling: generation_pb2.SamplingParams) -> SamplingParams:

@@ -6,8 +6,9 @@ on its vocabulary or context window is the engine's to check.
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator
 
 from gralora.v1 import adapters_pb2, generation_pb2, server_pb2
 from gralora_runtime.adapters.catalogue.names import check_name, parse_reference
@@ -18,6 +19,7 @@ AnyGenerateRequest = generation_pb2.GenerateRequest | generation_pb2.StreamGener
 MAX_TEXT_BYTES = 4 << 20
 MAX_PROMPT_TOKEN_IDS = 1 << 20
 MAX_MESSAGES = 4096
+MAX_TOOLS = 128
 MAX_ROLE_CHARS = 64
 MAX_NAME_CHARS = 256
 MAX_REFERENCE_CHARS = 512  # an organisation, a name, a revision and a digest
@@ -60,7 +62,7 @@ def validate_tokenize(request: server_pb2.TokenizeRequest) -> None:
         case "text":
             _validate_text(request.text)
         case "messages":
-            _validate_messages(request.messages.messages)
+            _validate_messages(request.messages)
         case _:
             raise InvalidRequestError("prompt", None, "set text or messages")
 
@@ -197,7 +199,7 @@ def _validate_prompt(request: AnyGenerateRequest) -> None:
             _validate_count("token_ids.ids", ids, MAX_PROMPT_TOKEN_IDS)
             _validate_token_ids("token_ids.ids", ids)
         case "messages":
-            _validate_messages(request.messages.messages)
+            _validate_messages(request.messages)
         case _:
             raise InvalidRequestError("prompt", None, "set one of text, token_ids and messages")
 
@@ -208,15 +210,45 @@ def _validate_text(text: str) -> None:
     _validate_bytes("text", len(text.encode()))
 
 
-def _validate_messages(messages: Sequence[generation_pb2.ChatMessage]) -> None:
+def _validate_messages(chat: generation_pb2.ChatMessages) -> None:
+    messages = chat.messages
     if not messages:
         raise InvalidRequestError("messages.messages", [], "must not be empty")
     _validate_count("messages.messages", messages, MAX_MESSAGES)
+    _validate_count("messages.tools", chat.tools, MAX_TOOLS)
+    _validate_bytes("messages.messages", sum(len(text.encode()) for text in _texts(chat)))
     for index, message in enumerate(messages):
+        place = f"messages.messages[{index}]"
         if not message.role:
-            raise InvalidRequestError(f"messages.messages[{index}].role", message.role, "must not be empty")
-        _validate_length(f"messages.messages[{index}].role", message.role, MAX_ROLE_CHARS)
-    _validate_bytes("messages.messages", sum(len(message.content.encode()) for message in messages))
+            raise InvalidRequestError(f"{place}.role", message.role, "must not be empty")
+        _validate_length(f"{place}.role", message.role, MAX_ROLE_CHARS)
+        _validate_count(f"{place}.tool_calls", message.tool_calls, MAX_TOOLS)
+        for number, call in enumerate(message.tool_calls):
+            _validate_object(f"{place}.tool_calls[{number}].arguments", call.arguments)
+    for index, tool in enumerate(chat.tools):
+        if not tool.name:
+            raise InvalidRequestError(f"messages.tools[{index}].name", tool.name, "must not be empty")
+        _validate_object(f"messages.tools[{index}].parameters", tool.parameters)
+
+
+def _texts(chat: generation_pb2.ChatMessages) -> Iterator[str]:
+    for message in chat.messages:
+        yield message.content
+        yield from (call.arguments for call in message.tool_calls)
+    for tool in chat.tools:
+        yield from (tool.name, tool.description, tool.parameters)
+
+
+def _validate_object(field: str, text: str) -> None:
+    """Empty, or a JSON object."""
+    if not text:
+        return
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise InvalidRequestError(field, text[:100], "must be a JSON object")
 
 
 def _validate_bytes(field: str, num_bytes: int) -> None:

@@ -7,11 +7,13 @@ finish reason "length", as clients know no other, and says more in `stop_reason`
 from __future__ import annotations
 
 import time
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from gralora_runtime.request import Delta, Finished, FinishReason, TokenLogprob
+from gralora_server.http.tool_calls import FoundCall, ToolScanner
 
 Json = dict[str, Any]
 LEAST_LOGPROB = -9999.0  # JSON has no infinity
@@ -50,25 +52,74 @@ class Form(Protocol):
 
 
 class ChatForm:
-    """Of `/v1/chat/completions`."""
+    """Of `/v1/chat/completions`. `scanner` finds calls of tools; None: there are no tools, and so no calls."""
+
+    def __init__(self, scanner: Callable[[], ToolScanner] | None = None) -> None:
+        self._make_scanner = scanner
+        self._scanned: dict[int, _Scanned] = {}  # by choice
 
     def whole(self, heading: Heading, deltas: Sequence[Delta], usage: Json) -> Json:
-        choices = [
-            _ended(heading, index, delta)
-            | {"message": {"role": "assistant", "content": delta.text}, "logprobs": _chat_logprobs(heading, delta)}
-            for index, delta in enumerate(deltas)
-        ]
+        choices = [self._choice(heading, index, delta) for index, delta in enumerate(deltas)]
         return _headed(heading, "chatcmpl", "chat.completion", choices) | {"usage": usage}
 
     def piece(self, heading: Heading, index: int, delta: Delta) -> Json:
-        said: Json = {"content": delta.text}
+        text, calls = self._scan(index, delta)
+        said: Json = {"content": text}
         if delta.started is not None:
             said = {"role": "assistant"} | said
-        choice = {"delta": said, "logprobs": _chat_logprobs(heading, delta)}
-        return _headed(heading, "chatcmpl", "chat.completion.chunk", [_ended(heading, index, delta) | choice])
+        if calls:
+            said["tool_calls"] = calls
+        choice = self._ended(heading, index, delta) | {"delta": said, "logprobs": _chat_logprobs(heading, delta)}
+        return _headed(heading, "chatcmpl", "chat.completion.chunk", [choice])
+
+    def _choice(self, heading: Heading, index: int, delta: Delta) -> Json:
+        text, calls = self._scan(index, delta)
+        message: Json = {"role": "assistant", "content": text}
+        if calls:
+            message |= {
+                "content": text or None,
+                "tool_calls": [{k: v for k, v in call.items() if k != "index"} for call in calls],
+            }
+        said = {"message": message, "logprobs": _chat_logprobs(heading, delta)}
+        return self._ended(heading, index, delta) | said
+
+    def _scan(self, index: int, delta: Delta) -> tuple[str, list[Json]]:
+        """What of it is text, and which calls it completes."""
+        if self._make_scanner is None:
+            return delta.text, []
+        scanned = self._scanned.setdefault(index, _Scanned(self._make_scanner()))
+        return scanned.take(delta)
+
+    def _ended(self, heading: Heading, index: int, delta: Delta) -> Json:
+        ended = _ended(heading, index, delta)
+        if ended["finish_reason"] == "stop" and index in self._scanned and self._scanned[index].num_calls:
+            ended["finish_reason"] = "tool_calls"
+        return ended
 
     def usage_piece(self, heading: Heading, usage: Json) -> Json:
         return _headed(heading, "chatcmpl", "chat.completion.chunk", []) | {"usage": usage}
+
+
+class _Scanned:
+    """One choice, by what was found in it so far."""
+
+    def __init__(self, scanner: ToolScanner) -> None:
+        self._scanner = scanner
+        self.num_calls = 0
+
+    def take(self, delta: Delta) -> tuple[str, list[Json]]:
+        """See `ChatForm`."""
+        found = list(self._scanner.push(delta.text))
+        if delta.finished is not None:
+            found += self._scanner.end()
+        calls = []
+        for one in found:
+            if isinstance(one, FoundCall):
+                function = {"name": one.name, "arguments": one.arguments}
+                call_id = f"call_{uuid.uuid4().hex[:24]}"
+                calls.append({"index": self.num_calls, "id": call_id, "type": "function", "function": function})
+                self.num_calls += 1
+        return "".join(one for one in found if isinstance(one, str)), calls
 
 
 class TextForm:

@@ -5,6 +5,7 @@ The base model is asked for by its name, and everything else is an adapter.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 
 from gralora.v1 import generation_pb2, server_pb2
@@ -17,6 +18,7 @@ FIELDS = (
     ("stopping.", ""),
     ("response.", ""),
     ("messages.messages", "messages"),
+    ("messages.tools", "tools"),
     ("token_ids.ids", "prompt"),
     ("token_ids", "prompt"),
     ("text", "prompt"),
@@ -29,6 +31,11 @@ def chat_requests(body: ChatBody, *, base: str, request_id: str) -> list[generat
     """One for each choice."""
     asked = _common(body, base)
     asked.messages.messages.extend(_turns(body.messages))
+    asked.messages.tools.extend(_tools(body))
+    asked.messages.continue_final_message = body.continue_final_message
+    if body.add_generation_prompt == body.continue_final_message:
+        problem = "is the other of continue_final_message: one of them is true"
+        raise InvalidRequestError("add_generation_prompt", body.add_generation_prompt, problem)
     max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     if max_tokens is not None:
         asked.stopping.max_tokens = max_tokens
@@ -127,7 +134,29 @@ def _numbered(
 
 def _turns(turns: Sequence[Turn]) -> Iterator[generation_pb2.ChatMessage]:
     for turn in turns:
-        yield generation_pb2.ChatMessage(role=turn.role, content=turn.text)
+        calls = [
+            generation_pb2.ToolCall(id=call.id, name=call.function.name, arguments=call.function.arguments)
+            for call in turn.tool_calls or ()
+        ]
+        yield generation_pb2.ChatMessage(
+            role=turn.role,
+            content=turn.text,
+            tool_calls=calls,
+            tool_call_id=turn.tool_call_id or "",
+            name=turn.name or "",
+        )
+
+
+def _tools(body: ChatBody) -> Iterator[generation_pb2.Tool]:
+    if body.tool_choice == "none":
+        return
+    for tool in body.tools or ():
+        function = tool.function
+        yield generation_pb2.Tool(
+            name=function.name,
+            description=function.description or "",
+            parameters="" if function.parameters is None else json.dumps(function.parameters),
+        )
 
 
 def _token_id(text: str) -> int:

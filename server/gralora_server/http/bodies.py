@@ -98,17 +98,41 @@ class TextPart(Part):
     text: str
 
 
+class CalledFunction(Part):
+    name: str
+    arguments: str = ""
+
+
+class CalledTool(Part):
+    id: str = ""
+    function: CalledFunction
+
+
 class Turn(Part):
     """Of a conversation."""
 
     role: str
     content: str | List[TextPart] | None = None
+    name: str | None = None
+    tool_calls: List[CalledTool] | None = None
+    tool_call_id: str | None = None
 
     @property
     def text(self) -> str:
         if isinstance(self.content, list):
             return "".join(part.text for part in self.content)
         return self.content or ""
+
+
+class Function(Part):
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = Field(default=None, description="A JSON schema of an object.")
+
+
+class FunctionTool(Part):
+    type: Literal["function"]
+    function: Function
 
 
 class TextFormat(Part):
@@ -124,6 +148,11 @@ class ChatBody(Sampled):
     logprobs: bool | None = False
     top_logprobs: Int32 | None = None
     response_format: TextFormat | None = None
+    tools: List[FunctionTool] | None = Field(default=None, description="What the model may call.")
+    tool_choice: Literal["auto", "none"] | None = None
+    parallel_tool_calls: Literal[True] | None = None
+    continue_final_message: bool = Field(default=False, description="Go on with the last turn; without a new one.")
+    add_generation_prompt: bool | None = Field(default=None, description="The other of continue_final_message.")
 
 
 class PromptBody(Body):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
 from gralora.v1 import generation_pb2
+from gralora_runtime.errors import InvalidRequestError
 from gralora_runtime.request import Delta, Finished
 from gralora_server.delivery import collect, deliver
 from gralora_server.gate import Gate
@@ -21,6 +22,7 @@ from gralora_server.http.bodies import ChatBody, CompletionBody, Sampled
 from gralora_server.http.calls import Endpoint
 from gralora_server.http.exchange import Exchange
 from gralora_server.http.names import base_name
+from gralora_server.http.tool_calls import SCANNERS, ToolScanner
 from gralora_server.repeats import Answer
 
 RPC = "/gralora.v1.GenerationService/StreamGenerate"
@@ -71,7 +73,7 @@ class GenerationEndpoints:
     async def _chat(self, exchange: Exchange, _path: dict[str, str]) -> None:
         body = await exchange.body(ChatBody)
         asked = chat_requests(body, base=self._base(), request_id=exchange.header("x-request-id"))
-        await self._answer(exchange, body, asked, ChatForm())
+        await self._answer(exchange, body, asked, ChatForm(self._scanner(asked)))
 
     async def _complete(self, exchange: Exchange, _path: dict[str, str]) -> None:
         body = await exchange.body(CompletionBody)
@@ -139,6 +141,18 @@ class GenerationEndpoints:
                 token_ids=body.return_token_ids,
             )
             yield _Opened(body=body, asked=asked, answers=answers, heading=heading, form=form)
+
+    def _scanner(self, asked: Asked) -> Callable[[], ToolScanner] | None:
+        """Raises InvalidRequestError where the model's calls could not be found in what it says."""
+        tools = asked[0].messages.tools
+        if not tools:
+            return None
+        format_ = self._gate.engine.info().tool_format
+        if format_ not in SCANNERS:
+            names = [tool.name for tool in tools]
+            problem = "nobody has told this server how the model calls tools: its chat template shows no known format"
+            raise InvalidRequestError("tools", names, problem)
+        return SCANNERS[format_]
 
     def _base(self) -> str:
         return base_name(self._gate.engine.info())
