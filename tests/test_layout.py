@@ -27,6 +27,8 @@ CONFINED = {
     "grpc_health": ["gralora_server/*"],
     "grpc_reflection": ["gralora_server/*"],
     "google": ["gralora_server/*"],
+    "starlette": ["gralora_server/http/calls.py"],
+    "uvicorn": ["gralora_server/http/listener.py", "gralora_server/http/protocol.py"],
     "prometheus_client": ["gralora_server/metrics/*", "gralora_server/loadtest/metrics_page.py"],
     "transformers": ["gralora_runtime/model/*"],
     "safetensors": [
