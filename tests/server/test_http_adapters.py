@@ -72,6 +72,17 @@ async def test_each_rpc_has_a_twin(verb: str, path: str, body: object, call: tup
     assert s.engine.adapters.calls == [call]
 
 
+async def test_a_query_s_words_are_the_message_s_values() -> None:
+    async with http_served() as s:
+        states = {"states": "ADAPTER_STATE_RESIDENT,ADAPTER_STATE_HOST"}
+        some = await s.client.get("/v1/adapters", params=states)
+        wrong = await s.client.get("/v1/adapters", params={"states": "GONE"})
+        deleting = await s.client.delete("/v1/adapters/poet", params={"delete_upload": "maybe"})
+
+    assert some.status_code == 200
+    assert error_of(wrong)["code"] == error_of(deleting)["code"] == "INVALID_REQUEST"
+
+
 async def test_a_twin_s_answer_has_the_message_s_fields() -> None:
     async with http_served() as s:
         page = (await s.client.get("/v1/adapters", params={"page_size": "1"})).json()

@@ -104,7 +104,7 @@ class AdapterEndpoints:
 
     def _twin(self, verb: str, path: str, kind: type[Message], method: Method) -> Endpoint:
         async def serve(exchange: Exchange, parameters: dict[str, str]) -> None:
-            given: Json = dict(exchange.query()) if verb != "POST" else await _object(exchange)
+            given = _of_query(kind, exchange.query()) if verb != "POST" else await _object(exchange)
             exchange.asked = _message(kind, given, parameters)
             answer = await exchange.while_connected(method(exchange.asked, _NO_CONTEXT))
             await exchange.respond(200, _shown(answer))
@@ -131,6 +131,20 @@ async def _object(exchange: Exchange) -> Json:
     if not isinstance(found, dict):
         raise InvalidRequestError("body", raw[:100], "must be a JSON object")
     return found
+
+
+def _of_query(kind: type[Message], query: Mapping[str, str]) -> Json:
+    """A query has texts alone: lists have commas, and booleans are words."""
+    given: Json = {}
+    for name, text in query.items():
+        field = kind.DESCRIPTOR.fields_by_name.get(name)
+        if field is not None and field.is_repeated:
+            given[name] = text.split(",")
+        elif field is not None and field.type == field.TYPE_BOOL:
+            given[name] = {"true": True, "false": False}.get(text, text)
+        else:
+            given[name] = text
+    return given
 
 
 def _message(kind: type[Message], given: Json, parameters: Mapping[str, str]) -> Message:

@@ -47,7 +47,7 @@ class Calls:
         self, endpoints: Sequence[Endpoint], tenancy: Tenancy, *, max_body_bytes: int, clock: Clock = time.monotonic
     ) -> None:
         routes = [Route(one.path, _Served(self, one), methods=[one.verb], name=one.path) for one in endpoints]
-        self._router = Router(routes, default=self._unknown, redirect_slashes=False)
+        self._router = Router(routes, default=_unknown, redirect_slashes=False)
         self._tenancy = tenancy
         self._max_body_bytes = max_body_bytes
         self._log = SparseLog(clock)
@@ -59,23 +59,22 @@ class Calls:
         try:
             await self._router(scope, receive, send)
         except HTTPException as error:
-            await self._refuse(HttpError(error.status_code, "NO_SUCH_METHOD", error.detail), scope, receive, send)
+            await _refuse(HttpError(error.status_code, "NO_SUCH_METHOD", error.detail), scope, receive, send)
 
     async def serve(self, endpoint: Endpoint, scope: Scope, receive: Receive, send: Send) -> None:
         """One call of this endpoint, to its end."""
         exchange = Exchange(scope, receive, send, max_body_bytes=self._max_body_bytes)
         method = f"{endpoint.verb} {endpoint.path}"
-        if endpoint.rpc == OPEN:
-            await endpoint.serve(exchange, scope["path_params"])
-            return
         try:
-            self._enter(exchange.header("authorization"), endpoint.rpc)
+            if endpoint.rpc != OPEN:
+                self._enter(exchange.header("authorization"), endpoint.rpc)
         except GraloraError as error:
             known, status, body, headers = told(error)
             self._log.write(call_fields(method, None, known.code, 0.0))
             await exchange.respond(status, body, headers)
             return
-        await _observed(method, exchange, endpoint.serve(exchange, scope["path_params"]))
+        serving = endpoint.serve(exchange, scope["path_params"])
+        await _observed(method, exchange, serving, is_logged=endpoint.rpc != OPEN)
 
     def _enter(self, authorization: str, rpc: str) -> None:
         def recognise() -> Caller:
@@ -85,12 +84,14 @@ class Calls:
         set_current(caller, recognise)
         check_call(caller.role, rpc)
 
-    async def _unknown(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await self._refuse(HttpError(404, "NO_SUCH_PATH", "there is nothing here"), scope, receive, send)
 
-    async def _refuse(self, error: HttpError, scope: Scope, receive: Receive, send: Send) -> None:
-        _, status, body, headers = told(error)
-        await Exchange(scope, receive, send, max_body_bytes=0).respond(status, body, headers)
+async def _unknown(scope: Scope, receive: Receive, send: Send) -> None:
+    await _refuse(HttpError(404, "NO_SUCH_PATH", "there is nothing here"), scope, receive, send)
+
+
+async def _refuse(error: HttpError, scope: Scope, receive: Receive, send: Send) -> None:
+    _, status, body, headers = told(error)
+    await Exchange(scope, receive, send, max_body_bytes=0).respond(status, body, headers)
 
 
 class _Served:
@@ -104,7 +105,7 @@ class _Served:
         await self._calls.serve(self._endpoint, scope, receive, send)
 
 
-async def _observed(method: str, exchange: Exchange, serving: Awaitable[None]) -> None:
+async def _observed(method: str, exchange: Exchange, serving: Awaitable[None], *, is_logged: bool) -> None:
     code: grpc.StatusCode = grpc.StatusCode.OK
     try:
         await serving
@@ -122,6 +123,7 @@ async def _observed(method: str, exchange: Exchange, serving: Awaitable[None]) -
     else:
         return
     finally:
-        log_call(call_fields(method, exchange.asked, code, time.monotonic() - exchange.arrived_s))
+        if is_logged:
+            log_call(call_fields(method, exchange.asked, code, time.monotonic() - exchange.arrived_s))
     # May wait for a client that does not read, and so comes last: nothing is held any more.
     await exchange.farewell(status, body, headers)

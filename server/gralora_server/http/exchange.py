@@ -50,6 +50,7 @@ class Exchange:
         self._abort: Callable[[], None] = scope[ABORT]
         self.arrived_s = time.monotonic()
         self.begun = False  # the response has
+        self._ended = False
         self.asked: Any = None  # the message that was made of the body, for the log line
 
     def header(self, name: str) -> str:
@@ -128,7 +129,7 @@ class Exchange:
         self.begun = True
         length = (b"content-length", b"%d" % len(content))
         await self._send(_start(status, [(b"content-type", b"application/json"), length, *(headers or [])]))
-        await self._send({"type": "http.response.body", "body": content})
+        await self._end(content)
 
     async def begin_events(self, headers: Headers) -> None:
         """Whatever comes next is an `event`, until `end_events`."""
@@ -142,7 +143,7 @@ class Exchange:
         await self._send_event(_dumps(body))
 
     async def end_events(self) -> None:
-        await self._send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
+        await self._end(b"data: [DONE]\n\n")
 
     async def farewell(self, status: int, body: Json, headers: Headers) -> None:
         """An error, wherever the response is. Whoever does not take it in time loses the connection."""
@@ -159,15 +160,21 @@ class Exchange:
     async def respond_html(self, page: str) -> None:
         self.begun = True
         await self._send(_start(200, [(b"content-type", b"text/html; charset=utf-8")]))
-        await self._send({"type": "http.response.body", "body": page.encode()})
+        await self._end(page.encode())
 
     async def _send_event(self, data: bytes) -> None:
         await self._send({"type": "http.response.body", "body": b"data: " + data + b"\n\n", "more_body": True})
 
+    async def _end(self, content: bytes) -> None:
+        self._ended = True
+        await self._send({"type": "http.response.body", "body": content})
+
     async def _left(self) -> None:
-        """Returns when the client has."""
+        """Returns when the client has, before the response's end: the server tells of both in the same way."""
         while (await self._receive())["type"] != "http.disconnect":
             pass
+        if self._ended:
+            await asyncio.Event().wait()
 
     def _too_large(self) -> HttpError:
         return HttpError(413, "BODY_TOO_LARGE", f"the body must be at most {self._max_body_bytes} bytes")

@@ -26,17 +26,20 @@ class HttpListener:
 
     def __init__(self, config: HttpConfig, certificate: HttpCertificate | None, calls: Calls) -> None:
         """`certificate` None: in plain text."""
-        logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # below that it tells of what anybody may send
+        # It tells of what anybody may send, and of connections that we cut; of our own bugs the application does.
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
         self._config = config
         self._server = _Server(
             uvicorn.Config(
                 calls,
+                interface="asgi3",
                 http=BoundedProtocol,
                 ws="none",
                 lifespan="off",
                 log_config=None,
                 access_log=False,
                 server_header=False,
+                proxy_headers=False,
                 timeout_keep_alive=KEEP_ALIVE_S,
                 timeout_graceful_shutdown=FAREWELL_S,
             )
