@@ -230,6 +230,17 @@ async def test_a_call_without_a_token_is_refused_with_its_body_unread(tmp_path) 
     assert (right.status_code, health.status_code) == (200, 200)
 
 
+async def test_requests_of_one_connection_are_not_each_other_s_caller(tmp_path) -> None:
+    """Also when the second is there before the first has been answered."""
+    tokens = tmp_path / "tokens"
+    tokens.write_text("secret generate\n")
+    head = b"GET /v1/models HTTP/1.1\r\nhost: x\r\n"
+    async with http_served(auth_token_file=tokens) as s:
+        answer = await raw(s.port, head + b"authorization: Bearer secret\r\n\r\n" + head + b"connection: close\r\n\r\n")
+
+    assert [line.split()[1] for line in answer.split(b"\r\n") if line.startswith(b"HTTP/1.1 ")] == [b"200", b"401"]
+
+
 async def test_a_route_has_the_rights_of_its_rpc(tmp_path) -> None:
     tokens = tmp_path / "tokens"
     tokens.write_text("user generate\nboss admin\n")

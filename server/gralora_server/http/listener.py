@@ -40,6 +40,7 @@ class HttpListener:
                 access_log=False,
                 server_header=False,
                 proxy_headers=False,
+                reset_contextvars=True,  # a pipelined request would begin as the caller of the one before
                 timeout_keep_alive=KEEP_ALIVE_S,
                 timeout_graceful_shutdown=FAREWELL_S,
             )
