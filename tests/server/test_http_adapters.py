@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from support.fake_engine import adapter_info
 from support.http_harness import error_of, http_served
 
 from gralora_runtime.errors import AdapterBusyError
@@ -24,11 +25,10 @@ async def test_models_are_the_base_and_all_adapters() -> None:
 async def test_more_adapters_than_a_page_holds_are_all_listed(monkeypatch) -> None:
     monkeypatch.setattr("gralora_server.http.adapters.PAGE_SIZE", 2)
     async with http_served() as s:
-        poet = s.engine.adapters.infos["poet"]
-        s.engine.adapters.infos = {f"a{number}": poet for number in range(5)}
+        s.engine.adapters.infos = {name: adapter_info(name) for name in "abcde"}
         listed = (await s.client.get("/v1/models")).json()["data"]
 
-    assert len(listed) == 6
+    assert [model["id"] for model in listed] == ["fake", *"abcde"]
 
 
 async def test_an_adapter_is_loaded_and_unloaded_as_vllm_s_clients_do() -> None:

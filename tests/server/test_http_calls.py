@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
 import socket
 from unittest.mock import MagicMock
 
@@ -27,6 +28,7 @@ from gralora_server.servicers import AdapterServicer
 from gralora_server.tenants.roles import ROLES
 from gralora_server.tenants.settings import Role
 
+SECRET = "a-users-own-token"
 JSON = {"content-type": "application/json"}
 
 
@@ -80,7 +82,7 @@ async def test_what_is_wrong_is_named_as_the_body_has_it(body: dict[str, object]
 
     told = error_of(response)
     assert (response.status_code, told["code"]) == (400, "INVALID_REQUEST")
-    assert told["param"] == field
+    assert told["param"].startswith(field)
     assert field in told["message"]
     assert fine.status_code == 200
 
@@ -211,7 +213,7 @@ async def test_what_is_no_http_is_refused_and_not_logged(data: bytes, caplog) ->
 
 async def test_a_call_without_a_token_is_refused_with_its_body_unread(tmp_path) -> None:
     tokens = tmp_path / "tokens"
-    tokens.write_text("secret generate\n")
+    tokens.write_text(f"{SECRET} generate\n")
     head = (
         b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 900000\r\n\r\n"
     )
@@ -222,7 +224,7 @@ async def test_a_call_without_a_token_is_refused_with_its_body_unread(tmp_path) 
         line = await asyncio.wait_for(reader.readline(), 5)
         writer.close()
         wrong = await s.client.post("/v1/completions", json=TEXT, headers={"Authorization": "Bearer other"})
-        right = await s.client.post("/v1/completions", json=TEXT, headers={"Authorization": "Bearer secret"})
+        right = await s.client.post("/v1/completions", json=TEXT, headers={"Authorization": f"Bearer {SECRET}"})
         health = await s.client.get("/health")
 
     assert line.startswith(b"HTTP/1.1 401 ")
@@ -233,17 +235,19 @@ async def test_a_call_without_a_token_is_refused_with_its_body_unread(tmp_path) 
 async def test_requests_of_one_connection_are_not_each_other_s_caller(tmp_path) -> None:
     """Also when the second is there before the first has been answered."""
     tokens = tmp_path / "tokens"
-    tokens.write_text("secret generate\n")
+    tokens.write_text(f"{SECRET} generate\n")
     head = b"GET /v1/models HTTP/1.1\r\nhost: x\r\n"
     async with http_served(auth_token_file=tokens) as s:
-        answer = await raw(s.port, head + b"authorization: Bearer secret\r\n\r\n" + head + b"connection: close\r\n\r\n")
+        answer = await raw(
+            s.port, head + b"authorization: Bearer a-users-own-token\r\n\r\n" + head + b"connection: close\r\n\r\n"
+        )
 
-    assert [line.split()[1] for line in answer.split(b"\r\n") if line.startswith(b"HTTP/1.1 ")] == [b"200", b"401"]
+    assert re.findall(rb"HTTP/1.1 (\d+)", answer) == [b"200", b"401"]
 
 
 async def test_a_route_has_the_rights_of_its_rpc(tmp_path) -> None:
     tokens = tmp_path / "tokens"
-    tokens.write_text("user generate\nboss admin\n")
+    tokens.write_text(f"{SECRET} generate\nthe-bosses-own-token admin\n")
     async with http_served(auth_token_file=tokens) as s:
         schema = (await s.client.get("/openapi.json")).json()
         answers = {}
@@ -251,7 +255,7 @@ async def test_a_route_has_the_rights_of_its_rpc(tmp_path) -> None:
             for verb, operation in verbs.items():
                 url = path.replace("{name}", "poet")
                 open_to_all = await s.client.request(verb, url, json={})
-                user = await s.client.request(verb, url, json={}, headers={"Authorization": "Bearer user"})
+                user = await s.client.request(verb, url, json={}, headers={"Authorization": f"Bearer {SECRET}"})
                 answers[verb, path] = (open_to_all.status_code, user.status_code, "security" in operation)
 
     for (verb, path), (nobody, user, needs_token) in answers.items():

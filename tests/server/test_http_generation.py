@@ -258,7 +258,7 @@ async def test_the_same_id_and_body_again_get_the_same_answer() -> None:
     [
         (InvalidRequestError("sampling.top_k", 1, "no"), 400, "invalid_request_error"),
         (AdapterNotFoundError("poet"), 404, "not_found_error"),
-        (QueueFullError(7), 429, "rate_limit_error"),
+        (QueueFullError("7 requests wait", 1.5), 429, "rate_limit_error"),
         (DeadlineExceededError("r1"), 504, "timeout_error"),
         (ValueError("secret"), 500, "server_error"),
     ],
@@ -278,7 +278,7 @@ async def test_an_error_is_told_as_openai_s_with_the_reason_that_grpc_tells(
 
 async def test_when_to_come_again_is_in_the_headers_that_clients_obey() -> None:
     async with http_served() as s:
-        s.engine.refusals = [refusal := QueueFullError(7)]
+        s.engine.refusals = [refusal := QueueFullError("7 requests wait", 1.5)]
         response = await s.client.post("/v1/completions", json=TEXT)
 
     assert refusal.retry_after_s is not None
@@ -290,7 +290,7 @@ async def test_an_error_after_the_first_event_is_an_event() -> None:
     async with http_served() as s, s.client.stream("POST", "/v1/completions", json=TEXT | {"stream": True}) as response:
         request_id = await s.engine.submitted.get()
         s.engine.streams[request_id].put(token(1))
-        s.engine.streams[request_id].fail(NumericalError(request_id, "poet"))
+        s.engine.streams[request_id].fail(NumericalError(request_id, "poet", "NaN"))
         pieces = await events(response)
 
     assert pieces[-1] == "[DONE]"
@@ -302,7 +302,7 @@ async def test_one_choice_that_fails_ends_all_of_them() -> None:
     async with http_served() as s, s.client.stream("POST", "/v1/completions", json=body) as response:
         first, second = [await s.engine.submitted.get() for _ in range(2)]
         s.engine.streams[first].put(token(1))
-        s.engine.streams[second].fail(NumericalError(second, "poet"))
+        s.engine.streams[second].fail(NumericalError(second, "poet", "NaN"))
         pieces = await events(response)
         await asyncio.wait_for(s.engine.abort_happened.wait(), 5)
 

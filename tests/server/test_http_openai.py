@@ -72,8 +72,7 @@ async def test_an_unknown_adapter_is_an_error_of_its_own() -> None:
 
 
 async def test_a_refusal_for_now_is_tried_again_when_the_server_says_and_not_before() -> None:
-    refusal = QueueFullError(7)
-    refusal.retry_after_s = 0.05
+    refusal = QueueFullError("7 requests wait", 0.05)
     async with http_served() as s, client_of(s, max_retries=1) as client:
         s.engine.refusals = [refusal]
         s.engine.script = [token(1), finished(output_tokens=1)]

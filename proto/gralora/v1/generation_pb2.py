@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bgralora/v1/generation.proto\x12\ngralora.v1\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\x05\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"9\n\x0c\x43hatMessages\x12)\n\x08messages\x18\x01 \x03(\x0b\x32\x17.gralora.v1.ChatMessage\"\xf0\x02\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\r\n\x05top_k\x18\x03 \x01(\x05\x12\r\n\x05min_p\x18\x04 \x01(\x01\x12\x1f\n\x12repetition_penalty\x18\x05 \x01(\x01H\x02\x88\x01\x01\x12\x18\n\x10presence_penalty\x18\x06 \x01(\x01\x12\x19\n\x11\x66requency_penalty\x18\x07 \x01(\x01\x12\x11\n\x04seed\x18\x08 \x01(\x04H\x03\x88\x01\x01\x12=\n\nlogit_bias\x18\t \x03(\x0b\x32).gralora.v1.SamplingParams.LogitBiasEntry\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\x05\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x15\n\x13_repetition_penaltyB\x07\n\x05_seed\"\x86\x01\n\x0eStoppingParams\x12\x17\n\nmax_tokens\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x12\n\nmin_tokens\x18\x02 \x01(\x05\x12\x0c\n\x04stop\x18\x03 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x04 \x03(\x05\x12\x12\n\nignore_eos\x18\x05 \x01(\x08\x42\r\n\x0b_max_tokens\"\x97\x01\n\x0eResponseParams\x12\x10\n\x08logprobs\x18\x01 \x01(\x08\x12\x14\n\x0ctop_logprobs\x18\x02 \x01(\x05\x12\x1d\n\x15\x65\x63ho_prompt_token_ids\x18\x03 \x01(\x08\x12#\n\x16min_tokens_per_message\x18\x04 \x01(\x05H\x00\x88\x01\x01\x42\x19\n\x17_min_tokens_per_message\"\xd9\x02\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x61pter\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12)\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x14.gralora.v1.TokenIdsH\x00\x12,\n\x08messages\x18\x05 \x01(\x0b\x32\x18.gralora.v1.ChatMessagesH\x00\x12,\n\x08sampling\x18\x06 \x01(\x0b\x32\x1a.gralora.v1.SamplingParams\x12,\n\x08stopping\x18\x07 \x01(\x0b\x32\x1a.gralora.v1.StoppingParams\x12,\n\x08response\x18\x08 \x01(\x0b\x32\x1a.gralora.v1.ResponseParams\x12\x12\n\ncanary_key\x18\t \x01(\t\x12\x10\n\x08priority\x18\n \x01(\x05\x42\x08\n\x06prompt\"\xdf\x02\n\x15StreamGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x61pter\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12)\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x14.gralora.v1.TokenIdsH\x00\x12,\n\x08messages\x18\x05 \x01(\x0b\x32\x18.gralora.v1.ChatMessagesH\x00\x12,\n\x08sampling\x18\x06 \x01(\x0b\x32\x1a.gralora.v1.SamplingParams\x12,\n\x08stopping\x18\x07 \x01(\x0b\x32\x1a.gralora.v1.StoppingParams\x12,\n\x08response\x18\x08 \x01(\x0b\x32\x1a.gralora.v1.ResponseParams\x12\x12\n\ncanary_key\x18\t \x01(\t\x12\x10\n\x08priority\x18\n \x01(\x05\x42\x08\n\x06prompt\"/\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\x05\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"V\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\x05\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12#\n\x03top\x18\x03 \x03(\x0b\x32\x16.gralora.v1.TopLogprob\"\xb7\x01\n\x07Started\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x05\x12\x15\n\rcached_tokens\x18\x02 \x01(\x05\x12\x14\n\x0cqueue_time_s\x18\x03 \x01(\x01\x12\x0c\n\x04seed\x18\x04 \x01(\x04\x12\x0f\n\x07\x61\x64\x61pter\x18\x05 \x01(\t\x12\x16\n\x0e\x61\x64\x61pter_digest\x18\x06 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x07 \x03(\x05\x12\x17\n\x0f\x61\x64\x61pter_version\x18\x08 \x01(\x05\"L\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x05\x12\x15\n\rcached_tokens\x18\x02 \x01(\x05\x12\x15\n\routput_tokens\x18\x03 \x01(\x05\"\xab\x01\n\x08\x46inished\x12(\n\x06reason\x18\x01 \x01(\x0e\x32\x18.gralora.v1.FinishReason\x12\x15\n\x0bstop_string\x18\x02 \x01(\tH\x00\x12\x17\n\rstop_token_id\x18\x03 \x01(\x05H\x00\x12 \n\x05usage\x18\x04 \x01(\x0b\x32\x11.gralora.v1.Usage\x12\x13\n\x0bpreemptions\x18\x05 \x01(\x05\x42\x0e\n\x0cmatched_stop\"\xc1\x01\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\x05\x12*\n\x08logprobs\x18\x04 \x03(\x0b\x32\x18.gralora.v1.TokenLogprob\x12$\n\x07started\x18\x05 \x01(\x0b\x32\x13.gralora.v1.Started\x12&\n\x08\x66inished\x18\x06 \x01(\x0b\x32\x14.gralora.v1.Finished\"\xc7\x01\n\x16StreamGenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\x05\x12*\n\x08logprobs\x18\x04 \x03(\x0b\x32\x18.gralora.v1.TokenLogprob\x12$\n\x07started\x18\x05 \x01(\x0b\x32\x13.gralora.v1.Started\x12&\n\x08\x66inished\x18\x06 \x01(\x0b\x32\x14.gralora.v1.Finished*\x98\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x03\x12\x1a\n\x16\x46INISH_REASON_DEADLINE\x10\x04\x32\xb5\x01\n\x11GenerationService\x12\x45\n\x08Generate\x12\x1b.gralora.v1.GenerateRequest\x1a\x1c.gralora.v1.GenerateResponse\x12Y\n\x0eStreamGenerate\x12!.gralora.v1.StreamGenerateRequest\x1a\".gralora.v1.StreamGenerateResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bgralora/v1/generation.proto\x12\ngralora.v1\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\x05\"z\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12(\n\ntool_calls\x18\x03 \x03(\x0b\x32\x14.gralora.v1.ToolCall\x12\x14\n\x0ctool_call_id\x18\x04 \x01(\t\x12\x0c\n\x04name\x18\x05 \x01(\t\"7\n\x08ToolCall\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x11\n\targuments\x18\x03 \x01(\t\"=\n\x04Tool\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\x12\x12\n\nparameters\x18\x03 \x01(\t\"z\n\x0c\x43hatMessages\x12)\n\x08messages\x18\x01 \x03(\x0b\x32\x17.gralora.v1.ChatMessage\x12\x1f\n\x05tools\x18\x02 \x03(\x0b\x32\x10.gralora.v1.Tool\x12\x1e\n\x16\x63ontinue_final_message\x18\x03 \x01(\x08\"\xf0\x02\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\r\n\x05top_k\x18\x03 \x01(\x05\x12\r\n\x05min_p\x18\x04 \x01(\x01\x12\x1f\n\x12repetition_penalty\x18\x05 \x01(\x01H\x02\x88\x01\x01\x12\x18\n\x10presence_penalty\x18\x06 \x01(\x01\x12\x19\n\x11\x66requency_penalty\x18\x07 \x01(\x01\x12\x11\n\x04seed\x18\x08 \x01(\x04H\x03\x88\x01\x01\x12=\n\nlogit_bias\x18\t \x03(\x0b\x32).gralora.v1.SamplingParams.LogitBiasEntry\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\x05\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x15\n\x13_repetition_penaltyB\x07\n\x05_seed\"\x86\x01\n\x0eStoppingParams\x12\x17\n\nmax_tokens\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x12\n\nmin_tokens\x18\x02 \x01(\x05\x12\x0c\n\x04stop\x18\x03 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x04 \x03(\x05\x12\x12\n\nignore_eos\x18\x05 \x01(\x08\x42\r\n\x0b_max_tokens\"\x97\x01\n\x0eResponseParams\x12\x10\n\x08logprobs\x18\x01 \x01(\x08\x12\x14\n\x0ctop_logprobs\x18\x02 \x01(\x05\x12\x1d\n\x15\x65\x63ho_prompt_token_ids\x18\x03 \x01(\x08\x12#\n\x16min_tokens_per_message\x18\x04 \x01(\x05H\x00\x88\x01\x01\x42\x19\n\x17_min_tokens_per_message\"\xd9\x02\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x61pter\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12)\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x14.gralora.v1.TokenIdsH\x00\x12,\n\x08messages\x18\x05 \x01(\x0b\x32\x18.gralora.v1.ChatMessagesH\x00\x12,\n\x08sampling\x18\x06 \x01(\x0b\x32\x1a.gralora.v1.SamplingParams\x12,\n\x08stopping\x18\x07 \x01(\x0b\x32\x1a.gralora.v1.StoppingParams\x12,\n\x08response\x18\x08 \x01(\x0b\x32\x1a.gralora.v1.ResponseParams\x12\x12\n\ncanary_key\x18\t \x01(\t\x12\x10\n\x08priority\x18\n \x01(\x05\x42\x08\n\x06prompt\"\xdf\x02\n\x15StreamGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x61pter\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12)\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x14.gralora.v1.TokenIdsH\x00\x12,\n\x08messages\x18\x05 \x01(\x0b\x32\x18.gralora.v1.ChatMessagesH\x00\x12,\n\x08sampling\x18\x06 \x01(\x0b\x32\x1a.gralora.v1.SamplingParams\x12,\n\x08stopping\x18\x07 \x01(\x0b\x32\x1a.gralora.v1.StoppingParams\x12,\n\x08response\x18\x08 \x01(\x0b\x32\x1a.gralora.v1.ResponseParams\x12\x12\n\ncanary_key\x18\t \x01(\t\x12\x10\n\x08priority\x18\n \x01(\x05\x42\x08\n\x06prompt\"/\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\x05\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"V\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\x05\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12#\n\x03top\x18\x03 \x03(\x0b\x32\x16.gralora.v1.TopLogprob\"\xb7\x01\n\x07Started\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x05\x12\x15\n\rcached_tokens\x18\x02 \x01(\x05\x12\x14\n\x0cqueue_time_s\x18\x03 \x01(\x01\x12\x0c\n\x04seed\x18\x04 \x01(\x04\x12\x0f\n\x07\x61\x64\x61pter\x18\x05 \x01(\t\x12\x16\n\x0e\x61\x64\x61pter_digest\x18\x06 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x07 \x03(\x05\x12\x17\n\x0f\x61\x64\x61pter_version\x18\x08 \x01(\x05\"L\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x05\x12\x15\n\rcached_tokens\x18\x02 \x01(\x05\x12\x15\n\routput_tokens\x18\x03 \x01(\x05\"\xab\x01\n\x08\x46inished\x12(\n\x06reason\x18\x01 \x01(\x0e\x32\x18.gralora.v1.FinishReason\x12\x15\n\x0bstop_string\x18\x02 \x01(\tH\x00\x12\x17\n\rstop_token_id\x18\x03 \x01(\x05H\x00\x12 \n\x05usage\x18\x04 \x01(\x0b\x32\x11.gralora.v1.Usage\x12\x13\n\x0bpreemptions\x18\x05 \x01(\x05\x42\x0e\n\x0cmatched_stop\"\xc1\x01\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\x05\x12*\n\x08logprobs\x18\x04 \x03(\x0b\x32\x18.gralora.v1.TokenLogprob\x12$\n\x07started\x18\x05 \x01(\x0b\x32\x13.gralora.v1.Started\x12&\n\x08\x66inished\x18\x06 \x01(\x0b\x32\x14.gralora.v1.Finished\"\xc7\x01\n\x16StreamGenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\x05\x12*\n\x08logprobs\x18\x04 \x03(\x0b\x32\x18.gralora.v1.TokenLogprob\x12$\n\x07started\x18\x05 \x01(\x0b\x32\x13.gralora.v1.Started\x12&\n\x08\x66inished\x18\x06 \x01(\x0b\x32\x14.gralora.v1.Finished*\x98\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x03\x12\x1a\n\x16\x46INISH_REASON_DEADLINE\x10\x04\x32\xb5\x01\n\x11GenerationService\x12\x45\n\x08Generate\x12\x1b.gralora.v1.GenerateRequest\x1a\x1c.gralora.v1.GenerateResponse\x12Y\n\x0eStreamGenerate\x12!.gralora.v1.StreamGenerateRequest\x1a\".gralora.v1.StreamGenerateResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,40 +33,44 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._loaded_options = None
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_options = b'8\001'
-  _globals['_FINISHREASON']._serialized_start=2511
-  _globals['_FINISHREASON']._serialized_end=2663
+  _globals['_FINISHREASON']._serialized_start=2774
+  _globals['_FINISHREASON']._serialized_end=2926
   _globals['_TOKENIDS']._serialized_start=43
   _globals['_TOKENIDS']._serialized_end=66
   _globals['_CHATMESSAGE']._serialized_start=68
-  _globals['_CHATMESSAGE']._serialized_end=112
-  _globals['_CHATMESSAGES']._serialized_start=114
-  _globals['_CHATMESSAGES']._serialized_end=171
-  _globals['_SAMPLINGPARAMS']._serialized_start=174
-  _globals['_SAMPLINGPARAMS']._serialized_end=542
-  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=436
-  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=484
-  _globals['_STOPPINGPARAMS']._serialized_start=545
-  _globals['_STOPPINGPARAMS']._serialized_end=679
-  _globals['_RESPONSEPARAMS']._serialized_start=682
-  _globals['_RESPONSEPARAMS']._serialized_end=833
-  _globals['_GENERATEREQUEST']._serialized_start=836
-  _globals['_GENERATEREQUEST']._serialized_end=1181
-  _globals['_STREAMGENERATEREQUEST']._serialized_start=1184
-  _globals['_STREAMGENERATEREQUEST']._serialized_end=1535
-  _globals['_TOPLOGPROB']._serialized_start=1537
-  _globals['_TOPLOGPROB']._serialized_end=1584
-  _globals['_TOKENLOGPROB']._serialized_start=1586
-  _globals['_TOKENLOGPROB']._serialized_end=1672
-  _globals['_STARTED']._serialized_start=1675
-  _globals['_STARTED']._serialized_end=1858
-  _globals['_USAGE']._serialized_start=1860
-  _globals['_USAGE']._serialized_end=1936
-  _globals['_FINISHED']._serialized_start=1939
-  _globals['_FINISHED']._serialized_end=2110
-  _globals['_GENERATERESPONSE']._serialized_start=2113
-  _globals['_GENERATERESPONSE']._serialized_end=2306
-  _globals['_STREAMGENERATERESPONSE']._serialized_start=2309
-  _globals['_STREAMGENERATERESPONSE']._serialized_end=2508
-  _globals['_GENERATIONSERVICE']._serialized_start=2666
-  _globals['_GENERATIONSERVICE']._serialized_end=2847
+  _globals['_CHATMESSAGE']._serialized_end=190
+  _globals['_TOOLCALL']._serialized_start=192
+  _globals['_TOOLCALL']._serialized_end=247
+  _globals['_TOOL']._serialized_start=249
+  _globals['_TOOL']._serialized_end=310
+  _globals['_CHATMESSAGES']._serialized_start=312
+  _globals['_CHATMESSAGES']._serialized_end=434
+  _globals['_SAMPLINGPARAMS']._serialized_start=437
+  _globals['_SAMPLINGPARAMS']._serialized_end=805
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=699
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=747
+  _globals['_STOPPINGPARAMS']._serialized_start=808
+  _globals['_STOPPINGPARAMS']._serialized_end=942
+  _globals['_RESPONSEPARAMS']._serialized_start=945
+  _globals['_RESPONSEPARAMS']._serialized_end=1096
+  _globals['_GENERATEREQUEST']._serialized_start=1099
+  _globals['_GENERATEREQUEST']._serialized_end=1444
+  _globals['_STREAMGENERATEREQUEST']._serialized_start=1447
+  _globals['_STREAMGENERATEREQUEST']._serialized_end=1798
+  _globals['_TOPLOGPROB']._serialized_start=1800
+  _globals['_TOPLOGPROB']._serialized_end=1847
+  _globals['_TOKENLOGPROB']._serialized_start=1849
+  _globals['_TOKENLOGPROB']._serialized_end=1935
+  _globals['_STARTED']._serialized_start=1938
+  _globals['_STARTED']._serialized_end=2121
+  _globals['_USAGE']._serialized_start=2123
+  _globals['_USAGE']._serialized_end=2199
+  _globals['_FINISHED']._serialized_start=2202
+  _globals['_FINISHED']._serialized_end=2373
+  _globals['_GENERATERESPONSE']._serialized_start=2376
+  _globals['_GENERATERESPONSE']._serialized_end=2569
+  _globals['_STREAMGENERATERESPONSE']._serialized_start=2572
+  _globals['_STREAMGENERATERESPONSE']._serialized_end=2771
+  _globals['_GENERATIONSERVICE']._serialized_start=2929
+  _globals['_GENERATIONSERVICE']._serialized_end=3110
 # @@protoc_insertion_point(module_scope)

@@ -58,6 +58,7 @@ class GetServerInfoResponse(_message.Message):
     VOCAB_SIZE_FIELD_NUMBER: _builtins.int
     ADAPTER_POOL_BYTES_FIELD_NUMBER: _builtins.int
     MAX_ADAPTER_SLOTS_FIELD_NUMBER: _builtins.int
+    TOOL_FORMAT_FIELD_NUMBER: _builtins.int
     api_version: _builtins.str
     """The API's version: "gralora.v1"."""
     version: _builtins.str
@@ -90,6 +91,8 @@ class GetServerInfoResponse(_message.Message):
     """Bytes of the pool that adapters are computed from."""
     max_adapter_slots: _builtins.int
     """Most adapters in the pool at once."""
+    tool_format: _builtins.str
+    """How the model writes its calls of tools, by its chat template: "hermes" or "llama3_json". Empty: in no known way."""
     def __init__(
         self,
         *,
@@ -109,10 +112,11 @@ class GetServerInfoResponse(_message.Message):
         vocab_size: _builtins.int = ...,
         adapter_pool_bytes: _builtins.int = ...,
         max_adapter_slots: _builtins.int = ...,
+        tool_format: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_pool_bytes", b"adapter_pool_bytes", "api_version", b"api_version", "device", b"device", "dtype", b"dtype", "kernel_backend", b"kernel_backend", "max_adapter_slots", b"max_adapter_slots", "max_model_len", b"max_model_len", "max_num_batched_tokens", b"max_num_batched_tokens", "max_num_seqs", b"max_num_seqs", "model", b"model", "model_digest", b"model_digest", "model_type", b"model_type", "num_pages", b"num_pages", "page_size", b"page_size", "version", b"version", "vocab_size", b"vocab_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_pool_bytes", b"adapter_pool_bytes", "api_version", b"api_version", "device", b"device", "dtype", b"dtype", "kernel_backend", b"kernel_backend", "max_adapter_slots", b"max_adapter_slots", "max_model_len", b"max_model_len", "max_num_batched_tokens", b"max_num_batched_tokens", "max_num_seqs", b"max_num_seqs", "model", b"model", "model_digest", b"model_digest", "model_type", b"model_type", "num_pages", b"num_pages", "page_size", b"page_size", "tool_format", b"tool_format", "version", b"version", "vocab_size", b"vocab_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -20,7 +20,16 @@ T = TypeVar("T")
 
 MAX_CHOICES = 64  # of one request
 Int32 = Annotated[int, Field(ge=-(2**31), le=2**31 - 1)]
-List = Annotated[list[T], FailFast()]
+
+
+class _AtTheFirst(FailFast):
+    """One that unions may hold."""
+
+    def __hash__(self) -> int:
+        return hash(self.fail_fast)
+
+
+List = Annotated[list[T], _AtTheFirst()]
 TokenIds = List[Int32]
 
 

@@ -33,8 +33,9 @@ STATUSES = {
 class HttpError(Exception):
     """What HTTP alone can get wrong: said in its own terms, and nowhere else."""
 
-    def __init__(self, status: int, reason: str, message: str) -> None:
+    def __init__(self, status: int, reason: str, message: str, headers: Headers | None = None) -> None:
         self.status = status
+        self.headers = headers or []
         self.reason = reason
         super().__init__(message)
 
@@ -43,7 +44,7 @@ def told(error: BaseException) -> tuple[Explanation, int, Json, Headers]:
     """What happened, and a response's status, body and headers. Logs what is our bug."""
     if isinstance(error, HttpError):
         known = Explanation(code=grpc.StatusCode.INVALID_ARGUMENT, message=str(error), reason=error.reason, metadata={})
-        return known, error.status, _body(known, "invalid_request_error"), [(b"connection", b"close")]
+        return known, error.status, _body(known, "invalid_request_error"), error.headers
     known = explain(in_their_words(error) if isinstance(error, InvalidRequestError) else error)
     status, kind = STATUSES[known.code]
     return known, status, _body(known, kind), _headers(known)

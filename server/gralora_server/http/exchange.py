@@ -91,7 +91,8 @@ class Exchange:
                     if not message.get("more_body"):
                         return b"".join(parts)
         except TimeoutError:
-            raise HttpError(408, "BODY_TOO_SLOW", f"the body did not arrive within {BODY_S:g} s") from None
+            problem = f"the body did not arrive within {BODY_S:g} s"
+            raise HttpError(408, "BODY_TOO_SLOW", problem, [(b"connection", b"close")]) from None
 
     async def body(self, kind: type[AnyBody]) -> AnyBody:
         """The body as JSON of this kind. Raises `HttpError`, and InvalidRequestError naming the field."""
@@ -189,11 +190,13 @@ def _dumps(body: Json) -> bytes:
 
 
 def _invalid(error: pydantic.ValidationError) -> InvalidRequestError:
-    """Of the first field that is wrong, with all the ways in which it could be right."""
+    """Of the first field that is wrong. Where a value may be of several kinds, of the one that fits it furthest."""
     wrong = error.errors(include_url=False, include_context=False)
-    first = [one for one in wrong if one["loc"][:1] == wrong[0]["loc"][:1]]
-    problems = dict.fromkeys(one["msg"] for one in first)
-    return InvalidRequestError(_place(wrong[0]["loc"]), _shown(wrong[0]["input"]), "; ".join(problems))
+    of_field = [one for one in wrong if one["loc"][:1] == wrong[0]["loc"][:1]]
+    furthest = max(of_field, key=lambda one: len(one["loc"]))
+    place = _place(furthest["loc"])
+    problems = dict.fromkeys(one["msg"] for one in of_field if _place(one["loc"]) == place)
+    return InvalidRequestError(place, _shown(furthest["input"]), "; ".join(problems))
 
 
 def _place(parts: Sequence[str | int]) -> str:

@@ -11,14 +11,16 @@ from gralora_server.http.exchange import ABORT
 
 MAX_HEAD_BYTES = 64 << 10
 HEAD_S = 10.0  # from its first byte, or from a connection's beginning
+LINGER_S = 1.0  # closed at once, with something unread, a connection would lose what was answered
 
 
 class BoundedProtocol(HttpToolsProtocol):
     """One connection."""
 
     _head_bytes = 0
-    _in_head = True
-    _message_ended = False
+    _is_in_head = False
+    _message_ended = False  # in the data that is looked at
+    _is_refused = False
     _head_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -30,25 +32,28 @@ class BoundedProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        if self._is_refused:
+            return
         self._message_ended = False
         super().data_received(data)
-        if self.transport.is_closing() or not self._in_head:
+        if self.transport.is_closing() or not self._is_in_head:
             return
         if not self._message_ended:  # otherwise part of it belonged to the body before
             self._head_bytes += len(data)
         if self._head_bytes > MAX_HEAD_BYTES:
             self._refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
-        elif self._head_bytes:
+        else:
             self._watch_head()
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
+        self._is_in_head, self._head_bytes = True, 0
         self.scope[ABORT] = self.transport.abort  # type: ignore[typeddict-unknown-key]
 
     def on_headers_complete(self) -> None:
-        self._in_head = False
+        self._is_in_head = False
         self._unwatch_head()
-        if self.transport.is_closing():
+        if self._is_refused:
             return
         if sum(len(name) + len(value) for name, value in self.headers) + len(self.url) > MAX_HEAD_BYTES:
             self._refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
@@ -56,12 +61,12 @@ class BoundedProtocol(HttpToolsProtocol):
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
-        if not self.transport.is_closing():
+        if not self._is_refused:
             super().on_body(body)
 
     def on_message_complete(self) -> None:
-        self._in_head, self._head_bytes, self._message_ended = True, 0, True
-        if not self.transport.is_closing():
+        self._message_ended = True
+        if not self._is_refused:
             super().on_message_complete()
 
     def _watch_head(self) -> None:
@@ -74,7 +79,11 @@ class BoundedProtocol(HttpToolsProtocol):
             self._head_timer = None
 
     def _refuse(self, status: HTTPStatus) -> None:
-        """Nothing more is read from this connection."""
+        """Nothing that comes is looked at any more."""
+        self._is_refused = True
+        self._unwatch_head()
         line = f"HTTP/1.1 {status.value} {status.phrase}\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
         self.transport.write(line.encode())
-        self.transport.close()
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        self.loop.call_later(LINGER_S, self.transport.close)
