@@ -22,7 +22,7 @@ from gralora_server.client.records import Adapter, ServerInfo, TenantUsage
 PAGE_SIZE = 500  # adapters, or rows of usage, in one answer
 
 T = TypeVar("T")
-Message = ChatMessage | Mapping[str, str]
+Message = ChatMessage | Mapping[str, Any]  # of a message's fields
 
 
 class GenerateOptions(TypedDict, total=False):
@@ -97,7 +97,10 @@ def prompt_fields(
 
 def _chat_message(turn: Message) -> generation_pb2.ChatMessage:
     if isinstance(turn, ChatMessage):
-        return generation_pb2.ChatMessage(role=turn.role, content=turn.content)
+        calls = [generation_pb2.ToolCall(id=one.id, name=one.name, arguments=one.arguments) for one in turn.tool_calls]
+        return generation_pb2.ChatMessage(
+            role=turn.role, content=turn.content, tool_calls=calls, tool_call_id=turn.tool_call_id, name=turn.name
+        )
     return generation_pb2.ChatMessage(**turn)
 
 

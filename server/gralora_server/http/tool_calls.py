@@ -88,9 +88,9 @@ class Llama3Scanner:
 SCANNERS: dict[str, Callable[[], ToolScanner]] = {"hermes": HermesScanner, "llama3_json": Llama3Scanner}
 
 
-def calls_in(text: str, key: str) -> list[FoundCall]:
-    """Of a text that is nothing else: objects, or lists of them. None if something in it is no call."""
-    calls: list[FoundCall] = []
+def calls_in(text: str, key: str) -> list[str | FoundCall]:
+    """Of a text that is nothing else: objects, or lists of them. Empty if something in it is no call."""
+    calls: list[str | FoundCall] = []
     for one in _values(text):
         name, arguments = (one.get("name"), one.get(key, {})) if isinstance(one, dict) else (None, None)
         if not isinstance(name, str) or not isinstance(arguments, dict):
@@ -118,5 +118,5 @@ def _overlap(text: str, mark: str) -> int:
     return next((size for size in range(len(mark) - 1, 0, -1) if text.endswith(mark[:size])), 0)
 
 
-def _unless_empty(text: str) -> list[str]:
+def _unless_empty(text: str) -> list[str | FoundCall]:
     return [text] if text else []

@@ -125,6 +125,9 @@ class FleetEngine:
     async def tokenize(self, prompt: Prompt) -> TokenizeResult:
         return await self._base.tokenize(prompt)
 
+    def token_text(self, token_id: int) -> str:
+        return self._base.token_text(token_id)
+
     def info(self) -> EngineInfo:
         return self._base.info()
 
