@@ -83,7 +83,7 @@ def _sections(bench: Bench, vllm_python: str) -> list[Section]:
         "steps": lambda: sections.steps(bench),
         "long prompt": lambda: [sections.long_prompt(bench)],
         "kernel": lambda: [sections.kernel(bench)],
-        "gRPC": lambda: [sections.over_grpc(bench)],
+        "wires": lambda: [sections.over_wires(bench)],
     }
     measured = []
     before = measure_rates(bench.workload.bandwidth_bytes)

@@ -24,6 +24,7 @@ BASE = "our engine, base model"
 ONE = "our engine, 1 adapter"
 TRANSFORMERS = "transformers, base model"
 GRPC = "gRPC, server and client in their own processes"
+HTTP = "HTTP, the same server, a client of its own"
 ALONE = 4  # requests that the isolation section repeats alone
 
 
@@ -251,7 +252,7 @@ def kernel(bench: Bench) -> Section:
     )
 
 
-def over_grpc(bench: Bench) -> Section:
+def over_wires(bench: Bench) -> Section:
     """What the service costs beside the engine that it drives."""
     requests = bench.requests(bench.by_k[bench.workload.k], bench.workload.crowd)
     in_process = bench.ours(adapters_name(bench.workload.crowd), requests)
@@ -262,20 +263,23 @@ def over_grpc(bench: Bench) -> Section:
         adapter_pool_bytes=bench.pool_bytes,
         kv_cache_bytes=KV_CACHE_BYTES,
     ) as service:
-        remote = Contender(name=GRPC, run=lambda _: [service.client.run(requests)])
-        rows = bench.measure([in_process, remote])
+        grpc = Contender(name=GRPC, run=lambda _: [service.grpc_client.run(requests)])
+        http = Contender(name=HTTP, run=lambda _: [service.http_client.run(requests)])
+        rows = bench.measure([in_process, grpc, http])
         memory_bytes = service.server.memory_bytes
         assert memory_bytes is not None  # it has just answered
         bench.note_memory("`gralora serve` with those adapters", memory_bytes, "resident memory of its process")
     return Section(
         key="grpc",
-        title=f"{len(requests)} streams through gRPC",
-        text="The real server in one process, the Python client in another, on the same cores; beside it the engine "
+        title=f"{len(requests)} streams through gRPC, and through HTTP",
+        text="The real server in one process, a Python client in another, on the same cores; beside it the engine "
         "stepped directly. Steady state is the decode step: all streams run.",
         rows=rows,
         ratios=[
             Ratio(title="gRPC / in process, steady state", ours=GRPC, theirs=in_process.name, measure=STEP),
             Ratio(title="gRPC / in process, whole run", ours=GRPC, theirs=in_process.name),
+            Ratio(title="HTTP / in process, steady state", ours=HTTP, theirs=in_process.name, measure=STEP),
+            Ratio(title="HTTP / in process, whole run", ours=HTTP, theirs=in_process.name),
         ],
     )
 

@@ -1,4 +1,4 @@
-"""The real server in its own process (`gralora serve`), and a client in another."""
+"""The real server in its own process (`gralora serve`), and a client of each of its ports in others."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from gralora_server.loadtest.local_server import LocalServer, running
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """A server that takes requests, and the client that asks it."""
+    """A server that takes requests, and the clients that ask it."""
 
-    client: Worker
+    grpc_client: Worker
+    http_client: Worker
     server: LocalServer
 
 
@@ -25,12 +26,19 @@ class Service:
 def serving(
     model_dir: Path, adapters_dir: Path, *, max_num_seqs: int, adapter_pool_bytes: int, kv_cache_bytes: int
 ) -> Iterator[Service]:
-    """With the settings of the engine that it is compared with. Both processes end with the block."""
-    command = ["serve", "--log-level", "error", "--address", "127.0.0.1:0"]
+    """With the settings of the engine that it is compared with. All processes end with the block."""
+    command = ["serve", "--log-level", "error", "--address", "127.0.0.1:0", "--http-address", "127.0.0.1:0"]
     command += ["--model", str(model_dir), "--adapters", str(adapters_dir), "--no-prefix-cache"]
     command += ["--max-num-seqs", str(max_num_seqs), "--kv-cache-bytes", str(kv_cache_bytes)]
     command += ["--adapter-pool-bytes", str(adapter_pool_bytes)]
     with running(command) as server:
-        client = [sys.executable, "-m", "benchmarks.grpc_client", server.address]
-        with Worker(client, environment=os.environ) as worker:
-            yield Service(worker, server)
+        assert server.http_address is not None
+        with (
+            _client("benchmarks.grpc_client", server.address) as grpc_client,
+            _client("benchmarks.http_client", server.http_address) as http_client,
+        ):
+            yield Service(grpc_client, http_client, server)
+
+
+def _client(module: str, address: str) -> Worker:
+    return Worker([sys.executable, "-m", module, address], environment=os.environ)

@@ -27,6 +27,7 @@ class LocalServer:
 
     address: str
     metrics_address: str | None
+    http_address: str | None
     process: psutil.Process
 
     @property
@@ -57,7 +58,8 @@ def running(arguments: Sequence[str], environment: Mapping[str, str] | None = No
                 process.wait(STOP_S)
                 raise ConfigError(f"the server did not start: {errors.text() or f'exit status {process.returncode}'}")
             ready = json.loads(line)
-            yield LocalServer(ready["address"], ready.get("metrics_address"), psutil.Process(process.pid))
+            also = (ready.get("metrics_address"), ready.get("http_address"))
+            yield LocalServer(ready["address"], *also, psutil.Process(process.pid))
         finally:
             _stop(process)
 
