@@ -20,7 +20,7 @@ demo: $(STAMP)
 	$(BIN)/python examples/demo.py
 
 serve: $(STAMP)
-	$(BIN)/gralora serve --adapters examples/adapters
+	$(BIN)/gralora serve --adapters examples/adapters --http-address 127.0.0.1:8000
 
 # One process for each core, and a file's tests all in one of them, so that what they share is made once. Files in their
 # order: the quickest are the last ones, and nobody waits long for a neighbour. Then those that stand no neighbours; and

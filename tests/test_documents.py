@@ -8,13 +8,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import typer
 
 from gralora_runtime.errors import GraloraError
 from gralora_server.cli.app import app
-from gralora_server.status import CODES
+from gralora_server.explanation import CODES
+from gralora_server.gate import Gate
+from gralora_server.http.adapters import AdapterEndpoints
+from gralora_server.http.generation import GenerationEndpoints
+from gralora_server.http.server_endpoints import ServerEndpoints
+from gralora_server.servicers import AdapterServicer
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = ["README.md", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))]
@@ -162,6 +168,20 @@ def test_the_client_page_has_every_reason_of_a_status() -> None:
     told = {(cells[0].strip("`"), cells[1]) for cells in rows(table) if cells[0].startswith("`")}
 
     assert told == codes | {("INTERNAL", "INTERNAL")}
+
+
+def test_the_page_of_http_has_every_endpoint() -> None:
+    gate, anything = Gate(), MagicMock()
+    endpoints = [
+        *GenerationEndpoints(gate, anything, write_timeout_s=1).all(),
+        *AdapterEndpoints(gate, AdapterServicer(gate, anything, anything)).all(),
+        *ServerEndpoints(gate, anything, ()).all(),
+    ]
+    table = read("docs/http.md").partition("## Endpoints")[2].partition("##")[0]
+
+    assert set(re.findall(r"`((?:GET|POST|DELETE) [^`]+)`", table)) == {
+        f"{endpoint.verb} {endpoint.path.replace('{name:path}', 'NAME')}" for endpoint in endpoints
+    }
 
 
 @pytest.mark.parametrize(("column", "result"), [(1, "bench.json"), (2, "bench-avx512.json")])
