@@ -237,9 +237,10 @@ def test_a_timeout_is_in_microseconds() -> None:
 
 @given(sampling=st.dictionaries(st.sampled_from([*EVERYTHING, *LISTS, *HARMLESS, "lora_name", "?"]), JSON, max_size=4))
 def test_any_json_is_taken_or_refused_for_a_reason(sampling: dict[str, Any]) -> None:
+    blamed = ""
     try:
-        generation = read(infer(sampling=sampling)).generation
+        read(infer(sampling=sampling)).generation.SerializeToString()
     except InvalidRequestError as error:
-        assert error.field in {*sampling, "sampling_parameters"}
-    else:
-        assert generation_pb2.StreamGenerateRequest.FromString(generation.SerializeToString()) == generation
+        blamed = error.field
+
+    assert blamed in {"", *sampling}

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 
 import grpc
-from support.grpc_harness import Served, served
+from support.grpc_harness import Client, Served, served
 
 from gralora.foreign import kserve_pb2
 from gralora_server.kserve.tensors import BOOL, BYTES, UINT32, string_bytes
@@ -84,8 +84,8 @@ def is_final(response: Response) -> bool:
 class Talk:
     """One call of `ModelStreamInfer`."""
 
-    def __init__(self, s: Served, **call: object) -> None:
-        self.call = s.client.kserve.ModelStreamInfer(**call)
+    def __init__(self, client: Client, **call: object) -> None:
+        self.call = client.kserve.ModelStreamInfer(**call)
 
     async def send(self, *requests: Request) -> None:
         for request in requests:
