@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.grpcurl import grpcurl
+
 from e2e.conftest import serving
-from e2e.test_grpcurl import grpcurl
 
 SERVICE = "inference.GRPCInferenceService"
 SCRIPT = Path(__file__).parent.parent / "support" / "triton_client.py"
