@@ -15,7 +15,7 @@ from support.tenants import OPERATOR, OWN, PUBLIC, THEIRS, Metadata, as_, bearin
 from gralora.foreign import kserve_pb2
 from gralora.v1 import adapters_pb2, generation_pb2, server_pb2
 from gralora_runtime.request import GenerationRequest
-from gralora_server.tenants.roles import ROLES
+from gralora_server.tenants.roles import ROLES, may_call
 from gralora_server.tenants.settings import Role
 
 Code = grpc.StatusCode
@@ -178,6 +178,11 @@ def test_every_rpc_is_in_the_tables() -> None:
     """A new one has to say who may call it, here and in the server."""
     assert set(ROLES) == set(methods())
     assert set(RPCS) == {method.rpartition("/")[2] for method in methods()}
+
+
+@pytest.mark.parametrize("package", ["gralora.v1", "inference"])
+def test_a_method_that_no_table_has_is_the_operators(package: str) -> None:
+    assert [role for role in Role if may_call(role, f"/{package}.Service/New")] == [Role.ADMIN]
 
 
 async def outcome(s: Served, rpc: Rpc, name: str, metadata: Metadata) -> Outcome:

@@ -10,7 +10,7 @@ from gralora.foreign import kserve_pb2
 from gralora.v1 import generation_pb2
 from gralora_runtime.errors import InvalidRequestError
 from gralora_server.kserve import parameters
-from gralora_server.kserve.naming import ModelName
+from gralora_server.kserve.naming import ModelName, in_their_words
 from gralora_server.kserve.tensors import OUTPUTS, is_output, read_inputs
 from gralora_server.validation import validate_request_id
 
@@ -37,7 +37,8 @@ class Asked:
 
 def read_request(request: kserve_pb2.ModelInferRequest, *, base: str) -> Asked:
     """`base`: the base model's name. Raises InvalidRequestError naming a field, an input or a parameter."""
-    _check_id(request.id)
+    with in_their_words({"request_id": "id"}):
+        validate_request_id(request.id)
     given = _parameters(request)
     given |= read_inputs(request)
     wants_final = parameters.flag(FINAL_WANTED, given.pop(FINAL_WANTED, False))
@@ -61,13 +62,6 @@ def read_request(request: kserve_pb2.ModelInferRequest, *, base: str) -> Asked:
         wants_final=wants_final,
         timeout_s=timeout_s,
     )
-
-
-def _check_id(request_id: str) -> None:
-    try:
-        validate_request_id(request_id)
-    except InvalidRequestError as error:
-        raise error.renamed("id") from None
 
 
 def _parameters(request: kserve_pb2.ModelInferRequest) -> dict[str, object]:
