@@ -40,8 +40,10 @@ class Caller:
 
     async def _send(self, mutant: Mutant) -> Ending:
         method, path = mutant.method, mutant.method.path
+        if method.sends_many and method.answers_many:
+            call = self._blocking.stream_stream(path)(iter(mutant.parts), timeout=self._deadline_s)
+            return await asyncio.to_thread(_worst, call, mutant)
         if method.sends_many:
-            assert not method.answers_many, f"{path}: streams both ways are not known here"
             await _result(self._blocking.stream_unary(path).future(iter(mutant.parts), timeout=self._deadline_s))
         elif method.answers_many:
             call = self._channel.unary_stream(path)(mutant.parts[0], timeout=self._deadline_s)
@@ -68,6 +70,17 @@ async def _read(call: Any, mutant: Mutant) -> None:
                 return
     finally:
         call.cancel()
+
+
+def _worst(call: Any, mutant: Mutant) -> Ending:
+    """Of a call that goes on after errors, which its messages tell: what became of its requests."""
+    ending = OK
+    for raw in call:
+        reason, _, message = getattr(mutant.method.response.FromString(raw), "error_message", "").partition(": ")
+        if reason and ending.code is grpc.StatusCode.OK:
+            code = grpc.StatusCode.INTERNAL if reason == "INTERNAL" else grpc.StatusCode.OK
+            ending = Ending(code=code, reason=reason, message=message)
+    return ending
 
 
 async def _result(call: Any) -> None:

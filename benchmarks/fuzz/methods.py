@@ -9,7 +9,10 @@ from dataclasses import dataclass
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 
+import gralora.foreign
 import gralora.v1
+
+PACKAGES = (gralora.foreign, gralora.v1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +31,12 @@ class Method:
 
 
 def methods() -> tuple[Method, ...]:
-    modules = [one.name for one in pkgutil.iter_modules(gralora.v1.__path__) if one.name.endswith("_pb2")]
+    modules = [
+        f"{package.__name__}.{one.name}"
+        for package in PACKAGES
+        for one in pkgutil.iter_modules(package.__path__)
+        if one.name.endswith("_pb2")
+    ]
     return tuple(
         Method(
             path=f"/{service.full_name}/{method.name}",
@@ -38,6 +46,6 @@ def methods() -> tuple[Method, ...]:
             answers_many=method.server_streaming,
         )
         for module in sorted(modules)
-        for service in importlib.import_module(f"gralora.v1.{module}").DESCRIPTOR.services_by_name.values()
+        for service in importlib.import_module(module).DESCRIPTOR.services_by_name.values()
         for method in service.methods
     )

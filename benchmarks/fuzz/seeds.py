@@ -1,11 +1,12 @@
 """Valid requests of every RPC, with all of their fields filled: what mutations begin with.
 
-A field's value follows from its name and type, so that a new field is filled, too. Only uploads are made by hand: their
-messages belong together.
+A field's value follows from its name and type, so that a new field is filled, too. Only two kinds are made by hand:
+uploads, whose messages belong together, and what KServe's protocol calls an inference, whose tensors do.
 """
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,14 +17,22 @@ from google.protobuf.message import Message
 
 from benchmarks.fuzz.methods import Method
 from benchmarks.fuzz.structure import fields_of
+from gralora.foreign import kserve_pb2
 from gralora.v1 import adapters_pb2
 from gralora_server.client.push import Push
+from gralora_server.kserve.tensors import BOOL, BYTES, string_bytes
 
 PUSHED, NUM_PUSHED = "pushed-", 8  # names of uploads: few, so that calls get in each other's way
 # Fields that take a text of a certain kind; each is drawn anew for each request.
 _WORDS = {"text": "w3 w4 w5", "content": "w6 w7", "role": "user", "version": "1", "canary_key": "somebody"}
-_NAMED = frozenset({"adapter", "name", "prefix", "path"})
-_EMPTY = frozenset({"page_token", "tenant"})  # what else they may be, a server says
+_NAMED = frozenset({"adapter", "name", "prefix", "path", "model_name"})
+_EMPTY = frozenset({"page_token", "tenant", "repository_name"})  # what else they may be, a server says
+_SAMPLING = {
+    "temperature": "0.5", "top_p": 0.9, "top_k": "7", "min_p": 0.1, "repetition_penalty": 1.1, "presence_penalty": "1",
+    "frequency_penalty": 1, "seed": 5, "logit_bias": {"5": 1}, "max_tokens": 4, "min_tokens": "1", "stop": ["w9"],
+    "stop_token_ids": [9], "ignore_eos": True, "n": 1, "canary_key": "somebody",
+}  # fmt: skip
+MAX_SIDE_BY_SIDE = 3  # requests of one stream
 
 
 class Seeds:
@@ -36,11 +45,30 @@ class Seeds:
 
     def draw(self, rng: random.Random, method: Method) -> list[Message]:
         """The messages of one call."""
+        if method.request is kserve_pb2.ModelInferRequest:
+            count = rng.randint(1, MAX_SIDE_BY_SIDE) if method.sends_many else 1
+            return [self._inference(rng, in_pieces=method.sends_many) for _ in range(count)]
         if method.sends_many:
             return [method.request.FromString(part.SerializeToString()) for part in rng.choice(self._uploads)]
         message = method.request()
         self._fill(rng, message)
         return [message]
+
+    def _inference(self, rng: random.Random, *, in_pieces: bool) -> kserve_pb2.ModelInferRequest:
+        """With its tensors raw or not."""
+        message = kserve_pb2.ModelInferRequest(model_name=rng.choice(self._names), id=f"fuzzed-{rng.getrandbits(48):x}")
+        raw = rng.random() < 0.5
+        for name, value in (
+            ("text_input", _WORDS["text"]),
+            ("sampling_parameters", json.dumps(_SAMPLING)),
+            ("stream", in_pieces),
+            ("exclude_input_in_output", True),
+            ("return_finish_reason", True),
+        ):
+            _add_tensor(message, name, value, raw=raw)
+        message.parameters["triton_enable_empty_final_response"].bool_param = True
+        message.parameters["timeout"].int64_param = 10_000_000
+        return message
 
     def _fill(self, rng: random.Random, message: Message) -> None:
         if isinstance(message, adapters_pb2.AdapterUploadHeader):
@@ -55,7 +83,8 @@ class Seeds:
     def _fill_field(self, rng: random.Random, message: Message, field: FieldDescriptor) -> None:
         there = getattr(message, field.name)
         if field.message_type is not None and field.message_type.GetOptions().map_entry:
-            there[5] = 1.0
+            if field.message_type.fields_by_name["value"].message_type is None:  # parameters of the others none knows
+                there[5] = 1.0
         elif field.message_type is not None:
             self._fill(rng, there.add() if field.is_repeated else there)
         elif field.is_repeated:
@@ -72,3 +101,13 @@ class Seeds:
         if field.cpp_type == FieldDescriptor.CPPTYPE_BOOL:
             return field.name not in ("pin", "pinned", "delete_upload")  # nothing could be brought into a pool of those
         return 4 if field.name == "max_tokens" else 1  # which everything that is a number may be
+
+
+def _add_tensor(message: kserve_pb2.ModelInferRequest, name: str, value: bool | str, *, raw: bool) -> None:
+    tensor = message.inputs.add(name=name, datatype=BOOL if isinstance(value, bool) else BYTES, shape=[1])
+    if raw:
+        message.raw_input_contents.append(bytes([value]) if isinstance(value, bool) else string_bytes(value))
+    elif isinstance(value, bool):
+        tensor.contents.bool_contents.append(value)
+    else:
+        tensor.contents.bytes_contents.append(value.encode())

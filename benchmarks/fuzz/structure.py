@@ -79,7 +79,11 @@ def _fill(rng: random.Random, message: Message, field: FieldDescriptor) -> None:
         assert field.message_type is not None
         key, value = field.message_type.fields_by_name["key"], field.message_type.fields_by_name["value"]
         for number in range(count):
-            there[_value(rng, key) if count == 1 else number] = _value(rng, value)
+            name = _value(rng, key) if count == 1 else _numbered(key, number)
+            if value.message_type is not None:
+                change(rng, there[name])
+            else:
+                there[name] = _value(rng, value)
     elif field.message_type is not None:
         copied = [type(one).FromString(one.SerializeToString()) for one in there[:1]]
         for _ in range(_at_most(count, sum(one.ByteSize() for one in copied))):
@@ -87,6 +91,10 @@ def _fill(rng: random.Random, message: Message, field: FieldDescriptor) -> None:
     else:
         value = _value(rng, field)
         there.extend([value] * _at_most(count, len(value) if isinstance(value, str | bytes) else 0))
+
+
+def _numbered(key: FieldDescriptor, number: int) -> int | str:
+    return str(number) if key.cpp_type == FieldDescriptor.CPPTYPE_STRING else number
 
 
 def _at_most(count: int, num_bytes: int) -> int:

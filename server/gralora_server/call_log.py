@@ -45,12 +45,17 @@ class SparseLog:
 
 def call_fields(method: str, request: Any, code: grpc.StatusCode, duration_s: float) -> dict[str, object]:
     """Of the current caller's call: which message it brought, if it came so far, and how it ended."""
-    adapter = getattr(request, "adapter", "") or getattr(request, "name", "")
+    adapter = _first_of(request, "adapter", "name", "model_name")
     tenant = current().tenant
     return {
         "method": method,
-        "request_id": clip(getattr(request, "request_id", ""), 128),
+        "request_id": clip(_first_of(request, "request_id", "id"), 128),
         "adapter": clip(adapter, 128),
         "code": code.name,
         "duration_ms": round(duration_s * 1000, 1),
     } | ({"tenant": tenant} if tenant else {})
+
+
+def _first_of(request: Any, *fields: str) -> str:
+    """What one of them says: messages of ours and of KServe's have different ones."""
+    return next((said for field in fields if (said := getattr(request, field, ""))), "")

@@ -20,10 +20,9 @@ from gralora_server.call_log import Clock, SparseLog, call_fields, log_call
 from gralora_server.decoding import Behavior, Context, Handler, behavior_of, decoding, preceded, with_behavior
 from gralora_server.status import Failure, failure_of
 from gralora_server.tenants.caller import Recognise, set_current
-from gralora_server.tenants.roles import check_call
+from gralora_server.tenants.roles import OURS, check_call
 from gralora_server.tenants.tenancy import Tenancy
 
-OUR_METHODS = "/gralora.v1."
 HEALTH_METHODS = "/grpc.health.v1.Health/"  # probes carry no token
 
 Continuation = Callable[[grpc.HandlerCallDetails], Awaitable["grpc.RpcMethodHandler[Any, Any]"]]
@@ -89,7 +88,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # 
         if not handler:
             return handler  # there is no such method
         behavior = behavior_of(handler)
-        if call.method.startswith(OUR_METHODS):
+        if call.method.startswith(OURS):
             behavior = _observed(call.method, behavior)
         return with_behavior(handler, decoding(handler, behavior, self._refusal(call.method)))
 

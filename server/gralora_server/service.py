@@ -32,6 +32,7 @@ from gralora_server.gate import Gate, Phase
 from gralora_server.generating import Generating
 from gralora_server.health import Health
 from gralora_server.interceptors import AuthInterceptor, CallInterceptor
+from gralora_server.kserve.naming import SERVICE as KSERVE_SERVICE
 from gralora_server.metrics.page import MetricsPage
 from gralora_server.objectives import Objectives
 from gralora_server.ports import Engine, EngineFactory
@@ -85,7 +86,8 @@ class GrpcServer:
         self.reloader.add(self._objectives)
         self.quotas = Quotas()
         self.usage = Usage()
-        self._health = Health(SERVICES)
+        self._services = (*SERVICES, KSERVE_SERVICE) if config.kserve else SERVICES
+        self._health = Health(self._services)
         self.tenancy = Tenancy(
             config.tenancy or self.reloader.settings,
             token_file=config.auth_token_file,
@@ -158,10 +160,22 @@ class GrpcServer:
         adapters_pb2_grpc.add_AdapterServiceServicer_to_server(self.adapters, self._server)
         self.about = ServerServicer(self.gate, rights, self.reloader, self.usage)
         server_pb2_grpc.add_ServerServiceServicer_to_server(self.about, self._server)
+        if self._config.kserve:
+            self._register_kserve(rights)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         if self._config.reflection:
-            names = (*SERVICES, HEALTH_SERVICE, reflection.SERVICE_NAME)
+            names = (*self._services, HEALTH_SERVICE, reflection.SERVICE_NAME)
             reflection.enable_server_reflection(names, self._server)
+
+    def _register_kserve(self, rights: Rights) -> None:
+        # Its messages have the names that tritonclient's have, and a process can have only one of both.
+        from gralora.foreign import kserve_pb2_grpc
+        from gralora_server.kserve.servicer import KServeServicer
+
+        kserve = KServeServicer(
+            self.gate, self.generating, self.adapters, rights, write_timeout_s=self._config.write_timeout_s
+        )
+        kserve_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(kserve, self._server)
 
 
 async def serve(

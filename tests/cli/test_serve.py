@@ -71,15 +71,11 @@ def test_every_option_reaches_its_configuration(configured, tmp_path: Path) -> N
         "--max-connection-age-s": "53", "--log-level": "debug", "--first-token-s": "0.5",
         "--step-timeout-s": "61",
     }  # fmt: skip
-    switches = {"--prefix-cache", "--batch-invariant", "--allow-archives", "--reflection", "--supervise"}
+    switches = {"--prefix-cache", "--batch-invariant", "--allow-archives", "--reflection", "--kserve", "--supervise"}
     assert options.keys() | switches == {setting.option for setting in SETTINGS}
     words = [word for pair in options.items() for word in pair] + ["--adapters", "/b"]
-    assert (
-        run(
-            ["serve", *words, "--no-prefix-cache", "--batch-invariant", "--allow-archives", "--no-reflection", "--json"]
-        )
-        == ExitCode.OK
-    )
+    set_otherwise = ["--no-prefix-cache", "--batch-invariant", "--allow-archives", "--no-reflection", "--kserve"]
+    assert run(["serve", *words, *set_otherwise, "--json"]) == ExitCode.OK
     ((server, engine, as_json),) = configured
 
     assert server == ServerConfig(
@@ -89,6 +85,7 @@ def test_every_option_reaches_its_configuration(configured, tmp_path: Path) -> N
         auth_token_file=Path("/t"),
         metrics=MetricsConfig(host="::1", port=41),
         state_dir=Path("/s"),
+        kserve=True,
         reflection=False,
         max_request_s=31.0,
         drain_grace_s=37.0,

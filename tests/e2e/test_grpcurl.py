@@ -3,19 +3,8 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
-GRPCURL = Path(sys.executable).with_name("grpcurl")
-
-
-def grpcurl(*arguments: str, expect: int = 0) -> str:
-    done = subprocess.run(
-        [str(GRPCURL), "-plaintext", *arguments], capture_output=True, text=True, timeout=60, check=False
-    )
-    assert done.returncode == expect, done.stderr
-    return done.stdout if expect == 0 else done.stderr
+from support.grpcurl import grpcurl
 
 
 def test_reflection_lists_every_service(tiny_server: str) -> None:

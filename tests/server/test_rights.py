@@ -9,11 +9,13 @@ import grpc
 import pytest
 from support.fake_engine import FakeEngine, finished
 from support.grpc_harness import Client, Failed, Served, ask, ask_once, failure, read_all, served
+from support.kserve import Talk, infer, kserve_served
 from support.tenants import OPERATOR, OWN, PUBLIC, THEIRS, Metadata, as_, bearing, furnish, two_tenants
 
+from gralora.foreign import kserve_pb2
 from gralora.v1 import adapters_pb2, generation_pb2, server_pb2
 from gralora_runtime.request import GenerationRequest
-from gralora_server.tenants.roles import ROLES
+from gralora_server.tenants.roles import ROLES, may_call
 from gralora_server.tenants.settings import Role
 
 Code = grpc.StatusCode
@@ -44,6 +46,8 @@ class Rpc:
 
 
 ANYWAY = (OK,) * 5
+UNKNOWN = ["ADAPTER_NOT_FOUND"]
+ANSWERS = (([], [], UNKNOWN, UNKNOWN, UNKNOWN), ([], [], [], UNKNOWN, UNKNOWN))
 USES = ((OK, OK, ABSENT, ABSENT, ABSENT), (OK, OK, OK, ABSENT, ABSENT))
 TELLS = (([OWN], [PUBLIC], [], [], []), ([OWN], [PUBLIC], [THEIRS], [], []))
 CHANGES = ((OK, DENIED, ABSENT, ABSENT, ABSENT), (OK, OK, OK, ABSENT, ABSENT))
@@ -65,6 +69,27 @@ async def watched(client: Client, name: str, metadata: Metadata) -> list[str]:
     return [adapter.name for adapter in news.adapters]
 
 
+async def indexed(client: Client, name: str, metadata: Metadata) -> list[str]:
+    answer = await client.kserve.RepositoryIndex(kserve_pb2.RepositoryIndexRequest(), metadata=metadata)
+    return [model.name for model in answer.models if model.name == name]
+
+
+async def ready(client: Client, name: str, metadata: Metadata) -> list[str]:
+    answer = await client.kserve.ModelReady(kserve_pb2.ModelReadyRequest(name=name), metadata=metadata)
+    return [name] if answer.ready else []
+
+
+async def streamed(client: Client, name: str, metadata: Metadata) -> list[str]:
+    """Of each answer the reason, if it is an error."""
+    talk = Talk(client, metadata=metadata)
+    await talk.send(infer(model=name))
+    messages = await talk.answers()
+    return [message.error_message.partition(":")[0] for message in messages if message.error_message]
+
+
+TELLING = (listed, watched, indexed, ready, streamed)
+
+
 def unary(service: str, method: str, request: type, **fields: object) -> Callable[..., Awaitable[object]]:
     """A call whose request names the adapter as `name`."""
 
@@ -81,6 +106,16 @@ def header(name: str) -> adapters_pb2.AdapterUploadHeader:
 def change(method: str, **fields: object) -> Rpc:
     request = getattr(adapters_pb2, f"{method}Request")
     return Rpc(unary("adapters", method, request, **fields), *CHANGES, Role.MANAGE)
+
+
+def repository(method: str, outcomes: tuple[tuple[Outcome, ...], tuple[Outcome, ...]]) -> Rpc:
+    request = getattr(kserve_pb2, f"{method}Request")
+    return Rpc(lambda c, n, m: getattr(c.kserve, method)(request(model_name=n), metadata=m), *outcomes, Role.MANAGE)
+
+
+def about_the_server(method: str) -> Rpc:
+    request = getattr(kserve_pb2, f"{method}Request")()
+    return Rpc(lambda c, _, m: getattr(c.kserve, method)(request, metadata=m), ANYWAY, ANYWAY)
 
 
 def about_no_adapter(method: str, *, role: Role = Role.GENERATE, **fields: object) -> Rpc:
@@ -118,12 +153,23 @@ RPCS = {
     "Tokenize": about_no_adapter("Tokenize", text="hello"),
     "AbortRequest": about_no_adapter("AbortRequest", request_id="r1"),
     "ReloadConfig": about_no_adapter("ReloadConfig", role=Role.ADMIN),
+    "ServerLive": about_the_server("ServerLive"),
+    "ServerReady": about_the_server("ServerReady"),
+    "ServerMetadata": about_the_server("ServerMetadata"),
+    "ModelReady": Rpc(ready, *TELLS),
+    "ModelMetadata": Rpc(unary("kserve", "ModelMetadata", kserve_pb2.ModelMetadataRequest), *USES),
+    "ModelConfig": Rpc(unary("kserve", "ModelConfig", kserve_pb2.ModelConfigRequest), *USES),
+    "ModelInfer": Rpc(lambda c, n, m: c.kserve.ModelInfer(infer(model=n), metadata=m), *USES),
+    "ModelStreamInfer": Rpc(streamed, *ANSWERS),
+    "RepositoryIndex": Rpc(indexed, *TELLS),
+    "RepositoryModelLoad": repository("RepositoryModelLoad", CREATES),
+    "RepositoryModelUnload": repository("RepositoryModelUnload", CHANGES),
 }
 
 
 def methods() -> Iterator[str]:
-    """All that the three services have, as their descriptors say."""
-    for file in (generation_pb2, adapters_pb2, server_pb2):
+    """All that the services have, as their descriptors say."""
+    for file in (generation_pb2, adapters_pb2, server_pb2, kserve_pb2):
         for service in file.DESCRIPTOR.services_by_name.values():
             yield from (f"/{service.full_name}/{method.name}" for method in service.methods)
 
@@ -134,13 +180,18 @@ def test_every_rpc_is_in_the_tables() -> None:
     assert set(RPCS) == {method.rpartition("/")[2] for method in methods()}
 
 
+@pytest.mark.parametrize("package", ["gralora.v1", "inference"])
+def test_a_method_that_no_table_has_is_the_operators(package: str) -> None:
+    assert [role for role in Role if may_call(role, f"/{package}.Service/New")] == [Role.ADMIN]
+
+
 async def outcome(s: Served, rpc: Rpc, name: str, metadata: Metadata) -> Outcome:
     s.engine.script = [finished()]
     try:
         answer = await rpc.call(s.client, name, metadata)
     except grpc.aio.AioRpcError as error:
         return error.code()
-    return answer if rpc.call in (listed, watched) else OK
+    return answer if rpc.call in TELLING else OK
 
 
 def untouched(engine: FakeEngine) -> bool:
@@ -159,7 +210,7 @@ async def test_each_role_may_what_it_may(method: str, relation: str) -> None:
     }
     found = {}
     for role in Role:
-        async with served(tenancy=two_tenants()) as s:
+        async with kserve_served(tenancy=two_tenants()) as s:
             furnish(s)
             found[role] = await outcome(s, rpc, name, as_("acme", role))
             if role is not Role.ADMIN and (expected[role] is DENIED or relation in ("theirs", "absent")):
@@ -171,7 +222,7 @@ async def test_each_role_may_what_it_may(method: str, relation: str) -> None:
 @pytest.mark.parametrize("method", [name for name, rpc in RPCS.items() if ABSENT in rpc.tenant or DENIED in rpc.tenant])
 async def test_another_tenants_adapter_is_refused_as_one_that_there_is_not(method: str) -> None:
     """To the letter, in all that a client receives."""
-    async with served(tenancy=two_tenants()) as s:
+    async with kserve_served(tenancy=two_tenants()) as s:
         furnish(s)
         refusals = [
             await failure(RPCS[method].call(s.client, name, as_("acme", Role.MANAGE)))

@@ -14,6 +14,7 @@ from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2_grpc
 from support.fake_engine import FakeEngine
 
+from gralora.foreign import kserve_pb2_grpc
 from gralora.v1 import (
     adapters_pb2_grpc,
     generation_pb2,
@@ -42,6 +43,7 @@ class Client:
     adapters: adapters_pb2_grpc.AdapterServiceStub = field(init=False)
     server: server_pb2_grpc.ServerServiceStub = field(init=False)
     health: health_pb2_grpc.HealthStub = field(init=False)
+    kserve: kserve_pb2_grpc.GRPCInferenceServiceStub = field(init=False)  # of servers that have it
 
     def __post_init__(self) -> None:
         stubs = {
@@ -49,6 +51,7 @@ class Client:
             "adapters": adapters_pb2_grpc.AdapterServiceStub,
             "server": server_pb2_grpc.ServerServiceStub,
             "health": health_pb2_grpc.HealthStub,
+            "kserve": kserve_pb2_grpc.GRPCInferenceServiceStub,
         }
         for name, stub in stubs.items():
             object.__setattr__(self, name, stub(self.channel))

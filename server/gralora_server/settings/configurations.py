@@ -42,6 +42,7 @@ def server_config(settings: Settings) -> ServerConfig:
         auth_token_file=server.token_file,
         metrics=_metrics(server.metrics_address),
         http=_http(server.http_address),
+        kserve=server.kserve,
         reflection=server.reflection,
         max_message_bytes=server.max_message_bytes,
         max_request_s=server.max_request_s,

@@ -5,16 +5,18 @@ from __future__ import annotations
 from gralora_server.errors import PermissionDeniedError
 from gralora_server.tenants.settings import Role
 
-_OURS = "/gralora.v1."
+OURS = ("/gralora.v1.", "/inference.")  # the methods that this server has beside health and reflection begin so
+_GENERATION, _ADAPTERS, _SERVER = (f"/gralora.v1.{part}Service/" for part in ("Generation", "Adapter", "Server"))
+_KSERVE = "/inference.GRPCInferenceService/"
 _RANKS = {role: number for number, role in enumerate(Role)}
 
 ROLES: dict[str, Role] = {
-    f"{_OURS}{service}/{method}": role
+    f"{service}{method}": role
     for service, role, methods in (
-        ("GenerationService", Role.GENERATE, ("Generate", "StreamGenerate")),
-        ("AdapterService", Role.GENERATE, ("ListAdapters", "GetAdapter", "WatchAdapters")),
+        (_GENERATION, Role.GENERATE, ("Generate", "StreamGenerate")),
+        (_ADAPTERS, Role.GENERATE, ("ListAdapters", "GetAdapter", "WatchAdapters")),
         (
-            "AdapterService",
+            _ADAPTERS,
             Role.MANAGE,
             (
                 "LoadAdapter",
@@ -27,8 +29,24 @@ ROLES: dict[str, Role] = {
                 "SetAdapterCanary",
             ),
         ),
-        ("ServerService", Role.GENERATE, ("GetServerInfo", "GetLoad", "GetUsage", "Tokenize", "AbortRequest")),
-        ("ServerService", Role.ADMIN, ("ReloadConfig",)),
+        (_SERVER, Role.GENERATE, ("GetServerInfo", "GetLoad", "GetUsage", "Tokenize", "AbortRequest")),
+        (_SERVER, Role.ADMIN, ("ReloadConfig",)),
+        (
+            _KSERVE,
+            Role.GENERATE,
+            (
+                "ServerLive",
+                "ServerReady",
+                "ServerMetadata",
+                "ModelReady",
+                "ModelMetadata",
+                "ModelConfig",
+                "ModelInfer",
+                "ModelStreamInfer",
+                "RepositoryIndex",
+            ),
+        ),
+        (_KSERVE, Role.MANAGE, ("RepositoryModelLoad", "RepositoryModelUnload")),
     )
     for method in methods
 }
@@ -46,5 +64,5 @@ def check_call(role: Role, method: str) -> None:
 
 def may_call(role: Role, method: str) -> bool:
     """A method of ours that the table lacks is the operator's alone; others, like reflection, are for anybody."""
-    needed = ROLES.get(method, Role.ADMIN if method.startswith(_OURS) else Role.GENERATE)
+    needed = ROLES.get(method, Role.ADMIN if method.startswith(OURS) else Role.GENERATE)
     return rank(role) >= rank(needed)

@@ -1,0 +1,18 @@
+"""grpcurl, a client that knows of a server what that reflects."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+GRPCURL = Path(sys.executable).with_name("grpcurl")
+
+
+def grpcurl(*arguments: str, expect: int = 0) -> str:
+    """What it prints; where it is to fail, on standard error."""
+    done = subprocess.run(
+        [str(GRPCURL), "-plaintext", *arguments], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == expect, done.stderr
+    return done.stdout if expect == 0 else done.stderr
