@@ -114,11 +114,11 @@ async def _rates(engine: AsyncEngine, plan: Plan) -> tuple[dict[str, list[float]
     await asyncio.gather(*(_ask(engine, plan, number, None) for number in range(plan.requests)))  # compiles kernels
     await asyncio.gather(*(_ask(engine, plan, number, schema(number)) for number in range(plan.requests)))
     for _ in range(plan.rounds):
-        for kind in rates:
+        for kind, of_kind in rates.items():
             began_s = time.perf_counter()
             schemas = [schema(number) if kind == "structured" else None for number in range(plan.requests)]
             answers = await asyncio.gather(*(_ask(engine, plan, number, one) for number, one in enumerate(schemas)))
-            rates[kind].append(round(sum(map(len, answers)) / (time.perf_counter() - began_s), 2))
+            of_kind.append(round(sum(map(len, answers)) / (time.perf_counter() - began_s), 2))
     return rates, answers
 
 
