@@ -26,12 +26,11 @@ class Compiler:
     """What is asked for again is compiled once, also while that is under way. So is what cannot be compiled."""
 
     def __init__(self, make_vocabulary: Callable[[], Vocabulary]) -> None:
-        """`make_vocabulary` is called when the first request needs it."""
-        self._make_vocabulary = make_vocabulary
-        self._vocabulary: Future[Vocabulary] | None = None
+        """`make_vocabulary` keeps Python's lock while it works: so it does now, when nobody is served yet."""
         self._kept: OrderedDict[bytes, Future[Compiled | str]] = OrderedDict()  # by digest; the newest is the last
         self._closed = False
         self._threads = ThreadPoolExecutor(NUM_THREADS, "gralora-grammars")
+        self._vocabulary = self._threads.submit(make_vocabulary)
 
     async def compile(self, output: StructuredOutput) -> Compiled:
         """Raises `InvalidRequestError`, and `DrainingError` if it is closed first."""
@@ -53,7 +52,7 @@ class Compiler:
         """Nobody waits any more, and no step runs."""
         self._closed = True
         self._threads.shutdown(wait=False, cancel_futures=True)
-        if self._vocabulary is not None and not self._vocabulary.cancelled():
+        if not self._vocabulary.cancelled():
             self._vocabulary.add_done_callback(_close)
 
     def _future_of(self, wanted: Wanted) -> Future[Compiled | str]:
@@ -62,8 +61,7 @@ class Compiler:
         digest = wanted.digest
         future = self._kept.pop(digest, None)
         if future is None or _is_lost(future):
-            vocabulary = self._vocabulary = self._vocabulary or self._threads.submit(self._make_vocabulary)
-            future = self._threads.submit(_compile, wanted, vocabulary)
+            future = self._threads.submit(_compile, wanted, self._vocabulary)
         self._kept[digest] = future
         while len(self._kept) > MAX_KEPT:
             self._kept.popitem(last=False)

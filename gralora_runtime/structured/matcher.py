@@ -47,7 +47,7 @@ class Matcher:
 
     def take(self, words: Words) -> None:
         """The library's mask, which is written over, becomes this request's: with all that may end it."""
-        if self.library.is_error():
+        if self._problem is None and self.library.is_error():
             self._fail()
         if self._problem is not None:
             words[:] = 0
