@@ -17,9 +17,10 @@ from gralora_runtime.structured.vocabulary import Vocabulary
 
 COMPILE_S = 10.0  # the library's own limits end most of what is too large in tenths of a second
 NUM_THREADS = 2  # one that compiles something large is no reason for others to wait
-MAX_KEPT = 256
-# A lexer's state takes one or two kilobytes. Errors go to clients, and need not repeat the grammar.
-LIMITS = LLParserLimits(max_lexer_states=50_000, verbose_errors=False)
+MAX_KEPT = 64
+# A state of a lexer takes one or two kilobytes, and they stay with what is kept. Errors go to clients, and need not
+# repeat the grammar.
+LIMITS = LLParserLimits(max_lexer_states=20_000, verbose_errors=False)
 
 
 class Compiler:
