@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import math
+import os
 import secrets
 import time
 from contextlib import AbstractContextManager
@@ -49,6 +50,8 @@ from gralora_runtime.scheduling.scheduler import StepOutput
 from gralora_runtime.scheduling.sequence import Sequence
 from gralora_runtime.stepping.engine_thread import EngineThread
 from gralora_runtime.stream import RequestStream, merge_deltas
+from gralora_runtime.structured.compiler import Compiler
+from gralora_runtime.structured.vocabulary import Vocabulary
 
 # How far behind the likeliest token one may be, by its log probability, and have been chosen where sums are rounded
 # otherwise: logits agree to 1e-3 in float32; 16 bits leave logits of 16 to 32 an eighth between two values.
@@ -93,6 +96,7 @@ class AsyncEngine:
         self._trials = RequestObservation(0)  # golden prompts are nobody's requests
         self._entrance = Entrance(config, parts.info, parts.engine.times)
         self._tokenizing = Tokenizing(parts.prompts)
+        self._compiler = Compiler(self._make_vocabulary)
         self._unsound: set[str] = set()  # versions whose last answer was no numbers
         self._thread = EngineThread(
             parts.engine,
@@ -258,7 +262,17 @@ class AsyncEngine:
             entry.aborted.set()
             self._fail(request_id, entry, DrainingError())
         self._tokenizing.close()
+        self._compiler.close()
         await asyncio.to_thread(self.adapters.close)
+
+    def _make_vocabulary(self) -> Vocabulary:
+        base = self._parts.base
+        return Vocabulary(
+            base.tokenizer,
+            eos_token_ids=base.eos_token_ids,
+            vocab_size=self._parts.info.vocab_size,
+            num_threads=self._config.num_threads or len(os.sched_getaffinity(0)),
+        )
 
     def _examine_soon(self, case: GoldenCase, lease: AdapterLease) -> concurrent.futures.Future[GoldenAnswer]:
         """From any thread. See `Examiner`."""
@@ -337,7 +351,9 @@ class AsyncEngine:
         arrival, base = entry.arrival, self._parts.base
         request = arrival.request
         tokens = await self._tokenizing.encode(request.prompt, shorter_than=self._parts.info.max_model_len)
-        rules = rules_of(request, tokens, base, self._parts.info)
+        wanted = request.structured_output
+        compiled = None if wanted is None else await self._compiler.compile(wanted)
+        rules = rules_of(request, tokens, base, self._parts.info, compiled)
         entry.max_tokens = rules.max_tokens
         if lease is None:
             self._entrance.count_prompt(arrival, len(tokens))

@@ -42,6 +42,17 @@ class ResponseParams:
     echo_prompt_token_ids: bool = False
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StructuredOutput:
+    """What the text of an answer has to match. Exactly one of the five is set."""
+
+    json_schema: str | None = None
+    regex: str | None = None
+    grammar: str | None = None  # llguidance's variant of Lark
+    choice: tuple[str, ...] | None = None
+    json_object: bool = False
+
+
 @dataclass(frozen=True, slots=True)
 class ToolCall:
     """One that the model made. `arguments`: a JSON object."""
@@ -96,6 +107,7 @@ class GenerationRequest:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     stopping: StoppingParams = field(default_factory=StoppingParams)
     response: ResponseParams = field(default_factory=ResponseParams)
+    structured_output: StructuredOutput | None = None
     timeout_s: float | None = None  # from now; None: no deadline
     tenant: str = ""  # whose request it is; "": its adapter is a tenant of its own
     weight: float = 1.0  # of the tenant

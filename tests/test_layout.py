@@ -57,6 +57,7 @@ CONFINED = {
     "typer": ["gralora_server/cli*"],
     "peft": [],
     "matplotlib": ["gralora_server/loadtest/report/drawing.py", "gralora_server/loadtest/report/*plots.py"],
+    "llguidance": ["gralora_runtime/structured/*"],
     "jinja2": ["gralora_runtime/model/*", "gralora_server/loadtest/report/page.py"],
 }
 NO_TORCH = [
@@ -68,6 +69,11 @@ NO_TORCH = [
     "gralora_runtime/config.py",
     "gralora_runtime/sampling/outcome.py",
     "gralora_runtime/sampling/state.py",
+    "gralora_runtime/structured/compiler.py",
+    "gralora_runtime/structured/grammar.py",
+    "gralora_runtime/structured/masks.py",
+    "gralora_runtime/structured/matcher.py",
+    "gralora_runtime/structured/vocabulary.py",
     "gralora_runtime/adapters/residency/arena.py",
     "gralora_runtime/adapters/residency/eviction.py",
     "gralora_runtime/adapters/residency/compaction.py",

@@ -25,6 +25,8 @@ from gralora_server.kserve.tensors import BOOL, BYTES, string_bytes
 PUSHED, NUM_PUSHED = "pushed-", 8  # names of uploads: few, so that calls get in each other's way
 # Fields that take a text of a certain kind; each is drawn anew for each request.
 _WORDS = {"text": "w3 w4 w5", "content": "w6 w7", "role": "user", "version": "1", "canary_key": "somebody"}
+_WORDS |= {"json_schema": '{"type": "boolean"}', "regex": "w[0-9]", "grammar": 'start: "w"'}
+_SELDOM = {"structured_output": 0.25}  # refused whatever it says: the stand's model has words, which are no bytes
 _NAMED = frozenset({"adapter", "name", "prefix", "path", "model_name"})
 _EMPTY = frozenset({"page_token", "tenant", "repository_name"})  # what else they may be, a server says
 _SAMPLING = {
@@ -77,7 +79,8 @@ class Seeds:
         oneofs: Any = message.DESCRIPTOR.oneofs
         chosen = {rng.choice(oneof.fields).name for oneof in oneofs}
         for field in fields_of(message):
-            if field.containing_oneof is None or field.name in chosen:
+            is_drawn = field.name not in _SELDOM or rng.random() < _SELDOM[field.name]
+            if is_drawn and (field.containing_oneof is None or field.name in chosen):
                 self._fill_field(rng, message, field)
 
     def _fill_field(self, rng: random.Random, message: Message, field: FieldDescriptor) -> None:

@@ -11,6 +11,7 @@ from gralora_runtime.info import EngineInfo
 from gralora_runtime.model.loading import BaseModel
 from gralora_runtime.request import GenerationRequest
 from gralora_runtime.sampling.state import SamplerState
+from gralora_runtime.structured.matcher import Compiled, Matcher
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,8 +24,10 @@ class Rules:
     detokenizer: Detokenizer
 
 
-def rules_of(request: GenerationRequest, tokens: list[int], base: BaseModel, info: EngineInfo) -> Rules:
-    """`tokens`: of the prompt. Raises InvalidRequestError."""
+def rules_of(
+    request: GenerationRequest, tokens: list[int], base: BaseModel, info: EngineInfo, compiled: Compiled | None = None
+) -> Rules:
+    """`tokens`: of the prompt; `compiled`: what the answer has to match. Raises InvalidRequestError."""
     max_tokens = _max_tokens(request, len(tokens), info.max_model_len)
     _check_token_ids(request, info.vocab_size)
     seed = secrets.randbits(63) if request.sampling.seed is None else request.sampling.seed
@@ -36,6 +39,7 @@ def rules_of(request: GenerationRequest, tokens: list[int], base: BaseModel, inf
         prompt_token_ids=tokens,
         eos_token_ids=base.eos_token_ids,
         vocab_size=info.vocab_size,
+        matcher=None if compiled is None else Matcher(compiled, request.stopping),
     )
     detokenizer = Detokenizer(
         base.tokenizer,

@@ -14,14 +14,16 @@ import torch
 from torch import Tensor
 
 from gralora_kernels.philox import uniforms
-from gralora_kernels.sampling_rules import RULE, SamplingRules, rule
+from gralora_kernels.sampling_rules import RULE, Masks, Rules, SamplingRules, rule
 from gralora_kernels.triton_ops.memory import staged
 from gralora_kernels.triton_ops.sampling_launch import RowSampler
 from gralora_kernels.triton_ops.sampling_launch import Sampled as OnDevice
 from gralora_runtime.request import TokenLogprob
-from gralora_runtime.sampling.outcome import Sampled, SampledToken, SamplingFailure
+from gralora_runtime.sampling.host import advance
+from gralora_runtime.sampling.outcome import Sampled, SampledToken
 from gralora_runtime.sampling.state import SamplerState
 
+NO_MASKS: Masks = np.empty((0, 0), np.int32)
 RESULTS = 3  # of each row, of 4 bytes: token, peak, best
 
 
@@ -30,6 +32,7 @@ class Results:
 
     def __init__(self, states: Sequence[SamplerState], found: OnDevice) -> None:
         self._states = states
+        self._read: list[Sampled] | None = None
         rows = len(states)
         self._any_report = any(state.num_top is not None for state in states)
         wanted: list[Tensor] = [found.tokens, found.peaks, found.bests]
@@ -42,7 +45,12 @@ class Results:
             self._arrived.record()
 
     def read(self) -> list[Sampled]:
-        """Waits for the step. Each state then knows its token."""
+        """Waits for the step, the first time. Each state then knows its token."""
+        if self._read is None:
+            self._read = self._wait()
+        return self._read
+
+    def _wait(self) -> list[Sampled]:
         if self._arrived is not None:
             self._arrived.synchronize()
         tokens, peaks, bests = (value.numpy() for value in self._values[:RESULTS])
@@ -50,11 +58,8 @@ class Results:
         if self._any_report:
             self._report(results)
         for row in np.flatnonzero(~(np.isfinite(peaks) & np.isfinite(bests))).tolist():
-            results[row] = _failure(peaks[row], bests[row])
-        for state, result in zip(self._states, results, strict=True):
-            if isinstance(result, SampledToken):
-                state.observe(result.token_id)
-        return results
+            results[row] = self._states[row].failure(float(peaks[row]), float(bests[row]))
+        return advance(self._states, results)
 
     def _report(self, results: list[Sampled]) -> None:
         logprobs, top_ids, top_logprobs = (value.tolist() for value in self._values[RESULTS:])
@@ -98,7 +103,7 @@ class DeviceSampler:
         self._rows.sample(logits, SamplingRules(everything), history)
 
     def sample(self, logits: Tensor, states: Sequence[SamplerState], seats: Sequence[int]) -> Results:
-        """Row i of `logits` [rows, vocab] by `states[i]`, which has `seats[i]` to itself.
+        """Row i of `logits` [rows, vocab] by `states[i]`, which has `seats[i]` to itself. Masks are filled by now.
 
         If it fails, all of them take their seats anew: what is kept of them here may be a token ahead.
         """
@@ -119,7 +124,8 @@ class DeviceSampler:
             rules["uniform"] = uniforms(self._keys[at], positions)
         self._positions[at] += np.uint64(1)
         history = self._history if (rules["history_slot"] >= 0).any() else None
-        found = self._rows.sample(logits, self._with_biases(rules, at, positions), history)
+        masks = self._set_masks(rules, states)
+        found = self._rows.sample(logits, self._with_biases(rules, masks, at, positions), history)
         return Results(states, found)
 
     def _take_seat(self, state: SamplerState, seat: int) -> None:
@@ -144,12 +150,22 @@ class DeviceSampler:
             self._history[seat].copy_(staged(words, self._device), non_blocking=True)
             self._rules[seat]["history_slot"] = seat
 
+    def _set_masks(self, rules: Rules, states: Sequence[SamplerState]) -> Masks:
+        """[masked rows, words]"""
+        masks = []
+        for row, state in enumerate(states):
+            if state.matcher is not None:
+                assert state.matcher.mask is not None, "a token is chosen before its mask is filled"
+                rules[row]["mask"] = len(masks)
+                masks.append(state.matcher.mask)
+        return np.stack(masks) if masks else NO_MASKS
+
     def _with_biases(
-        self, rules: npt.NDArray[np.void], at: npt.NDArray[np.intp], positions: npt.NDArray[np.uint64]
+        self, rules: Rules, masks: Masks, at: npt.NDArray[np.intp], positions: npt.NDArray[np.uint64]
     ) -> SamplingRules:
         biased = np.flatnonzero(self._has_biases[at] | (positions < self._first_unbanned[at]))
         if not len(biased):
-            return SamplingRules(rules)
+            return SamplingRules(rules, masks=masks)
         ids, biases, first = [], [], 0
         for row in biased.tolist():
             state = self._states[at[row]]
@@ -159,16 +175,10 @@ class DeviceSampler:
             first += len(of_row)
             ids.append(of_row)
             biases.append(values.astype(np.float64))
-        return SamplingRules(rules, np.concatenate(ids), np.concatenate(biases))
+        return SamplingRules(rules, np.concatenate(ids), np.concatenate(biases), masks)
 
 
 def _to_host(tensor: Tensor) -> Tensor:
     """Without waiting for it. A copy, because the next step writes where it lies."""
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda")
     return host.copy_(tensor, non_blocking=True)
-
-
-def _failure(peak: float, best: float) -> SamplingFailure:
-    if not np.isfinite(peak):
-        return SamplingFailure(f"the model's largest logit is {peak}")
-    return SamplingFailure(f"no token is left to choose from: the largest score is {best}")

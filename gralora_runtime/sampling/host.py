@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -39,12 +40,16 @@ def sample(logits: Tensor, states: Sequence[SamplerState]) -> list[Sampled]:
 
 
 def advance(states: Sequence[SamplerState], results: Sequence[Sampled]) -> list[Sampled]:
-    """Let each state know of its token before its next is chosen. Returns `results`, with what failed here in place."""
+    """Let each state know of its token before its next is chosen. Returns `results`, with what failed here in place,
+    and what is complete by now.
+    """
     advanced = list(results)
     for row, (state, result) in enumerate(zip(states, results, strict=True)):
         if isinstance(result, SampledToken):
             try:
                 state.observe(result.token_id)
+                if state.is_complete:
+                    advanced[row] = replace(result, completes=True)
             except BaseException as error:
                 advanced[row] = _row_failure(error)
     return advanced

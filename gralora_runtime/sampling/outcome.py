@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from gralora_runtime.errors import GraloraError
 from gralora_runtime.request import TokenLogprob
 
 
@@ -13,6 +14,7 @@ class SampledToken:
 
     token_id: int
     logprob: TokenLogprob | None = None
+    completes: bool = False  # the answer is all that it has to match, and nothing may follow
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,10 +25,17 @@ class SamplingFailure:
 
 
 @dataclass(frozen=True, slots=True)
+class MatchingFailure:
+    """What the answer has to match leaves this request no token. That is the request's own doing, not its adapter's."""
+
+    error: GraloraError
+
+
+@dataclass(frozen=True, slots=True)
 class RowFailure:
     """Our own code failed on this row: a bug, which concerns this request alone."""
 
     cause: BaseException
 
 
-Sampled = SampledToken | SamplingFailure | RowFailure
+Sampled = SampledToken | SamplingFailure | MatchingFailure | RowFailure

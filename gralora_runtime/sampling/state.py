@@ -15,7 +15,9 @@ import numpy.typing as npt
 from gralora_kernels.sampling_rules import SMALLEST_TEMPERATURE, float32
 from gralora_runtime.errors import InvalidRequestError
 from gralora_runtime.request import ResponseParams, SamplingParams, StoppingParams, TokenLogprob
-from gralora_runtime.sampling.outcome import SampledToken, SamplingFailure
+from gralora_runtime.sampling.outcome import MatchingFailure, SampledToken, SamplingFailure
+from gralora_runtime.structured.matcher import Matcher
+from gralora_runtime.structured.vocabulary import as_bools
 
 FloatRow = npt.NDArray[np.float32]
 IdRow = npt.NDArray[np.int64]
@@ -34,7 +36,9 @@ class SamplerState:
         prompt_token_ids: Sequence[int],
         eos_token_ids: Collection[int],
         vocab_size: int,
+        matcher: Matcher | None = None,
     ) -> None:
+        """`matcher`: of what the answer has to match. Its mask is filled before each choice."""
         self.vocab_size = vocab_size
         self.params = params
         self.random_key = seed % 2**64
@@ -45,41 +49,59 @@ class SamplerState:
         self._bias_ids, self._bias = _bias_rows(params.logit_bias, vocab_size)
         self.history = TokenHistory(prompt_token_ids, vocab_size) if _has_penalties(params) else None
         self.num_top = response.top_logprobs if response.logprobs else None  # None: no logprobs at all
+        self.matcher = matcher
 
     def observe(self, token_id: int) -> None:
         """Records an output token that is now part of the request, also while replaying after a preemption."""
         self.position += 1
         if self.history is not None:
             self.history.add(token_id)
+        if self.matcher is not None:
+            self.matcher.advance(token_id)
+
+    @property
+    def is_complete(self) -> bool:
+        """Nothing may follow on what the answer is so far."""
+        return self.matcher is not None and self.matcher.is_complete
 
     @property
     def takes_argmax(self) -> bool:
         """Whether the next token is simply the largest logit, with nothing to add to or to report about the row."""
-        adjusted = self._bias_ids.size > 0 or self.history is not None or self._bans_ending()
+        adjusted = self._bias_ids.size > 0 or self.history is not None or self._bans_ending(self.position)
+        adjusted = adjusted or self.matcher is not None
         return self.params.temperature == 0 and not adjusted and self.num_top is None
 
-    def choose(self, logits: FloatRow) -> SampledToken | SamplingFailure:
+    def choose(self, logits: FloatRow) -> SampledToken | SamplingFailure | MatchingFailure:
         """The next token, from this request's row of raw logits, which is left as it was.
 
         In this order, as in transformers and vLLM: log-probabilities are taken from the raw logits; ids that would end
-        the request are banned below `min_tokens`; logit bias; repetition, frequency and presence penalty; temperature
-        (0: the largest score); top-k; top-p of what top-k left; min-p of what both left. Each filter keeps at least
-        the likeliest token. Wherever scores are equal, the lowest token id goes first.
+        the request are banned below `min_tokens`; logit bias; repetition, frequency and presence penalty; all but what
+        may come next in what the answer has to match is banned; temperature (0: the largest score); top-k; top-p of
+        what top-k left; min-p of what both left. Each filter keeps at least the likeliest token. Wherever scores are
+        equal, the lowest token id goes first.
         """
         with np.errstate(all="ignore"):  # what overflows shows up as a score that is not finite
             if not math.isfinite(peak := logits.max()):
-                return SamplingFailure(f"the model's largest logit is {peak}")
+                return self.failure(float(peak), float(peak))
             scores = self._adjusted(logits)
             token_id = int(scores.argmax())
             if not math.isfinite(scores[token_id]):
-                return SamplingFailure(f"no token is left to choose from: the largest score is {scores[token_id]}")
+                return self.failure(float(peak), float(scores[token_id]))
             if self.params.temperature > 0:
                 token_id = self._draw(scores - scores[token_id])
             return SampledToken(token_id, self._report(logits, token_id))
 
+    def failure(self, peak: float, best: float) -> SamplingFailure | MatchingFailure:
+        """Why there is no token, where the largest logit or the largest score is not finite."""
+        if not math.isfinite(peak):
+            return SamplingFailure(f"the model's largest logit is {peak}")
+        if self.matcher is not None:
+            return MatchingFailure(self.matcher.refusal())
+        return SamplingFailure(f"no token is left to choose from: the largest score is {best}")
+
     def biases_at(self, position: int) -> tuple[IdRow, FloatRow]:
         """Token ids, ascending, and what is added to their logits when so many tokens are written; -inf bans one."""
-        if position >= self._min_tokens or not self._ending_ids.size:
+        if not self._bans_ending(position):
             return self._bias_ids, self._bias
         ids = np.concatenate([self._bias_ids, self._ending_ids])
         biases = np.concatenate([self._bias, np.full(self._ending_ids.size, -np.inf, np.float32)])
@@ -95,16 +117,21 @@ class SamplerState:
     def has_biases(self) -> bool:
         return self._bias_ids.size > 0
 
-    def _bans_ending(self) -> bool:
-        return self.position < self._min_tokens and self._ending_ids.size > 0
+    def _bans_ending(self, position: int) -> bool:
+        if position >= self._min_tokens or not self._ending_ids.size:
+            return False
+        return self.matcher is None or not self.matcher.must_end
 
     def _adjusted(self, logits: FloatRow) -> FloatRow:
         scores = np.array(logits, dtype=np.float32)  # [vocab], a copy
-        if self._bans_ending():
+        if self._bans_ending(self.position):
             scores[self._ending_ids] = -np.inf
         scores[self._bias_ids] += self._bias
         if self.history is not None:
             self.history.penalise(scores, self.params)
+        if self.matcher is not None:
+            assert self.matcher.mask is not None, "a token is chosen before its mask is filled"
+            scores[~as_bools(self.matcher.mask, self.vocab_size)] = -np.inf
         return scores
 
     def _draw(self, below_peak: FloatRow) -> int:

@@ -23,7 +23,7 @@ from gralora_runtime.errors import DeadlineExceededError, GraloraError, Numerica
 from gralora_runtime.failure import contained, request_failed, step_failed
 from gralora_runtime.plan import UNKNOWN, RowPlan, StepPlan
 from gralora_runtime.request import Delta, FinishReason
-from gralora_runtime.sampling.outcome import RowFailure, Sampled, SamplingFailure
+from gralora_runtime.sampling.outcome import MatchingFailure, RowFailure, Sampled, SamplingFailure
 from gralora_runtime.scheduling.fairness import CPU_PRICES, SHARE_BESIDE_OTHERS, Account, Ledger, Prices
 from gralora_runtime.scheduling.pages import PagePool, page_key
 from gralora_runtime.scheduling.preemption import giver_among, giver_of_row, givers_of_pages
@@ -422,8 +422,8 @@ class Scheduler:
         if isinstance(sampled, RowFailure):
             self.fail(sequence.request_id, sampled.cause)
             return
-        if isinstance(sampled, SamplingFailure):
-            error = NumericalError(sequence.request_id, sequence.adapter_name, sampled.problem)
+        if isinstance(sampled, SamplingFailure | MatchingFailure):
+            error = _error_of(sampled, sequence)
             self._outputs.append(StepOutput(sequence.request_id, error=error))
             self.roster.retire(sequence)
             return
@@ -442,6 +442,12 @@ class Scheduler:
 
     def _pages_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.pages.page_size)
+
+
+def _error_of(failure: SamplingFailure | MatchingFailure, sequence: Sequence) -> GraloraError:
+    if isinstance(failure, MatchingFailure):
+        return failure.error
+    return NumericalError(sequence.request_id, sequence.adapter_name, failure.problem)
 
 
 def _less_served(started: Sequence | None, waiting: Sequence | None, ledger: Ledger) -> Sequence:

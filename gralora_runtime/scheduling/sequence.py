@@ -107,7 +107,7 @@ class Sequence:
         """Append one sampled token; the delta says what it adds and whether the sequence ends with it."""
         token = sampled.token_id
         self.tokens.append(token)
-        reason, stop_token = self._stop_by_token(token)
+        reason, stop_token = self._stop_by_token(token, completes=sampled.completes)
         text, stop_string = "", None
         if self.detokenizer is not None:
             if stop_token is None:  # the token that stops is reported, but it is no text
@@ -139,11 +139,13 @@ class Sequence:
             preemptions=self.preemptions,
         )
 
-    def _stop_by_token(self, token: int) -> tuple[FinishReason | None, int | None]:
+    def _stop_by_token(self, token: int, *, completes: bool) -> tuple[FinishReason | None, int | None]:
         if self.num_output >= self.stopping.min_tokens:
             ends = token in self.eos_token_ids and not self.stopping.ignore_eos
             if ends or token in self.stopping.stop_token_ids:
                 return FinishReason.STOP, token
+        if completes:
+            return FinishReason.STOP, None
         if self.num_output >= self.max_tokens:
             return FinishReason.LENGTH, None
         return None, None

@@ -19,6 +19,7 @@ from gralora_runtime.sampling.host import advance, sample
 from gralora_runtime.sampling.outcome import Sampled, SampledToken
 from gralora_runtime.sampling.state import SamplerState
 from gralora_runtime.stepping.batch import StepTensors
+from gralora_runtime.structured.masks import begin
 
 
 class Launched(Protocol):
@@ -47,10 +48,13 @@ class _HostStep:
 
     def compute(self, observation: StepObservation) -> Sequence[Sampled]:
         self._insert_tokens()
+        # All tokens of the steps before are known by now, so masks are filled while the forward pass runs.
+        wait_for_masks = begin([state.matcher for state in self._states if state.matcher is not None])
         logits = observation.timed(Phase.FORWARD, self._runner.execute, self._tensors)
-        return observation.timed(Phase.SAMPLE, self._sample, logits)
+        return observation.timed(Phase.SAMPLE, self._sample, logits, wait_for_masks)
 
-    def _sample(self, logits: Tensor) -> Sequence[Sampled]:
+    def _sample(self, logits: Tensor, wait_for_masks: Callable[[], None]) -> Sequence[Sampled]:
+        wait_for_masks()
         sampled = advance(self._states, sample(logits, self._states))
         for row, result in enumerate(sampled):
             if isinstance(result, SampledToken):

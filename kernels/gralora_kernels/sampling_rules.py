@@ -26,15 +26,17 @@ RULE = np.dtype(
         ("num_top", "i8"),  # alternatives that are reported; -1: no log-probabilities at all
         ("first_bias", "i8"),  # of its run of `SamplingRules.bias_ids`
         ("num_biases", "i8"),
+        ("mask", "i8"),  # its row of `SamplingRules.masks`; -1: any token may be chosen
     ]
 )
 COLUMNS = {name: number for number, name in enumerate(RULE.names or ())}
-WORDS = len(COLUMNS)  # even: so lists that follow rows of it are aligned to 16 bytes
+WORDS = len(COLUMNS)
 MAX_TOP = 20
 
 Rules = npt.NDArray[np.void]  # of RULE
 Ids = npt.NDArray[np.int64]
 Biases = npt.NDArray[np.float64]
+Masks = npt.NDArray[np.int32]
 
 FLOAT32 = np.finfo(np.float32)
 SMALLEST_TEMPERATURE = float(FLOAT32.tiny)  # below it the float32 quotient would be 0 / 0
@@ -59,7 +61,7 @@ def rule(
     row["repetition_penalty"] = float32(repetition_penalty)
     row["frequency_penalty"] = float32(frequency_penalty)
     row["presence_penalty"] = float32(presence_penalty)
-    row["top_k"], row["num_top"], row["history_slot"] = top_k, num_top, -1
+    row["top_k"], row["num_top"], row["history_slot"], row["mask"] = top_k, num_top, -1, -1
     return row
 
 
@@ -70,16 +72,20 @@ def float32(value: float) -> np.float32:
 
 @dataclass(frozen=True, slots=True)
 class SamplingRules:
-    """Of one step. `bias_ids` ascend within a row; a bias of -inf bans its token. An id may stand there twice."""
+    """Of one step. `bias_ids` ascend within a row; a bias of -inf bans its token. An id may stand there twice.
+
+    Of a row with a mask only those tokens may be chosen whose bit is set: bit i % 32 of word i // 32 is token i's.
+    """
 
     rows: Rules  # [rows]
     bias_ids: Ids = field(default_factory=lambda: np.empty(0, np.int64))  # [biases]
     biases: Biases = field(default_factory=lambda: np.empty(0, np.float64))  # [biases], finite in float32 or -inf
+    masks: Masks = field(default_factory=lambda: np.empty((0, 0), np.int32))  # [masked rows, words]
 
     @property
     def are_adjusted(self) -> npt.NDArray[np.bool_]:
         """[rows]: whose scores are not simply the logits."""
-        return (self.rows["history_slot"] >= 0) | (self.rows["num_biases"] > 0)
+        return (self.rows["history_slot"] >= 0) | (self.rows["num_biases"] > 0) | (self.rows["mask"] >= 0)
 
     @property
     def are_sampled(self) -> npt.NDArray[np.bool_]:
@@ -110,6 +116,7 @@ class SamplingRules:
 def bias_words(num_rows: int, num_biases: int) -> tuple[int, int]:
     """Where bias ids and biases begin in `SamplingRules.words`."""
     ids = num_rows * WORDS
+    ids += ids % 2
     return ids, ids + num_biases + num_biases % 2
 
 

@@ -22,6 +22,7 @@ from gralora_runtime.request import (
     SamplingParams,
     Started,
     StoppingParams,
+    StructuredOutput,
     TokenLogprob,
     Tool,
     ToolCall,
@@ -58,6 +59,7 @@ def from_generate_request(request: AnyGenerateRequest, *, timeout_s: float | Non
         sampling=from_sampling(request.sampling),
         stopping=from_stopping(request.stopping),
         response=from_response(request.response),
+        structured_output=from_structured_output(request.structured_output),
         timeout_s=timeout_s,
     )
 
@@ -115,6 +117,22 @@ def from_response(response: generation_pb2.ResponseParams) -> ResponseParams:
         top_logprobs=response.top_logprobs,
         echo_prompt_token_ids=response.echo_prompt_token_ids,
     )
+
+
+def from_structured_output(wanted: generation_pb2.StructuredOutput) -> StructuredOutput | None:
+    match wanted.WhichOneof("format"):
+        case "json_schema":
+            return StructuredOutput(json_schema=wanted.json_schema)
+        case "regex":
+            return StructuredOutput(regex=wanted.regex)
+        case "grammar":
+            return StructuredOutput(grammar=wanted.grammar)
+        case "choice":
+            return StructuredOutput(choice=tuple(wanted.choice.texts))
+        case "json_object":
+            return StructuredOutput(json_object=True)
+        case _:
+            return None
 
 
 def to_min_tokens_per_message(response: generation_pb2.ResponseParams) -> int:

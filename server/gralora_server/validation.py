@@ -36,6 +36,9 @@ MAX_STOP_TOKEN_IDS = 1024
 MAX_LOGIT_BIAS = 1024
 MAX_TOP_LOGPROBS = 20
 MAX_TOKENS_PER_MESSAGE = 1024
+MAX_GRAMMAR_BYTES = 64 << 10  # of a schema and of a choice's texts, too
+MAX_REGEX_BYTES = 8 << 10
+MAX_CHOICES = 512
 # Sampling computes in float32, where more is infinite and less can be 0; either makes NaN of scores that are, too.
 MAX_FLOAT32 = (2 - 2.0**-23) * 2.0**127
 MIN_FLOAT32 = 1.2e-38  # what is written, and a little above the smallest normal number
@@ -55,6 +58,8 @@ def validate_generate(request: AnyGenerateRequest) -> None:
     validate_sampling(request.sampling)
     validate_stopping(request.stopping)
     validate_response(request.response)
+    if request.HasField("structured_output"):
+        validate_structured_output(request.structured_output)
 
 
 def validate_tokenize(request: server_pb2.TokenizeRequest) -> None:
@@ -188,6 +193,43 @@ def validate_response(response: generation_pb2.ResponseParams) -> None:
         raise InvalidRequestError("response.min_tokens_per_message", response.min_tokens_per_message, problem)
 
 
+def validate_structured_output(wanted: generation_pb2.StructuredOutput) -> None:
+    """What a schema or a grammar may say is the engine's to judge."""
+    match wanted.WhichOneof("format"):
+        case "json_schema":
+            _validate_source("structured_output.json_schema", wanted.json_schema, MAX_GRAMMAR_BYTES)
+        case "regex":
+            _validate_source("structured_output.regex", wanted.regex, MAX_REGEX_BYTES)
+        case "grammar":
+            _validate_source("structured_output.grammar", wanted.grammar, MAX_GRAMMAR_BYTES)
+        case "choice":
+            _validate_choice(wanted.choice.texts)
+        case "json_object":
+            if not wanted.json_object:
+                raise InvalidRequestError("structured_output.json_object", False, "can only be true")
+        case _:
+            raise InvalidRequestError(
+                "structured_output", None, "set one of json_schema, regex, grammar, choice and json_object"
+            )
+
+
+def _validate_choice(texts: Sequence[str]) -> None:
+    field = "structured_output.choice.texts"
+    if not texts:
+        raise InvalidRequestError(field, [], "must not be empty")
+    _validate_count(field, texts, MAX_CHOICES)
+    for index, text in enumerate(texts):
+        if not text:
+            raise InvalidRequestError(f"{field}[{index}]", text, "must not be empty")
+    _validate_bytes(field, sum(len(text.encode()) for text in texts), MAX_GRAMMAR_BYTES)
+
+
+def _validate_source(field: str, source: str, max_bytes: int) -> None:
+    if not source:
+        raise InvalidRequestError(field, source, "must not be empty")
+    _validate_bytes(field, len(source.encode()), max_bytes)
+
+
 def _validate_prompt(request: AnyGenerateRequest) -> None:
     match request.WhichOneof("prompt"):
         case "text":
@@ -251,9 +293,9 @@ def _validate_object(field: str, text: str) -> None:
         raise InvalidRequestError(field, text[:100], "must be a JSON object")
 
 
-def _validate_bytes(field: str, num_bytes: int) -> None:
-    if num_bytes > MAX_TEXT_BYTES:
-        raise InvalidRequestError(field, f"{num_bytes} bytes", f"must be at most {MAX_TEXT_BYTES} bytes of UTF-8")
+def _validate_bytes(field: str, num_bytes: int, maximum: int = MAX_TEXT_BYTES) -> None:
+    if num_bytes > maximum:
+        raise InvalidRequestError(field, f"{num_bytes} bytes", f"must be at most {maximum} bytes of UTF-8")
 
 
 def _validate_length(field: str, text: str, max_chars: int) -> None:

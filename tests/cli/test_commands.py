@@ -21,7 +21,7 @@ from gralora_runtime.errors import (
     DrainingError,
     GraloraError,
 )
-from gralora_runtime.request import ChatMessage, Prompt
+from gralora_runtime.request import ChatMessage, Prompt, StructuredOutput
 from gralora_server import model_fetch
 from gralora_server.cli.app import run
 from gralora_server.cli.output import ExitCode
@@ -103,6 +103,21 @@ async def test_generate_options_reach_the_engine() -> None:
     assert (request.sampling.temperature, request.sampling.top_p, request.sampling.top_k) == (0.5, 0.75, 3)
     assert (request.sampling.min_p, request.sampling.repetition_penalty, request.sampling.seed) == (0.25, 1.5, 7)
     assert (request.stopping.max_tokens, request.stopping.stop, request.stopping.ignore_eos) == (5, ("a", "b"), True)
+
+
+async def test_what_the_answer_has_to_match_reaches_the_engine(tmp_path) -> None:
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"type": "null"}')
+    async with served() as s:
+        s.engine.script = [finished()]
+        for options in (("--json-schema", str(schema)), ("--regex", "a+"), ("--choice", "a", "--choice", "b")):
+            assert await gralora("generate", "hi", *options, port=s.port) == ExitCode.OK
+
+    assert [request.structured_output for request in s.engine.requests] == [
+        StructuredOutput(json_schema='{"type": "null"}'),
+        StructuredOutput(regex="a+"),
+        StructuredOutput(choice=("a", "b")),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -277,6 +292,8 @@ async def test_a_token_from_the_environment_or_a_file_and_tls(tmp_path: Path, mo
         (["generate", "hi", "--no-such-option"], "--no-such-option"),
         (["generate"], "PROMPT"),
         (["generate", "hi", "--raw", "--system", "x"], "--system needs the chat template"),
+        (["generate", "hi", "--regex", "a", "--choice", "a"], "at most one of --json-schema, --regex and --choice"),
+        (["generate", "hi", "--json-schema", "/no/such/file"], "cannot read /no/such/file"),
         (["status", "--token-file", "/no/such/file"], "cannot read /no/such/file"),
         (["serve", "--address", "nowhere"], "'nowhere' is not HOST:PORT"),
         (["serve", "--kv-cache-bytes", "lots"], "'lots' is not a size"),

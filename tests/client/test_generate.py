@@ -19,6 +19,7 @@ from gralora_runtime.request import (
     ResponseParams,
     SamplingParams,
     StoppingParams,
+    StructuredOutput,
 )
 from gralora_server.client import (
     CallCancelledError,
@@ -55,6 +56,7 @@ EVERY_OPTION = {
     "top_logprobs": 2,
     "echo_prompt_token_ids": True,
     "min_tokens_per_message": 4,
+    "json_schema": {"type": "object"},
     "timeout_s": None,
 }
 AS_THE_ENGINE_SEES_IT = GenerationRequest(
@@ -74,6 +76,7 @@ AS_THE_ENGINE_SEES_IT = GenerationRequest(
     ),
     stopping=StoppingParams(max_tokens=9, min_tokens=2, stop=("a", "b"), stop_token_ids=(4, 5), ignore_eos=True),
     response=ResponseParams(logprobs=True, top_logprobs=2, echo_prompt_token_ids=True),
+    structured_output=StructuredOutput(json_schema='{"type": "object"}'),
 )
 
 

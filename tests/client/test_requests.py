@@ -14,7 +14,12 @@ from gralora_server.client import ChatMessage, ClientTls, GenerateOptions
 from gralora_server.client.connection import Connection
 from gralora_server.client.requests import generate_fields
 
-PARTS = (generation_pb2.SamplingParams, generation_pb2.StoppingParams, generation_pb2.ResponseParams)
+PARTS = (
+    generation_pb2.SamplingParams,
+    generation_pb2.StoppingParams,
+    generation_pb2.ResponseParams,
+    generation_pb2.StructuredOutput,
+)
 
 
 def test_every_field_of_the_proto_is_an_option_and_nothing_else() -> None:
@@ -47,6 +52,31 @@ def test_zero_is_sent_where_it_is_not_the_default() -> None:
 def test_one_stop_string_need_not_be_a_list() -> None:
     """A string is a sequence of characters, each of which would stop the generation."""
     assert list(generate_fields("hi", None, None, {"stop": "END"})["stopping"].stop) == ["END"]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"json_schema": {"type": "null"}}, {"json_schema": '{"type": "null"}'}),
+        ({"json_schema": '{"type": "null"}', "regex": None}, {"json_schema": '{"type": "null"}'}),
+        ({"regex": "a|b"}, {"regex": "a|b"}),
+        ({"grammar": 'start: "a"'}, {"grammar": 'start: "a"'}),
+        ({"choice": ["a", "b"], "json_object": False}, {"choice": generation_pb2.Choices(texts=["a", "b"])}),
+        ({"json_object": True}, {"json_object": True}),
+    ],
+    ids=str,
+)
+def test_what_an_answer_has_to_match_is_one_option(options, expected) -> None:
+    wanted = generate_fields("hi", None, None, options)["structured_output"]
+
+    assert generation_pb2.StructuredOutput(**expected) == wanted
+
+
+def test_without_such_an_option_nothing_is_sent_and_two_are_refused() -> None:
+    """Of a oneof, the one that is set last would win in silence."""
+    assert "structured_output" not in generate_fields("hi", None, None, {"regex": None, "json_object": False})
+    with pytest.raises(TypeError, match="at most one of choice, regex"):
+        generate_fields("hi", None, None, {"regex": "a", "choice": ["a"]})
 
 
 def test_messages_are_records_or_mappings() -> None:

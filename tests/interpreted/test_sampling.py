@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from gralora_kernels.sampling_rules import RULE, SamplingRules, rule, with_biase
 from gralora_kernels.triton_ops import sampling as kernels
 from gralora_kernels.triton_ops import sampling_launch
 from gralora_kernels.triton_ops.sampling_launch import RowSampler
+from gralora_runtime.errors import InvalidRequestError
 from gralora_runtime.request import ResponseParams, SamplingParams, StoppingParams
 from gralora_runtime.sampling.outcome import SampledToken
 from gralora_runtime.sampling.state import SamplerState
@@ -54,10 +56,26 @@ def small_splits(monkeypatch):
     monkeypatch.setattr(sampling_launch, "BLOCK", 64)
 
 
+@dataclass
+class Masked:
+    """In the place of a matcher: what it says of the next token."""
+
+    mask: np.ndarray
+    must_end: bool = False
+    is_complete: bool = False
+
+    def advance(self, token_id):
+        """The same may follow again."""
+
+    def refusal(self):
+        return InvalidRequestError("structured_output.regex", "", "nothing is left")
+
+
 class Requests:
     """Requests of one step: their rules, for the device, and a sampler of the host for each."""
 
-    def __init__(self, vocab, params, *, prompts=None, bans=None, num_top=-1, slots=None):
+    def __init__(self, vocab, params, *, prompts=None, bans=None, num_top=-1, slots=None, masks=None):
+        """`masks`: by row, the tokens that may be chosen; rows without one may choose any."""
         self.vocab = vocab
         self.params = params
         self.seeds = np.arange(len(params), dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
@@ -83,12 +101,19 @@ class Requests:
             one.logit_bias | dict.fromkeys(banned, -INF) for one, banned in zip(params, bans, strict=True)
         ]  # fmt: skip
         self.sampler = RowSampler(vocab, len(params), CPU)
+        self.masks = np.zeros((len(masks or ()), vocab // 32 + 2), np.int32)  # as of a vocabulary that is padded
+        for place, (row, tokens) in enumerate((masks or {}).items()):
+            bits = np.zeros(self.masks.shape[1] * 32, np.uint8)
+            bits[tokens] = 1
+            self.masks[place] = np.packbits(bits, bitorder="little").view(np.int32)
+            self.rows["mask"][row] = place
+            self.states[row].matcher = Masked(self.masks[place])
 
     def rules(self) -> SamplingRules:
         """Of their next step."""
         positions = np.array([state.position for state in self.states], np.uint64)
         self.rows["uniform"] = uniforms(self.seeds, positions)
-        return with_biases(self.rows, self.biases)
+        return replace(with_biases(self.rows, self.biases), masks=self.masks)
 
     def choose(self, logits):
         """By the host; the row's number, so that a failure says more."""
@@ -125,7 +150,9 @@ def random_requests(seed, rows, vocab):
 
     prompts = random.integers(0, vocab, (rows, 20)).tolist()
     bans = [random.integers(0, vocab, 3).tolist() if random.random() < 0.3 else [] for _ in range(rows)]
-    requests = Requests(vocab, [one() for _ in range(rows)], prompts=prompts, bans=bans)
+    densities = {row: random.choice([0.01, 0.5, 0.99]) for row in range(rows) if random.random() < 0.3}
+    masks = {row: np.flatnonzero(random.random(vocab) < density) for row, density in densities.items()}
+    requests = Requests(vocab, [one() for _ in range(rows)], prompts=prompts, bans=bans, masks=masks)
     logits = random.standard_normal((rows, vocab)) * random.choice([0.1, 1, 3, 10, 30], (rows, 1))
     logits = np.where(random.random((rows, 1)) < 0.3, np.round(logits), logits)
     logits[random.random(logits.shape) < 0.01] = -INF
@@ -289,16 +316,15 @@ def test_a_row_is_sampled_alike_in_any_place_and_company():
     found = requests.sampler.sample(logits, rules, requests.history)
     tokens, bests = found.tokens.clone(), found.bests.clone()
     after, requests.history = requests.history, start.clone()
-    other = with_biases(rules.rows[order], [requests.biases[i] for i in order])
+    other = replace(with_biases(rules.rows[order], [requests.biases[i] for i in order]), masks=rules.masks)
 
     moved = RowSampler(257, 20, CPU).sample(logits[order].clone(), other, requests.history)
 
     assert torch.equal(tokens[order], moved.tokens[:12])
     assert torch.equal(bests[order], moved.bests[:12])
     assert torch.equal(after, requests.history)
-    alone = RowSampler(257, 1, CPU).sample(
-        logits[order[:1]], with_biases(other.rows[:1], [requests.biases[order[0]]]), start
-    )
+    first = replace(with_biases(other.rows[:1], [requests.biases[order[0]]]), masks=rules.masks)
+    alone = RowSampler(257, 1, CPU).sample(logits[order[:1]], first, start)
     assert alone.tokens[0] == tokens[order[0]]
 
 
@@ -341,6 +367,37 @@ def test_many_biases_reach_their_tokens_in_any_split():
     logits[:, 996] = 1
 
     assert tokens(requests.choose(logits)) == requests.sample(logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocab", [257, 1000])
+def test_a_mask_is_absolute_and_its_row_alone_is_masked(vocab, dtype):
+    """Whatever bias a token has. Log-probabilities are of all tokens."""
+    wanted = [0, 31, 32, 128, vocab - 1]
+    params = SamplingParams(temperature=0, logit_bias={5: 100.0, 128: -3.0})
+    requests = Requests(vocab, [params] * 3, masks={1: wanted}, num_top=2)
+    logits = torch.randn(3, vocab, generator=torch.Generator().manual_seed(0)).to(dtype)
+    expected = requests.choose(logits)
+
+    found = requests.sample(logits)
+
+    assert tokens(expected) == found
+    assert (found[0], found[2]) == (5, 5)
+    assert found[1] in wanted
+    sampled = requests.sampler.sampled
+    assert sampled.top_ids[1, :2].tolist() == [i for i, _ in expected[1][1].logprob.top]
+    assert expected[1][1].logprob.logprob == pytest.approx(sampled.logprobs[1].item(), rel=1e-6, abs=1e-6)
+
+
+def test_a_row_whose_mask_leaves_nothing_has_no_token_and_no_neighbour_notices():
+    requests = Requests(257, [SamplingParams(temperature=1)] * 3, masks={1: []})
+    logits = torch.randn(3, 257, generator=torch.Generator().manual_seed(0))
+
+    found = requests.sample(logits)
+
+    assert found[1] is None
+    assert requests.sampler.sampled.bests[1] == -INF
+    assert tokens(requests.choose(logits)) == found
 
 
 def test_a_step_without_rows_and_a_vocabulary_that_is_too_large():

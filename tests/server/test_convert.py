@@ -21,6 +21,7 @@ from gralora_runtime.request import (
     SamplingParams,
     Started,
     StoppingParams,
+    StructuredOutput,
     TokenLogprob,
 )
 from gralora_server import convert
@@ -32,6 +33,25 @@ def test_what_a_request_leaves_out_is_the_runtimes_default() -> None:
     expected = GenerationRequest(request_id="r1", prompt=Prompt(text="hello"))
     assert expected == convert.from_generate_request(wire, timeout_s=None)
     assert convert.to_min_tokens_per_message(wire.response) == 1
+
+
+@pytest.mark.parametrize(
+    ("wire", "expected"),
+    [
+        ({"json_schema": "{}"}, StructuredOutput(json_schema="{}")),
+        ({"regex": "a+"}, StructuredOutput(regex="a+")),
+        ({"grammar": 'start: "a"'}, StructuredOutput(grammar='start: "a"')),
+        ({"choice": generation_pb2.Choices(texts=["a", "b"])}, StructuredOutput(choice=("a", "b"))),
+        ({"json_object": True}, StructuredOutput(json_object=True)),
+    ],
+    ids=str,
+)
+def test_what_an_answer_has_to_match_arrives(wire: dict[str, object], expected: StructuredOutput) -> None:
+    wanted = generation_pb2.StructuredOutput(**wire)
+
+    for message in (generation_pb2.GenerateRequest, generation_pb2.StreamGenerateRequest):
+        request = message(text="hello", structured_output=wanted)
+        assert expected == convert.from_generate_request(request, timeout_s=None).structured_output
 
 
 def test_an_explicit_zero_is_not_a_default() -> None:

@@ -44,6 +44,14 @@ def response(**fields: object) -> generation_pb2.GenerateRequest:
     return request(response=ResponseParams(**fields))
 
 
+def structured(**format_: object) -> generation_pb2.GenerateRequest:
+    return request(structured_output=generation_pb2.StructuredOutput(**format_))
+
+
+def choice(*texts: str) -> generation_pb2.GenerateRequest:
+    return structured(choice=generation_pb2.Choices(texts=texts))
+
+
 WRONG = [
     ("prompt", generation_pb2.GenerateRequest()),
     ("text", request(text="")),
@@ -87,6 +95,19 @@ WRONG = [
     *(("response.top_logprobs", response(logprobs=True, top_logprobs=value)) for value in (-1, 21)),
     ("response.top_logprobs", response(top_logprobs=1)),
     *(("response.min_tokens_per_message", response(min_tokens_per_message=value)) for value in (0, -1, 1025)),
+    ("structured_output", structured()),
+    ("structured_output.json_schema", structured(json_schema="")),
+    ("structured_output.json_schema", structured(json_schema=" " * ((64 << 10) + 1))),
+    ("structured_output.json_schema", structured(json_schema="é" * ((32 << 10) + 1))),
+    ("structured_output.regex", structured(regex="")),
+    ("structured_output.regex", structured(regex="a" * ((8 << 10) + 1))),
+    ("structured_output.grammar", structured(grammar="")),
+    ("structured_output.grammar", structured(grammar="a" * ((64 << 10) + 1))),
+    ("structured_output.choice.texts", choice()),
+    ("structured_output.choice.texts", choice(*["a"] * 513)),
+    ("structured_output.choice.texts", choice("a" * (32 << 10), "b" * ((32 << 10) + 1))),
+    ("structured_output.choice.texts[1]", choice("a", "")),
+    ("structured_output.json_object", structured(json_object=False)),
 ]
 RIGHT = [
     request(),
@@ -102,6 +123,11 @@ RIGHT = [
     stopping(max_tokens=1, min_tokens=1, stop=["x" * 1000] * 16, stop_token_ids=range(1024)),
     stopping(min_tokens=5),
     response(logprobs=True, top_logprobs=20, min_tokens_per_message=1024),
+    structured(json_schema="{" * (64 << 10)),
+    structured(regex="a" * (8 << 10)),
+    structured(grammar="é" * (32 << 10)),
+    choice(*["a" * 128] * 512),
+    structured(json_object=True),
 ]
 
 

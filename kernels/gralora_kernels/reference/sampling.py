@@ -54,6 +54,14 @@ def _row(logits: Floats, rules: SamplingRules, number: int, histories: npt.NDArr
 
 
 def _adjusted(logits: Floats, rules: SamplingRules, rule: Rules, histories: npt.NDArray[np.int32] | None) -> Floats:
+    scores = _penalised(logits, rules, rule, histories)
+    if rule["mask"] < 0:
+        return scores
+    may_be_chosen = np.unpackbits(rules.masks[rule["mask"]].view(np.uint8), count=len(scores), bitorder="little")
+    return np.where(may_be_chosen, scores, np.float32(-np.inf))
+
+
+def _penalised(logits: Floats, rules: SamplingRules, rule: Rules, histories: npt.NDArray[np.int32] | None) -> Floats:
     scores = logits.copy()
     biases = slice(rule["first_bias"], rule["first_bias"] + rule["num_biases"])
     np.add.at(scores, rules.bias_ids[biases], rules.biases[biases].astype(np.float32))

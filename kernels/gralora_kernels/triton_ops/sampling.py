@@ -38,6 +38,7 @@ SLOT = tl.constexpr(COLUMNS["history_slot"])
 NUM_TOP = tl.constexpr(COLUMNS["num_top"])
 FIRST_BIAS = tl.constexpr(COLUMNS["first_bias"])
 NUM_BIASES = tl.constexpr(COLUMNS["num_biases"])
+MASK = tl.constexpr(COLUMNS["mask"])
 
 SPLITS = tl.constexpr(64)  # most of a row
 OCTAVES = tl.constexpr(32)  # 0: a weight of 1, i: from 2^-i up to twice that, the last: all that is below
@@ -95,7 +96,15 @@ def _biased(x, c, bias_ids, biases, first, count, begin, end):
     return x
 
 
-@triton.jit(do_not_specialize=["vocab_units", "stride_units"])
+@triton.jit
+def _is_adjusted(integers, row):
+    """Whether a row's scores are not simply its logits."""
+    is_adjusted = tl.load(integers + row * RULE + SLOT) >= 0
+    is_adjusted |= tl.load(integers + row * RULE + NUM_BIASES) > 0
+    return is_adjusted | (tl.load(integers + row * RULE + MASK) >= 0)
+
+
+@triton.jit(do_not_specialize=["vocab_units", "stride_units", "mask_words"])
 def scan_kernel(
     part_peaks,  # [rows, SPLITS]: the largest logit, NaN if any is
     part_bests,  # [rows, SPLITS]: the largest score, NaN if any is
@@ -107,6 +116,8 @@ def scan_kernel(
     bias_ids,  # int64 [biases]
     biases,  # fp64 [biases]
     history,  # int32 [slots, vocab]: twice how often a token was written, and one if the prompt has it
+    masks,  # int32 [masked rows, mask_words]: a bit for each token, set if it may be chosen
+    mask_words,
     vocab_units,  # vocab / ALIGN: a size that is multiplied by ALIGN is known to be a multiple of it
     stride_units,
     SPLIT: tl.constexpr,
@@ -135,7 +146,11 @@ def scan_kernel(
             x = tl.where(b_history != 0, tl.where(x < 0, x * repetition, tl.div_rn(x, repetition)), x)
             b_written = b_history >> 1
             x = tl.where(b_written > 0, (x - b_written.to(tl.float32) * frequency) - presence, x)
-        if (slot >= 0) | (num_biases > 0):
+        mask_row = tl.load(integers + row * RULE + MASK)
+        if mask_row >= 0:
+            b_masks = tl.load(masks + mask_row * mask_words + (c >> 5), mask=mask, other=0)
+            x = tl.where(((b_masks >> (c & 31)) & 1) != 0, x, float("-inf"))
+        if _is_adjusted(integers, row):
             tl.store(scores + row * vocab + c, x, mask=mask)
     best = _peak(x)
     tl.store(part_peaks + row * SPLITS + split, peak)
@@ -147,7 +162,7 @@ def scan_kernel(
 def _weights(logits, scores, numbers, integers, row, c, vocab, stride, best):
     """fp32, in 0..1, of tokens `c`; 0 behind the vocabulary."""
     mask = c < vocab
-    if (tl.load(integers + row * RULE + SLOT) >= 0) | (tl.load(integers + row * RULE + NUM_BIASES) > 0):
+    if _is_adjusted(integers, row):
         b_scores = tl.load(scores + row * vocab + c, mask=mask, other=float("-inf"))
     else:
         b_logits = tl.load(logits + row * stride + c, mask=mask, other=float("-inf"))

@@ -18,6 +18,7 @@ from gralora_kernels.triton_ops.variant import ELEMENT_NAMES, VECTOR_BYTES, Vari
 
 # Tokens of a split: one row of an 8B model's vocabulary is 32 programs, each with 16 tokens a thread.
 SPLIT = 4096
+MASK_BITS = 32  # of a word
 BLOCK = 1024  # candidates that are looked at at once, with eight thresholds each
 # Sums and products apart, as the host has them: 512 threads on both, so that each loads 16 bytes of a split.
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -38,7 +39,7 @@ class Sampled:
 
     tokens: Tensor  # int32 [max_rows]
     peaks: Tensor  # fp32 [max_rows]: the largest logit, NaN if any is
-    bests: Tensor  # fp32 [max_rows]: the largest score after biases and penalties, NaN if any is
+    bests: Tensor  # fp32 [max_rows]: the largest score after biases, penalties and masks, NaN if any is
     logprobs: Tensor  # fp32 [max_rows]: of the token
     top_ids: Tensor  # int32 [max_rows, MAX_TOP]
     top_logprobs: Tensor  # fp32 [max_rows, MAX_TOP]
@@ -69,12 +70,14 @@ class RowSampler:
         self._words = torch.empty(0, dtype=torch.int64, device=device)
         self._scores = torch.empty(0, dtype=torch.float32, device=device)
         self._candidates = torch.empty(0, dtype=torch.int32, device=device)
+        self._masks = torch.empty(0, dtype=torch.int32, device=device)
         self._no_history = torch.zeros(0, dtype=torch.int32, device=device)
 
     def reserve(self) -> None:
-        """All that any step may need, now: eight bytes for each logit of a full step."""
+        """All that any step may need, now: eight bytes for each logit of a full step, and a bit."""
         self._scores = at_least(self._scores, self._max_rows * self._vocab)
         self._candidates = at_least(self._candidates, self._max_rows * self._vocab)
+        self._masks = at_least(self._masks, self._max_rows * triton.cdiv(self._vocab, MASK_BITS))
 
     def sample(self, logits: Tensor, rules: SamplingRules, history: Tensor | None = None) -> Sampled:
         """A token for each row of `logits` [rows, vocab], without waiting for the device.
@@ -105,7 +108,7 @@ class RowSampler:
 
         kernels.scan_kernel[splits](
             *parts, self._part_ids, self._scores, logits, numbers, integers, integers[bias_ids:], numbers[biases:],
-            history, *sizes, ADJUSTS=adjusts, **constants, **options,
+            history, self._masks, rules.masks.shape[1], *sizes, ADJUSTS=adjusts, **constants, **options,
         )  # fmt: skip
         if samples:
             kernels.weigh_kernel[splits](self._masses, self._octaves, *read, *parts, *sizes, **constants, **options)
@@ -132,11 +135,17 @@ class RowSampler:
         # Room for a pair of words more: what lies behind the rows is somewhere, even if it is empty.
         self._words = at_least(self._words, max(len(words), self._max_rows * WORDS) + 2)
         self._words[: len(words)].copy_(staged(torch.from_numpy(words), self._device), non_blocking=True)
+        if rules.masks.size:
+            self._masks = at_least(self._masks, rules.masks.size)
+            masks = staged(torch.from_numpy(rules.masks).flatten(), self._device)
+            self._masks[: rules.masks.size].copy_(masks, non_blocking=True)
 
     def _check(self, logits: Tensor, rules: SamplingRules, history: Tensor | None) -> None:
         assert len(rules.rows) <= self._max_rows, (len(rules.rows), self._max_rows)
         assert logits.shape == (len(rules.rows), self._vocab), (logits.shape, len(rules.rows), self._vocab)
         assert logits.stride(1) == 1, logits.stride()
+        assert (rules.rows["mask"] < len(rules.masks)).all(), len(rules.masks)
+        assert not len(rules.masks) or rules.masks.shape[1] * MASK_BITS >= self._vocab, rules.masks.shape
         if history is None:
             assert (rules.rows["history_slot"] < 0).all()
         else:
@@ -181,7 +190,7 @@ def variants(dtype: torch.dtype) -> list[Variant]:
     """Every form, and with loads of single elements too."""
     pointers = dict.fromkeys(("part_peaks", "part_bests", "scores", "peaks", "bests", "logprobs"), "*fp32")
     pointers |= dict.fromkeys(("part_ids", "history", "octaves", "candidates", "tokens"), "*i32")
-    pointers |= dict.fromkeys(("top_keys", "part_top_ids", "top_ids"), "*i32")
+    pointers |= dict.fromkeys(("top_keys", "part_top_ids", "top_ids", "masks"), "*i32")
     pointers |= dict.fromkeys(("numbers", "biases", "masses", "sums"), "*fp64")
     pointers |= dict.fromkeys(("integers", "bias_ids"), "*i64")
     pointers |= {"top_logprobs": "*fp32", "logits": f"*{ELEMENT_NAMES[dtype]}"}

@@ -61,7 +61,9 @@ class _FinishReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FinishRe
     FINISH_REASON_UNSPECIFIED: _FinishReason.ValueType  # 0
     """Never sent."""
     FINISH_REASON_STOP: _FinishReason.ValueType  # 1
-    """The model ended the sequence, or a stop condition was met; Finished says which."""
+    """The model ended the sequence, or a stop condition was met; Finished says which. If it names none, the answer is all
+    that `structured_output` asked for.
+    """
     FINISH_REASON_LENGTH: _FinishReason.ValueType  # 2
     """max_tokens or the end of the context window was reached."""
     FINISH_REASON_CANCELLED: _FinishReason.ValueType  # 3
@@ -75,7 +77,9 @@ class FinishReason(_FinishReason, metaclass=_FinishReasonEnumTypeWrapper):
 FINISH_REASON_UNSPECIFIED: FinishReason.ValueType  # 0
 """Never sent."""
 FINISH_REASON_STOP: FinishReason.ValueType  # 1
-"""The model ended the sequence, or a stop condition was met; Finished says which."""
+"""The model ended the sequence, or a stop condition was met; Finished says which. If it names none, the answer is all
+that `structured_output` asked for.
+"""
 FINISH_REASON_LENGTH: FinishReason.ValueType  # 2
 """max_tokens or the end of the context window was reached."""
 FINISH_REASON_CANCELLED: FinishReason.ValueType  # 3
@@ -416,6 +420,78 @@ class ResponseParams(_message.Message):
 Global___ResponseParams: _TypeAlias = ResponseParams  # noqa: Y015
 
 @_typing.final
+class Choices(_message.Message):
+    """Texts of which the answer is one."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TEXTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def texts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """1 to 512, none of them empty, of at most 64 KiB of UTF-8 together."""
+
+    def __init__(
+        self,
+        *,
+        texts: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["texts", b"texts"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Choices: _TypeAlias = Choices  # noqa: Y015
+
+@_typing.final
+class StructuredOutput(_message.Message):
+    """What the text of the answer has to match. Tokens that would break it cannot be chosen, whatever their logits and
+    biases are. The end of sequence, and stop tokens, are possible where the answer may end; where nothing else is, the
+    generation ends with FINISH_REASON_STOP, also below `min_tokens`. An answer that ends for another reason matches only
+    as far as it goes. What cannot be compiled is INVALID_REQUEST: the message says why, and where.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JSON_SCHEMA_FIELD_NUMBER: _builtins.int
+    REGEX_FIELD_NUMBER: _builtins.int
+    GRAMMAR_FIELD_NUMBER: _builtins.int
+    CHOICE_FIELD_NUMBER: _builtins.int
+    JSON_OBJECT_FIELD_NUMBER: _builtins.int
+    json_schema: _builtins.str
+    """A JSON schema, at most 64 KiB: an object, of Draft 2020-12. Properties come in the order in which it has them. No
+    more than 16 characters of white space stand in one place; "x-guidance" at its top changes that, as llguidance says.
+    """
+    regex: _builtins.str
+    """A regular expression for the whole text, at most 8 KiB, in the syntax of Rust's: no look-around, no references."""
+    grammar: _builtins.str
+    """A grammar in llguidance's variant of Lark, at most 64 KiB. Its rule "start" is the answer."""
+    json_object: _builtins.bool
+    """Any JSON object. Only true can be sent."""
+    @_builtins.property
+    def choice(self) -> Global___Choices:
+        """One of these texts."""
+
+    def __init__(
+        self,
+        *,
+        json_schema: _builtins.str = ...,
+        regex: _builtins.str = ...,
+        grammar: _builtins.str = ...,
+        choice: Global___Choices | None = ...,
+        json_object: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["choice", b"choice", "format", b"format", "grammar", b"grammar", "json_object", b"json_object", "json_schema", b"json_schema", "regex", b"regex"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["choice", b"choice", "format", b"format", "grammar", b"grammar", "json_object", b"json_object", "json_schema", b"json_schema", "regex", b"regex"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_format: _TypeAlias = _typing.Literal["json_schema", "regex", "grammar", "choice", "json_object"]  # noqa: Y015
+    _WhichOneofArgType_format: _TypeAlias = _typing.Literal["format", b"format"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_format) -> _WhichOneofReturnType_format | None: ...
+
+Global___StructuredOutput: _TypeAlias = StructuredOutput  # noqa: Y015
+
+@_typing.final
 class GenerateRequest(_message.Message):
     """One generation."""
 
@@ -431,6 +507,7 @@ class GenerateRequest(_message.Message):
     RESPONSE_FIELD_NUMBER: _builtins.int
     CANARY_KEY_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
+    STRUCTURED_OUTPUT_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Names the request in logs and for AbortRequest. At most 128 printable ASCII characters, no spaces, unique among the
     requests of the tenant that are running. Empty: the server makes one. Sent again with the same fields while it runs, or within a
@@ -472,6 +549,10 @@ class GenerateRequest(_message.Message):
     def response(self) -> Global___ResponseParams:
         """What to report."""
 
+    @_builtins.property
+    def structured_output(self) -> Global___StructuredOutput:
+        """What the answer has to match. Not set: nothing."""
+
     def __init__(
         self,
         *,
@@ -485,10 +566,11 @@ class GenerateRequest(_message.Message):
         response: Global___ResponseParams | None = ...,
         canary_key: _builtins.str = ...,
         priority: _builtins.int = ...,
+        structured_output: Global___StructuredOutput | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["messages", b"messages", "prompt", b"prompt", "response", b"response", "sampling", b"sampling", "stopping", b"stopping", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["messages", b"messages", "prompt", b"prompt", "response", b"response", "sampling", b"sampling", "stopping", b"stopping", "structured_output", b"structured_output", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "canary_key", b"canary_key", "messages", b"messages", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "response", b"response", "sampling", b"sampling", "stopping", b"stopping", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "canary_key", b"canary_key", "messages", b"messages", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "response", b"response", "sampling", b"sampling", "stopping", b"stopping", "structured_output", b"structured_output", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_prompt: _TypeAlias = _typing.Literal["text", "token_ids", "messages"]  # noqa: Y015
     _WhichOneofArgType_prompt: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015
@@ -512,6 +594,7 @@ class StreamGenerateRequest(_message.Message):
     RESPONSE_FIELD_NUMBER: _builtins.int
     CANARY_KEY_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
+    STRUCTURED_OUTPUT_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Names the request in logs and for AbortRequest. At most 128 printable ASCII characters, no spaces, unique among the
     requests of the tenant that are running. Empty: the server makes one. Sent again with the same fields while it runs, or within a
@@ -553,6 +636,10 @@ class StreamGenerateRequest(_message.Message):
     def response(self) -> Global___ResponseParams:
         """What to report."""
 
+    @_builtins.property
+    def structured_output(self) -> Global___StructuredOutput:
+        """What the answer has to match. Not set: nothing."""
+
     def __init__(
         self,
         *,
@@ -566,10 +653,11 @@ class StreamGenerateRequest(_message.Message):
         response: Global___ResponseParams | None = ...,
         canary_key: _builtins.str = ...,
         priority: _builtins.int = ...,
+        structured_output: Global___StructuredOutput | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["messages", b"messages", "prompt", b"prompt", "response", b"response", "sampling", b"sampling", "stopping", b"stopping", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["messages", b"messages", "prompt", b"prompt", "response", b"response", "sampling", b"sampling", "stopping", b"stopping", "structured_output", b"structured_output", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "canary_key", b"canary_key", "messages", b"messages", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "response", b"response", "sampling", b"sampling", "stopping", b"stopping", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "canary_key", b"canary_key", "messages", b"messages", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "response", b"response", "sampling", b"sampling", "stopping", b"stopping", "structured_output", b"structured_output", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_prompt: _TypeAlias = _typing.Literal["text", "token_ids", "messages"]  # noqa: Y015
     _WhichOneofArgType_prompt: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -35,6 +36,13 @@ def generate(
     seed: Annotated[int | None, typer.Option()] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be given several times.")] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after the end of sequence.")] = False,
+    json_schema: Annotated[
+        Path | None, typer.Option(help="A file with the JSON schema that the answer matches.")
+    ] = None,
+    regex: Annotated[str | None, typer.Option(help="A regular expression that the answer matches.")] = None,
+    choice: Annotated[
+        list[str] | None, typer.Option(help="A text that the answer may be; may be given several times.")
+    ] = None,
     request_id: Annotated[str, typer.Option(help="Default: the server makes one.")] = "",
     timeout_s: Annotated[float, typer.Option(min=0, help="Of the whole call.")] = 600.0,
     json: Json = False,
@@ -59,6 +67,7 @@ def generate(
         "ignore_eos": ignore_eos,
         "request_id": request_id,
         "timeout_s": timeout_s,
+        **_structure(json_schema=json_schema, regex=regex, choice=choice),
     }
     if json:
         print_json(client.generate(**arguments))
@@ -71,6 +80,21 @@ def _prompt(text: str, *, raw: bool, system: str | None) -> dict[str, Any]:
         return {"prompt": text}
     turns = [] if system is None else [{"role": "system", "content": system}]
     return {"messages": [*turns, {"role": "user", "content": text}]}
+
+
+def _structure(*, json_schema: Path | None, regex: str | None, choice: list[str] | None) -> dict[str, Any]:
+    if [json_schema, regex, choice or None].count(None) < 2:
+        raise CommandError(ExitCode.USAGE, "give at most one of --json-schema, --regex and --choice")
+    if json_schema is not None:
+        return {"json_schema": _read(json_schema)}
+    return {"regex": regex, "choice": choice or None}
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as cause:
+        raise CommandError(ExitCode.USAGE, f"cannot read {file}: {cause}") from cause
 
 
 def _at_once(client: Client, arguments: dict[str, Any]) -> Generation:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +54,12 @@ class GenerateOptions(TypedDict, total=False):
     top_logprobs: int | None
     echo_prompt_token_ids: bool
     min_tokens_per_message: int | None
+    # what it has to match: at most one of these
+    json_schema: str | Mapping[str, Any] | None
+    regex: str | None
+    grammar: str | None  # llguidance's variant of Lark
+    choice: Sequence[str] | None
+    json_object: bool
     # of this call; default: Timeouts.generate_s
     timeout_s: float | None
 
@@ -64,6 +71,7 @@ _PARTS: dict[str, type[Any]] = {
 }
 # option -> the message that has it: the proto is the list
 _PART_OF = {field.name: part for part, message in _PARTS.items() for field in message.DESCRIPTOR.fields}
+_FORMATS = frozenset(field.name for field in generation_pb2.StructuredOutput.DESCRIPTOR.fields)
 
 
 def generate_fields(
@@ -72,15 +80,32 @@ def generate_fields(
     """The fields that GenerateRequest and StreamGenerateRequest share. Raises TypeError for what cannot be sent."""
     fields = prompt_fields(prompt, token_ids, messages)
     parts: dict[str, dict[str, object]] = {part: {} for part in _PARTS}
+    formats: dict[str, Any] = {}
     for name, value in options.items():
         if name in ("adapter", "request_id", "canary_key", "priority"):
             fields[name] = value
         elif name in _PART_OF:
             if value is not None:
                 parts[_PART_OF[name]][name] = [value] if name == "stop" and isinstance(value, str) else value
+        elif name in _FORMATS:
+            if value is not None and value is not False:
+                formats[name] = value
         elif name != "timeout_s":
             raise TypeError(f"generate() has no option {name!r}")
+    if formats:
+        fields["structured_output"] = _structured_output(**formats)
     return fields | {part: _PARTS[part](**values) for part, values in parts.items()}
+
+
+def _structured_output(**formats: Any) -> generation_pb2.StructuredOutput:
+    if len(formats) > 1:
+        raise TypeError(f"give at most one of {', '.join(sorted(formats))}")
+    [(name, value)] = formats.items()
+    if name == "json_schema" and not isinstance(value, str):
+        value = json.dumps(value)
+    elif name == "choice":
+        value = generation_pb2.Choices(texts=value)
+    return generation_pb2.StructuredOutput(**{name: value})
 
 
 def prompt_fields(
