@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from gralora.v1 import adapters_pb2, generation_pb2, server_pb2
 from gralora_runtime.adapters.catalogue.names import check_name, parse_reference

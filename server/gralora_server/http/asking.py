@@ -10,7 +10,16 @@ from collections.abc import Iterator, Sequence
 
 from gralora.v1 import generation_pb2, server_pb2
 from gralora_runtime.errors import InvalidRequestError
-from gralora_server.http.bodies import MAX_CHOICES, ChatBody, CompletionBody, PromptBody, Sampled, Turn
+from gralora_server.http.bodies import (
+    MAX_CHOICES,
+    ChatBody,
+    CompletionBody,
+    ObjectFormat,
+    PromptBody,
+    Sampled,
+    SchemaFormat,
+    Turn,
+)
 
 # gRPC's names of fields, where ours are others; a name stands for all that begin with it.
 FIELDS = (
@@ -24,6 +33,7 @@ FIELDS = (
     ("text", "prompt"),
     ("adapter", "model"),
     ("canary_key", "user"),
+    ("structured_output.", "structured_outputs."),
 )
 
 
@@ -115,7 +125,33 @@ def _common(body: Sampled, base: str) -> generation_pb2.StreamGenerateRequest:
     stopping.stop.extend([body.stop] if isinstance(body.stop, str) else body.stop or ())
     stopping.stop_token_ids.extend(body.stop_token_ids or ())
     stopping.ignore_eos = body.ignore_eos
+    _structure(body, asked.structured_output)
     return asked
+
+
+def _structure(body: Sampled, output: generation_pb2.StructuredOutput) -> None:
+    """Left empty where the answer may be anything."""
+    wanted, structured = body.response_format, body.structured_outputs
+    if isinstance(wanted, ObjectFormat):
+        output.json_object = True
+    elif isinstance(wanted, SchemaFormat):
+        output.json_schema = json.dumps(wanted.json_schema.schema_)
+    if structured is None:
+        return
+    given = structured.model_dump(exclude_none=True)
+    if len(given) + (output.WhichOneof("format") is not None) != 1:
+        raise InvalidRequestError("structured_outputs", sorted(given), "must set one thing, and response_format none")
+    if structured.json_ is not None:
+        schema = structured.json_
+        output.json_schema = schema if isinstance(schema, str) else json.dumps(schema)
+    elif structured.choice is not None:
+        output.choice.texts.extend(structured.choice)
+    elif structured.json_object:
+        output.json_object = True
+    elif structured.regex is not None:
+        output.regex = structured.regex
+    elif structured.grammar is not None:
+        output.grammar = structured.grammar
 
 
 def _numbered(

@@ -54,6 +54,33 @@ class StreamOptions(Part):
     continuous_usage_stats: Literal[False] = False
 
 
+class TextFormat(Part):
+    type: Literal["text"]
+
+
+class ObjectFormat(Part):
+    type: Literal["json_object"]
+
+
+class NamedSchema(Part):
+    schema_: dict[str, Any] = Field(alias="schema")
+
+
+class SchemaFormat(Part):
+    type: Literal["json_schema"]
+    json_schema: NamedSchema
+
+
+class StructuredOutputs(Part):
+    """As vLLM has it. Exactly one is set."""
+
+    json_: dict[str, Any] | str | None = Field(default=None, alias="json")
+    regex: str | None = None
+    choice: List[str] | None = None
+    grammar: str | None = None
+    json_object: Literal[True] | None = None
+
+
 class Sampled(Body):
     """What both ways to ask for text share."""
 
@@ -79,6 +106,10 @@ class Sampled(Body):
     priority: Int32 = Field(default=0, description="Among the requests of one tenant; higher first.")
     user: str | None = Field(default=None, description="Requests of one user get the same version of a canary.")
     return_token_ids: bool = False
+    response_format: Annotated[TextFormat | ObjectFormat | SchemaFormat, Field(discriminator="type")] | None = Field(
+        default=None, description="What the answer has to match."
+    )
+    structured_outputs: StructuredOutputs | None = Field(default=None, description="The same, as vLLM has it.")
     # Sent by clients, and without meaning here.
     metadata: dict[str, Any] | None = None
     safety_identifier: str | None = None
@@ -144,10 +175,6 @@ class FunctionTool(Part):
     function: Function
 
 
-class TextFormat(Part):
-    type: Literal["text"]
-
-
 class ChatBody(Sampled):
     """Of `/v1/chat/completions`."""
 
@@ -156,7 +183,6 @@ class ChatBody(Sampled):
     max_completion_tokens: Int32 | None = Field(default=None, description="Goes before max_tokens.")
     logprobs: bool | None = False
     top_logprobs: Int32 | None = None
-    response_format: TextFormat | None = None
     tools: List[FunctionTool] | None = Field(default=None, description="What the model may call.")
     tool_choice: Literal["auto", "none"] | None = None
     parallel_tool_calls: Literal[True] | None = None
