@@ -49,6 +49,22 @@ def test_seeds_and_log_probabilities_are_those_of_grpc(asked, client: Client) ->
     assert answer.logprobs.token_logprobs == pytest.approx([one.logprob for one in expected.logprobs], abs=1e-5)
 
 
+def test_an_answer_matches_the_schema_that_was_asked_for(asked, client: Client) -> None:
+    schema = {"type": "object", "properties": {"n": {"type": "integer"}, "ok": {"type": "boolean"}}}
+    schema |= {"required": ["n", "ok"], "additionalProperties": False}
+    wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    choice = asked.completions.create(
+        model="a0", prompt=PROMPT, max_tokens=200, temperature=0, extra_body={"response_format": wanted}
+    ).choices[0]
+    with pytest.raises(openai.BadRequestError) as caught:
+        asked.completions.create(model="a0", prompt=PROMPT, extra_body={"structured_outputs": {"regex": "("}})
+
+    if choice.finish_reason == "stop":
+        assert set(json.loads(choice.text)) == {"n", "ok"}
+    assert choice.text.lstrip().startswith("{")
+    assert caught.value.param == "structured_outputs.regex"
+
+
 def test_a_chat_goes_through_the_model_s_template(asked, client: Client) -> None:
     turns = [{"role": "user", "content": "stop here"}]
     expected = client.generate(messages=turns, adapter="a1", max_tokens=8, temperature=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import socket
 
 import pytest
@@ -16,7 +17,7 @@ from gralora_runtime.errors import (
     NumericalError,
     QueueFullError,
 )
-from gralora_runtime.request import ChatMessage, Delta, FinishReason, TokenLogprob
+from gralora_runtime.request import ChatMessage, Delta, FinishReason, StructuredOutput, TokenLogprob
 
 
 async def test_a_chat_is_answered_at_once() -> None:
@@ -229,6 +230,56 @@ async def test_parts_of_a_message_are_joined_and_other_kinds_are_refused() -> No
     assert joined.status_code == 200
     assert s.engine.requests[0].prompt.messages == (ChatMessage("user", "aa"),)
     assert error_of(refused)["param"].startswith("messages[0].content[1]")
+
+
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"response_format": {"type": "text"}}, None),
+        ({"response_format": {"type": "json_object"}}, StructuredOutput(json_object=True)),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}},
+            StructuredOutput(json_schema=json.dumps(SCHEMA)),
+        ),
+        ({"structured_outputs": {"json": SCHEMA}}, StructuredOutput(json_schema=json.dumps(SCHEMA))),
+        ({"structured_outputs": {"json": "{}"}}, StructuredOutput(json_schema="{}")),
+        ({"structured_outputs": {"regex": "a+"}}, StructuredOutput(regex="a+")),
+        ({"structured_outputs": {"choice": ["a", "b"]}}, StructuredOutput(choice=("a", "b"))),
+        ({"structured_outputs": {"grammar": 'start: "a"'}}, StructuredOutput(grammar='start: "a"')),
+        ({"structured_outputs": {"json_object": True}}, StructuredOutput(json_object=True)),
+    ],
+)
+async def test_what_an_answer_has_to_match(fields: dict[str, object], expected: StructuredOutput | None) -> None:
+    async with http_served() as s:
+        s.engine.script = [finished()]
+        text = await s.client.post("/v1/completions", json=TEXT | fields)
+        chat = await s.client.post("/v1/chat/completions", json=CHAT | fields)
+
+    assert (text.status_code, chat.status_code) == (200, 200)
+    assert [request.structured_output for request in s.engine.requests] == [expected, expected]
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"response_format": {"type": "xml"}}, "response_format"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+        ({"structured_outputs": {}}, "structured_outputs"),
+        ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, "structured_outputs"),
+        ({"structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}}, "structured_outputs"),
+        ({"structured_outputs": {"choice": []}}, "structured_outputs.choice"),
+        ({"structured_outputs": {"regex": ""}}, "structured_outputs.regex"),
+    ],
+)
+async def test_what_no_answer_can_match_is_refused(fields: dict[str, object], field: str) -> None:
+    async with http_served() as s:
+        response = await s.client.post("/v1/completions", json=TEXT | fields)
+
+    assert (response.status_code, error_of(response)["code"]) == (400, "INVALID_REQUEST")
+    assert error_of(response)["param"].startswith(field)
 
 
 async def test_a_deadline_is_the_request_s() -> None:

@@ -145,7 +145,7 @@ def _structure(body: Sampled, output: generation_pb2.StructuredOutput) -> None:
         schema = structured.json_
         output.json_schema = schema if isinstance(schema, str) else json.dumps(schema)
     elif structured.choice is not None:
-        output.choice.texts.extend(structured.choice)
+        output.choice.CopyFrom(generation_pb2.Choices(texts=structured.choice))  # there even if it is empty
     elif structured.json_object:
         output.json_object = True
     elif structured.regex is not None:
