@@ -121,6 +121,6 @@ def test_what_the_configuration_reads_and_writes_is_mounted(container: dict[str,
         return any(Path(str(path)).is_relative_to(place) and not (writable and ro) for place, ro in mounts.items())
 
     assert is_in(settings.engine.model, writable=False)
-    assert all(is_in(source, writable=False) for source in settings.adapters.sources)
+    assert all(is_in(source.uri, writable=False) for source in settings.adapters.sources)
     assert is_in(settings.adapters.state_dir, writable=True)
     assert container["securityContext"]["readOnlyRootFilesystem"]
