@@ -13,7 +13,8 @@ import pytest
 import typer
 
 from gralora_runtime.errors import GraloraError
-from gralora_server.cli.app import app
+from gralora_server.cli.app import app, run
+from gralora_server.cli.output import ExitCode
 from gralora_server.status import CODES
 
 ROOT = Path(__file__).parent.parent
@@ -149,6 +150,14 @@ def test_series_that_a_document_quotes_exist(name: str) -> None:
     series = {cells[0].strip("`") for cells in rows(read("docs/metrics.md"))}
 
     assert quoted <= series
+
+
+def test_the_configuration_on_the_page_of_tenants_is_valid(tmp_path: Path) -> None:
+    (shown,) = re.findall(r"^```toml\n(.+?)^```", read("docs/tenants.md"), re.MULTILINE | re.DOTALL)
+    file = tmp_path / "gralora.toml"
+    file.write_text(shown)
+
+    assert run(["config", "check", str(file)]) == ExitCode.OK
 
 
 def test_the_client_page_has_every_reason_of_a_status() -> None:
