@@ -14,6 +14,7 @@ import pytest
 import typer
 
 from gralora_runtime.errors import GraloraError
+<<<<<<< HEAD
 from gralora_server.cli.app import app
 from gralora_server.explanation import CODES
 from gralora_server.gate import Gate
@@ -21,6 +22,11 @@ from gralora_server.http.adapters import AdapterEndpoints
 from gralora_server.http.generation import GenerationEndpoints
 from gralora_server.http.server_endpoints import ServerEndpoints
 from gralora_server.servicers import AdapterServicer
+=======
+from gralora_server.cli.app import app, run
+from gralora_server.cli.output import ExitCode
+from gralora_server.status import CODES
+>>>>>>> c90aa50e0f0666d7edf9984c1623676ae6528594
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = ["README.md", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))]
@@ -155,6 +161,14 @@ def test_series_that_a_document_quotes_exist(name: str) -> None:
     series = {cells[0].strip("`") for cells in rows(read("docs/metrics.md"))}
 
     assert quoted <= series
+
+
+def test_the_configuration_on_the_page_of_tenants_is_valid(tmp_path: Path) -> None:
+    (shown,) = re.findall(r"^```toml\n(.+?)^```", read("docs/tenants.md"), re.MULTILINE | re.DOTALL)
+    file = tmp_path / "gralora.toml"
+    file.write_text(shown)
+
+    assert run(["config", "check", str(file)]) == ExitCode.OK
 
 
 def test_the_client_page_has_every_reason_of_a_status() -> None:
