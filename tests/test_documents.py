@@ -14,19 +14,14 @@ import pytest
 import typer
 
 from gralora_runtime.errors import GraloraError
-<<<<<<< HEAD
-from gralora_server.cli.app import app
+from gralora_server.cli.app import app, run
+from gralora_server.cli.output import ExitCode
 from gralora_server.explanation import CODES
 from gralora_server.gate import Gate
 from gralora_server.http.adapters import AdapterEndpoints
 from gralora_server.http.generation import GenerationEndpoints
 from gralora_server.http.server_endpoints import ServerEndpoints
 from gralora_server.servicers import AdapterServicer
-=======
-from gralora_server.cli.app import app, run
-from gralora_server.cli.output import ExitCode
-from gralora_server.status import CODES
->>>>>>> c90aa50e0f0666d7edf9984c1623676ae6528594
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = ["README.md", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))]
