@@ -78,12 +78,14 @@ def _fill(rng: random.Random, message: Message, field: FieldDescriptor) -> None:
     if _is_map(field):
         assert field.message_type is not None
         key, value = field.message_type.fields_by_name["key"], field.message_type.fields_by_name["value"]
-        for number in range(count):
-            name = _value(rng, key) if count == 1 else _numbered(key, number)
-            if value.message_type is not None:
-                change(rng, there[name])
-            else:
+        names = [_value(rng, key)] if count == 1 else [_numbered(key, number) for number in range(count)]
+        if value.message_type is None:
+            for name in names:
                 there[name] = _value(rng, value)
+            return
+        change(rng, there[names[0]])
+        for name in names[1 : _at_most(count, there[names[0]].ByteSize())]:
+            there[name].CopyFrom(there[names[0]])
     elif field.message_type is not None:
         copied = [type(one).FromString(one.SerializeToString()) for one in there[:1]]
         for _ in range(_at_most(count, sum(one.ByteSize() for one in copied))):

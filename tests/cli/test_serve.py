@@ -19,7 +19,7 @@ from gralora_server.cli import serve
 from gralora_server.cli.app import run
 from gralora_server.cli.output import ExitCode
 from gralora_server.client import Client
-from gralora_server.config import MetricsConfig, ServerConfig, TlsConfig
+from gralora_server.config import HttpConfig, MetricsConfig, ServerConfig, TlsConfig
 from gralora_server.planner.profile import Profile, StepPoint
 from gralora_server.settings.table import SETTINGS
 from gralora_server.settings.values import parse_address, parse_bytes, parse_graphs
@@ -67,6 +67,7 @@ def test_every_option_reaches_its_configuration(configured, tmp_path: Path) -> N
         "--hub-endpoint": "http://h", "--hub-token": "t", "--s3-endpoint": "http://s", "--watch": "poll",
         "--cuda-graphs": "4,2,4", "--pipeline": "on",
         "--max-request-s": "31", "--grace-s": "37", "--metrics-address": "[::1]:41", "--metrics-max-adapters": "43",
+        "--http-address": "127.0.0.1:67",
         "--upload-bytes": "5k", "--load-share": "0.5", "--max-message-bytes": "6k", "--write-timeout-s": "47",
         "--max-connection-age-s": "53", "--log-level": "debug", "--first-token-s": "0.5",
         "--step-timeout-s": "61",
@@ -84,6 +85,7 @@ def test_every_option_reaches_its_configuration(configured, tmp_path: Path) -> N
         tls=TlsConfig(certificate=Path("/c"), private_key=Path("/k"), client_ca=Path("/ca")),
         auth_token_file=Path("/t"),
         metrics=MetricsConfig(host="::1", port=41),
+        http=HttpConfig(host="127.0.0.1", port=67),
         state_dir=Path("/s"),
         kserve=True,
         reflection=False,

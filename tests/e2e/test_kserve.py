@@ -29,7 +29,7 @@ def server(tiny_workspace: Path) -> Iterator[str]:
 
 
 def text_of(answer: dict[str, Any]) -> str:
-    return base64.b64decode(answer["rawOutputContents"][0])[4:].decode()
+    return base64.b64decode(answer["raw_output_contents"][0])[4:].decode()
 
 
 def objects(text: str) -> list[dict[str, Any]]:
@@ -48,10 +48,10 @@ def test_grpcurl_finds_it_and_generates(server: str) -> None:
     answer = json.loads(grpcurl("-d", json.dumps(ASKED), server, f"{SERVICE}/ModelInfer"))
     pieces = {"stream": {"bool_param": True}} | ASKED["parameters"]
     body = "".join(json.dumps(ASKED | {"id": str(number), "parameters": pieces}) for number in range(2))
-    streamed = [one["inferResponse"] for one in objects(grpcurl("-d", body, server, f"{SERVICE}/ModelStreamInfer"))]
+    streamed = [one["infer_response"] for one in objects(grpcurl("-d", body, server, f"{SERVICE}/ModelStreamInfer"))]
 
     assert SERVICE in services
-    assert (answer["modelName"], answer["modelVersion"], answer["id"]) == ("a0", "1", "7")
+    assert (answer["model_name"], answer["model_version"], answer["id"]) == ("a0", "1", "7")
     for number in range(2):
         text = "".join(text_of(one) for one in streamed if one["id"] == str(number))
         assert "hello" + text == text_of(answer)

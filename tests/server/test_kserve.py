@@ -95,7 +95,7 @@ async def test_a_timeout_is_a_deadline_if_it_is_sooner() -> None:
         sooner, later = (request.timeout_s for request in s.engine.requests)
 
     assert sooner == 2
-    assert 1 < later <= 10
+    assert 1 < later < 20
 
 
 async def test_pieces_are_for_streams() -> None:

@@ -125,7 +125,8 @@ def _put_special(name: str, value: object, request: generation_pb2.StreamGenerat
     match name:
         case "top_k":
             top_k = integer(name, value, INT32)
-            request.sampling.top_k = 0 if top_k == -1 else top_k
+            if top_k != -1:
+                request.sampling.top_k = top_k
         case "seed":
             seed = integer(name, value, SEEDS)
             if seed != -1:

@@ -134,6 +134,8 @@ class KServeServicer(kserve_pb2_grpc.GRPCInferenceServiceServicer):
         """Ends when the client has sent all and has all its answers; when the server drains, once what runs is done."""
         with self._gate.admit():  # or else this raises why nothing is taken
             pass
+        # Not with the first answer: one that nobody reads would then keep a status from being sent.
+        await context.send_initial_metadata(())
         serve = partial(self._serve, context, Line(context))
         with self._gate.listen() as woken:
             if not await serve_each(requests, serve, at_once=self._at_once, until=woken):
