@@ -91,17 +91,18 @@ async def measure(plan: Plan, model: Path) -> tuple[dict[str, Any], list[Gate]]:
     mask_s = await _mask_times(compiler, answers)
     compiler.close()
     ratios = [free / bound for free, bound in zip(rates["free"], rates["structured"], strict=True)]
+    compile_ms = _ms(statistics.median(compile_s))
     found = {
         "tokens_per_s": rates,
         "free_over_structured": ratios,
         "vocabulary_s": round(vocabulary_s, 4),
-        "compile_ms": {"median": _ms(statistics.median(compile_s)), "most": _ms(max(compile_s))},
+        "compile_ms": {"median": compile_ms, "most": _ms(max(compile_s))},
         "masks_ms_per_step": {"median": _ms(statistics.median(mask_s)), "most": _ms(max(mask_s))},
         "mask_us_per_token": round(1e6 * statistics.mean(mask_s) / plan.requests, 2),
     }
     gates = [
         Gate("rate without schemas over that with them, median", statistics.median(ratios), 1.1, is_speed=True),
-        Gate("ms to compile a schema, median", found["compile_ms"]["median"], 100.0, is_speed=True),
+        Gate("ms to compile a schema, median", compile_ms, 100.0, is_speed=True),
         Gate("answers that are shorter than they had to be", _too_short(answers, plan), 0.0),
     ]
     return found, gates

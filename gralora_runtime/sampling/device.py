@@ -152,7 +152,7 @@ class DeviceSampler:
 
     def _set_masks(self, rules: Rules, states: Sequence[SamplerState]) -> Masks:
         """[masked rows, words]"""
-        masks = []
+        masks: list[Masks] = []
         for row, state in enumerate(states):
             if state.matcher is not None:
                 assert state.matcher.mask is not None, "a token is chosen before its mask is filled"
