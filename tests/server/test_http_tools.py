@@ -6,7 +6,7 @@ import json
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support import fake_engine
 from support.fake_engine import FakeEngine, finished, token
@@ -69,6 +69,7 @@ LLAMA = [
     ("make", "text", "expected"),
     [(HermesScanner, *case) for case in HERMES] + [(Llama3Scanner, *case) for case in LLAMA],
 )
+@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)  # on a busy machine
 @given(st.data())
 def test_calls_are_found_wherever_a_text_is_cut(make, text: str, expected: list[str | FoundCall], data) -> None:
     cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=6)))
