@@ -33,7 +33,7 @@ from gralora_runtime.errors import (
 from gralora_runtime.failure import request_failed
 from gralora_runtime.info import EngineInfo, EngineLoad, TokenizeResult
 from gralora_runtime.intake.entrance import Arrival, Entrance
-from gralora_runtime.intake.rules import rules_of
+from gralora_runtime.intake.rules import check_fits, rules_of
 from gralora_runtime.intake.tokenizing import Tokenizing
 from gralora_runtime.observation.requests import RequestMeter, RequestObservation, outcome_of
 from gralora_runtime.observation.snapshot import EngineSnapshot
@@ -137,6 +137,7 @@ class AsyncEngine:
             raise EngineDeadError if self.dead.is_set() else DrainingError
         entry = self._enter(request, self.requests)
         try:
+            check_fits(request, self._parts.info)  # first: who hears that it is too late comes again
             self._entrance.refuse_when_late(entry.arrival, num_prompt=1)
             sequence = await self._prepare(entry)
         except BaseException:

@@ -24,6 +24,14 @@ class Rules:
     detokenizer: Detokenizer
 
 
+def check_fits(request: GenerationRequest, info: EngineInfo) -> None:
+    """What no prompt could make right. Raises InvalidRequestError."""
+    wanted = request.stopping.max_tokens
+    if wanted is not None and wanted >= info.max_model_len:
+        problem = f"must be less than {info.max_model_len}, which prompt and output have together at most"
+        raise InvalidRequestError("stopping.max_tokens", wanted, problem)
+
+
 def rules_of(
     request: GenerationRequest, tokens: list[int], base: BaseModel, info: EngineInfo, compiled: Compiled | None = None
 ) -> Rules:

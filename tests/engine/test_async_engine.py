@@ -615,6 +615,9 @@ def test_a_request_that_cannot_be_in_time_is_refused_at_once_and_one_that_can_is
         engine.first_token_s = 0.01
         with pytest.raises(TooLateError, match="first token"):
             await engine.submit(request("by the objective", max_tokens=20))
+        never = request("never", max_tokens=engine.info().max_model_len)
+        with pytest.raises(InvalidRequestError, match="max_tokens"):  # who hears that it is too late comes again
+            await engine.submit(replace(never, timeout_s=0.5))
         for stream in flood:
             await stream.aclose()
 
