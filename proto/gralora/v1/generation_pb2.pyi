@@ -12,11 +12,17 @@ of domain "gralora.dev"; its `reason` is stable and one of:
   ADAPTER_VERSION_LOST  FAILED_PRECONDITION  ResourceInfo; the version's files have other content now, and no copy is kept
   ADAPTER_REJECTED    FAILED_PRECONDITION  ResourceInfo; the checkpoint is broken or unsupported, all reasons at once
   ADAPTER_QUARANTINED FAILED_PRECONDITION  RetryInfo; NON_FINITE_LOGITS three times in a row, so it rests for a while
+  ADAPTER_CONVERSION  FAILED_PRECONDITION  ResourceInfo; the adapter cannot become what was asked for
+  ADAPTER_UPLOAD      FAILED_PRECONDITION  ResourceInfo; the files sent are not those that were announced, or cannot be kept
+  ADAPTER_UPLOAD_QUOTA  RESOURCE_EXHAUSTED  ResourceInfo; uploads, all or the tenant's, would take more room than they may
+  ADAPTER_SOURCE      UNAVAILABLE          ResourceInfo and RetryInfo; whoever has the adapter could not be asked
+  CONFIG_INVALID      FAILED_PRECONDITION  ReloadConfig changed nothing; metadata "problems"
   ADAPTER_BUSY        FAILED_PRECONDITION  ResourceInfo; requests hold the adapter that was to be unloaded
   ADAPTER_CAPACITY    FAILED_PRECONDITION  ResourceInfo; the adapter does not fit until others are unpinned or removed
   CATALOGUE           FAILED_PRECONDITION  the catalogue could not be written, so nothing was changed; the message says why
   NON_FINITE_LOGITS   FAILED_PRECONDITION  the adapter's weights or the model gave NaN or infinity for this request
   QUEUE_FULL          RESOURCE_EXHAUSTED   RetryInfo, and the trailer "grpc-retry-pushback-ms"
+  QUOTA_EXCEEDED      RESOURCE_EXHAUSTED   RetryInfo and the trailer; QuotaFailure names the tenant and the limit
   TOO_LATE            RESOURCE_EXHAUSTED   RetryInfo and the trailer; its deadline or the server's objective cannot be met; metadata
                                            "expected_s" and "limit_s"
   OUT_OF_MEMORY       RESOURCE_EXHAUSTED   RetryInfo; memory ran out, and the youngest requests had to go
