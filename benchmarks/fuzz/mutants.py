@@ -15,6 +15,7 @@ from benchmarks.fuzz.seeds import Seeds
 VALID_SHARE = 0.05  # as they were: what is refused should have something to be told from
 BYTES_SHARE = 0.4
 MAX_COPIES = 3  # of a stream's message
+MAX_BYTES = 16 << 20  # of a message: what is larger gRPC itself refuses, and knows no reasons of ours
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +59,7 @@ class Mutants:
             parts[at] = octets.mutated(rng, parts[at], other)
         if how > VALID_SHARE and method.sends_many:
             parts = _reordered(rng, parts)
-        return Mutant(method, tuple(parts))
+        return Mutant(method, tuple(part[:MAX_BYTES] for part in parts))
 
 
 def _reordered(rng: random.Random, parts: list[bytes]) -> list[bytes]:
