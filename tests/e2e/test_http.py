@@ -121,7 +121,7 @@ def test_curl(tiny_http: str, client: Client) -> None:
 
     assert json.loads(curl("/v1/completions", body))["choices"][0]["text"] == expected.text
     assert streamed[-1] == "data: [DONE]"
-    assert len(streamed) > 2
+    assert len(streamed) >= 2  # several tokens may come in one event
     assert {"a0", "a1", "a2"} <= models
     assert json.loads(curl("/health")) == {"status": "SERVING"}
     assert json.loads(curl("/v1/completions", {"model": "a0"}))["error"]["param"] == "prompt"

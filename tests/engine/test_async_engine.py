@@ -336,10 +336,16 @@ def refusals() -> Iterator[object]:
         replace(good, prompt=Prompt(token_ids=tokens * 200)), InvalidRequestError, "must be shorter than", id="long"
     )
     yield pytest.param(
-        replace(good, stopping=StoppingParams(max_tokens=5000)),
+        replace(good, stopping=StoppingParams(max_tokens=511)),  # the model has room for 512
         InvalidRequestError,
         "stopping.max_tokens: the prompt's",
         id="no-room",
+    )
+    yield pytest.param(
+        replace(good, stopping=StoppingParams(max_tokens=512)),
+        InvalidRequestError,
+        "stopping.max_tokens: must be less than 512",
+        id="never-room",
     )
     yield pytest.param(
         replace(good, prompt=Prompt(token_ids=(1, 999))),
