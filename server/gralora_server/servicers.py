@@ -46,6 +46,7 @@ RECHECK_S = 1.0  # so long a watch goes on at most once its caller may not watch
 WATCH_PAUSE_S = 0.05  # what changes meanwhile is one change
 
 Context = grpc.aio.ServicerContext[Any, Any]
+NO_CONTEXT: Any = None  # for those who call a method of ours from elsewhere: the unary ones but Generate look at none
 
 
 class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):

@@ -14,18 +14,17 @@ from google.protobuf.message import Message
 
 from gralora.v1 import adapters_pb2
 from gralora_runtime.errors import InvalidRequestError
+from gralora_server.base_model import base_name
 from gralora_server.gate import Gate
 from gralora_server.http.answering import Json
 from gralora_server.http.bodies import LoadBody, UnloadBody
 from gralora_server.http.calls import Endpoint
 from gralora_server.http.exchange import Exchange
-from gralora_server.http.names import base_name
-from gralora_server.servicers import AdapterServicer
+from gralora_server.servicers import NO_CONTEXT, AdapterServicer
 
 SERVICE = "/gralora.v1.AdapterService/"
 PAGE_SIZE = 1000
 NAME = "/v1/adapters/{name:path}"
-_NO_CONTEXT: Any = None  # none of these methods looks at it
 
 Method = Callable[[Any, Any], Awaitable[Message]]
 
@@ -74,7 +73,7 @@ class AdapterEndpoints:
         request = adapters_pb2.ListAdaptersRequest(page_size=PAGE_SIZE)
         models = [_base_model(base)]
         while True:
-            page = await self._servicer.ListAdapters(request, _NO_CONTEXT)
+            page = await self._servicer.ListAdapters(request, NO_CONTEXT)
             models += [_model(adapter, base) for adapter in page.adapters]
             request.page_token = page.next_page_token
             if not request.page_token:
@@ -86,27 +85,27 @@ class AdapterEndpoints:
         if path["name"] == base:
             await exchange.respond(200, _base_model(base))
             return
-        answer = await self._servicer.GetAdapter(adapters_pb2.GetAdapterRequest(name=path["name"]), _NO_CONTEXT)
+        answer = await self._servicer.GetAdapter(adapters_pb2.GetAdapterRequest(name=path["name"]), NO_CONTEXT)
         await exchange.respond(200, _model(answer.adapter, base))
 
     async def _load_lora(self, exchange: Exchange, _path: dict[str, str]) -> None:
         body = await exchange.body(LoadBody)
         request = adapters_pb2.LoadAdapterRequest(name=body.lora_name, path=body.lora_path)
         exchange.asked = request
-        await exchange.while_connected(self._servicer.LoadAdapter(request, _NO_CONTEXT))
+        await exchange.while_connected(self._servicer.LoadAdapter(request, NO_CONTEXT))
         await exchange.respond(200, {"message": f"Success: LoRA adapter '{body.lora_name}' added successfully."})
 
     async def _unload_lora(self, exchange: Exchange, _path: dict[str, str]) -> None:
         body = await exchange.body(UnloadBody)
         exchange.asked = adapters_pb2.UnloadAdapterRequest(name=body.lora_name)
-        await self._servicer.UnloadAdapter(exchange.asked, _NO_CONTEXT)
+        await self._servicer.UnloadAdapter(exchange.asked, NO_CONTEXT)
         await exchange.respond(200, {"message": f"Success: LoRA adapter '{body.lora_name}' removed successfully."})
 
     def _twin(self, verb: str, path: str, kind: type[Message], method: Method) -> Endpoint:
         async def serve(exchange: Exchange, parameters: dict[str, str]) -> None:
             given = _of_query(kind, exchange.query()) if verb != "POST" else await _object(exchange)
             exchange.asked = _message(kind, given, parameters)
-            answer = await exchange.while_connected(method(exchange.asked, _NO_CONTEXT))
+            answer = await exchange.while_connected(method(exchange.asked, NO_CONTEXT))
             await exchange.respond(200, _shown(answer))
 
         rpc = method.__name__

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import uuid
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Any, TypeVar
 from gralora.v1 import generation_pb2
 from gralora_runtime.errors import InvalidRequestError
 from gralora_runtime.request import Delta, Finished
+from gralora_server.base_model import base_name
 from gralora_server.delivery import collect, deliver
 from gralora_server.gate import Gate
 from gralora_server.generating import Generating
@@ -21,7 +21,6 @@ from gralora_server.http.asking import chat_requests, completion_requests
 from gralora_server.http.bodies import ChatBody, CompletionBody, Sampled
 from gralora_server.http.calls import Endpoint
 from gralora_server.http.exchange import Exchange
-from gralora_server.http.names import base_name
 from gralora_server.http.tool_calls import SCANNERS, ToolScanner
 from gralora_server.repeats import Answer
 
@@ -135,7 +134,7 @@ class GenerationEndpoints:
                 answers.append(await stack.enter_async_context(opening))
             engine = self._gate.engine
             heading = Heading(
-                request_id=exchange.header("x-request-id") or asked[0].request_id or uuid.uuid4().hex,
+                request_id=exchange.header("x-request-id") or asked[0].request_id,
                 model=answers[0].served_by or self._base(),
                 text_of=engine.token_text,
                 token_ids=body.return_token_ids,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from gralora_server.gate import Gate, Phase
 from gralora_server.http.asking import tokenize_request
@@ -11,9 +10,7 @@ from gralora_server.http.bodies import PromptBody
 from gralora_server.http.calls import OPEN, Endpoint
 from gralora_server.http.documentation import page, schema
 from gralora_server.http.exchange import Exchange
-from gralora_server.servicers import ServerServicer
-
-_NO_CONTEXT: Any = None  # none of these methods looks at it
+from gralora_server.servicers import NO_CONTEXT, ServerServicer
 
 
 class ServerEndpoints:
@@ -45,7 +42,7 @@ class ServerEndpoints:
 
     async def _tokenize(self, exchange: Exchange, _path: dict[str, str]) -> None:
         asked = tokenize_request(await exchange.body(PromptBody))
-        found = await exchange.while_connected(self._servicer.Tokenize(asked, _NO_CONTEXT))
+        found = await exchange.while_connected(self._servicer.Tokenize(asked, NO_CONTEXT))
         tokens = list(found.token_ids)
         await exchange.respond(200, {"tokens": tokens, "count": len(tokens), "max_model_len": found.max_model_len})
 

@@ -5,20 +5,18 @@ knows, and what whoever calls may do with them.
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any
 
 from gralora.foreign import kserve_pb2
 from gralora.v1 import adapters_pb2
 from gralora_runtime.adapters.catalogue.names import Reference
 from gralora_runtime.errors import AdapterNotFoundError, AdapterVersionNotFoundError, InvalidRequestError
+from gralora_server.base_model import base_name
 from gralora_server.gate import Gate
-from gralora_server.http.names import base_name
 from gralora_server.kserve.naming import BASE_VERSION, ModelName, in_their_words
-from gralora_server.servicers import AdapterServicer
+from gralora_server.servicers import NO_CONTEXT, AdapterServicer
 
 READY, LOADING, UNAVAILABLE = "READY", "LOADING", "UNAVAILABLE"
 PAGE_SIZE = 1000
-_NO_CONTEXT: Any = None  # none of the servicer's methods that are called here looks at it
 
 # What is not in memory is loaded by the first request, so that is ready, too.
 _STATES = {
@@ -66,7 +64,7 @@ class Models:
         models = [ModelIndex(name=self.base, version=BASE_VERSION, state=READY)]
         request = adapters_pb2.ListAdaptersRequest(page_size=PAGE_SIZE)
         while True:
-            page = await self._adapters.ListAdapters(request, _NO_CONTEXT)
+            page = await self._adapters.ListAdapters(request, NO_CONTEXT)
             models += map(_indexed, page.adapters)
             request.page_token = page.next_page_token
             if not request.page_token:
@@ -76,17 +74,17 @@ class Models:
         """The base model is there."""
         if not ModelName(name).is_base(self.base):
             with in_their_words({"name": "model_name"}):
-                await self._adapters.LoadAdapter(adapters_pb2.LoadAdapterRequest(name=name), _NO_CONTEXT)
+                await self._adapters.LoadAdapter(adapters_pb2.LoadAdapterRequest(name=name), NO_CONTEXT)
 
     async def unload(self, name: str) -> None:
         if ModelName(name).is_base(self.base):
             raise InvalidRequestError("model_name", name, "is the base model, which stays")
         with in_their_words({"name": "model_name"}):
-            await self._adapters.UnloadAdapter(adapters_pb2.UnloadAdapterRequest(name=name), _NO_CONTEXT)
+            await self._adapters.UnloadAdapter(adapters_pb2.UnloadAdapterRequest(name=name), NO_CONTEXT)
 
     async def _find(self, wanted: Reference) -> tuple[adapters_pb2.Adapter, Version]:
         request = adapters_pb2.GetAdapterRequest(name=wanted.name)
-        adapter = (await self._adapters.GetAdapter(request, _NO_CONTEXT)).adapter
+        adapter = (await self._adapters.GetAdapter(request, NO_CONTEXT)).adapter
         if not wanted.is_exact:
             return adapter, adapter
         for version in adapter.versions:
