@@ -76,7 +76,7 @@ def test_nvidias_client_is_served(server: str) -> None:
     assert got["server"]["name"] == "gralora"
     assert got["metadata"]["versions"] == ["1"]
     assert got["config"]["model_transaction_policy"] == {"decoupled": True}
-    assert [model["name"] for model in got["index"]] == ["model", "a0", "a1", "a2"]
+    assert {model["name"] for model in got["index"]} >= {"model", "a0", "a1", "a2"}
     assert got["infer"].startswith("hello")
     assert {got["lora_name"], got["parameters"], got["aio"]["infer"]} == {got["infer"]}
     assert got["unknown"] == ["StatusCode.NOT_FOUND", "no adapter named 'nobody' is registered"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 from cryptography import x509
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from support.call_lines import call_lines
 from support.certificates import LOCALHOST, Authority, Pair
 from support.fake_engine import finished
 from support.grpc_harness import ask, ask_once, failure, read_all, served
@@ -27,10 +27,6 @@ from gralora_server.tenants.settings import CertificateSettings, Role, TenancySe
 
 Code = grpc.StatusCode
 URI = "spiffe://cluster.example/acme"
-
-
-def lines(caplog: pytest.LogCaptureFixture) -> list[dict[str, object]]:
-    return [json.loads(record.getMessage()) for record in caplog.records if record.name == "gralora_server.calls"]
 
 
 # --- one task
@@ -104,7 +100,7 @@ async def test_a_log_line_names_the_tenant_if_there_is_one(caplog: pytest.LogCap
         await failure(s.client.generation.Generate(ask_once(adapter="bob/x"), metadata=as_("acme")))
         await failure(s.client.adapters.PinAdapter(adapters_pb2.PinAdapterRequest(name="acme/x"), metadata=as_("acme")))
 
-    told = [(line["code"], line["request_id"], line.get("tenant", "none")) for line in lines(caplog)]
+    told = [(line["code"], line["request_id"], line.get("tenant", "none")) for line in call_lines(caplog)]
     assert told == [
         ("OK", "a", "acme"),
         ("OK", "b", "none"),
@@ -230,7 +226,7 @@ async def test_a_certificate_is_a_caller_by_any_name_in_it(
     assert [(request.tenant, request.weight) for request in s.engine.requests] == [("acme", 3.0)]
     assert denied.code is Code.PERMISSION_DENIED
     assert s.engine.adapters.calls == []
-    assert {line["tenant"] for line in lines(caplog)} == {"acme"}
+    assert {line["tenant"] for line in call_lines(caplog)} == {"acme"}
 
 
 async def test_a_certificate_of_nobody_is_refused_as_a_wrong_token_is(tls: TlsConfig, authority: Authority) -> None:

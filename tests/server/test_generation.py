@@ -8,6 +8,7 @@ import logging
 
 import grpc
 import pytest
+from support.call_lines import call_lines
 from support.fake_engine import finished, token
 from support.grpc_harness import ask, ask_once, failure, read_all, served
 
@@ -299,7 +300,7 @@ async def test_every_call_leaves_one_log_line(caplog) -> None:
         s.engine.script = [finished()]
         await read_all(s.client.generation.StreamGenerate(ask(adapter="poet")))
         await failure(s.client.generation.Generate(generation_pb2.GenerateRequest(request_id="bad\nline")))
-    lines = [json.loads(record.getMessage()) for record in caplog.records if record.name == "gralora_server.calls"]
+    lines = call_lines(caplog)
 
     assert [line.pop("duration_ms") >= 0 for line in lines] == [True, True]
     assert lines == [
@@ -325,7 +326,7 @@ async def test_a_cancelled_call_is_logged_as_cancelled(caplog) -> None:
         await call.read()
         call.cancel()
         await s.engine.abort_happened.wait()
-    codes = [json.loads(record.getMessage())["code"] for record in caplog.records]
+    codes = [line["code"] for line in call_lines(caplog)]
 
     assert codes == ["CANCELLED"]
 

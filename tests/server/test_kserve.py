@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 from dataclasses import replace
 
@@ -11,6 +10,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from support.call_lines import call_lines
 from support.fake_engine import adapter_info, finished, token
 from support.grpc_harness import Served, failure, served
 from support.kserve import infer, kserve_served, said
@@ -22,10 +22,6 @@ from gralora_runtime.request import FinishReason
 
 Code = grpc.StatusCode
 SERVICE = "inference.GRPCInferenceService"
-
-
-def lines(caplog: pytest.LogCaptureFixture) -> list[dict[str, object]]:
-    return [json.loads(record.getMessage()) for record in caplog.records if record.name == "gralora_server.calls"]
 
 
 # --- generations
@@ -160,7 +156,7 @@ async def test_the_log_line_has_what_served_and_an_id(caplog: pytest.LogCaptureF
         await s.client.kserve.ModelMetadata(kserve_pb2.ModelMetadataRequest(name="poet"))
         made = s.engine.requests[1].request_id
 
-    assert [(line["method"], line["adapter"], line["request_id"], line["code"]) for line in lines(caplog)] == [
+    assert [(line["method"], line["adapter"], line["request_id"], line["code"]) for line in call_lines(caplog)] == [
         (f"/{SERVICE}/ModelInfer", "poet@2", "7", "OK"),
         (f"/{SERVICE}/ModelInfer", "", made, "OK"),
         (f"/{SERVICE}/ModelMetadata", "poet", "", "OK"),

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 from collections.abc import AsyncIterator
 
 import grpc
 import pytest
+from support.call_lines import call_lines
 from support.fake_engine import finished, token
 from support.grpc_harness import Served, failure
 from support.kserve import Talk, infer, is_final, kserve_served, said
@@ -339,7 +339,7 @@ async def test_each_generation_has_its_line_and_the_call_has_one(caplog: pytest.
         await talk.send(infer(id="2", sampling={"early_exit": 1}))
         await talk.answers()
         await talk.call.code()
-    lines = [json.loads(record.getMessage()) for record in caplog.records if record.name == "gralora_server.calls"]
+    lines = call_lines(caplog)
 
     (request,) = s.engine.requests
     assert [(line["method"], line["adapter"], line["request_id"], line["code"]) for line in lines] == [

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -15,6 +14,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
+from support.call_lines import call_lines
 from support.fake_engine import finished, token
 from support.grpc_harness import Failed, Served, ask, ask_once, failure, read_all, served, unpack
 
@@ -70,10 +70,6 @@ def rejected_stream(port: int, method: str, raw: tuple[bytes, ...], metadata: tu
             next(call)
     trailers = dict(caught.value.trailing_metadata())
     return Failed(caught.value.code(), caught.value.details(), trailers, unpack(trailers))
-
-
-def lines(caplog: pytest.LogCaptureFixture) -> list[dict[str, object]]:
-    return [json.loads(record.getMessage()) for record in caplog.records if record.name == "gralora_server.calls"]
 
 
 # --- statuses
@@ -155,7 +151,7 @@ async def test_the_log_line_has_the_id_that_the_request_was_given(caplog) -> Non
         s.engine.script = [finished()]
         answer = await s.client.generation.Generate(ask_once(request_id="", adapter="poet"))
 
-    assert [(line["request_id"], line["adapter"]) for line in lines(caplog)] == [(answer.request_id, "poet@2")]
+    assert [(line["request_id"], line["adapter"]) for line in call_lines(caplog)] == [(answer.request_id, "poet@2")]
     assert len(answer.request_id) == 32
 
 
@@ -200,7 +196,7 @@ async def flooded(s: Served, methods: dict[str, str], secret: str = "") -> set[C
 
 def assert_hardly_logged(caplog: pytest.LogCaptureFixture, code: str) -> None:
     """One line for the flood and one for the neighbour, or a few more where the flood lasts long."""
-    of_flood = [line for line in lines(caplog) if line["code"] == code]
+    of_flood = [line for line in call_lines(caplog) if line["code"] == code]
     assert 1 <= len(of_flood) <= FEW
     assert of_flood[0]["method"] in ALL
     assert len(caplog.records) <= len(of_flood) + FEW
@@ -215,7 +211,7 @@ def test_a_sparse_log_writes_one_line_in_ten_seconds_and_counts_the_others(caplo
         log.write({"method": str(clock.now_s)})
 
     assert QUIET_S == 10
-    assert lines(caplog) == [
+    assert call_lines(caplog) == [
         {"method": "100.0"},
         {"method": "110.0", "lines_dropped": 2},
         {"method": "130.0", "lines_dropped": 1},
@@ -355,7 +351,7 @@ async def test_methods_of_every_kind_refuse_junk(caplog) -> None:
         ]
 
     assert [failure.code for failure in failed] == [Code.INVALID_ARGUMENT] * 6
-    assert [line["method"] for line in lines(caplog)] == ["/Numbers/same"]
+    assert [line["method"] for line in call_lines(caplog)] == ["/Numbers/same"]
     assert len(caplog.records) == 1
 
 
