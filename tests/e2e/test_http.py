@@ -10,6 +10,7 @@ from pathlib import Path
 import httpx2
 import openai
 import pytest
+from support.leaving import leave_after_a_line
 
 from gralora_server import Client
 
@@ -125,3 +126,13 @@ def test_curl(tiny_http: str, client: Client) -> None:
     assert {"a0", "a1", "a2"} <= models
     assert json.loads(curl("/health")) == {"status": "SERVING"}
     assert json.loads(curl("/v1/completions", {"model": "a0"}))["error"]["param"] == "prompt"
+    assert json.loads(curl("/v1/completions", body | {"model": "nobody"}))["error"]["code"] == "ADAPTER_NOT_FOUND"
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="there is no curl here")
+def test_curl_that_is_ended_frees_everything(tiny_http: str, client: Client) -> None:
+    """`client` looks whether all is free afterwards."""
+    body = {"model": "a0", "prompt": PROMPT, "max_tokens": 400, "ignore_eos": True, "stream": True}
+    command = ["curl", "-sSN", "-H", "Content-Type: application/json", "-d", json.dumps(body)]
+
+    assert leave_after_a_line([*command, f"{tiny_http}/v1/completions"]).startswith("data: {")

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.grpcurl import grpcurl
+from support.grpcurl import grpcurl, objects
 
-from e2e.conftest import serving
+from e2e.conftest import assert_idle, serving
+from gralora_server import Client
 
 SERVICE = "inference.GRPCInferenceService"
 SCRIPT = Path(__file__).parent.parent / "support" / "triton_client.py"
@@ -30,16 +31,6 @@ def server(tiny_workspace: Path) -> Iterator[str]:
 
 def text_of(answer: dict[str, Any]) -> str:
     return base64.b64decode(answer["raw_output_contents"][0])[4:].decode()
-
-
-def objects(text: str) -> list[dict[str, Any]]:
-    """JSON objects one after the other, as grpcurl prints a stream."""
-    decoder, found = json.JSONDecoder(), []
-    while text := text.lstrip():
-        one, end = decoder.raw_decode(text)
-        found.append(one)
-        text = text[end:]
-    return found
 
 
 def test_grpcurl_finds_it_and_generates(server: str) -> None:
@@ -67,6 +58,8 @@ def test_grpcurl_sees_an_error_with_its_details(server: str) -> None:
 
 @pytest.mark.skipif(importlib.util.find_spec("tritonclient") is None, reason="tritonclient is not installed")
 def test_nvidias_client_is_served(server: str) -> None:
+    with Client(server) as client:
+        expected = client.generate("hello", adapter="a1", max_tokens=5, temperature=0).text
     command = [sys.executable, str(SCRIPT), server, "model", "a1"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
@@ -77,7 +70,7 @@ def test_nvidias_client_is_served(server: str) -> None:
     assert got["metadata"]["versions"] == ["1"]
     assert got["config"]["model_transaction_policy"] == {"decoupled": True}
     assert {model["name"] for model in got["index"]} >= {"model", "a0", "a1", "a2"}
-    assert got["infer"].startswith("hello")
+    assert got["infer"] == "hello" + expected
     assert {got["lora_name"], got["parameters"], got["aio"]["infer"]} == {got["infer"]}
     assert got["unknown"] == ["StatusCode.NOT_FOUND", "no adapter named 'nobody' is registered"]
     assert (got["unloaded"], got["loaded"]) == (False, True)
@@ -89,3 +82,6 @@ def test_nvidias_client_is_served(server: str) -> None:
     assert set(got["aio"]["texts"]) == {"0", "1"}
     assert "hello" + got["aio"]["texts"]["1"] == got["infer"]
     assert got["aio"]["errors"] == ["ADAPTER_NOT_FOUND: no adapter named 'nobody' is registered"]
+    assert got["aio"]["left"] is False
+    with Client(server) as client:
+        assert_idle(client)

@@ -16,14 +16,14 @@ from support.call_lines import call_lines
 from support.certificates import LOCALHOST, Authority, Pair
 from support.fake_engine import finished
 from support.grpc_harness import ask, ask_once, failure, read_all, served
-from support.tenants import OPERATOR, as_, bearing, secret_of, token, two_tenants
+from support.tenants import OPERATOR, as_, bearing, certified, secret_of, two_tenants
 from support.web_tokens import issuer, signed
 
 from gralora.v1 import adapters_pb2
 from gralora_runtime.errors import ConfigError
 from gralora_server.config import TlsConfig
 from gralora_server.tenants.caller import ANYBODY, Caller, current
-from gralora_server.tenants.settings import CertificateSettings, Role, TenancySettings, TenantSettings
+from gralora_server.tenants.settings import Role, TenantSettings
 
 Code = grpc.StatusCode
 URI = "spiffe://cluster.example/acme"
@@ -189,15 +189,6 @@ def tls(authority: Authority, tmp_path: Path) -> TlsConfig:
 
 def showing(authority: Authority, pair: Pair) -> grpc.ChannelCredentials:
     return grpc.ssl_channel_credentials(authority.pem, pair.key, pair.certificate)
-
-
-def certified(subject: str, role: Role = Role.GENERATE) -> TenancySettings:
-    acme = TenantSettings(
-        weight=3.0,
-        certificates=(CertificateSettings(subject=subject, role=role),),
-        tokens=(token(secret_of("acme")),),
-    )
-    return TenancySettings(tenants={"acme": acme, "bob": TenantSettings(tokens=(token(secret_of("bob")),))})
 
 
 @pytest.mark.parametrize(

@@ -272,6 +272,8 @@ async def test_what_an_answer_has_to_match(fields: dict[str, object], expected: 
         ({"structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}}, "structured_outputs"),
         ({"structured_outputs": {"choice": []}}, "structured_outputs.choice"),
         ({"structured_outputs": {"regex": ""}}, "structured_outputs.regex"),
+        ({"structured_outputs": {"regex": "a", "whitespace_pattern": " "}}, "structured_outputs.whitespace_pattern"),
+        ({"structured_outputs": {"regex": "a", "flavour": 1}}, "structured_outputs.flavour"),
     ],
 )
 async def test_what_no_answer_can_match_is_refused(fields: dict[str, object], field: str) -> None:

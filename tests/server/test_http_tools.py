@@ -11,9 +11,13 @@ from hypothesis import strategies as st
 from support import fake_engine
 from support.fake_engine import FakeEngine, finished, token
 from support.http_harness import CHAT, error_of, events, http_served, text_of
+from support.structured import accepts, compiled
 
-from gralora_runtime.request import ChatMessage, FinishReason, Tool, ToolCall
-from gralora_server.http.tool_calls import FoundCall, HermesScanner, Llama3Scanner, ToolScanner
+from gralora.v1 import generation_pb2
+from gralora_runtime.errors import InvalidRequestError
+from gralora_runtime.request import ChatMessage, FinishReason, StructuredOutput, Tool, ToolCall
+from gralora_server.http.forced_calls import grammar_of_calls
+from gralora_server.http.tool_calls import FORMATS, FoundCall, HermesScanner, Llama3Scanner, ToolScanner
 
 PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}}
 WEATHER = {"type": "function", "function": {"name": "weather", "description": "of a city", "parameters": PARAMETERS}}
@@ -150,7 +154,14 @@ async def test_tools_of_a_model_that_calls_them_in_no_known_way_are_refused() ->
     [
         ({"tools": [{"type": "function", "function": {"name": ""}}]}, "tools[0].name"),
         ({"tools": [{"type": "other"}]}, "tools[0]"),
-        ({"tools": [WEATHER], "tool_choice": "required"}, "tool_choice"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tools": [WEATHER], "tool_choice": "maybe"}, "tool_choice"),
+        ({"tools": [WEATHER], "tool_choice": {"type": "function", "function": {"name": "x"}}}, "tool_choice"),
+        (
+            {"tools": [WEATHER], "tool_choice": "required", "response_format": {"type": "json_object"}},
+            "tool_choice",
+        ),
+        ({"tools": [WEATHER], "parallel_tool_calls": False}, "parallel_tool_calls"),
         (
             {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "a", "arguments": "[]"}}]}]},
             "messages[0].tool_calls[0].arguments",
@@ -164,6 +175,69 @@ async def test_what_is_wrong_with_tools_is_named(change: dict[str, object], fiel
 
     assert (response.status_code, error_of(response)["code"]) == (400, "INVALID_REQUEST")
     assert error_of(response)["param"].startswith(field)
+
+
+STRICT_PARAMETERS = PARAMETERS | {"required": ["city"], "additionalProperties": False}
+STRICT = {"type": "function", "function": {"name": "weather", "parameters": STRICT_PARAMETERS}}
+NAMED = {"type": "function", "function": {"name": "weather"}}
+OTHER = {"type": "function", "function": {"name": "now", "parameters": {"additionalProperties": False}}}
+ROME = '{"name": "weather", "arguments": {"city": "Rome"}}'
+NOW = '{"name": "now", "arguments": {}}'
+
+
+def hermes(*calls: str) -> str:
+    return "\n".join(f"<tool_call>\n{call}\n</tool_call>" for call in calls)
+
+
+@pytest.mark.parametrize(
+    ("choice", "matching", "others"),
+    [
+        (
+            {"tool_choice": "required"},
+            [hermes(ROME), hermes(NOW), hermes(ROME, NOW, ROME)],
+            ["hello", "", hermes(ROME) + " and", hermes(ROME.replace("Rome", '", "x": "')), ROME],
+        ),
+        ({"tool_choice": "required", "parallel_tool_calls": False}, [hermes(NOW)], [hermes(NOW, NOW)]),
+        ({"tool_choice": NAMED}, [hermes(ROME)], [hermes(NOW), hermes(ROME, ROME)]),
+    ],
+    ids=["required", "one", "named"],
+)
+async def test_an_answer_may_have_to_be_calls(
+    choice: dict[str, object], matching: list[str], others: list[str]
+) -> None:
+    """What the library makes of the grammar, character by character."""
+    async with http_served(engine=ToolEngine()) as s:
+        s.engine.script = [token(1, hermes(ROME)), finished(FinishReason.STOP)]
+        response = await s.client.post("/v1/chat/completions", json=CHAT | {"tools": [STRICT, OTHER]} | choice)
+    (request,) = s.engine.requests
+    what = compiled(request.structured_output)
+
+    assert response.json()["choices"][0]["finish_reason"] == "tool_calls"
+    assert [accepts(what, text) for text in matching] == [True] * len(matching)
+    assert [accepts(what, text) for text in others] == [False] * len(others)
+
+
+def test_calls_are_written_as_the_family_writes_them() -> None:
+    tool = generation_pb2.Tool(name="weather", parameters=json.dumps(STRICT_PARAMETERS))
+    grammar = grammar_of_calls([tool], FORMATS["llama3_json"], only_one=False)
+    what = compiled(StructuredOutput(grammar=grammar))
+    call = '{"name": "weather", "parameters": {"city": "Rome"}}'
+
+    assert accepts(what, call)
+    assert accepts(what, f"{call}; {call}")
+    assert not accepts(what, f"{call} {call}")
+
+
+async def test_what_is_wrong_with_a_tool_s_parameters_is_named() -> None:
+    """The engine of this test compiles nothing, and says what one that does would."""
+    refused = InvalidRequestError("structured_output.grammar", "start: ...", "cannot be compiled: no such thing")
+    async with http_served(engine=ToolEngine()) as s:
+        s.engine.refusals.append(refused)
+        body = CHAT | {"tools": [WEATHER], "tool_choice": "required"}
+        response = await s.client.post("/v1/chat/completions", json=body)
+
+    assert (response.status_code, error_of(response)["param"]) == (400, "tools")
+    assert "no such thing" in error_of(response)["message"]
 
 
 async def test_a_last_turn_may_be_gone_on_with() -> None:

@@ -93,6 +93,57 @@ def test_lists_and_biases_arrive_too() -> None:
     assert list(read(infer(parameters={"stop": "x"})).generation.stopping.stop) == ["x"]
 
 
+@pytest.mark.parametrize("name", ["structured_outputs", "guided_decoding"])
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"json": {"type": "integer"}}, {"json_schema": '{"type": "integer"}'}),
+        ({"json": "{}"}, {"json_schema": "{}"}),
+        ({"regex": "a+"}, {"regex": "a+"}),
+        ({"grammar": 'start: "a"'}, {"grammar": 'start: "a"'}),
+        ({"choice": ["a", "b"]}, {"choice": generation_pb2.Choices(texts=["a", "b"])}),
+        ({"json_object": True}, {"json_object": True}),
+        ({"regex": "a", "json": None, "json_object": False, "whitespace_pattern": None}, {"regex": "a"}),
+    ],
+)
+def test_what_the_answer_has_to_match(name: str, given: dict[str, object], expected: dict[str, object]) -> None:
+    wanted = generation_pb2.StructuredOutput(**expected)
+
+    assert read(infer(sampling={name: given})).generation.structured_output == wanted
+    assert read(infer(parameters={name: json.dumps(given)})).generation.structured_output == wanted
+
+
+@pytest.mark.parametrize(
+    ("given", "field"),
+    [
+        ({}, ""),
+        ({"regex": "a", "choice": ["b"]}, ""),
+        (3, ""),
+        ({"regex": 3}, ".regex"),
+        ({"regex": "\ud800"}, ".regex"),
+        ({"choice": ["a", 3]}, ".choice[1]"),
+        ({"structural_tag": "{}"}, ".structural_tag"),
+        ({"regex": "a", "whitespace": "x"}, ".whitespace"),
+        ({"regex": "a", "disable_any_whitespace": True}, ".disable_any_whitespace"),
+    ],
+)
+def test_what_no_answer_can_match_is_refused(given: object, field: str) -> None:
+    assert refused(infer(sampling={"structured_outputs": given})).field == f"structured_outputs{field}"
+
+
+@pytest.mark.parametrize("depth", range(880, 1000, 2))
+def test_a_schema_of_any_depth_is_read_or_refused(depth: int) -> None:
+    """The text is put together, since no library writes what none reads."""
+    written = '{"structured_outputs": {"json": ' + '{"a": ' * depth + "1" + "}" * (depth + 2)
+    request = infer(parameters={"sampling_parameters": written})
+    refused_at = "nothing"
+    try:
+        read(request)
+    except InvalidRequestError as error:
+        refused_at = error.field
+    assert refused_at in ("nothing", "sampling_parameters", "structured_outputs.json")
+
+
 def test_what_is_so_in_any_case_may_be_said() -> None:
     assert read(infer(sampling=HARMLESS)).generation == read(infer()).generation
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 GRPCURL = Path(sys.executable).with_name("grpcurl")
 
@@ -16,3 +18,13 @@ def grpcurl(*arguments: str, expect: int = 0) -> str:
     )
     assert done.returncode == expect, done.stderr
     return done.stdout if expect == 0 else done.stderr
+
+
+def objects(text: str) -> list[dict[str, Any]]:
+    """JSON objects one after the other, as it prints a stream."""
+    decoder, found = json.JSONDecoder(), []
+    while text := text.lstrip():
+        one, end = decoder.raw_decode(text)
+        found.append(one)
+        text = text[end:]
+    return found

@@ -20,7 +20,7 @@ from gralora_runtime.structured.compiler import _compile
 from gralora_runtime.structured.grammar import Wanted
 from gralora_runtime.structured.masks import fill
 from gralora_runtime.structured.matcher import Compiled, Matcher
-from gralora_runtime.structured.vocabulary import Vocabulary
+from gralora_runtime.structured.vocabulary import Vocabulary, as_bools
 
 EOS = 1
 COMPACT = {"x-guidance": {"whitespace_flexible": False}}
@@ -81,6 +81,20 @@ def answer(state: SamplerState, *, seed: int = 0, most: int = 3000) -> list[int]
         if sampled.completes:
             return tokens
     return tokens
+
+
+def accepts(what: Compiled, text: str) -> bool:
+    """Whether an answer may be this and then end."""
+    matcher = Matcher(what, StoppingParams())
+    token_ids = tiny_text().encode(text, add_special_tokens=False).ids
+    assert tiny_text().decode(token_ids) == text
+    for token_id in token_ids:
+        if matcher.is_complete:
+            return False
+        matcher.advance(token_id)
+    fill([matcher])
+    assert matcher.mask is not None
+    return bool(as_bools(matcher.mask, VOCAB_SIZE)[EOS])
 
 
 def text_of(tokens: list[int]) -> str:

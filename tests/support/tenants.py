@@ -8,7 +8,7 @@ from support.fake_engine import adapter_info
 from support.grpc_harness import Served
 
 from gralora_runtime.adapters.info import AdapterInfo
-from gralora_server.tenants.settings import Role, TenancySettings, TenantSettings, TokenSettings
+from gralora_server.tenants.settings import CertificateSettings, Role, TenancySettings, TenantSettings, TokenSettings
 
 OWN, THEIRS, PUBLIC = "acme/own", "bob/theirs", "shared/all"  # acme is the one who asks
 OPERATOR = "an-operators-token"
@@ -64,3 +64,13 @@ def furnish(s: Served, *names: str) -> None:
     """These adapters are there, and no others."""
     s.engine.adapters.infos = Registered(*(names or (OWN, THEIRS, PUBLIC)))
     s.engine.knows_any_adapter = False
+
+
+def certified(subject: str, role: Role = Role.GENERATE) -> TenancySettings:
+    """Whose certificate has this name is acme; bob has none."""
+    acme = TenantSettings(
+        weight=3.0,
+        certificates=(CertificateSettings(subject=subject, role=role),),
+        tokens=(token(secret_of("acme")),),
+    )
+    return TenancySettings(tenants={"acme": acme, "bob": TenantSettings(tokens=(token(secret_of("bob")),))})

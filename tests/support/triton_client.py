@@ -106,7 +106,15 @@ async def by_aio(address: str, base: str, adapter: str) -> dict[str, object]:
             answer = shown(result)
             texts[str(answer["id"])] = texts.get(str(answer["id"]), "") + str(answer["text"])
         whole = await client.infer(adapter, inputs())
-        return {"texts": texts, "errors": errors, "infer": text_of(whole)}
+        left = client.stream_infer(one_long(adapter), stream_timeout=WAIT_S)
+        first, _ = await anext(aiter(left))
+        left.cancel()
+        return {"texts": texts, "errors": errors, "infer": text_of(whole), "left": shown(first)["final"]}
+
+
+async def one_long(adapter: str) -> AsyncIterator[dict[str, object]]:
+    given = inputs(stream=True, max_tokens="400", ignore_eos="true")
+    yield {"model_name": adapter, "inputs": given, "request_id": "left"}
 
 
 if __name__ == "__main__":

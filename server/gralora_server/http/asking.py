@@ -14,12 +14,15 @@ from gralora_server.http.bodies import (
     MAX_CHOICES,
     ChatBody,
     CompletionBody,
+    NamedTool,
     ObjectFormat,
     PromptBody,
     Sampled,
     SchemaFormat,
     Turn,
 )
+from gralora_server.sampling_names import REALS
+from gralora_server.structured_outputs import put_structured
 
 # gRPC's names of fields, where ours are others; a name stands for all that begin with it.
 FIELDS = (
@@ -113,7 +116,7 @@ def _common(body: Sampled, base: str) -> generation_pb2.StreamGenerateRequest:
         adapter="" if body.model == base else body.model, canary_key=body.user or "", priority=body.priority
     )
     sampling, stopping = asked.sampling, asked.stopping
-    for name in ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"):
+    for name in REALS:
         if (value := getattr(body, name)) is not None:
             setattr(sampling, name, value)
     if body.seed is not None:
@@ -131,27 +134,13 @@ def _common(body: Sampled, base: str) -> generation_pb2.StreamGenerateRequest:
 
 def _structure(body: Sampled, output: generation_pb2.StructuredOutput) -> None:
     """Left empty where the answer may be anything."""
-    wanted, structured = body.response_format, body.structured_outputs
+    wanted = body.response_format
     if isinstance(wanted, ObjectFormat):
         output.json_object = True
     elif isinstance(wanted, SchemaFormat):
         output.json_schema = json.dumps(wanted.json_schema.schema_)
-    if structured is None:
-        return
-    given = structured.model_dump(exclude_none=True)
-    if len(given) + (output.WhichOneof("format") is not None) != 1:
-        raise InvalidRequestError("structured_outputs", sorted(given), "must set one thing, and response_format none")
-    if structured.json_ is not None:
-        schema = structured.json_
-        output.json_schema = schema if isinstance(schema, str) else json.dumps(schema)
-    elif structured.choice is not None:
-        output.choice.CopyFrom(generation_pb2.Choices(texts=structured.choice))  # there even if it is empty
-    elif structured.json_object:
-        output.json_object = True
-    elif structured.regex is not None:
-        output.regex = structured.regex
-    elif structured.grammar is not None:
-        output.grammar = structured.grammar
+    if body.structured_outputs is not None:
+        put_structured(body.structured_outputs, output, place="structured_outputs")
 
 
 def _numbered(
@@ -184,8 +173,14 @@ def _turns(turns: Sequence[Turn]) -> Iterator[generation_pb2.ChatMessage]:
 
 
 def _tools(body: ChatBody) -> Iterator[generation_pb2.Tool]:
+    """Raises InvalidRequestError if there is none that could be called as the body asks for it."""
     if body.tool_choice == "none":
         return
+    if body.parallel_tool_calls is False and body.tools and not body.forces_calls:
+        problem = "can only be true, unless tool_choice is required or names a tool"
+        raise InvalidRequestError("parallel_tool_calls", False, problem)
+    if body.forces_calls and not body.tools:
+        raise InvalidRequestError("tool_choice", _chosen(body), "needs tools")
     for tool in body.tools or ():
         function = tool.function
         yield generation_pb2.Tool(
@@ -193,6 +188,24 @@ def _tools(body: ChatBody) -> Iterator[generation_pb2.Tool]:
             description=function.description or "",
             parameters="" if function.parameters is None else json.dumps(function.parameters),
         )
+
+
+def called_tools(body: ChatBody, tools: Sequence[generation_pb2.Tool]) -> list[generation_pb2.Tool]:
+    """Those of which the answer has to call one; empty if it need not. Raises InvalidRequestError."""
+    if not body.forces_calls:
+        return []
+    chosen = _chosen(body)
+    found = [tool for tool in tools if body.tool_choice == "required" or tool.name == chosen]
+    if not found:
+        raise InvalidRequestError("tool_choice.function.name", chosen, "is none of the tools")
+    if body.response_format is not None or body.structured_outputs is not None:
+        problem = "asks for calls, and nothing else may say what the answer matches"
+        raise InvalidRequestError("tool_choice", chosen, problem)
+    return found
+
+
+def _chosen(body: ChatBody) -> str | None:
+    return body.tool_choice.function.name if isinstance(body.tool_choice, NamedTool) else body.tool_choice
 
 
 def _token_id(text: str) -> int:

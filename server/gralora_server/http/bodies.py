@@ -3,50 +3,22 @@ gRPC's requests are checked.
 
 A field that nothing here knows is refused, since whoever sent it expects something of it; so are known ones with a
 value that we could only ignore. Of turns, which clients send back as they got them, unknown fields are ignored.
-
-A body of a million mistakes costs no more than one of one: lists end at the first, and unknown fields are looked at
-afterwards.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, FailFast, Field
+from pydantic import Field
 
-from gralora_runtime.errors import InvalidRequestError
-
-T = TypeVar("T")
+from gralora_server.json_values import List, Part, Whole
+from gralora_server.structured_outputs import StructuredOutputs
 
 MAX_CHOICES = 64  # of one request
 Int32 = Annotated[int, Field(ge=-(2**31), le=2**31 - 1)]
 
 
-class _AtTheFirst(FailFast):
-    """One that unions may hold."""
-
-    def __hash__(self) -> int:
-        return hash(self.fail_fast)
-
-
-List = Annotated[list[T], _AtTheFirst()]
 TokenIds = List[Int32]
-
-
-class Part(BaseModel):
-    """Of a body."""
-
-    model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
-
-
-class Body(BaseModel):
-    model_config = ConfigDict(extra="allow", strict=True, frozen=True)
-
-    def checked(self) -> Self:
-        """Raises InvalidRequestError if there are fields that nothing knows."""
-        for name, value in (self.model_extra or {}).items():
-            raise InvalidRequestError(name[:80], type(value).__name__, "is a field that this server does not know")
-        return self
 
 
 class StreamOptions(Part):
@@ -71,17 +43,7 @@ class SchemaFormat(Part):
     json_schema: NamedSchema
 
 
-class StructuredOutputs(Part):
-    """As vLLM has it. Exactly one is set."""
-
-    json_: dict[str, Any] | str | None = Field(default=None, alias="json")
-    regex: str | None = None
-    choice: List[str] | None = None
-    grammar: str | None = None
-    json_object: Literal[True] | None = None
-
-
-class Sampled(Body):
+class Sampled(Whole):
     """What both ways to ask for text share."""
 
     model: str = Field(min_length=1, description="The base model's name, an adapter's, or NAME@VERSION.")
@@ -175,6 +137,15 @@ class FunctionTool(Part):
     function: Function
 
 
+class NamedFunction(Part):
+    name: str
+
+
+class NamedTool(Part):
+    type: Literal["function"]
+    function: NamedFunction
+
+
 class ChatBody(Sampled):
     """Of `/v1/chat/completions`."""
 
@@ -184,13 +155,19 @@ class ChatBody(Sampled):
     logprobs: bool | None = False
     top_logprobs: Int32 | None = None
     tools: List[FunctionTool] | None = Field(default=None, description="What the model may call.")
-    tool_choice: Literal["auto", "none"] | None = None
-    parallel_tool_calls: Literal[True] | None = None
+    tool_choice: Literal["auto", "none", "required"] | NamedTool | None = Field(
+        default=None, description="Required, or a tool by its name: the answer is nothing but calls."
+    )
+    parallel_tool_calls: bool | None = Field(default=None, description="false only where tool_choice asks for calls.")
     continue_final_message: bool = Field(default=False, description="Go on with the last turn; without a new one.")
     add_generation_prompt: bool | None = Field(default=None, description="The other of continue_final_message.")
 
+    @property
+    def forces_calls(self) -> bool:
+        return self.tool_choice == "required" or isinstance(self.tool_choice, NamedTool)
 
-class PromptBody(Body):
+
+class PromptBody(Whole):
     """Of `/tokenize`: a text, or a conversation."""
 
     model: str = Field(default="", description="All adapters have the base model's tokenizer.")
@@ -198,7 +175,7 @@ class PromptBody(Body):
     messages: List[Turn] | None = None
 
 
-class LoadBody(Body):
+class LoadBody(Whole):
     """Of `/v1/load_lora_adapter`, as vLLM has it."""
 
     lora_name: str
@@ -206,7 +183,7 @@ class LoadBody(Body):
     load_inplace: bool = Field(default=False, description="Always so: what has changed becomes a new version.")
 
 
-class UnloadBody(Body):
+class UnloadBody(Whole):
     """Of `/v1/unload_lora_adapter`, as vLLM has it."""
 
     lora_name: str

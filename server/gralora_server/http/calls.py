@@ -18,9 +18,9 @@ from starlette.routing import Route, Router
 from gralora_runtime.errors import GraloraError
 from gralora_runtime.failure import contained
 from gralora_server.call_log import Clock, SparseLog, call_fields, log_call
-from gralora_server.http.bodies import Body
 from gralora_server.http.errors import HttpError, told
 from gralora_server.http.exchange import ClientLeftError, Exchange, Receive, Scope, Send
+from gralora_server.json_values import Whole
 from gralora_server.tenants.caller import Caller, set_current
 from gralora_server.tenants.roles import check_call
 from gralora_server.tenants.tenancy import Tenancy
@@ -37,7 +37,7 @@ class Endpoint:
     rpc: str
     says: str  # in the documentation
     serve: Callable[[Exchange, dict[str, str]], Awaitable[None]]
-    body: type[Body] | None = None
+    body: type[Whole] | None = None
 
 
 class Calls:
@@ -67,7 +67,7 @@ class Calls:
         method = f"{endpoint.verb} {endpoint.path}"
         try:
             if endpoint.rpc != OPEN:
-                self._enter(exchange.header("authorization"), endpoint.rpc)
+                self._enter(exchange, endpoint.rpc)
         except GraloraError as error:
             known, status, body, headers = told(error)
             self._log.write(call_fields(method, None, known.code, 0.0))
@@ -76,9 +76,14 @@ class Calls:
         serving = endpoint.serve(exchange, scope["path_params"])
         await _observed(method, exchange, serving, is_logged=endpoint.rpc != OPEN)
 
-    def _enter(self, authorization: str, rpc: str) -> None:
+    def _enter(self, exchange: Exchange, rpc: str) -> None:
+        authorization, peer = exchange.header("authorization"), exchange.peer
+
         def recognise() -> Caller:
-            return self._tenancy.current.identities.by_authorization(authorization)
+            identities = self._tenancy.current.identities
+            if identities.reads_certificates and not authorization:
+                return identities.by_certificate(peer)
+            return identities.by_authorization(authorization)
 
         caller = recognise()
         set_current(caller, recognise)

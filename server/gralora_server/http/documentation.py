@@ -9,8 +9,8 @@ from importlib.metadata import version
 from pydantic.json_schema import models_json_schema
 
 from gralora_server.http.answering import Json
-from gralora_server.http.bodies import Body
 from gralora_server.http.calls import OPEN, Endpoint
+from gralora_server.json_values import Whole
 
 TITLE = "GraLoRA server"
 _REFERENCES = "#/components/schemas/{model}"
@@ -53,7 +53,7 @@ def page(endpoints: Sequence[Endpoint]) -> str:
     )
 
 
-def _kinds(endpoints: Sequence[Endpoint]) -> list[type[Body]]:
+def _kinds(endpoints: Sequence[Endpoint]) -> list[type[Whole]]:
     return list(dict.fromkeys(endpoint.body for endpoint in endpoints if endpoint.body is not None))
 
 
@@ -73,12 +73,12 @@ def _operation(endpoint: Endpoint) -> Json:
     return operation
 
 
-def _section(kind: type[Body]) -> str:
+def _section(kind: type[Whole]) -> str:
     heading = f"<h2 id={kind.__name__}>{kind.__name__}</h2><p>{html.escape(kind.__doc__ or '')}"
     return f"{heading}<table>{''.join(_fields(kind))}</table>"
 
 
-def _fields(kind: type[Body]) -> Iterator[str]:
+def _fields(kind: type[Whole]) -> Iterator[str]:
     for name, field in kind.model_fields.items():
         default = "" if field.is_required() else f"{field.default!r}"
         cells = (f"<code>{name}</code>", html.escape(default), html.escape(field.description or ""))

@@ -9,7 +9,7 @@ import asyncio
 import json
 import math
 import time
-from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, TypeVar
 from urllib.parse import parse_qsl
 
@@ -17,20 +17,22 @@ import pydantic
 
 from gralora_runtime.errors import InvalidRequestError
 from gralora_server.http.answering import Json
-from gralora_server.http.bodies import Body
 from gralora_server.http.errors import Headers, HttpError
+from gralora_server.http.peer import Names
+from gralora_server.json_values import Whole, misfit
 
 BODY_S = 30.0  # for a body to arrive
 FAREWELL_S = 2.0  # for an error to reach a client that reads
-TYPES = ("str", "int", "float", "bool", "list", "dict")
 
-ABORT = "gralora.abort"  # in a scope: closes the connection at once
+# In a scope.
+ABORT = "gralora.abort"  # closes the connection at once
+PEER = "gralora.peer"  # names in the client's certificate
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
-AnyBody = TypeVar("AnyBody", bound=Body)
+AnyBody = TypeVar("AnyBody", bound=Whole)
 T = TypeVar("T")
 
 
@@ -48,6 +50,7 @@ class Exchange:
         self._headers: dict[bytes, bytes] = dict(scope["headers"])
         self._query = dict(parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True))
         self._abort: Callable[[], None] = scope[ABORT]
+        self.peer: Names = scope[PEER]
         self.arrived_s = time.monotonic()
         self.begun = False  # the response has
         self._ended = False
@@ -101,7 +104,7 @@ class Exchange:
         try:
             return kind.model_validate_json(raw).checked()
         except pydantic.ValidationError as error:
-            raise _invalid(error) from None
+            raise misfit(error) from None
 
     def check_json(self) -> None:
         """That the client says so. Raises `HttpError`."""
@@ -187,30 +190,3 @@ def _start(status: int, headers: Headers) -> Message:
 
 def _dumps(body: Json) -> bytes:
     return json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()
-
-
-def _invalid(error: pydantic.ValidationError) -> InvalidRequestError:
-    """Of the first field that is wrong. Where a value may be of several kinds, of the one that fits it furthest."""
-    wrong = error.errors(include_url=False, include_context=False)
-    of_field = [one for one in wrong if one["loc"][:1] == wrong[0]["loc"][:1]]
-    furthest = max(of_field, key=lambda one: len(one["loc"]))
-    place = _place(furthest["loc"])
-    problems = dict.fromkeys(one["msg"] for one in of_field if _place(one["loc"]) == place)
-    return InvalidRequestError(place, _shown(furthest["input"]), "; ".join(problems))
-
-
-def _place(parts: Sequence[str | int]) -> str:
-    """As one would write it. Among pydantic's parts are types, too, which have no place in a body."""
-    found = "".join(
-        f"[{part}]" if isinstance(part, int) else f".{part}"
-        for part in parts
-        if isinstance(part, int) or (part.isidentifier() and part not in TYPES)
-    )
-    return found.lstrip(".") or "body"
-
-
-def _shown(value: object) -> object:
-    """Of a value that may be of any size."""
-    if isinstance(value, str | bytes):
-        return value[:100]
-    return value if value is None or isinstance(value, int | float) else type(value).__name__

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -17,11 +17,12 @@ from gralora_server.delivery import collect, deliver
 from gralora_server.gate import Gate
 from gralora_server.generating import Generating
 from gralora_server.http.answering import ChatForm, Form, Heading, TextForm, usage_of
-from gralora_server.http.asking import chat_requests, completion_requests
+from gralora_server.http.asking import called_tools, chat_requests, completion_requests
 from gralora_server.http.bodies import ChatBody, CompletionBody, Sampled
 from gralora_server.http.calls import Endpoint
 from gralora_server.http.exchange import Exchange
-from gralora_server.http.tool_calls import SCANNERS, ToolScanner
+from gralora_server.http.forced_calls import grammar_of_calls
+from gralora_server.http.tool_calls import FORMATS, ToolFormat
 from gralora_server.repeats import Answer
 
 RPC = "/gralora.v1.GenerationService/StreamGenerate"
@@ -72,7 +73,9 @@ class GenerationEndpoints:
     async def _chat(self, exchange: Exchange, _path: dict[str, str]) -> None:
         body = await exchange.body(ChatBody)
         asked = chat_requests(body, base=self._base(), request_id=exchange.header("x-request-id"))
-        await self._answer(exchange, body, asked, ChatForm(self._scanner(asked)))
+        format_ = self._tool_format(asked)
+        with _force_calls(body, asked, format_):
+            await self._answer(exchange, body, asked, ChatForm(format_ and format_.scanner))
 
     async def _complete(self, exchange: Exchange, _path: dict[str, str]) -> None:
         body = await exchange.body(CompletionBody)
@@ -141,20 +144,39 @@ class GenerationEndpoints:
             )
             yield _Opened(body=body, asked=asked, answers=answers, heading=heading, form=form)
 
-    def _scanner(self, asked: Asked) -> Callable[[], ToolScanner] | None:
-        """Raises InvalidRequestError where the model's calls could not be found in what it says."""
+    def _tool_format(self, asked: Asked) -> ToolFormat | None:
+        """None: there are no tools. Raises InvalidRequestError where calls could not be found in its text."""
         tools = asked[0].messages.tools
         if not tools:
             return None
-        format_ = self._gate.engine.info().tool_format
-        if format_ not in SCANNERS:
+        name = self._gate.engine.info().tool_format
+        if name not in FORMATS:
             names = [tool.name for tool in tools]
             problem = "nobody has told this server how the model calls tools: its chat template shows no known format"
             raise InvalidRequestError("tools", names, problem)
-        return SCANNERS[format_]
+        return FORMATS[name]
 
     def _base(self) -> str:
         return base_name(self._gate.engine.info())
+
+
+@contextmanager
+def _force_calls(body: ChatBody, asked: Asked, format_: ToolFormat | None) -> Iterator[None]:
+    """Answers are nothing but calls, if the body wants that. What is wrong with the grammar is wrong with the tools."""
+    tools = called_tools(body, asked[0].messages.tools)
+    if not tools or format_ is None:
+        yield
+        return
+    only_one = body.tool_choice != "required" or body.parallel_tool_calls is False
+    grammar = grammar_of_calls(tools, format_, only_one=only_one)
+    for one in asked:
+        one.structured_output.grammar = grammar
+    try:
+        yield
+    except InvalidRequestError as error:
+        if error.field == "structured_output.grammar":
+            raise InvalidRequestError("tools", [tool.name for tool in tools], error.problem) from None
+        raise
 
 
 async def _together(works: Sequence[Coroutine[Any, Any, T]]) -> list[T]:

@@ -7,7 +7,8 @@ from http import HTTPStatus
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from gralora_server.http.exchange import ABORT
+from gralora_server.http.exchange import ABORT, PEER
+from gralora_server.http.peer import NOBODY, Names, names_of
 
 MAX_HEAD_BYTES = 64 << 10
 HEAD_S = 10.0  # from its first byte, or from a connection's beginning
@@ -22,9 +23,11 @@ class BoundedProtocol(HttpToolsProtocol):
     _message_ended = False  # in the data that is looked at
     _is_refused = False
     _head_timer: asyncio.TimerHandle | None = None
+    _peer: Names = NOBODY
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self._peer = names_of(transport.get_extra_info("peercert"))
         self._watch_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -49,6 +52,7 @@ class BoundedProtocol(HttpToolsProtocol):
         super().on_message_begin()
         self._is_in_head, self._head_bytes = True, 0
         self.scope[ABORT] = self.transport.abort  # type: ignore[literal-required]
+        self.scope[PEER] = self._peer  # type: ignore[literal-required]
 
     def on_headers_complete(self) -> None:
         self._is_in_head = False

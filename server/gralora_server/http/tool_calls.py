@@ -85,7 +85,27 @@ class Llama3Scanner:
         yield from calls_in(rest, "parameters") or _unless_empty(rest)
 
 
-SCANNERS: dict[str, Callable[[], ToolScanner]] = {"hermes": HermesScanner, "llama3_json": Llama3Scanner}
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToolFormat:
+    """How models of one family write a call: `opens`, an object, `closes`; and `between` two of them."""
+
+    scanner: Callable[[], ToolScanner]
+    opens: str
+    closes: str
+    between: str
+    arguments: str  # what the object calls them
+
+
+FORMATS = {
+    "hermes": ToolFormat(
+        scanner=HermesScanner,
+        opens=f"{HermesScanner.OPENS}\n",
+        closes=f"\n{HermesScanner.CLOSES}",
+        between="\n",
+        arguments="arguments",
+    ),
+    "llama3_json": ToolFormat(scanner=Llama3Scanner, opens="", closes="", between="; ", arguments="parameters"),
+}
 
 
 def calls_in(text: str, key: str) -> list[str | FoundCall]:

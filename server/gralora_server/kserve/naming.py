@@ -11,7 +11,7 @@ from gralora_runtime.errors import InvalidRequestError
 
 SERVICE = "inference.GRPCInferenceService"
 BASE_VERSION = "1"  # the base model has only one, and Triton counts from here
-OUR_PARTS = ("sampling.", "stopping.")
+OUR_PARTS = {"sampling.": "", "stopping.": "", "structured_output.": "structured_outputs."}  # and theirs
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ def in_their_words(names: Mapping[str, str]) -> Iterator[None]:
 
 
 def _theirs(field: str, names: Mapping[str, str]) -> str:
-    for part in OUR_PARTS:
-        if field.startswith(part):
-            return field.removeprefix(part)
+    for ours, theirs in OUR_PARTS.items():
+        if field.startswith(ours):
+            return theirs + field.removeprefix(ours)
     return names.get(field, field)

@@ -11,20 +11,24 @@ import re
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 
+from pydantic import ValidationError
+
 from gralora.v1 import generation_pb2
 from gralora_runtime.errors import InvalidRequestError
 from gralora_server.explanation import clip
+from gralora_server.json_values import misfit, shown
+from gralora_server.sampling_names import REALS
+from gralora_server.structured_outputs import StructuredOutputs, put_structured
 
 MAX_TOKENS = 16  # vLLM's, if a request does not say how many
 MAX_JSON_CHARS = 1 << 20
 MAX_NAME_BYTES = 80  # of one that is not known, in an error
-MAX_SHOWN_CHARS = 100
 INT32 = (-(2**31), 2**31 - 1)
 SEEDS = (-1, 2**64 - 1)  # -1: none
 
-REALS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 TOKEN_COUNTS = ("max_tokens", "min_tokens")
 TEXTS = ("request_id", "canary_key")
+STRUCTURED = ("structured_outputs", "guided_decoding")  # vLLM's name for it, and its older one
 # What is so here in any case.
 FIXED: Mapping[str, bool | int] = MappingProxyType(
     {
@@ -61,24 +65,24 @@ def json_object(name: str, written: str) -> dict[str, object]:
     except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):
-        raise InvalidRequestError(name, _shown(written), "must be a JSON object")
+        raise InvalidRequestError(name, shown(written), "must be a JSON object")
     return found
 
 
 def text(name: str, value: object) -> str:
     if not isinstance(value, str):
-        raise InvalidRequestError(name, _shown(value), "must be a text")
+        raise InvalidRequestError(name, shown(value), "must be a text")
     try:
         value.encode()
     except UnicodeEncodeError as cause:  # JSON can write half of a character
-        raise InvalidRequestError(name, _shown(value), "must be a text of whole characters") from cause
+        raise InvalidRequestError(name, shown(value), "must be a text of whole characters") from cause
     return value
 
 
 def flag(name: str, value: object) -> bool:
     said = _FLAGS.get(value.lower()) if isinstance(value, str) else value
     if not isinstance(said, bool):
-        raise InvalidRequestError(name, _shown(value), "must be true or false")
+        raise InvalidRequestError(name, shown(value), "must be true or false")
     return said
 
 
@@ -88,7 +92,7 @@ def real(name: str, value: object) -> float:
             return float(value)
         except (ValueError, OverflowError):
             pass
-    raise InvalidRequestError(name, _shown(value), "must be a number")
+    raise InvalidRequestError(name, shown(value), "must be a number")
 
 
 def integer(name: str, value: object, bounds: tuple[int, int]) -> int:
@@ -101,10 +105,10 @@ def integer(name: str, value: object, bounds: tuple[int, int]) -> int:
         case int() if not isinstance(value, bool):
             said = value
         case _:
-            raise InvalidRequestError(name, _shown(value), "must be an integer")
+            raise InvalidRequestError(name, shown(value), "must be an integer")
     low, high = bounds
     if not low <= said <= high:
-        raise InvalidRequestError(name, _shown(value), f"must be {low} to {high}")
+        raise InvalidRequestError(name, shown(value), f"must be {low} to {high}")
     return said
 
 
@@ -115,6 +119,8 @@ def _put_one(name: str, value: object, request: generation_pb2.StreamGenerateReq
         setattr(request.stopping, name, integer(name, value, INT32))
     elif name in TEXTS:
         setattr(request, name, text(name, value))
+    elif name in STRUCTURED:
+        put_structured(_structured(name, value), request.structured_output, place=name)
     elif name in FIXED:
         _check_fixed(name, value)
     else:
@@ -139,7 +145,7 @@ def _put_special(name: str, value: object, request: generation_pb2.StreamGenerat
             request.stopping.stop.extend(text(name, stop) for stop in stops)
         case "stop_token_ids":
             if not isinstance(value, list):
-                raise InvalidRequestError(name, _shown(value), "must be a list of token ids")
+                raise InvalidRequestError(name, shown(value), "must be a list of token ids")
             request.stopping.stop_token_ids.extend(integer(name, token_id, INT32) for token_id in value)
         case "ignore_eos":
             request.stopping.ignore_eos = flag(name, value)
@@ -152,18 +158,19 @@ def _check_fixed(name: str, value: object) -> None:
     only = FIXED[name]
     said = flag(name, value) if isinstance(only, bool) else real(name, value)
     if said != only:
-        raise InvalidRequestError(name, _shown(value), f"can only be {json.dumps(only)} here")
+        raise InvalidRequestError(name, shown(value), f"can only be {json.dumps(only)} here")
+
+
+def _structured(name: str, value: object) -> StructuredOutputs:
+    given = json_object(name, value) if isinstance(value, str) else value
+    try:
+        return StructuredOutputs.model_validate(given)
+    except ValidationError as error:
+        raise misfit(error, name) from None
 
 
 def _biases(name: str, value: object) -> Iterator[tuple[int, float]]:
     if not isinstance(value, dict):
-        raise InvalidRequestError(name, _shown(value), "must be numbers by token id")
+        raise InvalidRequestError(name, shown(value), "must be numbers by token id")
     for token_id, bias in value.items():
         yield integer(name, token_id, INT32), real(name, bias)
-
-
-def _shown(value: object) -> object:
-    """Of a value that may be of any size."""
-    if isinstance(value, str):
-        return value[:MAX_SHOWN_CHARS]
-    return value if isinstance(value, bool | int | float) else type(value).__name__
