@@ -1,7 +1,7 @@
 """Keeps a server up: runs it in a child, starts another when it ends, and answers in between. Knows no engine.
 
-The port is never closed for long. Parent and child both may listen on it (SO_REUSEPORT): the parent from before the
-first child until one serves, and again from when that one ends. What it answers is that of a server that is starting.
+The ports are never closed for long. Parent and child both may listen on them (SO_REUSEPORT): the parent from before
+the first child until one serves, and again from when that one ends. What it answers is that of a server that is starting.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 
 from gralora_runtime.errors import ConfigError
 from gralora_server.config import ServerConfig
 from gralora_server.errors import RestartingError, StartingError
-from gralora_server.service import GrpcServer
 from gralora_server.settings.reloader import Reloader
+from gralora_server.stand_in import StandIn
 
 FIRST_PAUSE_S = 1.0
 LONGEST_PAUSE_S = 60.0
@@ -45,7 +45,7 @@ class Backoff:
 
 async def supervise(
     config: ServerConfig,
-    command: Callable[[int], Sequence[str]],
+    command: Callable[[ServerConfig], Sequence[str]],
     *,
     settings: Callable[[], Reloader | None],
     say: Callable[[str], None],
@@ -54,17 +54,21 @@ async def supervise(
 ) -> int:
     """Until SIGTERM or SIGINT, which the child gets. Returns the exit code of the last child.
 
-    `command` is told the port, and starts a server that prints a line when it serves; each goes to `say`. `settings`
+    `command` is told the ports, and starts a server that prints a line when it serves; each goes to `say`. `settings`
     says who may call it. `hopeless` is the exit code of one whose settings cannot work: before any has served, that is
     the end.
 
-    Raises `ConfigError` if the port is in use.
+    Raises `ConfigError` if a port is in use.
     """
-    with _reserved(config) as port:
-        shared = replace(config, port=port, supervised=True, metrics=None)
+    with ExitStack() as reserved:
+        port = reserved.enter_context(_reserved(config.host, config.port))
+        http = config.http
+        if http is not None:
+            http = replace(http, port=reserved.enter_context(_reserved(http.host, http.port)))
+        shared = replace(config, port=port, http=http, supervised=True, metrics=None)
         supervisor = _Supervisor(
             shared,
-            command=command(port),
+            command=command(shared),
             settings=settings,
             say=say,
             hopeless=hopeless,
@@ -74,15 +78,14 @@ async def supervise(
 
 
 @contextmanager
-def _reserved(config: ServerConfig) -> Iterator[int]:
+def _reserved(host: str, port: int) -> Iterator[int]:
     """The port, chosen if it is 0, and ours for as long as the block lasts, whoever listens on it.
 
     Servers that share a port on purpose also share it by mistake, so at first it is asked for like any other.
     """
-    address = f"{config.host}:{config.port}"
     try:
         family, kind, protocol, _, where = socket.getaddrinfo(
-            config.host.strip("[]"), config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            host.strip("[]"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         with socket.socket(family, kind, protocol) as alone:
             alone.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections of the past do not count
@@ -93,7 +96,7 @@ def _reserved(config: ServerConfig) -> Iterator[int]:
             shared.bind(where)  # and never listens
             yield int(where[1])
     except OSError as cause:
-        raise ConfigError(f"cannot listen on {address}: {cause}") from cause
+        raise ConfigError(f"cannot listen on {host}:{port}: {cause}") from cause
 
 
 class _Supervisor:
@@ -117,7 +120,7 @@ class _Supervisor:
         self._serving_since_s: float | None = None  # the child
         self._has_served = False  # any child
         self._asked_to_stop = asyncio.Event()
-        self._stand_in: GrpcServer | None = None
+        self._stand_in: StandIn | None = None
 
     async def run(self) -> int:
         with self._signals():
@@ -177,7 +180,7 @@ class _Supervisor:
             return
         absent = RestartingError if self._has_served else StartingError
         try:
-            stand_in = GrpcServer(self._config, self._settings(), absent)
+            stand_in = StandIn(self._config, self._settings(), absent)
             await stand_in.start()
         except ConfigError:
             if not self._has_served:

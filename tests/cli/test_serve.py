@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -138,26 +139,28 @@ def test_every_option_reaches_its_configuration(configured, tmp_path: Path) -> N
     assert as_json
 
 
-def test_supervised_it_is_the_same_command_in_a_child_with_the_port_that_the_parent_keeps(
+def test_supervised_it_is_the_same_command_in_a_child_with_the_ports_that_the_parent_keeps(
     configured, monkeypatch
 ) -> None:
     commands: list[list[str]] = []
 
-    async def supervise(config: ServerConfig, command: Callable[[int], list[str]], **told: Any) -> int:
-        commands.append(command(7))
+    async def supervise(config: ServerConfig, command: Callable[[ServerConfig], list[str]], **told: Any) -> int:
+        assert config.http is not None
+        commands.append(command(replace(config, port=7, http=replace(config.http, port=8))))
         assert told["hopeless"] == ExitCode.USAGE
         assert told["settings"]().settings.server.supervise
         return 3
 
     monkeypatch.setattr(supervisor, "supervise", supervise)
-    words = ["serve", "--model", "/m", "--address", "[::1]:0", "--supervise", "--json"]
+    words = ["serve", "--model", "/m", "--address", "[::1]:0", "--http-address", "[::1]:0", "--supervise", "--json"]
     monkeypatch.setattr(sys, "argv", ["gralora", *words])
     assert run() == 3
 
     ((executable, _, program, *arguments),) = commands
     assert (executable, program) == (sys.executable, serve.MAIN)
     assert run(arguments) == ExitCode.OK
-    assert configured == [(ServerConfig(host="[::1]", port=7, supervised=True), EngineConfig(model=Path("/m")), True)]
+    expected = ServerConfig(host="[::1]", port=7, http=HttpConfig(host="[::1]", port=8), supervised=True)
+    assert configured == [(expected, EngineConfig(model=Path("/m")), True)]
 
 
 @pytest.mark.parametrize(

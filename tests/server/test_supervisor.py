@@ -14,14 +14,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import grpc
+import httpx2
 import psutil
 import pytest
 from grpc_health.v1 import health_pb2
 from support.grpc_harness import Client, ask_once, failure, unpack
+from support.http_harness import TEXT
 from support.supervised_server import HOPELESS, command
 
 from gralora_runtime.errors import ConfigError
-from gralora_server.config import ServerConfig, TlsConfig
+from gralora_server.config import HttpConfig, ServerConfig, TlsConfig
 from gralora_server.service import STUCK_EXIT_CODE
 from gralora_server.supervisor import LONGEST_PAUSE_S, STEADY_S, Backoff, supervise
 
@@ -50,6 +52,7 @@ class Supervised:
     """`said`: the lines of all children, in order."""
 
     port: int
+    http_port: int | None
     pauses: Pauses
     said: asyncio.Queue[str]
     task: asyncio.Task[int]
@@ -69,12 +72,11 @@ async def supervised(
     folder: Path, *, config: ServerConfig = CONFIG, lives: Sequence[str] = ("serve",), pause_s: float = 0.01
 ) -> AsyncIterator[Supervised]:
     said: asyncio.Queue[str] = asyncio.Queue()
-    ports: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-    files = config.tls and (str(config.tls.certificate), str(config.tls.private_key), str(config.tls.client_ca))
+    ports: asyncio.Future[ServerConfig] = asyncio.get_running_loop().create_future()
 
-    def start(port: int) -> list[str]:
-        ports.set_result(port)
-        return command(port, folder, lives=lives, tls=files)
+    def start(shared: ServerConfig) -> list[str]:
+        ports.set_result(shared)
+        return command(shared, folder, lives=lives)
 
     pauses = Pauses(pause_s)
     work = supervise(config, start, settings=lambda: None, say=said.put_nowait, hopeless=HOPELESS, backoff=pauses)
@@ -83,7 +85,8 @@ async def supervised(
         await asyncio.wait({task, ports}, return_when=asyncio.FIRST_COMPLETED)
         if task.done():
             await task
-        yield Supervised(ports.result(), pauses, said, task)
+        shared = ports.result()
+        yield Supervised(shared.port, shared.http and shared.http.port, pauses, said, task)
     finally:
         if not task.done():
             os.kill(os.getpid(), signal.SIGTERM)
@@ -252,6 +255,36 @@ async def test_a_server_that_was_suspended_is_not_stuck(tmp_path: Path) -> None:
         assert await reason_of(s.port) == ""
 
     assert (tmp_path / "starts").read_text() == "x"
+
+
+async def test_http_answers_meanwhile_too(tmp_path: Path) -> None:
+    config = replace(CONFIG, http=HttpConfig(host="127.0.0.1", port=0))
+    async with supervised(tmp_path, config=config, pause_s=3.0) as s:
+        before = await http_answer(s)
+        first = await s.serving()
+        served = await http_answer(s)
+        os.kill(first, signal.SIGKILL)
+        await asyncio.to_thread(gone, first)
+        between = await http_answer(s)
+        await s.serving()
+        after = await http_answer(s)
+
+    assert before == (503, "STARTING")
+    assert served == after == (200, "")
+    assert between == (503, "ENGINE_RESTARTING")
+
+
+async def http_answer(s: Supervised) -> tuple[int, str]:
+    """Of a new connection: a status, and a refusal's reason. Who just ended may still reset it."""
+    url = f"http://127.0.0.1:{s.http_port}/v1/completions"
+    async with asyncio.timeout(PATIENCE_S), httpx2.AsyncClient(timeout=PATIENCE_S) as client:
+        while True:
+            with suppress(httpx2.TransportError):
+                response = await client.post(url, json=TEXT)
+                break
+            await asyncio.sleep(0.02)
+    assert response.status_code == 200 or "retry-after" in response.headers
+    return response.status_code, response.json().get("error", {}).get("code", "")
 
 
 async def test_a_port_in_use_is_refused_also_by_another_supervisors(tmp_path: Path) -> None:

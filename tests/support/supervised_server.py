@@ -12,7 +12,7 @@ from pathlib import Path
 
 from support.fake_engine import FakeEngine, finished
 
-from gralora_server.config import ServerConfig, TlsConfig
+from gralora_server.config import HttpConfig, ServerConfig, TlsConfig
 from gralora_server.service import serve
 
 HOPELESS = 2
@@ -21,7 +21,7 @@ PROGRAM = """
 import sys
 sys.path[:0] = {path!r}
 from support.supervised_server import live
-live({port}, {folder!r}, {lives!r}, {tls!r})
+live({port}, {http!r}, {folder!r}, {lives!r}, {tls!r})
 """
 
 
@@ -36,17 +36,17 @@ class BusyEngine(FakeEngine):
     def busy_since_s(self, _: float | None) -> None: ...
 
 
-def command(
-    port: int, folder: Path, *, lives: Sequence[str] = ("serve",), tls: tuple[str, str, str] | None = None
-) -> list[str]:
-    """`lives`: one for each process, and the last is that of all further ones. Those that serve are "serve",
+def command(ports: ServerConfig, folder: Path, *, lives: Sequence[str] = ("serve",)) -> list[str]:
+    """`ports`: and the files that go with them. `lives`: one for each process, and the last is that of all further ones. Those that serve are "serve",
     "serve-deaf" to SIGHUP, "serve-busily" and "stick" in a step; before that, one may "refuse" its settings or "crash".
     """
-    program = PROGRAM.format(path=sys.path, port=port, folder=str(folder), lives=tuple(lives), tls=tls)
+    tls = ports.tls and (str(ports.tls.certificate), str(ports.tls.private_key), str(ports.tls.client_ca))
+    http = ports.http and ports.http.port
+    program = PROGRAM.format(path=sys.path, port=ports.port, http=http, folder=str(folder), lives=tuple(lives), tls=tls)
     return [sys.executable, "-c", program]
 
 
-def live(port: int, folder: str, lives: Sequence[str], tls: tuple[str, str, str] | None) -> None:
+def live(port: int, http: int | None, folder: str, lives: Sequence[str], tls: tuple[str, str, str] | None) -> None:
     """Prints "serving PID" when it serves, and "hup" when it is asked to read its files again."""
     starts = Path(folder) / "starts"
     number = len(starts.read_text()) if starts.exists() else 0
@@ -56,6 +56,7 @@ def live(port: int, folder: str, lives: Sequence[str], tls: tuple[str, str, str]
         sys.exit(HOPELESS if life == "refuse" else 3)
     config = ServerConfig(
         port=port,
+        http=None if http is None else HttpConfig(host="127.0.0.1", port=http),
         supervised=True,
         step_timeout_s=STEP_TIMEOUT_S,
         tls=TlsConfig(certificate=Path(tls[0]), private_key=Path(tls[1]), client_ca=Path(tls[2])) if tls else None,

@@ -16,7 +16,7 @@ from gralora_server.cli.model import default_model
 from gralora_server.cli.options import Json
 from gralora_server.cli.output import ExitCode, announce, print_line
 from gralora_server.cli.setting_options import ConfigOption, takes_settings
-from gralora_server.config import ServerConfig
+from gralora_server.config import HttpConfig, ServerConfig
 from gralora_server.settings.configurations import engine_config, server_config
 from gralora_server.settings.layers import Layers
 
@@ -53,15 +53,20 @@ def serve(
 
 
 def _supervise(config: ServerConfig, layers: Layers) -> int:
-    """The same command in a child, with a port that is known."""
+    """The same command in a child, with ports that are known."""
     from gralora_server.settings.reloader import Reloader
     from gralora_server.supervisor import supervise
 
-    def command(port: int) -> list[str]:
-        return [sys.executable, "-c", MAIN, *sys.argv[1:], "--supervised", "--address", f"{config.host}:{port}"]
+    def command(shared: ServerConfig) -> list[str]:
+        words = [sys.executable, "-c", MAIN, *sys.argv[1:], "--supervised", "--address", _address(shared)]
+        return words if shared.http is None else [*words, "--http-address", _address(shared.http)]
 
     work = supervise(config, command, settings=lambda: Reloader(layers.read), say=print_line, hopeless=ExitCode.USAGE)
     return asyncio.run(work)
+
+
+def _address(one: ServerConfig | HttpConfig) -> str:
+    return f"{one.host}:{one.port}"
 
 
 async def _start_engine(config: EngineConfig) -> Engine:

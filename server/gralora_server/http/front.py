@@ -34,4 +34,4 @@ def http_listener(
         max_body_bytes=service.max_message_bytes,
     )
     certificate = None if service.tls is None else HttpCertificate(service.tls)
-    return HttpListener(config, certificate, calls)
+    return HttpListener(config, certificate, calls, shares_port=service.supervised)

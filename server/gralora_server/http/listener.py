@@ -24,8 +24,10 @@ BACKLOG = 2048
 class HttpListener:
     """Answers from `start` on, whatever the phase: the application says what it thinks of it."""
 
-    def __init__(self, config: HttpConfig, certificate: HttpCertificate | None, calls: Calls) -> None:
-        """`certificate` None: in plain text."""
+    def __init__(
+        self, config: HttpConfig, certificate: HttpCertificate | None, calls: Calls, *, shares_port: bool
+    ) -> None:
+        """`certificate` None: in plain text. `shares_port`: with a supervisor."""
         # It tells of what anybody may send, and of connections that we cut; of our own bugs the application does.
         logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
         self._config = config
@@ -46,6 +48,7 @@ class HttpListener:
             )
         )
         self._certificate = certificate
+        self._shares_port = shares_port
         self._serving: asyncio.Task[None] | None = None
 
     async def start(self) -> int:
@@ -68,7 +71,7 @@ class HttpListener:
         host, port = self._config.host.strip("[]"), self._config.port
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
-            return socket.create_server((host, port), family=family, backlog=BACKLOG)
+            return socket.create_server((host, port), family=family, backlog=BACKLOG, reuse_port=self._shares_port)
         except OSError as cause:
             raise ConfigError(f"cannot serve HTTP on {host}:{port}: {cause}") from cause
 
