@@ -1,7 +1,7 @@
 """Keeps a server up: runs it in a child, starts another when it ends, and answers in between. Knows no engine.
 
 The ports are never closed for long. Parent and child both may listen on them (SO_REUSEPORT): the parent from before
-the first child until one serves, and again from when that one ends. What it answers is that of a server that is starting.
+the first child until one serves, and again from when that one ends. It answers as a server does that is starting.
 """
 
 from __future__ import annotations
