@@ -37,7 +37,8 @@ class BusyEngine(FakeEngine):
 
 
 def command(ports: ServerConfig, folder: Path, *, lives: Sequence[str] = ("serve",)) -> list[str]:
-    """`ports`: and the files that go with them. `lives`: one for each process, and the last is that of all further ones.
+    """`ports`: and their files. `lives`: one for each process, and the last is that of all further ones.
+
     Those that serve are "serve", "serve-deaf" to SIGHUP, "serve-busily" and "stick" in a step; before that, one may
     "refuse" its settings or "crash".
     """
