@@ -4,7 +4,7 @@ the first, and unknown fields are looked at afterwards.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, FailFast, ValidationError
@@ -40,10 +40,15 @@ class Whole(BaseModel):
 
     def checked(self, place: str = "") -> Self:
         """`place`: of this in what was sent. Raises InvalidRequestError if there are fields that nothing knows."""
-        for name, value in (self.model_extra or {}).items():
-            field = _joined(place, name[:MAX_NAME_CHARS])
-            raise InvalidRequestError(field, type(value).__name__, "is a field that this server does not know")
+        refuse_unknown(self.model_extra or {}, place)
         return self
+
+
+def refuse_unknown(fields: Mapping[str, object], place: str = "") -> None:
+    """Raises InvalidRequestError if there are any."""
+    for name, value in fields.items():
+        field = _joined(place, name[:MAX_NAME_CHARS])
+        raise InvalidRequestError(field, type(value).__name__, "is a field that this server does not know")
 
 
 def misfit(error: ValidationError, place: str = "") -> InvalidRequestError:

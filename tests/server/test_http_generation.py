@@ -74,6 +74,33 @@ async def test_a_chat_comes_in_events_if_it_is_asked_to() -> None:
     assert all("usage" not in piece for piece in pieces)
 
 
+async def test_each_event_has_the_usage_so_far_if_that_is_asked_for() -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    async with http_served() as s:
+        s.engine.script = [token(1), token(2), finished(output_tokens=2)]
+        body = TEXT | {"stream": True, "stream_options": options}
+        async with s.client.stream("POST", "/v1/completions", json=body) as response:
+            pieces = (await events(response))[:-1]
+
+    usages = [piece["usage"] for piece in pieces]
+    assert all(usage["prompt_tokens"] == 3 for usage in usages)
+    assert usages[0]["completion_tokens"] <= usages[1]["completion_tokens"] <= 2
+    assert usages[-2] == usages[-1]
+    assert usages[-1]["total_tokens"] == 5
+
+
+async def test_what_is_so_in_any_case_may_be_said() -> None:
+    """Clients that were written for vLLM say its defaults."""
+    said = {"skip_special_tokens": True, "use_beam_search": False, "length_penalty": 1.0, "early_stopping": None}
+    async with http_served() as s:
+        s.engine.script = [finished()]
+        taken = await s.client.post("/v1/completions", json=TEXT | said)
+        refused = await s.client.post("/v1/completions", json=TEXT | said | {"skip_special_tokens": False})
+
+    assert taken.status_code == 200
+    assert (refused.status_code, error_of(refused)["param"]) == (400, "skip_special_tokens")
+
+
 async def test_events_come_as_tokens_do() -> None:
     async with http_served() as s, s.client.stream("POST", "/v1/completions", json=TEXT | {"stream": True}) as response:
         lines = response.aiter_lines()

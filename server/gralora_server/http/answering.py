@@ -147,12 +147,33 @@ class TextForm:
 
 def usage_of(ends: Sequence[Finished], num_choices: int) -> Json:
     """Of all choices, `num_choices` of each prompt, which counts once."""
-    prompt, output = sum(end.prompt_tokens for end in ends[::num_choices]), sum(end.output_tokens for end in ends)
+    prompts = ends[::num_choices]
+    return _usage(
+        prompt=sum(end.prompt_tokens for end in prompts),
+        output=sum(end.output_tokens for end in ends),
+        cached=sum(end.cached_tokens for end in prompts),
+    )
+
+
+class RunningUsage:
+    """Of one choice, as far as it has come."""
+
+    def __init__(self) -> None:
+        self._prompt = self._cached = self._output = 0
+
+    def after(self, delta: Delta) -> Json:
+        self._output += len(delta.token_ids)
+        if delta.started is not None:
+            self._prompt, self._cached = delta.started.prompt_tokens, delta.started.cached_tokens
+        return _usage(prompt=self._prompt, output=self._output, cached=self._cached)
+
+
+def _usage(*, prompt: int, output: int, cached: int) -> Json:
     return {
         "prompt_tokens": prompt,
         "completion_tokens": output,
         "total_tokens": prompt + output,
-        "prompt_tokens_details": {"cached_tokens": sum(end.cached_tokens for end in ends[::num_choices])},
+        "prompt_tokens_details": {"cached_tokens": cached},
     }
 
 

@@ -7,11 +7,12 @@ value that we could only ignore. Of turns, which clients send back as they got t
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field
 
-from gralora_server.json_values import List, Part, Whole
+from gralora_server.json_values import List, Part, Whole, refuse_unknown
+from gralora_server.sampling_names import FIXED, check_fixed
 from gralora_server.structured_outputs import StructuredOutputs
 
 MAX_CHOICES = 64  # of one request
@@ -23,7 +24,9 @@ TokenIds = List[Int32]
 
 class StreamOptions(Part):
     include_usage: bool = Field(default=False, description="One more event, with the usage of all choices.")
-    continuous_usage_stats: Literal[False] = False
+    continuous_usage_stats: bool = Field(
+        default=False, description="Each event has the usage of its choice so far; as vLLM has it, with include_usage."
+    )
 
 
 class TextFormat(Part):
@@ -79,9 +82,21 @@ class Sampled(Whole):
     service_tier: Literal["auto", "default"] | None = None
     store: Literal[False] | None = None
 
+    def checked(self, place: str = "") -> Self:
+        unknown = dict(self.model_extra or {})
+        for name in FIXED.keys() & unknown.keys():
+            if (value := unknown.pop(name)) is not None:
+                check_fixed(name, value)
+        refuse_unknown(unknown, place)
+        return self
+
     @property
     def includes_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def includes_running_usage(self) -> bool:
+        return self.includes_usage and self.stream_options is not None and self.stream_options.continuous_usage_stats
 
 
 class CompletionBody(Sampled):

@@ -16,7 +16,7 @@ from gralora_server.base_model import base_name
 from gralora_server.delivery import collect, deliver
 from gralora_server.gate import Gate
 from gralora_server.generating import Generating
-from gralora_server.http.answering import ChatForm, Form, Heading, TextForm, usage_of
+from gralora_server.http.answering import ChatForm, Form, Heading, RunningUsage, TextForm, usage_of
 from gralora_server.http.asking import called_tools, chat_requests, completion_requests
 from gralora_server.http.bodies import ChatBody, CompletionBody, Sampled
 from gralora_server.http.calls import Endpoint
@@ -101,11 +101,13 @@ class GenerationEndpoints:
     async def _stream(self, exchange: Exchange, opened: _Opened) -> None:
         await exchange.begin_events(_headers(opened.heading))
         ends: dict[int, Finished] = {}
+        so_far = [RunningUsage() for _ in opened.answers] if opened.body.includes_running_usage else None
 
         async def write(index: int, delta: Delta) -> None:
             if delta.finished is not None:
                 ends[index] = delta.finished
-            await exchange.event(opened.form.piece(opened.heading, index, delta))
+            usage = {} if so_far is None else {"usage": so_far[index].after(delta)}
+            await exchange.event(opened.form.piece(opened.heading, index, delta) | usage)
 
         await _together(
             [

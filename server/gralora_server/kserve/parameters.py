@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
-from types import MappingProxyType
 
 from pydantic import ValidationError
 
@@ -17,7 +16,7 @@ from gralora.v1 import generation_pb2
 from gralora_runtime.errors import InvalidRequestError
 from gralora_server.explanation import clip
 from gralora_server.json_values import misfit, shown
-from gralora_server.sampling_names import REALS
+from gralora_server.sampling_names import FIXED, REALS, check_fixed
 from gralora_server.structured_outputs import StructuredOutputs, put_structured
 
 MAX_TOKENS = 16  # vLLM's, if a request does not say how many
@@ -29,19 +28,6 @@ SEEDS = (-1, 2**64 - 1)  # -1: none
 TOKEN_COUNTS = ("max_tokens", "min_tokens")
 TEXTS = ("request_id", "canary_key")
 STRUCTURED = ("structured_outputs", "guided_decoding")  # vLLM's name for it, and its older one
-# What is so here in any case.
-FIXED: Mapping[str, bool | int] = MappingProxyType(
-    {
-        "n": 1,
-        "best_of": 1,
-        "use_beam_search": False,
-        "early_stopping": False,
-        "length_penalty": 1,
-        "skip_special_tokens": True,
-        "include_stop_str_in_output": False,
-    }
-)
-
 _INTEGER = re.compile(r"-?[0-9]{1,20}")
 _FLAGS = {"true": True, "false": False}
 
@@ -122,7 +108,8 @@ def _put_one(name: str, value: object, request: generation_pb2.StreamGenerateReq
     elif name in STRUCTURED:
         put_structured(_structured(name, value), request.structured_output, place=name)
     elif name in FIXED:
-        _check_fixed(name, value)
+        only = FIXED[name]
+        check_fixed(name, flag(name, value) if isinstance(only, bool) else real(name, value))
     else:
         _put_special(name, value, request)
 
@@ -152,13 +139,6 @@ def _put_special(name: str, value: object, request: generation_pb2.StreamGenerat
         case _:
             problem = "is a parameter that this server does not know"
             raise InvalidRequestError(clip(name, MAX_NAME_BYTES), type(value).__name__, problem)
-
-
-def _check_fixed(name: str, value: object) -> None:
-    only = FIXED[name]
-    said = flag(name, value) if isinstance(only, bool) else real(name, value)
-    if said != only:
-        raise InvalidRequestError(name, shown(value), f"can only be {json.dumps(only)} here")
 
 
 def _structured(name: str, value: object) -> StructuredOutputs:
