@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,13 +10,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-# One pre-norm decoder, written many times: RMS norm, rotary attention, gated feed-forward. What else may differ between
-# them is read from the modules, and whether it was read rightly is checked at each start (selfcheck.py).
-LLAMA_LIKE = {
-    "LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "GemmaForCausalLM",
-    "Phi3ForCausalLM",
-}  # fmt: skip
+from gralora_runtime.model.builds import BUILDS, Build
+
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+UNTURNED = "unturned"  # the rotary table of layers whose attention does not see positions
+
+Rotary = tuple[Tensor, Tensor]  # cosines and sines, fp32 [positions, rotary_dim] each
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,24 +25,36 @@ class Projection:
     names: tuple[str, ...]
     modules: tuple[nn.Linear, ...]
 
+
+@dataclass(frozen=True, slots=True)
+class Joining:
+    """How what a block computes joins the stream of residuals."""
+
+    norm: Tensor | None
+    factor: float
+
     @property
-    def has_bias(self) -> bool:
-        return any(module.bias is not None for module in self.modules)
+    def is_plain(self) -> bool:
+        """It is added as it is."""
+        return self.norm is None and self.factor == 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerDescription:
     """One layer, in the order in which it is computed. Norms' weights are fp32 where they are not the model's own."""
 
-    input_norm: Tensor
+    attention_norm: Tensor | None
     qkv: Projection
-    q_norm: Tensor | None
+    q_norm: Tensor | None  # [head_dim], or [heads * head_dim]: of all heads together
     k_norm: Tensor | None
+    rotary: str  # which of `rotary_tables`
     window: int  # 0: the whole context
     o: Projection
-    post_norm: Tensor
+    attention_joining: Joining
+    mlp_norm: Tensor | None
     gate_up: Projection
     down: Projection
+    mlp_joining: Joining
 
     @property
     def projections(self) -> tuple[Projection, ...]:
@@ -56,7 +68,7 @@ class Description:
     embedding: Tensor  # [vocab, hidden]
     embedding_factor: float
     layers: tuple[LayerDescription, ...]
-    final_norm: Tensor
+    final_norm: Tensor  # scales logits, too, where they are scaled
     head: nn.Linear
     heads: int
     kv_heads: int
@@ -69,6 +81,12 @@ class Description:
     def intermediate(self) -> int:
         return self.layers[0].down.modules[0].in_features
 
+    @property
+    def norms_whole_heads(self) -> bool:
+        """Queries' and keys' norms are of all heads together."""
+        norm = self.layers[0].q_norm
+        return norm is not None and len(norm) != self.head_dim
+
 
 class OtherBuildError(Exception):
     """This model is not of Llama's build; says why. Transformers' own forward pass can compute it."""
@@ -77,21 +95,23 @@ class OtherBuildError(Exception):
 def describe(model: PreTrainedModel) -> Description:
     """The model's parts. Raises `OtherBuildError` for another build."""
     config = model.config
-    if type(model).__name__ not in LLAMA_LIKE:
+    build = BUILDS.get(type(model).__name__)
+    if build is None:
         raise OtherBuildError(f"{type(model).__name__} is not of Llama's build")
-    activation = ACTIVATIONS.get(getattr(config, "hidden_act", ""))
+    named = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", "")
+    activation = ACTIVATIONS.get(named)
     if activation is None:
-        raise OtherBuildError(f"its activation is {config.hidden_act}, not one of {', '.join(ACTIVATIONS)}")
-    gemma = type(model).__name__ == "GemmaForCausalLM"  # its norms scale by 1 + weight, its embeddings by sqrt(hidden)
+        raise OtherBuildError(f"its activation is {named}, not one of {', '.join(ACTIVATIONS)}")
+    if getattr(config, "final_logit_softcapping", None):
+        raise OtherBuildError("its logits are soft-capped (final_logit_softcapping)")
     names = {module: name for name, module in model.named_modules()}
-    layers = tuple(_layer(layer, names, config, gemma) for layer in model.model.layers)
     attention = model.model.layers[0].self_attn
     heads = config.num_attention_heads
     return Description(
         embedding=model.get_input_embeddings().weight,
-        embedding_factor=config.hidden_size**0.5 if gemma else 1.0,
-        layers=layers,
-        final_norm=_norm(model.model.norm, gemma),
+        embedding_factor=build.embedding_factor(config),
+        layers=tuple(_layer(layer, names, config, build) for layer in model.model.layers),
+        final_norm=_norm(model.model.norm, build, build.logits_factor(config)),
         head=model.get_output_embeddings(),
         heads=heads,
         kv_heads=getattr(config, "num_key_value_heads", None) or heads,
@@ -102,34 +122,56 @@ def describe(model: PreTrainedModel) -> Description:
     )
 
 
-def rotary_tables(model: PreTrainedModel, positions: int) -> tuple[Tensor, Tensor]:
-    """The model's own cosines and sines, fp32 [positions, rotary_dim] each."""
+def rotary_tables(model: PreTrainedModel, description: Description, positions: int) -> Mapping[str, Rotary]:
+    """The model's own cosines and sines, by what layers call theirs. All are of one width."""
     ids = torch.arange(positions, device=model.device)[None]
+    like = torch.zeros(1, dtype=torch.float32, device=model.device)
+    by_type = BUILDS[type(model).__name__].rotary_by_layer_type
+    wanted = {layer.rotary for layer in description.layers} - {UNTURNED}
+    tables = {}
     with torch.inference_mode():
-        cos, sin = model.model.rotary_emb(torch.zeros(1, dtype=torch.float32, device=model.device), ids)
-    return cos[0].contiguous(), sin[0].contiguous()
+        for name in wanted or {""}:
+            cos, sin = model.model.rotary_emb(like, ids, *([name] if by_type else []))
+            tables[name] = cos[0].contiguous(), sin[0].contiguous()
+    cos, sin = next(iter(tables.values()))
+    return tables | {UNTURNED: (torch.ones_like(cos), torch.zeros_like(sin))}
 
 
-def _layer(layer: Any, names: dict[nn.Module, str], config: Any, gemma: bool) -> LayerDescription:
+def _layer(layer: Any, names: dict[nn.Module, str], config: Any, build: Build) -> LayerDescription:
     attention, mlp = layer.self_attn, layer.mlp
+    factor = build.residual_factor(config)
 
     def projection(parent: Any, *candidates: str) -> Projection:
         modules = tuple(getattr(parent, name) for name in candidates if hasattr(parent, name))
         return Projection(tuple(names[module] for module in modules), modules)
 
+    def norm(parent: Any, name: str | None) -> Tensor | None:
+        return _norm(getattr(parent, name), build) if name is not None and hasattr(parent, name) else None
+
     return LayerDescription(
-        input_norm=_norm(layer.input_layernorm, gemma),
+        attention_norm=norm(layer, build.before_attention),
         qkv=projection(attention, "qkv_proj", "q_proj", "k_proj", "v_proj"),
-        q_norm=_norm(attention.q_norm, gemma) if hasattr(attention, "q_norm") else None,
-        k_norm=_norm(attention.k_norm, gemma) if hasattr(attention, "k_norm") else None,
+        q_norm=norm(attention, "q_norm"),
+        k_norm=norm(attention, "k_norm"),
+        rotary=_rotary(attention, config, build),
         window=getattr(attention, "sliding_window", getattr(config, "sliding_window", None)) or 0,
         o=projection(attention, "o_proj"),
-        post_norm=_norm(layer.post_attention_layernorm, gemma),
+        attention_joining=Joining(norm(layer, build.after_attention), factor),
+        mlp_norm=norm(layer, build.before_mlp),
         gate_up=projection(mlp, "gate_up_proj", "gate_proj", "up_proj"),
         down=projection(mlp, "down_proj"),
+        mlp_joining=Joining(norm(layer, build.after_mlp), factor),
     )
 
 
-def _norm(module: Any, gemma: bool) -> Tensor:
+def _rotary(attention: Any, config: Any, build: Build) -> str:
+    if not getattr(attention, "use_rope", True):
+        return UNTURNED
+    return str(config.layer_types[attention.layer_idx]) if build.rotary_by_layer_type else ""
+
+
+def _norm(module: Any, build: Build, factor: float = 1.0) -> Tensor:
     weight: Tensor = module.weight.detach()
-    return weight.float() + 1 if gemma else weight
+    if build.norm_offset == 0 and factor == 1:
+        return weight
+    return (weight.float() + build.norm_offset) * factor

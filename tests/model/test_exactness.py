@@ -7,8 +7,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 from support.device import ON_GPU
-from support.served import GPU_PROGRAMS, PROMPT, Served, check_against_peft, serving
+from support.served import PROMPT, WITHOUT_PROGRAM, Served, check_against_peft, serving
 from support.tiny_models import ARCHITECTURES
+
+from gralora_runtime.model.programs.transformers.runner import TransformersRunner
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
@@ -16,6 +18,12 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     folder = tmp_path_factory.mktemp(request.param)
     with serving(request.param, folder / "model", folder / "adapters") as served:
         yield served
+
+
+def test_all_but_few_have_a_program_of_their_own(served: Served) -> None:
+    is_slow = isinstance(served.parts.runner, TransformersRunner)
+
+    assert is_slow == (served.architecture in WITHOUT_PROGRAM)
 
 
 @pytest.mark.parametrize("chunk", [64, 7, 1], ids=["one-chunk", "chunks-of-7", "token-by-token"])
@@ -40,7 +48,7 @@ def test_a_base_row_is_bit_identical_beside_every_occupied_slot(served: Served) 
 
 def test_logits_are_bit_identical_whatever_shares_the_batch_and_however_the_prompt_is_cut(served: Served) -> None:
     """Alone, among all adapters, and in chunks of any size: every product has one order of summation."""
-    if ON_GPU and served.parts.info.model_type not in GPU_PROGRAMS:
+    if ON_GPU and served.architecture in WITHOUT_PROGRAM:
         pytest.skip("a GPU's own products sum in another order for another number of tokens")
     names = ["", *(info.name for info in served.parts.adapters.list())]
     leases = [served.parts.adapters.acquire(name).result(30) for name in names]

@@ -8,25 +8,43 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
+    Gemma3TextConfig,
     GemmaConfig,
     GPT2Config,
+    GraniteConfig,
     LlamaConfig,
     MistralConfig,
+    Olmo2Config,
+    Olmo3Config,
     Phi3Config,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
+    SmolLM3Config,
 )
 
 VOCAB_SIZE = 320
+# One layer of each type, each with its own angles.
+WINDOWS = {
+    "sliding_window": 24,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "rope_parameters": {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1_000.0},
+        "full_attention": {"rope_type": "default", "rope_theta": 50_000.0},
+    },
+}
 CHAT_TEMPLATE = (
     "{% for m in messages %}{% if m.role not in ['system', 'user', 'assistant'] %}{{ raise_exception('unknown role') }}"
     "{% endif %}<|start|>{{ m.role }}\n{{ m.content }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
 )
-ARCHITECTURES = ("llama", "qwen2", "qwen3", "mistral", "gemma", "phi3", "gpt2")
+# Served by a program of our own, all but the last one.
+ARCHITECTURES = (
+    "llama", "llama-biased", "qwen2", "qwen3", "mistral", "gemma", "gemma3", "phi3", "granite", "smollm3", "olmo2",
+    "olmo3", "gpt2",
+)  # fmt: skip
 
 
 def tiny_config(architecture: str) -> PreTrainedConfig:
@@ -45,11 +63,25 @@ def tiny_config(architecture: str) -> PreTrainedConfig:
         return GPT2Config(n_embd=64, n_layer=2, n_head=4, n_positions=512, **ids)
     kinds = {
         "llama": (LlamaConfig, {}),
+        "llama-biased": (LlamaConfig, {"attention_bias": True, "mlp_bias": True}),
         "qwen2": (Qwen2Config, {}),
         "qwen3": (Qwen3Config, {"head_dim": 16}),
         "mistral": (MistralConfig, {"sliding_window": 24}),
         "gemma": (GemmaConfig, {"head_dim": 16}),
+        "gemma3": (Gemma3TextConfig, {"head_dim": 16, "query_pre_attn_scalar": 24} | WINDOWS),
         "phi3": (Phi3Config, {}),
+        "granite": (
+            GraniteConfig,
+            {
+                "embedding_multiplier": 3.0,
+                "attention_multiplier": 0.2,
+                "residual_multiplier": 0.4,
+                "logits_scaling": 2.5,
+            },
+        ),
+        "smollm3": (SmolLM3Config, {"no_rope_layers": [1, 0]}),
+        "olmo2": (Olmo2Config, {}),
+        "olmo3": (Olmo3Config, WINDOWS),
     }
     kind, extra = kinds[architecture]
     return kind(**sizes, **ids, **extra)
@@ -63,6 +95,8 @@ def tiny_model(architecture: str, seed: int = 0) -> PreTrainedModel:
         for name, parameter in model.named_parameters():
             if parameter.ndim == 2:
                 parameter.normal_(0.0, 0.5 if "embed" in name or "wte" in name else 0.15)
+            elif architecture != "llama":  # whose tokens tests know
+                parameter.add_(0.2 * torch.randn_like(parameter))
     return model
 
 

@@ -11,7 +11,14 @@ from gralora_kernels.cpu.linear import PackedWeight
 from gralora_kernels.cpu.program import DecoderShape, Program, Step
 from gralora_kernels.cpu.rows import GELU_TANH, SILU
 from gralora_runtime.model.adaptable import joined_weight_and_bias
-from gralora_runtime.model.description import Description, LayerDescription, OtherBuildError, Projection, rotary_tables
+from gralora_runtime.model.description import (
+    UNTURNED,
+    Description,
+    Joining,
+    LayerDescription,
+    Projection,
+    rotary_tables,
+)
 from gralora_runtime.model.programs.runner import Served
 from gralora_runtime.stepping.batch import StepTensors
 
@@ -19,19 +26,12 @@ logger = logging.getLogger(__name__)
 
 
 class CpuRunner:
-    """Takes the served model over: its linears are packed, which frees the originals.
-
-    Raises `OtherBuildError`, before it changes anything, for a model that the program cannot compute.
-    """
+    """Takes the served model over: its linears are packed, which frees the originals."""
 
     def __init__(self, served: Served, model: Description) -> None:
-        if any(projection.has_bias for layer in model.layers for projection in (layer.o, layer.down)):
-            raise OtherBuildError(
-                "its o or down projection has a bias, but here their sums begin at the residual stream"
-            )
         self._group = model.heads // model.kv_heads
         self._groups = served.groups
-        cos, sin = rotary_tables(served.base.model, served.base.max_positions)
+        self._rotary = rotary_tables(served.base.model, model, served.base.max_positions)
         shape = DecoderShape(
             hidden=model.embedding.shape[1],
             intermediate=model.intermediate,
@@ -40,8 +40,8 @@ class CpuRunner:
             head_dim=model.head_dim,
             page_size=served.page_size,
             activation={"silu": SILU, "gelu_tanh": GELU_TANH}[model.activation],
-            cos=cos,
-            sin=sin,
+            rotary_dim=self._rotary[UNTURNED][0].shape[1],
+            norms_whole_heads=model.norms_whole_heads,
         )
         self._program = Program(shape, max_tokens=served.max_num_tokens, arena=served.arena)
         self._program.embed(model.embedding.detach(), model.embedding_factor)
@@ -69,19 +69,34 @@ class CpuRunner:
         )
 
     def _add_layer(self, model: Description, layer: LayerDescription, keys: Tensor, values: Tensor) -> None:
-        program, eps = self._program, model.eps
-        program.norm(layer.input_norm, eps)
-        self._linear(program.normed, program.qkv, layer.qkv)
+        program = self._program
+        self._linear(self._normed(layer.attention_norm, model.eps), program.qkv, layer.qkv)
         program.attend(
-            keys, values, scale=model.scale, window=layer.window, q_norm=layer.q_norm, k_norm=layer.k_norm, eps=eps
-        )
-        self._linear(program.attended, program.hidden, layer.o, accumulate=True)
-        program.norm(layer.post_norm, eps)
-        self._linear(program.normed, program.gates_and_ups, layer.gate_up)
+            keys, values, rotary=self._rotary[layer.rotary], scale=model.scale, window=layer.window,
+            q_norm=layer.q_norm, k_norm=layer.k_norm, eps=model.eps,
+        )  # fmt: skip
+        self._join(program.attended, layer.o, layer.attention_joining, model.eps)
+        self._linear(self._normed(layer.mlp_norm, model.eps), program.gates_and_ups, layer.gate_up)
         program.gate()
-        self._linear(program.gated, program.hidden, layer.down, accumulate=True)
+        self._join(program.gated, layer.down, layer.mlp_joining, model.eps)
         for projection in layer.projections:
             _free(projection)
+
+    def _normed(self, norm: Tensor | None, eps: float) -> Tensor:
+        """What a block reads: the stream, or its norm."""
+        if norm is None:
+            return self._program.hidden
+        self._program.norm(norm, eps)
+        return self._program.normed
+
+    def _join(self, x: Tensor, projection: Projection, joining: Joining, eps: float) -> None:
+        """A block's last product: its sums begin at the stream where nothing comes between."""
+        if joining.is_plain and all(module.bias is None for module in projection.modules):
+            self._linear(x, self._program.hidden, projection, accumulate=True)
+            return
+        self._linear(x, self._program.joining, projection)
+        norm = joining.norm if joining.norm is None or joining.factor == 1 else joining.norm * joining.factor
+        self._program.join(norm, joining.factor if norm is None else 1.0, eps)
 
     def _linear(self, x: Tensor, y: Tensor, projection: Projection, *, accumulate: bool = False) -> None:
         weight, bias = joined_weight_and_bias(projection.modules)

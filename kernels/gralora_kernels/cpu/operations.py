@@ -20,7 +20,7 @@ from torch import Tensor
 from gralora_kernels.cpu.adapters import COLUMNS, expand_piece, shrink_piece
 from gralora_kernels.cpu.attention import attend_piece
 from gralora_kernels.cpu.linear import FLOAT_BYTES, linear_piece, num_pieces
-from gralora_kernels.cpu.rows import gate, rms_norm, rotate, scale_into, scatter
+from gralora_kernels.cpu.rows import add_scaled, gate, rms_norm, rotate, scale_into, scatter
 from gralora_kernels.cpu.simd import load_int64
 from gralora_kernels.cpu.team import LINE, fetch_add, wait_for
 from gralora_kernels.grouping import Grouping
@@ -30,17 +30,17 @@ Int64s = npt.NDArray[np.int64]
 Int32s = npt.NDArray[np.int32]
 Floats = npt.NDArray[np.float64]
 
-EMBED, NORM, NORM_LAST, LINEAR, HEAD, EXPAND, ROTATE, ATTEND, GATE = range(9)
+EMBED, NORM, NORM_LAST, LINEAR, HEAD, EXPAND, ROTATE, ATTEND, GATE, JOIN = range(10)
 
 # What a row of `ops` holds, after its kind. Addresses are of float32 memory.
-KIND, X, Y, WEIGHT, DEPTH, COLUMNS_OUT, START, GROUP, KEYS, VALUES, EXTRA, NUM_FIELDS = range(12)
+KIND, X, Y, WEIGHT, DEPTH, COLUMNS_OUT, START, GROUP, KEYS, VALUES, EXTRA, COS, SIN, NUM_FIELDS = range(14)
 # What a row of `groups` holds, per module of the group.
 INDEX, SCALES, STORAGES, COLUMN, OUT_FEATURES, NUM_MODULE_FIELDS = range(6)
 # What `step` holds: the sizes and addresses of one step.
 (NUM_TOKENS, NUM_LAST, NUM_ITEMS, NUM_ATTENTION, TOKEN_IDS, POSITIONS, KV_SLOTS, LAST, ORDER, ITEMS, U, U_WIDTH, ARENA,
  MAX_PAGES, PIECES, PAGE_TABLE, NUM_STEP_FIELDS) = range(17)  # fmt: skip
 # What `shape` holds: what is the same for all layers and steps.
-HEADS, KV_HEADS, HEAD_DIM, ROTARY_DIM, PAGE_SIZE, COS, SIN, ACTIVATION, NUM_SHAPE_FIELDS = range(9)
+HEADS, KV_HEADS, HEAD_DIM, ROTARY_DIM, PAGE_SIZE, ACTIVATION, NORMS_WHOLE_HEADS, NUM_SHAPE_FIELDS = range(8)
 
 TOKENS_PER_PIECE = 4  # of an operation on rows
 
@@ -123,18 +123,24 @@ def _expand(piece: int, op: Int64s, groups: Int64s, step: Int64s, iota: int) -> 
 def _rotate(token: int, op: Int64s, step: Int64s, shape: Int64s, eps: float) -> None:
     """Norm and rotate the queries and keys of one token, and put its keys and values into their page.
 
-    X is [tokens, heads + 2 * kv_heads, head_dim]; WEIGHT and EXTRA are the norms' weights, 0: none.
+    X is [tokens, heads + 2 * kv_heads, head_dim]; WEIGHT and EXTRA are the norms' weights, 0: none; COS and SIN are
+    tables of positions.
     """
     heads, kv_heads, head_dim, page_size = shape[HEADS], shape[KV_HEADS], shape[HEAD_DIM], shape[PAGE_SIZE]
     head_bytes = head_dim * FLOAT_BYTES
     first = op[X] + token * (heads + 2 * kv_heads) * head_bytes
     shift = load_int64(step[POSITIONS], token) * shape[ROTARY_DIM] * FLOAT_BYTES
+    whole = shape[NORMS_WHOLE_HEADS]
+    if whole:
+        keys = first + heads * head_bytes
+        rms_norm(first, op[WEIGHT], first, heads * head_dim, eps)
+        rms_norm(keys, op[EXTRA], keys, kv_heads * head_dim, eps)
     for head in range(heads + kv_heads):
         at = first + head * head_bytes
         norm = op[WEIGHT] if head < heads else op[EXTRA]
-        if norm:
+        if norm and not whole:
             rms_norm(at, norm, at, head_dim, eps)
-        rotate(at, shape[COS] + shift, shape[SIN] + shift, shape[ROTARY_DIM])
+        rotate(at, op[COS] + shift, op[SIN] + shift, shape[ROTARY_DIM])
     slot = load_int64(step[KV_SLOTS], token)
     page, offset = slot // page_size, slot % page_size
     for head in range(kv_heads):
@@ -170,6 +176,13 @@ def _row(kind: int, token: int, op: Int64s, step: Int64s, shape: Int64s, real: f
         rms_norm(source, op[WEIGHT], op[Y] + token * depth * FLOAT_BYTES, depth, real)
     elif kind == ROTATE:
         _rotate(token, op, step, shape, real)
+    elif kind == JOIN:
+        shift = token * depth * FLOAT_BYTES
+        if op[WEIGHT]:
+            rms_norm(op[X] + shift, op[WEIGHT], op[X] + shift, depth, real)
+            add_scaled(op[X] + shift, op[Y] + shift, depth, 1.0)
+        else:
+            add_scaled(op[X] + shift, op[Y] + shift, depth, real)
     else:
         gates = op[X] + 2 * token * depth * FLOAT_BYTES
         gate(gates, gates + depth * FLOAT_BYTES, op[Y] + token * depth * FLOAT_BYTES, depth, shape[ACTIVATION])

@@ -20,7 +20,6 @@ from gralora_kernels.cpu.microkernel import FROM_OUTPUT, FROM_ZERO
 from gralora_kernels.cpu.operations import (
     ACTIVATION,
     ATTEND,
-    COS,
     EMBED,
     EXPAND,
     GATE,
@@ -28,6 +27,7 @@ from gralora_kernels.cpu.operations import (
     HEAD,
     HEAD_DIM,
     HEADS,
+    JOIN,
     KV_HEADS,
     KV_SLOTS,
     LAST,
@@ -35,6 +35,7 @@ from gralora_kernels.cpu.operations import (
     MAX_PAGES,
     NORM,
     NORM_LAST,
+    NORMS_WHOLE_HEADS,
     NUM_ATTENTION,
     NUM_FIELDS,
     NUM_LAST,
@@ -47,7 +48,6 @@ from gralora_kernels.cpu.operations import (
     POSITIONS,
     ROTARY_DIM,
     ROTATE,
-    SIN,
     TOKEN_IDS,
     Y,
     group_rows,
@@ -64,7 +64,7 @@ Int64s = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecoderShape:
-    """What is the same for all layers. `cos`, `sin` [positions, rotary_dim]."""
+    """What is the same for all layers. `norms_whole_heads`: a norm of queries or keys is of all heads together."""
 
     hidden: int
     intermediate: int
@@ -73,8 +73,8 @@ class DecoderShape:
     head_dim: int
     page_size: int
     activation: int
-    cos: Tensor
-    sin: Tensor
+    rotary_dim: int
+    norms_whole_heads: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,20 +97,21 @@ class Program:
         attention = (shape.heads + 2 * shape.kv_heads) * shape.head_dim
         self.hidden = torch.zeros(max_tokens, shape.hidden)
         self.normed = torch.zeros(max_tokens, shape.hidden)
+        self.joining = torch.zeros(max_tokens, shape.hidden)
         self.qkv = torch.zeros(max_tokens, attention)
         self.attended = torch.zeros(max_tokens, shape.heads * shape.head_dim)
         self.gates_and_ups = torch.zeros(max_tokens, 2 * shape.intermediate)
         self.gated = torch.zeros(max_tokens, shape.intermediate)
         self._arena = arena
         self._u = torch.zeros(0)
-        self._kept: list[object] = [shape]  # operations hold addresses: what lies there must stay
+        self._kept: list[object] = []  # operations hold addresses: what lies there must stay
         self._ops: list[list[int]] = []
         self._reals: list[float] = []
         self._groups: list[GroupTable] = []
         self._shape = np.zeros(NUM_SHAPE_FIELDS, np.int64)
         self._shape[[HEADS, KV_HEADS]] = shape.heads, shape.kv_heads
         self._shape[[HEAD_DIM, PAGE_SIZE]] = shape.head_dim, shape.page_size
-        self._shape[[ROTARY_DIM, COS, SIN]] = shape.cos.shape[1], shape.cos.data_ptr(), shape.sin.data_ptr()
+        self._shape[[ROTARY_DIM, NORMS_WHOLE_HEADS]] = shape.rotary_dim, shape.norms_whole_heads
         self._shape[ACTIVATION] = shape.activation
         attend_scratch = scratch_bytes(shape.heads // shape.kv_heads, shape.head_dim, shape.page_size)
         self._scratch_size = -(-max(attend_scratch, SCRATCH_BYTES) // LINE) * LINE
@@ -142,14 +143,23 @@ class Program:
                 GROUP=len(self._groups) - 1,
             )  # fmt: skip
 
+    def join(self, norm: Tensor | None, factor: float, eps: float) -> None:
+        """hidden += factor * joining, or its RMS norm, whose weight has the factor in it already."""
+        assert norm is None or factor == 1, "a factor belongs into the norm's weight"
+        weight = {} if norm is None else {"WEIGHT": norm}
+        self._add(JOIN, self.joining, self.hidden, self.hidden.shape[1], real=factor if norm is None else eps, **weight)
+
     def attend(
-        self, keys: Tensor, values: Tensor, *, scale: float, window: int, q_norm: Tensor | None, k_norm: Tensor | None,
-        eps: float,
+        self, keys: Tensor, values: Tensor, *, rotary: tuple[Tensor, Tensor], scale: float, window: int,
+        q_norm: Tensor | None, k_norm: Tensor | None, eps: float,
     ) -> None:  # fmt: skip
-        """qkv -> attended, by way of this layer's pages; window 0: no limit."""
+        """qkv -> attended, by way of this layer's pages; window 0: no limit. `rotary`: cosines and sines [positions,
+        rotary_dim].
+        """
         pages = {"KEYS": keys, "VALUES": values}
         norms = {"WEIGHT": 0 if q_norm is None else q_norm, "EXTRA": 0 if k_norm is None else k_norm}
-        self._add(ROTATE, self.qkv, self.attended, 0, real=eps, **pages, **norms)
+        cos, sin = rotary
+        self._add(ROTATE, self.qkv, self.attended, 0, real=eps, COS=cos, SIN=sin, **pages, **norms)
         self._add(ATTEND, self.qkv, self.attended, 0, real=scale, **pages, EXTRA=window)
 
     def gate(self) -> None:

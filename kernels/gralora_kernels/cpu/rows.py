@@ -99,6 +99,18 @@ def scale_into(x: int, out: int, features: int, factor: float) -> None:
 
 
 @njit(nogil=True)
+def add_scaled(x: int, out: int, features: int, factor: float) -> None:
+    """out += factor * x."""
+    factors = splat(np.float32(factor))
+    whole = features - features % LANES
+    for i in range(0, whole, LANES):
+        store(out, i, fma(load(x, i), factors, load(out, i)))
+    if whole < features:
+        rest = features - whole
+        store_part(out, whole, fma(load_part(x, whole, rest), factors, load_part(out, whole, rest)), rest)
+
+
+@njit(nogil=True)
 def scatter(x: int, out: int, count: int, stride: int) -> None:
     """out[i * stride] = x[i]."""
     for i in range(count):

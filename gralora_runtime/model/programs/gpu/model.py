@@ -17,7 +17,7 @@ from gralora_kernels.triton_ops.attention_launch import AttentionShape, PagedAtt
 from gralora_kernels.triton_ops.norm import add_rms_norm, rms_norm_rows
 from gralora_kernels.triton_ops.rotary import rotate_and_store
 from gralora_runtime.model.adaptable import joined_weight_and_bias
-from gralora_runtime.model.description import Description, Projection
+from gralora_runtime.model.description import Description, Joining, Projection, Rotary
 from gralora_runtime.model.kv_pool import KVPool
 from gralora_runtime.model.programs.gpu.inputs import DeviceStep
 
@@ -54,17 +54,20 @@ class Linear:
 class Layer:
     """One layer's weights and pages."""
 
-    input_norm: Tensor
+    attention_norm: Tensor | None
     qkv: Linear
     q_norm: Tensor | None
     k_norm: Tensor | None
+    rotary: Rotary
     keys: Tensor
     values: Tensor
     window: int
     o: Linear
-    post_norm: Tensor
+    attention_joining: Joining
+    mlp_norm: Tensor | None
     gate_up: Linear
     down: Linear
+    mlp_joining: Joining
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +86,7 @@ class GpuModel:
         self,
         model: Description,
         *,
-        rotary: tuple[Tensor, Tensor],
+        rotary: Mapping[str, Rotary],
         kv_pool: KVPool,
         arena: Tensor,
         groups: Mapping[tuple[str, ...], GroupTable],
@@ -92,7 +95,6 @@ class GpuModel:
         self.dtype = model.embedding.dtype
         self.vocab_size = len(model.head.weight)
         self._model = model
-        self._cos, self._sin = rotary
         self._arena = arena
         self._multiply = multiply
         self._embedding = model.embedding.detach()
@@ -100,17 +102,20 @@ class GpuModel:
         self._factor = torch.tensor(model.embedding_factor, dtype=self.dtype).item()
         self.layers = [
             Layer(
-                input_norm=layer.input_norm.detach(),
+                attention_norm=_detached(layer.attention_norm),
                 qkv=_linear(layer.qkv, groups),
                 q_norm=_detached(layer.q_norm),
                 k_norm=_detached(layer.k_norm),
+                rotary=rotary[layer.rotary],
                 keys=kv_pool.keys[index],
                 values=kv_pool.values[index],
                 window=layer.window,
                 o=_linear(layer.o, groups),
-                post_norm=layer.post_norm.detach(),
+                attention_joining=layer.attention_joining,
+                mlp_norm=_detached(layer.mlp_norm),
                 gate_up=_linear(layer.gate_up, groups),
                 down=_linear(layer.down, groups),
+                mlp_joining=layer.mlp_joining,
             )
             for index, layer in enumerate(model.layers)
         ]
@@ -138,24 +143,45 @@ class GpuModel:
         normed = torch.empty_like(residual, memory_format=torch.contiguous_format)
         x: Tensor | None = None
         for layer in self.layers:
-            add_rms_norm(normed, residual, x, layer.input_norm, model.eps)
-            attended = self._attend(layer, self._linear(layer.qkv, normed, kernels), step, kernels.attention)
-            x = self._linear(layer.o, attended, kernels)
-            add_rms_norm(normed, residual, x, layer.post_norm, model.eps)
-            gates_and_ups = self._linear(layer.gate_up, normed, kernels)
+            block_input = self._join(normed, residual, x, layer.attention_norm)
+            attended = self._attend(layer, self._linear(layer.qkv, block_input, kernels), step, kernels.attention)
+            x = self._before_joining(self._linear(layer.o, attended, kernels), layer.attention_joining)
+            block_input = self._join(normed, residual, x, layer.mlp_norm)
+            gates_and_ups = self._linear(layer.gate_up, block_input, kernels)
             gated = self._new(len(normed), model.intermediate)
             gated_activation(gated, gates_and_ups, model.activation)
-            x = self._linear(layer.down, gated, kernels)
+            x = self._before_joining(self._linear(layer.down, gated, kernels), layer.mlp_joining)
         last = self._new(len(logits), residual.shape[1])
         rms_norm_rows(last, residual, step.logits_index, x=x, weight=self._final_norm, eps=model.eps)
         self._multiply(logits, last, self._head, self._head_bias)
 
+    def _join(self, normed: Tensor, residual: Tensor, x: Tensor | None, norm: Tensor | None) -> Tensor:
+        """residual += x. What the next block reads: its norm, in `normed`, or itself."""
+        if norm is not None:
+            add_rms_norm(normed, residual, x, norm, self._model.eps)
+            return normed
+        if x is not None:
+            residual += x
+        return residual
+
+    def _before_joining(self, x: Tensor, joining: Joining) -> Tensor:
+        """What is added to the residual: x, which may be written over, or its norm."""
+        if joining.norm is not None:
+            normed = torch.empty_like(x)
+            add_rms_norm(normed, x, None, joining.norm.detach(), self._model.eps)
+            x = normed
+        return x if joining.factor == 1 else x.mul_(joining.factor)
+
     def _attend(self, layer: Layer, qkv: Tensor, step: DeviceStep, attention: PagedAttention) -> Tensor:
         model = self._model
+        q_norm, k_norm = layer.q_norm, layer.k_norm
+        if model.norms_whole_heads:
+            self._norm_whole_heads(qkv, layer)
+            q_norm = k_norm = None
+        cos, sin = layer.rotary
         rotate_and_store(
-            qkv, layer.keys, layer.values, step.positions, step.kv_slots, cos=self._cos, sin=self._sin,
-            heads=model.heads, kv_heads=model.kv_heads, head_dim=model.head_dim, q_norm=layer.q_norm,
-            k_norm=layer.k_norm, eps=model.eps,
+            qkv, layer.keys, layer.values, step.positions, step.kv_slots, cos=cos, sin=sin, heads=model.heads,
+            kv_heads=model.kv_heads, head_dim=model.head_dim, q_norm=q_norm, k_norm=k_norm, eps=model.eps,
         )  # fmt: skip
         out = self._new(len(qkv), model.heads * model.head_dim)
         attention.attend(
@@ -163,6 +189,14 @@ class GpuModel:
             context_lens=step.context_lens, scale=model.scale, window=layer.window,
         )  # fmt: skip
         return out
+
+    def _norm_whole_heads(self, qkv: Tensor, layer: Layer) -> None:
+        """In place. By torch: the kernel of heads has one at a time in its registers, and few models have this."""
+        queries = self._model.heads * self._model.head_dim
+        keys = queries + self._model.kv_heads * self._model.head_dim
+        for part, norm in ((qkv[:, :queries], layer.q_norm), (qkv[:, queries:keys], layer.k_norm)):
+            assert norm is not None
+            part.copy_(nn.functional.rms_norm(part, norm.shape, norm.to(part.dtype), self._model.eps))
 
     def _linear(self, linear: Linear, x: Tensor, kernels: Kernels) -> Tensor:
         """The base product, plus what each token's adapter adds."""

@@ -34,7 +34,7 @@ class GpuRunner:
         self._groups = tuple(served.groups.values())
         self.model = GpuModel(
             model,
-            rotary=rotary_tables(served.base.model, served.base.max_positions),
+            rotary=rotary_tables(served.base.model, model, served.base.max_positions),
             kv_pool=served.kv_pool,
             arena=served.arena,
             groups=served.groups,
