@@ -19,6 +19,10 @@ def _one(_config: Any) -> float:
     return 1.0
 
 
+def _none(_config: Any) -> float:
+    return 0.0
+
+
 def _root_of_hidden(config: Any) -> float:
     return float(config.hidden_size**0.5)
 
@@ -35,9 +39,17 @@ class Build:
     embedding_factor: Factor = _one
     residual_factor: Factor = _one  # of what a block adds to the stream
     logits_factor: Factor = _one
+    softcap: Factor = _none  # of attention scores; 0: there is none
     rotary_by_layer_type: bool = False
 
 
+_GEMMA = Build(norm_offset=1.0, embedding_factor=_root_of_hidden)
+_SANDWICHED_GEMMA = replace(
+    _GEMMA,
+    after_attention="post_attention_layernorm",
+    before_mlp="pre_feedforward_layernorm",
+    after_mlp="post_feedforward_layernorm",
+)
 _OLMO = Build(
     before_attention=None,
     after_attention="post_attention_layernorm",
@@ -59,14 +71,8 @@ BUILDS: Mapping[str, Build] = MappingProxyType(
         ),
         "Olmo2ForCausalLM": _OLMO,
         "Olmo3ForCausalLM": replace(_OLMO, rotary_by_layer_type=True),
-        "GemmaForCausalLM": Build(norm_offset=1.0, embedding_factor=_root_of_hidden),
-        "Gemma3ForCausalLM": Build(
-            after_attention="post_attention_layernorm",
-            before_mlp="pre_feedforward_layernorm",
-            after_mlp="post_feedforward_layernorm",
-            norm_offset=1.0,
-            embedding_factor=_root_of_hidden,
-            rotary_by_layer_type=True,
-        ),
+        "GemmaForCausalLM": _GEMMA,
+        "Gemma2ForCausalLM": replace(_SANDWICHED_GEMMA, softcap=lambda config: config.attn_logit_softcapping or 0.0),
+        "Gemma3ForCausalLM": replace(_SANDWICHED_GEMMA, rotary_by_layer_type=True),
     }
 )

@@ -74,6 +74,8 @@ class Description:
     kv_heads: int
     head_dim: int
     scale: float  # of attention scores
+    softcap: float  # of attention scores, once scaled; 0: there is none
+    logits_softcap: float  # 0: there is none
     eps: float
     activation: str  # "silu" or "gelu_tanh"
 
@@ -102,8 +104,6 @@ def describe(model: PreTrainedModel) -> Description:
     activation = ACTIVATIONS.get(named)
     if activation is None:
         raise OtherBuildError(f"its activation is {named}, not one of {', '.join(ACTIVATIONS)}")
-    if getattr(config, "final_logit_softcapping", None):
-        raise OtherBuildError("its logits are soft-capped (final_logit_softcapping)")
     names = {module: name for name, module in model.named_modules()}
     attention = model.model.layers[0].self_attn
     heads = config.num_attention_heads
@@ -117,6 +117,8 @@ def describe(model: PreTrainedModel) -> Description:
         kv_heads=getattr(config, "num_key_value_heads", None) or heads,
         head_dim=attention.head_dim,
         scale=attention.scaling,
+        softcap=build.softcap(config),
+        logits_softcap=getattr(config, "final_logit_softcapping", None) or 0.0,
         eps=config.rms_norm_eps,
         activation=activation,
     )
@@ -135,6 +137,11 @@ def rotary_tables(model: PreTrainedModel, description: Description, positions: i
             tables[name] = cos[0].contiguous(), sin[0].contiguous()
     cos, sin = next(iter(tables.values()))
     return tables | {UNTURNED: (torch.ones_like(cos), torch.zeros_like(sin))}
+
+
+def soft_capped(logits: Tensor, cap: float) -> Tensor:
+    """cap * tanh(logits / cap), written over them; cap 0: as they are."""
+    return logits if cap == 0 else logits.div_(cap).tanh_().mul_(cap)
 
 
 def _layer(layer: Any, names: dict[nn.Module, str], config: Any, build: Build) -> LayerDescription:

@@ -53,7 +53,7 @@ def load_base_model(path: Path, *, device: torch.device, dtype: str) -> BaseMode
     chosen = _choose_dtype(dtype, config, device)
     with refusing(str(path), config, "read"):
         model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=chosen, local_files_only=True, attn_implementation="sdpa"
+            path, dtype=chosen, local_files_only=True, attn_implementation=_attention(config)
         )
         chat_tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
         return BaseModel(
@@ -100,7 +100,6 @@ def unsupported_features(config: Any) -> list[str]:
     checks = {
         "encoder-decoder models are not served": getattr(config, "is_encoder_decoder", False),
         "quantized checkpoints are not served": getattr(config, "quantization_config", None),
-        "attention scores are soft-capped (attn_logit_softcapping)": getattr(config, "attn_logit_softcapping", None),
         "attention is not causal (is_causal)": not getattr(config, "is_causal", True),
         "layers of unknown attention types (layer_types)": sorted(
             set(getattr(config, "layer_types", None) or ()) - SERVED_LAYER_TYPES
@@ -114,6 +113,11 @@ def unsupported_features(config: Any) -> list[str]:
         "no multi-head attention (num_attention_heads)": not hasattr(config, "num_attention_heads"),
     }
     return [f"{problem}, got {value!r}" for problem, value in checks.items() if value]
+
+
+def _attention(config: Any) -> str:
+    """Which of transformers' own the untouched model has. torch's knows no soft caps."""
+    return "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"
 
 
 def _rope_types(config: Any) -> set[str]:

@@ -37,13 +37,13 @@ class PagedCase:
             self.k_pages[pages, :, :, positions % page_size] = self.keys[row]
             self.v_pages[pages, :, positions % page_size] = self.values[row]
 
-    def run(self, kernel, window, rows=slice(None)):
+    def run(self, kernel, window, rows=slice(None), softcap=0.0):
         q = self.q[rows].contiguous()
         out = torch.full_like(q, NAN)
         scale = 0.7 * q.shape[-1] ** -0.5
         starts = torch.arange(len(q) + 1, dtype=torch.int32)
         lengths = self.context_lens[rows]
-        kernel(out, q, self.k_pages, self.v_pages, self.page_table[rows], starts, lengths, scale, window)
+        kernel(out, q, self.k_pages, self.v_pages, self.page_table[rows], starts, lengths, scale, window, softcap)
         return out
 
     def expected(self, window):
@@ -68,6 +68,19 @@ def test_agrees_with_torch(kernel, window, heads, kv_heads, head_dim):
     case = PagedCase([97, 1, 16, 17, 3, 31], heads, kv_heads, head_dim)
 
     assert_close(case.expected(window), case.run(kernel, window))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("window", [0, 40])
+def test_scores_may_be_capped(kernel, window):
+    case = PagedCase([97, 1, 16, 31], 4, 2, 72)
+    expected = []
+    for q, k, v in zip(case.q, case.keys, case.values, strict=True):
+        seen_k, seen_v = (one[-window:].repeat_interleave(2, dim=1) for one in (k, v))
+        scores = torch.einsum("hd,thd->ht", q, seen_k) * 0.7 * 72**-0.5
+        expected.append(torch.einsum("ht,thd->hd", torch.softmax(0.3 * torch.tanh(scores / 0.3), dim=1), seen_v))
+
+    assert_close(torch.stack(expected), case.run(kernel, window, softcap=0.3))
 
 
 def prompt_in_chunks(kernel, case, q, chunks, window):

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from support.tiny_models import save_tiny_model
-from transformers import Gemma2Config, LlamaConfig, MambaConfig, PreTrainedModel, T5Config
+from transformers import LlamaConfig, MambaConfig, PreTrainedModel, T5Config
 
 from gralora_runtime.assemble import assemble
 from gralora_runtime.config import EngineConfig
@@ -29,7 +29,6 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> EngineConfig:
 @pytest.mark.parametrize(
     ("model_config", "reason"),
     [
-        (Gemma2Config(), "attention scores are soft-capped (attn_logit_softcapping), got 50.0"),
         (T5Config(), "encoder-decoder models are not served, got True"),
         (MambaConfig(), "no multi-head attention (num_attention_heads), got True"),
         (
@@ -37,7 +36,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> EngineConfig:
             "rotary angles that depend on the batch (rope_type), got ['dynamic']",
         ),
     ],
-    ids=["softcap", "encoder-decoder", "state-space", "dynamic-rope"],
+    ids=["encoder-decoder", "state-space", "dynamic-rope"],
 )
 def test_a_model_that_cannot_be_served_exactly_is_named_with_its_reason(model_config: Any, reason: str) -> None:
     assert reason in unsupported_features(model_config)
@@ -76,7 +75,7 @@ def test_the_check_at_start_refuses_a_model_whose_attention_is_computed_wrongly(
 
     exact = attention.paged_attention
     monkeypatch.setattr(choice, "describe", other_build)
-    monkeypatch.setattr(attention, "paged_attention", lambda *args: exact(*args[:-1], 8))
+    monkeypatch.setattr(attention, "paged_attention", lambda *args: exact(*args[:-2], 8, args[-1]))
 
     with pytest.raises(ModelUnsupportedError, match="paged logits differ from transformers' by"):
         assemble(config)
@@ -99,7 +98,7 @@ def test_the_check_at_start_fits_into_what_is_served_and_still_checks(
         assemble(small)
 
 
-@pytest.mark.parametrize("argument", ["softcap", "s_aux", "position_bias", "attention_mask"])
+@pytest.mark.parametrize("argument", ["s_aux", "position_bias", "attention_mask"])
 def test_attention_that_asks_for_what_we_do_not_compute_is_refused_by_name(argument: str) -> None:
     """The configuration did not tell of it, the model's own call does."""
     asked: dict[str, Any] = {"attention_mask": None} | {argument: torch.ones(1)}

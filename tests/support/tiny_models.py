@@ -8,6 +8,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
     Gemma3TextConfig,
     GemmaConfig,
     GPT2Config,
@@ -42,8 +43,8 @@ CHAT_TEMPLATE = (
 )
 # Served by a program of our own, all but the last one.
 ARCHITECTURES = (
-    "llama", "llama-biased", "qwen2", "qwen3", "mistral", "gemma", "gemma3", "phi3", "granite", "smollm3", "olmo2",
-    "olmo3", "gpt2",
+    "llama", "llama-biased", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3", "phi3", "granite", "smollm3",
+    "olmo2", "olmo3", "gpt2",
 )  # fmt: skip
 
 
@@ -68,6 +69,16 @@ def tiny_config(architecture: str) -> PreTrainedConfig:
         "qwen3": (Qwen3Config, {"head_dim": 16}),
         "mistral": (MistralConfig, {"sliding_window": 24}),
         "gemma": (GemmaConfig, {"head_dim": 16}),
+        "gemma2": (
+            Gemma2Config,
+            {
+                "head_dim": 16,
+                "query_pre_attn_scalar": 24,
+                "attn_logit_softcapping": 0.8,
+                "final_logit_softcapping": 3.0,
+                "sliding_window": 24,
+            },
+        ),
         "gemma3": (Gemma3TextConfig, {"head_dim": 16, "query_pre_attn_scalar": 24} | WINDOWS),
         "phi3": (Phi3Config, {}),
         "granite": (

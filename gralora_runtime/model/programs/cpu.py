@@ -18,6 +18,7 @@ from gralora_runtime.model.description import (
     LayerDescription,
     Projection,
     rotary_tables,
+    soft_capped,
 )
 from gralora_runtime.model.programs.runner import Served
 from gralora_runtime.stepping.batch import StepTensors
@@ -31,6 +32,7 @@ class CpuRunner:
     def __init__(self, served: Served, model: Description) -> None:
         self._group = model.heads // model.kv_heads
         self._groups = served.groups
+        self._logits_softcap = model.logits_softcap
         self._rotary = rotary_tables(served.base.model, model, served.base.max_positions)
         shape = DecoderShape(
             hidden=model.embedding.shape[1],
@@ -56,7 +58,7 @@ class CpuRunner:
         """Logits of the tokens in `logits_index`, fp32 [sampling rows, vocab]."""
         assert newest is None, "host memory is where tokens are"
         pieces = attention_pieces(tensors.query_starts.numpy(), tensors.context_lens.numpy(), self._group)
-        return self._program.run(
+        logits = self._program.run(
             Step(
                 token_ids=tensors.input_ids[0],
                 positions=tensors.position_ids[0],
@@ -67,13 +69,14 @@ class CpuRunner:
                 grouping=tensors.grouping,
             )
         )
+        return soft_capped(logits, self._logits_softcap)
 
     def _add_layer(self, model: Description, layer: LayerDescription, keys: Tensor, values: Tensor) -> None:
         program = self._program
         self._linear(self._normed(layer.attention_norm, model.eps), program.qkv, layer.qkv)
         program.attend(
-            keys, values, rotary=self._rotary[layer.rotary], scale=model.scale, window=layer.window,
-            q_norm=layer.q_norm, k_norm=layer.k_norm, eps=model.eps,
+            keys, values, rotary=self._rotary[layer.rotary], scale=model.scale, softcap=model.softcap,
+            window=layer.window, q_norm=layer.q_norm, k_norm=layer.k_norm, eps=model.eps,
         )  # fmt: skip
         self._join(program.attended, layer.o, layer.attention_joining, model.eps)
         self._linear(self._normed(layer.mlp_norm, model.eps), program.gates_and_ups, layer.gate_up)
@@ -95,8 +98,7 @@ class CpuRunner:
             self._linear(x, self._program.hidden, projection, accumulate=True)
             return
         self._linear(x, self._program.joining, projection)
-        norm = joining.norm if joining.norm is None or joining.factor == 1 else joining.norm * joining.factor
-        self._program.join(norm, joining.factor if norm is None else 1.0, eps)
+        self._program.join(joining.norm, joining.factor, eps)
 
     def _linear(self, x: Tensor, y: Tensor, projection: Projection, *, accumulate: bool = False) -> None:
         weight, bias = joined_weight_and_bias(projection.modules)

@@ -36,7 +36,11 @@ from gralora_kernels.cpu.simd import (
     store,
     store_int32,
     store_scalar,
+    tanh,
     total,
+)
+from gralora_kernels.cpu.simd import (
+    multiply as times,
 )
 from gralora_kernels.cpu.team import LINE
 from gralora_kernels.cpu.threads import region_lock
@@ -67,9 +71,19 @@ def _positions(page_size: int) -> int:
 
 
 @njit(nogil=True)
-def _mask(scores: int, low: int, high: int, positions: int, scale: float) -> None:
-    """scores = scale * scores, and minus infinity outside of low .. high."""
+def _cap(scores: int, positions: int, softcap: float) -> None:
+    """scores = softcap * tanh(scores / softcap)."""
+    inverse, caps = splat(np.float32(1.0 / softcap)), splat(np.float32(softcap))
+    for i in range(0, positions, LANES):
+        store(scores, i, times(caps, tanh(times(load(scores, i), inverse))))
+
+
+@njit(nogil=True)
+def _mask(scores: int, low: int, high: int, positions: int, scale: float, softcap: float) -> None:
+    """scores = scale * scores, within the cap if there is one, and minus infinity outside of low .. high."""
     scale_into(scores, scores, positions, scale)
+    if softcap != 0.0:
+        _cap(scores, positions, softcap)
     for i in range(low):
         store_scalar(scores, i, np.float32(-np.inf))
     for i in range(max(high, 0), positions):
@@ -77,7 +91,7 @@ def _mask(scores: int, low: int, high: int, positions: int, scale: float) -> Non
 
 
 @njit(nogil=True)
-def _weigh(scores: int, low: int, high: int, positions: int, scale: float, state: int) -> float:
+def _weigh(scores: int, low: int, high: int, positions: int, scale: float, softcap: float, state: int) -> float:
     """Scores of one query in a block -> weights, zero outside of low .. high; returns what the sums so far shrink by.
 
     `state` holds the query's maximum and its sum of weights.
@@ -86,7 +100,7 @@ def _weigh(scores: int, low: int, high: int, positions: int, scale: float, state
         for i in range(0, positions, LANES):
             store(scores, i, splat(np.float32(0.0)))
         return np.float32(1.0)
-    _mask(scores, low, high, positions, scale)
+    _mask(scores, low, high, positions, scale, softcap)
     peaks = load(scores, 0)
     for i in range(LANES, positions, LANES):
         peaks = maximum(peaks, load(scores, i))
@@ -115,13 +129,13 @@ def _fetch(address: int, count: int) -> None:
 @njit(nogil=True)
 def attend_piece(
     first: int, tokens: int, start: int, kv_head: int, pages: int, q: int, q_width: int, out: int, heads: int,
-    kv_heads: int, head_dim: int, keys: int, values: int, page_size: int, scale: float, window: int, scratch: int,
-    iota: int,
+    kv_heads: int, head_dim: int, keys: int, values: int, page_size: int, scale: float, softcap: float, window: int,
+    scratch: int, iota: int,
 ) -> None:  # fmt: skip
     """All queries of one key head, for `tokens` tokens from `first` on, which stand at positions from `start` on.
 
-    q is [tokens, q_width heads, head_dim], out [tokens, heads, head_dim]; `pages` int32, of this sequence; window 0: no
-    limit.
+    q is [tokens, q_width heads, head_dim], out [tokens, heads, head_dim]; `pages` int32, of this sequence; softcap
+    and window 0: no limit.
     """
     group = heads // kv_heads
     rows = tokens * group
@@ -159,7 +173,7 @@ def attend_piece(
             low = max(0, position - window + 1 - block) if window else 0
             high = min(block_end, position + 1) - block
             weights = scores + row * positions * FLOAT_BYTES
-            shrink = _weigh(weights, low, high, positions, scale, state + 2 * row * FLOAT_BYTES)
+            shrink = _weigh(weights, low, high, positions, scale, softcap, state + 2 * row * FLOAT_BYTES)
             if shrink != 1.0:
                 own = sums + row * head_dim * FLOAT_BYTES
                 scale_into(own, own, head_dim, shrink)
@@ -197,7 +211,8 @@ def attention_pieces(query_starts: Int32s, context_lens: Int32s, group: int) -> 
 @njit(nogil=True, parallel=True, cache=True)
 def _attend(
     parts: int, pieces: Int64s, page_table: Int32s, q: int, out: int, heads: int, kv_heads: int, head_dim: int,
-    keys: int, values: int, page_size: int, scale: float, window: int, scratch: int, scratch_size: int, iota: int,
+    keys: int, values: int, page_size: int, scale: float, softcap: float, window: int, scratch: int,
+    scratch_size: int, iota: int,
 ) -> None:  # fmt: skip
     count = pieces.shape[0] * kv_heads
     for part in prange(parts):
@@ -206,7 +221,7 @@ def _attend(
             pages = page_table.ctypes.data + 4 * page_table.shape[1] * piece[0]
             attend_piece(
                 piece[1], piece[2], piece[3], i % kv_heads, pages, q, heads, out, heads, kv_heads, head_dim, keys,
-                values, page_size, scale, window, scratch + part * scratch_size, iota,
+                values, page_size, scale, softcap, window, scratch + part * scratch_size, iota,
             )  # fmt: skip
 
 
@@ -220,10 +235,11 @@ def paged_attention(
     context_lens: Tensor,
     scale: float,
     window: int,
+    softcap: float = 0.0,
 ) -> None:
     """q, out [tokens, heads, head_dim]: row i has tokens query_starts[i] .. query_starts[i + 1], the last of its
-    context of context_lens[i]; window 0: no limit. keys [pages, kv_heads, head_dim, page_size], values [pages,
-    kv_heads, page_size, head_dim]; page_table int32 [rows, max_pages].
+    context of context_lens[i]; window and softcap 0: no limit. keys [pages, kv_heads, head_dim, page_size], values
+    [pages, kv_heads, page_size, head_dim]; page_table int32 [rows, max_pages].
     """
     for tensor in (out, q, keys, values):
         if tensor.dtype != torch.float32 or not tensor.is_contiguous():
@@ -243,5 +259,5 @@ def paged_attention(
         _attend(
             parts, attention_pieces(query_starts.numpy(), context_lens.numpy(), group), page_table.numpy(),
             q.data_ptr(), out.data_ptr(), heads, kv_heads, head_dim, keys.data_ptr(), values.data_ptr(), page_size,
-            scale, window, scratch.ctypes.data, size, row_numbers(attention_rows(group)),
+            scale, softcap, window, scratch.ctypes.data, size, row_numbers(attention_rows(group)),
         )  # fmt: skip

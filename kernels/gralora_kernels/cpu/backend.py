@@ -51,7 +51,7 @@ class CpuBackend:
     def __init__(self) -> None:
         self._u = torch.empty(0)
         self._scratch = torch.empty(0, dtype=torch.uint8)
-        self._reals = np.zeros(2)
+        self._reals = np.zeros((2, 2))
         self._shape = np.zeros(operations.NUM_SHAPE_FIELDS, np.int64)
         self._counters = operations.new_counters(2, 0)
         self._operations: dict[GroupTable, _Operations] = {}

@@ -33,6 +33,7 @@ Floats = npt.NDArray[np.float64]
 EMBED, NORM, NORM_LAST, LINEAR, HEAD, EXPAND, ROTATE, ATTEND, GATE, JOIN = range(10)
 
 # What a row of `ops` holds, after its kind. Addresses are of float32 memory.
+# A row of `reals` holds two numbers: a norm's eps or a factor, and of those that have two, the later one.
 KIND, X, Y, WEIGHT, DEPTH, COLUMNS_OUT, START, GROUP, KEYS, VALUES, EXTRA, COS, SIN, NUM_FIELDS = range(14)
 # What a row of `groups` holds, per module of the group.
 INDEX, SCALES, STORAGES, COLUMN, OUT_FEATURES, NUM_MODULE_FIELDS = range(6)
@@ -151,18 +152,20 @@ def _rotate(token: int, op: Int64s, step: Int64s, shape: Int64s, eps: float) -> 
 
 
 @njit(nogil=True)
-def _attend(piece: int, op: Int64s, step: Int64s, shape: Int64s, scale: float, scratch: int, iota: int) -> None:
+def _attend(
+    piece: int, op: Int64s, step: Int64s, shape: Int64s, scale: float, softcap: float, scratch: int, iota: int,
+) -> None:  # fmt: skip
     work = step[PIECES] + piece // shape[KV_HEADS] * 32
     pages = step[PAGE_TABLE] + 4 * step[MAX_PAGES] * load_int64(work, 0)
     attend_piece(
         load_int64(work, 1), load_int64(work, 2), load_int64(work, 3), piece % shape[KV_HEADS], pages, op[X],
         shape[HEADS] + 2 * shape[KV_HEADS], op[Y], shape[HEADS], shape[KV_HEADS], shape[HEAD_DIM], op[KEYS],
-        op[VALUES], shape[PAGE_SIZE], scale, op[EXTRA], scratch, iota,
+        op[VALUES], shape[PAGE_SIZE], scale, softcap, op[EXTRA], scratch, iota,
     )  # fmt: skip
 
 
 @njit(nogil=True)
-def _row(kind: int, token: int, op: Int64s, step: Int64s, shape: Int64s, real: float) -> None:
+def _row(kind: int, token: int, op: Int64s, step: Int64s, shape: Int64s, real: float, factor: float) -> None:
     """An operation on one token's row."""
     depth = op[DEPTH]
     if kind == EMBED:
@@ -180,9 +183,7 @@ def _row(kind: int, token: int, op: Int64s, step: Int64s, shape: Int64s, real: f
         shift = token * depth * FLOAT_BYTES
         if op[WEIGHT]:
             rms_norm(op[X] + shift, op[WEIGHT], op[X] + shift, depth, real)
-            add_scaled(op[X] + shift, op[Y] + shift, depth, 1.0)
-        else:
-            add_scaled(op[X] + shift, op[Y] + shift, depth, real)
+        add_scaled(op[X] + shift, op[Y] + shift, depth, factor)
     else:
         gates = op[X] + 2 * token * depth * FLOAT_BYTES
         gate(gates, gates + depth * FLOAT_BYTES, op[Y] + token * depth * FLOAT_BYTES, depth, shape[ACTIVATION])
@@ -190,7 +191,7 @@ def _row(kind: int, token: int, op: Int64s, step: Int64s, shape: Int64s, real: f
 
 @njit(nogil=True)
 def _piece(
-    piece: int, op: Int64s, real: float, groups: Int64s, step: Int64s, shape: Int64s, scratch: int, iota: int,
+    piece: int, op: Int64s, reals: Floats, groups: Int64s, step: Int64s, shape: Int64s, scratch: int, iota: int,
 ) -> None:  # fmt: skip
     kind = op[KIND]
     if kind == LINEAR:
@@ -198,13 +199,13 @@ def _piece(
     elif kind == EXPAND:
         _expand(piece, op, groups, step, iota)
     elif kind == ATTEND:
-        _attend(piece, op, step, shape, real, scratch, iota)
+        _attend(piece, op, step, shape, reals[0], reals[1], scratch, iota)
     elif kind == HEAD:
         linear_piece(piece, step[NUM_LAST], op[X], op[DEPTH], op[Y], op[COLUMNS_OUT], op[WEIGHT], op[START], iota)
     else:
         rows = step[NUM_LAST] if kind == NORM_LAST else step[NUM_TOKENS]
         for token in range(piece * TOKENS_PER_PIECE, min(rows, (piece + 1) * TOKENS_PER_PIECE)):
-            _row(kind, token, op, step, shape, real)
+            _row(kind, token, op, step, shape, reals[0], reals[1])
 
 
 @njit(nogil=True, parallel=True, cache=True)

@@ -106,7 +106,7 @@ class Program:
         self._u = torch.zeros(0)
         self._kept: list[object] = []  # operations hold addresses: what lies there must stay
         self._ops: list[list[int]] = []
-        self._reals: list[float] = []
+        self._reals: list[tuple[float, float]] = []
         self._groups: list[GroupTable] = []
         self._shape = np.zeros(NUM_SHAPE_FIELDS, np.int64)
         self._shape[[HEADS, KV_HEADS]] = shape.heads, shape.kv_heads
@@ -144,23 +144,22 @@ class Program:
             )  # fmt: skip
 
     def join(self, norm: Tensor | None, factor: float, eps: float) -> None:
-        """hidden += factor * joining, or its RMS norm, whose weight has the factor in it already."""
-        assert norm is None or factor == 1, "a factor belongs into the norm's weight"
-        weight = {} if norm is None else {"WEIGHT": norm}
-        self._add(JOIN, self.joining, self.hidden, self.hidden.shape[1], real=factor if norm is None else eps, **weight)
+        """hidden += factor * joining, or factor * RMS norm of joining."""
+        weight = 0 if norm is None else norm
+        self._add(JOIN, self.joining, self.hidden, self.hidden.shape[1], WEIGHT=weight, real=eps, factor=factor)
 
     def attend(
-        self, keys: Tensor, values: Tensor, *, rotary: tuple[Tensor, Tensor], scale: float, window: int,
-        q_norm: Tensor | None, k_norm: Tensor | None, eps: float,
+        self, keys: Tensor, values: Tensor, *, rotary: tuple[Tensor, Tensor], scale: float, softcap: float,
+        window: int, q_norm: Tensor | None, k_norm: Tensor | None, eps: float,
     ) -> None:  # fmt: skip
-        """qkv -> attended, by way of this layer's pages; window 0: no limit. `rotary`: cosines and sines [positions,
-        rotary_dim].
+        """qkv -> attended, by way of this layer's pages; softcap 0 and window 0: no limit. `rotary`: cosines and sines
+        [positions, rotary_dim].
         """
         pages = {"KEYS": keys, "VALUES": values}
         norms = {"WEIGHT": 0 if q_norm is None else q_norm, "EXTRA": 0 if k_norm is None else k_norm}
         cos, sin = rotary
         self._add(ROTATE, self.qkv, self.attended, 0, real=eps, COS=cos, SIN=sin, **pages, **norms)
-        self._add(ATTEND, self.qkv, self.attended, 0, real=scale, **pages, EXTRA=window)
+        self._add(ATTEND, self.qkv, self.attended, 0, real=scale, factor=softcap, **pages, EXTRA=window)
 
     def gate(self) -> None:
         """gates_and_ups -> gated."""
@@ -207,8 +206,9 @@ class Program:
         return fields
 
     def _add(
-        self, kind: int, x: Tensor, y: Tensor | int, depth: int, *, real: float = 0.0, **fields: Tensor | int
-    ) -> None:
+        self, kind: int, x: Tensor, y: Tensor | int, depth: int, *, real: float = 0.0, factor: float = 0.0,
+        **fields: Tensor | int,
+    ) -> None:  # fmt: skip
         row = [0] * NUM_FIELDS
         row[GROUP] = -1
         for name, value in {"KIND": kind, "X": x, "Y": y, "DEPTH": depth, **fields}.items():
@@ -217,7 +217,7 @@ class Program:
                 self._kept.append(value)
             row[getattr(operations, name)] = value.data_ptr() if isinstance(value, Tensor) else value
         self._ops.append(row)
-        self._reals.append(real)
+        self._reals.append((real, factor))
 
 
 def _check(name: str, tensor: Tensor) -> None:

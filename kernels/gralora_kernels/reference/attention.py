@@ -24,6 +24,7 @@ def paged_attention(
     context_lens: Tensor,
     scale: float,
     window: int,
+    softcap: float = 0.0,
 ) -> None:
     """As `cpu.attention.paged_attention`, whose pages are panels: keys [pages, kv_heads, head_dim, page_size], values
     [pages, kv_heads, page_size, head_dim]."""
@@ -31,7 +32,7 @@ def paged_attention(
     def gather(pages: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
         return keys[pages, :, :, offsets], values[pages, :, offsets]
 
-    _attend(out, q, gather, values.shape[2], page_table, query_starts, context_lens, scale, window, 0.0)
+    _attend(out, q, gather, values.shape[2], page_table, query_starts, context_lens, scale, window, softcap)
 
 
 def attention_in_rows(

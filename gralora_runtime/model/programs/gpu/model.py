@@ -17,7 +17,7 @@ from gralora_kernels.triton_ops.attention_launch import AttentionShape, PagedAtt
 from gralora_kernels.triton_ops.norm import add_rms_norm, rms_norm_rows
 from gralora_kernels.triton_ops.rotary import rotate_and_store
 from gralora_runtime.model.adaptable import joined_weight_and_bias
-from gralora_runtime.model.description import Description, Joining, Projection, Rotary
+from gralora_runtime.model.description import Description, Joining, Projection, Rotary, soft_capped
 from gralora_runtime.model.kv_pool import KVPool
 from gralora_runtime.model.programs.gpu.inputs import DeviceStep
 
@@ -154,6 +154,7 @@ class GpuModel:
         last = self._new(len(logits), residual.shape[1])
         rms_norm_rows(last, residual, step.logits_index, x=x, weight=self._final_norm, eps=model.eps)
         self._multiply(logits, last, self._head, self._head_bias)
+        soft_capped(logits, model.logits_softcap)
 
     def _join(self, normed: Tensor, residual: Tensor, x: Tensor | None, norm: Tensor | None) -> Tensor:
         """residual += x. What the next block reads: its norm, in `normed`, or itself."""
@@ -186,7 +187,7 @@ class GpuModel:
         out = self._new(len(qkv), model.heads * model.head_dim)
         attention.attend(
             out, qkv, layer.keys, layer.values, page_table=step.page_table, query_starts=step.query_starts,
-            context_lens=step.context_lens, scale=model.scale, window=layer.window,
+            context_lens=step.context_lens, scale=model.scale, window=layer.window, softcap=model.softcap,
         )  # fmt: skip
         return out
 

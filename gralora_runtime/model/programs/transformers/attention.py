@@ -5,6 +5,7 @@ keys and values, and a function that attends. One `PagedAttention` serves one ru
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,7 +19,16 @@ from gralora_runtime.model.programs.transformers.context import StepContext
 from gralora_runtime.stepping.batch import StepTensors
 
 ATTENTION_NAME = "gralora_paged"
-UNSUPPORTED = ("softcap", "s_aux", "position_bias")  # arguments of attention functions
+UNSUPPORTED = ("s_aux", "position_bias")  # arguments of attention functions
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a layer does to its scores. Window 0: the whole context; softcap 0: there is none."""
+
+    scale: float
+    window: int
+    softcap: float
 
 
 class PagedAttention(ABC):
@@ -53,12 +63,12 @@ class PagedAttention(ABC):
     def prepare(self, step: StepTensors) -> None:
         """Before the forward pass, with the step in host memory."""
 
-    def attend(self, layer: int, query: Tensor, scale: float, window: int) -> Tensor:
-        """query [1, heads, tokens, head_dim] -> [1, tokens, heads, head_dim]; `window` 0: the whole context."""
-        return self._attend(self._context.tensors, layer, query[0].transpose(0, 1).contiguous(), scale, window)[None]
+    def attend(self, layer: int, query: Tensor, limits: Limits) -> Tensor:
+        """query [1, heads, tokens, head_dim] -> [1, tokens, heads, head_dim]."""
+        return self._attend(self._context.tensors, layer, query[0].transpose(0, 1).contiguous(), limits)[None]
 
     @abstractmethod
-    def _attend(self, step: StepTensors, layer: int, query: Tensor, scale: float, window: int) -> Tensor:
+    def _attend(self, step: StepTensors, layer: int, query: Tensor, limits: Limits) -> Tensor:
         """query [tokens, heads, head_dim] -> the same shape."""
 
 
@@ -68,10 +78,13 @@ class CpuPagedAttention(PagedAttention):
     def prepare(self, step: StepTensors) -> None:
         """The step is read where it is."""
 
-    def _attend(self, step: StepTensors, layer: int, query: Tensor, scale: float, window: int) -> Tensor:
+    def _attend(self, step: StepTensors, layer: int, query: Tensor, limits: Limits) -> Tensor:
         out = torch.empty_like(query)
         keys, values = self._pool.keys[layer], self._pool.values[layer]
-        paged_attention(out, query, keys, values, step.page_table, step.query_starts, step.context_lens, scale, window)
+        paged_attention(
+            out, query, keys, values, step.page_table, step.query_starts, step.context_lens, limits.scale,
+            limits.window, limits.softcap,
+        )  # fmt: skip
         return out
 
 
@@ -93,12 +106,12 @@ class GpuPagedAttention(PagedAttention):
         """Before the forward pass, with the step in host memory."""
         self._kernels.prepare(step.query_starts.numpy(), step.context_lens.numpy())
 
-    def _attend(self, step: StepTensors, layer: int, query: Tensor, scale: float, window: int) -> Tensor:
+    def _attend(self, step: StepTensors, layer: int, query: Tensor, limits: Limits) -> Tensor:
         out = torch.empty_like(query)
         self._kernels.attend(
             out.flatten(1), query.flatten(1), self._pool.keys[layer], self._pool.values[layer],
-            page_table=step.page_table, query_starts=step.query_starts, context_lens=step.context_lens, scale=scale,
-            window=window,
+            page_table=step.page_table, query_starts=step.query_starts, context_lens=step.context_lens,
+            scale=limits.scale, window=limits.window, softcap=limits.softcap,
         )  # fmt: skip
         return out
 
@@ -119,6 +132,7 @@ def _attention_function(
     paged_attention: PagedAttention | None = None,
     scaling: float | None = None,
     sliding_window: int | None = None,
+    softcap: float | None = None,
     **unsupported: Any,
 ) -> tuple[Tensor, None]:
     """What transformers calls in each layer. `key` and `value` are in the pool already."""
@@ -132,4 +146,4 @@ def _attention_function(
         raise ModelUnsupportedError(type(module).__name__, ["its layers do not hand arguments on to their attention"])
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     layer: int = module.layer_idx  # type: ignore[assignment]
-    return paged_attention.attend(layer, query, scale, sliding_window or 0), None
+    return paged_attention.attend(layer, query, Limits(scale, sliding_window or 0, softcap or 0.0)), None
