@@ -57,7 +57,8 @@ def test_every_option_reaches_its_configuration(configured, tmp_path: Path) -> N
     profile = tmp_path / "profile.json"
     PROFILE.write(profile)
     options = {
-        "--model": "/m", "--adapters": "/a,hold", "--address": "0.0.0.0:0", "--device": "cpu", "--dtype": "bfloat16",
+        "--model": "/m", "--adapters": "/a,hold", "--address": "0.0.0.0:0", "--device": "cpu",
+        "--dtype": "bfloat16", "--weights": "float32",
         "--kernel-backend": "reference", "--threads": "3", "--max-num-seqs": "5", "--max-num-batched-tokens": "7",
         "--max-model-len": "11", "--max-queue": "13", "--max-queue-tokens": "59", "--profile": str(profile),
         "--max-adapter-rank": "17", "--max-adapter-slots": "19",
@@ -115,6 +116,7 @@ def test_every_option_reaches_its_configuration(configured, tmp_path: Path) -> N
         watch="poll",
         device="cpu",
         dtype="bfloat16",
+        weights="float32",
         kernel_backend="reference",
         max_num_seqs=5,
         max_num_batched_tokens=7,

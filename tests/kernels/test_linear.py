@@ -6,7 +6,8 @@ import pytest
 import torch
 from support.numeric import assert_close
 
-from gralora_kernels.cpu.linear import PackedWeight, linear
+from gralora_kernels.cpu.linear import PackedWeight, linear, storage_of
+from gralora_kernels.tables import Storage
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 5, 8, 13, 31, 130])
@@ -41,6 +42,32 @@ def test_a_rows_result_does_not_depend_on_how_many_there_are():
         few = torch.empty(count, 40)
         linear(few, x[:count], weight, None)
         assert torch.equal(few, together[:count]), f"{count} rows"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("in_features", "out_features"), [(576, 192), (192, 577), (7, 3), (40, 1), (1500, 33)])
+def test_what_16_bits_hold_is_kept_so_and_its_products_are_those_of_fp32(dtype, in_features, out_features):
+    """Also of numbers that are below what is normal in 16 bits."""
+    weight = torch.randn(out_features, in_features) * torch.logspace(-9, 1, in_features)
+    weight = weight.to(dtype).float()
+    small, large = PackedWeight(weight), PackedWeight(weight, as_saved=False)
+    assert (small.panels.dtype, large.panels.dtype) == (dtype, torch.float32)
+
+    for rows in (1, 2, 3, 5, 8, 13, 31, 130):
+        x = torch.randn(rows, in_features)
+        narrow, wide = (torch.empty(rows, out_features) for _ in range(2))
+        linear(narrow, x, small, None)
+        linear(wide, x, large, None)
+        assert torch.equal(narrow, wide), f"{rows} rows"
+
+
+@pytest.mark.parametrize("place", [(0, 0), (39, 95)])
+def test_one_number_that_16_bits_do_not_hold_keeps_all_in_fp32(place):
+    weight = torch.randn(40, 96).bfloat16().float()
+    weight[place] = 1 / 3
+
+    assert storage_of(weight) is Storage.NATIVE
+    assert PackedWeight(weight).panels.dtype is torch.float32
 
 
 def test_shapes_that_do_not_fit_are_refused():

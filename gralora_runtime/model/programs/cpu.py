@@ -46,13 +46,21 @@ class CpuRunner:
             norms_whole_heads=model.norms_whole_heads,
         )
         self._program = Program(shape, max_tokens=served.max_num_tokens, arena=served.arena)
-        self._program.embed(model.embedding.detach(), model.embedding_factor)
+        self._as_saved = served.as_saved
+        self._program.embed(model.embedding.detach(), model.embedding_factor, as_saved=served.as_saved)
         for index, layer in enumerate(model.layers):
             self._add_layer(model, layer, served.kv_pool.keys[index], served.kv_pool.values[index])
         head = model.head
         bias = None if head.bias is None else head.bias.detach()
-        self._program.head(model.final_norm, model.eps, PackedWeight(head.weight.detach()), bias)
-        logger.info("model ready: %d layers compiled into one program", len(model.layers))
+        packed = PackedWeight(head.weight.detach(), as_saved=served.as_saved)
+        self._program.head(model.final_norm, model.eps, packed, bias)
+        for module in (head, served.base.model.get_input_embeddings()):  # which may be one and the same weight
+            module.weight = _nothing_like(module.weight)
+        logger.info(
+            "model ready: %d layers compiled into one program, weights in %s",
+            len(model.layers),
+            str(packed.panels.dtype).removeprefix("torch."),
+        )
 
     def execute(self, tensors: StepTensors, newest: Tensor | None = None) -> Tensor:
         """Logits of the tokens in `logits_index`, fp32 [sampling rows, vocab]."""
@@ -104,9 +112,14 @@ class CpuRunner:
         weight, bias = joined_weight_and_bias(projection.modules)
         bias = None if bias is None else bias.detach()
         group = self._groups[projection.names]
-        self._program.linear(x, y, PackedWeight(weight.detach()), group, bias=bias, accumulate=accumulate)
+        packed = PackedWeight(weight.detach(), as_saved=self._as_saved)
+        self._program.linear(x, y, packed, group, bias=bias, accumulate=accumulate)
 
 
 def _free(projection: Projection) -> None:
     for module in projection.modules:
-        module.weight = nn.Parameter(module.weight.new_empty(0), requires_grad=False)
+        module.weight = _nothing_like(module.weight)
+
+
+def _nothing_like(weight: Tensor) -> nn.Parameter:
+    return nn.Parameter(weight.new_empty(0), requires_grad=False)

@@ -15,15 +15,16 @@ from gralora_kernels.cpu.linear import FLOAT_BYTES
 from gralora_kernels.cpu.microkernel import (
     AHEAD,
     FETCHES,
+    FLOAT16,
     FROM_OUTPUT,
     FROM_ZERO,
+    NATIVE,
     PANEL,
     add_panels_bfloat16,
     add_panels_float16,
     add_panels_native,
-    multiply,
-    multiply_bfloat16,
-    multiply_float16,
+    element_bytes_of,
+    multiply_stored,
 )
 from gralora_kernels.cpu.simd import (
     LANES,
@@ -41,36 +42,12 @@ from gralora_kernels.cpu.simd import (
 )
 from gralora_kernels.cpu.team import LINE
 from gralora_kernels.grouping import TILE_TOKENS
-from gralora_kernels.tables import ENTRIES, Storage
+from gralora_kernels.tables import ENTRIES
 
 COLUMNS = 384  # of the output per piece of an expand: whole panels, and few pieces
 SCRATCH_BYTES = TILE_TOKENS * PANEL * FLOAT_BYTES  # that a shrink needs
 
 FEW_TOKENS = 2  # of one adapter: so few are expanded one by one
-
-# Numba knows no enumerations.
-NATIVE, FLOAT16, BFLOAT16 = map(int, Storage)
-
-
-@njit(nogil=True)
-def _element_bytes(storage: int) -> int:
-    return FLOAT_BYTES if storage == NATIVE else 2
-
-
-@njit(nogil=True)
-def _multiply(
-    storage: int, rows: int, x: int, x_stride: int, x_index: int, y: int, y_stride: int, y_index: int, w: int,
-    w_stride: int, depth: int, start: int, columns: int,
-) -> None:  # fmt: skip
-    """A panel of any storage."""
-    if storage == NATIVE:
-        multiply(
-            rows, x, x_stride, x_index, y, y_stride, y_index, w, w_stride, depth, start, columns, columns == PANEL
-        )  # fmt: skip
-    elif storage == FLOAT16:
-        multiply_float16(rows, x, x_stride, x_index, y, y_stride, y_index, w, w_stride, depth, start, columns)
-    else:
-        multiply_bfloat16(rows, x, x_stride, x_index, y, y_stride, y_index, w, w_stride, depth, start, columns)
 
 
 def _expander(load_weights: Any, element_bytes: int) -> Any:
@@ -161,10 +138,10 @@ def shrink_piece(
         for n in range(k):
             for p in range(0, r, PANEL):
                 columns = min(PANEL, r - p)
-                weights = arena + a * FLOAT_BYTES + (n * r + p) * width * _element_bytes(storage)
-                _multiply(
+                weights = arena + a * FLOAT_BYTES + (n * r + p) * width * element_bytes_of(storage)
+                multiply_stored(
                     storage, count, x + n * width * FLOAT_BYTES, in_features, order + first * 4, scratch, PANEL, iota,
-                    weights, columns, width, FROM_ZERO, columns,
+                    weights, columns, width, FROM_ZERO, columns, columns == PANEL,
                 )  # fmt: skip
                 for q in range(columns):
                     target = column + (p + q) // strip * r + n * strip + (p + q) % strip
@@ -193,7 +170,7 @@ def expand_piece(
         while at < end:  # the part of one block that lies between begin and end
             j = at // width
             columns = min((j + 1) * width, end) - at
-            block = arena + b * FLOAT_BYTES + j * width * r * _element_bytes(storage)
+            block = arena + b * FLOAT_BYTES + j * width * r * element_bytes_of(storage)
             source, target = u + (column + j * r) * FLOAT_BYTES, y + at * FLOAT_BYTES
             _expand_block(
                 storage, count, source, u_stride, iota + first * 4, target, y_stride, order + first * 4, block, r,
@@ -212,7 +189,7 @@ def _expand_block(
     done = 0
     if inside % PANEL == 0 and columns >= PANEL:  # all whole panels
         done = columns - columns % PANEL
-        weights = block + inside * r * _element_bytes(storage)
+        weights = block + inside * r * element_bytes_of(storage)
         if rows > FEW_TOKENS:
             _add_panels(storage, rows, u, u_stride, u_rows, y, y_stride, y_rows, weights, r, done // PANEL)
         else:
@@ -226,8 +203,8 @@ def _expand_block(
         panel_columns = min(PANEL, width - panel)
         shift = inside + done - panel
         some = min(columns - done, panel_columns - shift)
-        _multiply(
+        multiply_stored(
             storage, rows, u, u_stride, u_rows, y + done * FLOAT_BYTES, y_stride, y_rows,
-            block + (panel * r + shift) * _element_bytes(storage), panel_columns, r, FROM_OUTPUT, some,
+            block + (panel * r + shift) * element_bytes_of(storage), panel_columns, r, FROM_OUTPUT, some, some == PANEL,
         )  # fmt: skip
         done += some

@@ -13,14 +13,17 @@ import torch
 from numba import get_num_threads, njit, prange
 from torch import Tensor
 
-from gralora_kernels.cpu.microkernel import FROM_OUTPUT, FROM_ZERO, MAX_ROWS, PANEL, multiply
+from gralora_kernels.cpu.microkernel import FROM_OUTPUT, FROM_ZERO, MAX_ROWS, PANEL, element_bytes_of, multiply_stored
 from gralora_kernels.cpu.threads import region_lock
+from gralora_kernels.tables import Storage
 
 FLOAT_BYTES = 4
 ROW_BLOCK = 8 * MAX_ROWS  # rows of one piece of work
 DEPTH_BLOCK = 1024  # of a panel, which then stays in a second-level cache while the rows of a piece pass by
 
 LEAST_ROW_NUMBERS = 1 << 12
+SAMPLE = 16  # rows of a weight that show as a rule whether 16 bits hold it
+DTYPES = {Storage.NATIVE: torch.float32, Storage.BFLOAT16: torch.bfloat16, Storage.FLOAT16: torch.float16}
 
 
 def row_numbers(count: int) -> int:
@@ -33,13 +36,28 @@ def _row_numbers(size: int) -> npt.NDArray[np.int32]:
     return np.arange(size, dtype=np.int32)
 
 
-class PackedWeight:
-    """A weight [out, in] as `panels [out / PANEL, in, PANEL]`, the last one padded with zeros."""
+def storage_of(values: Tensor) -> Storage:
+    """The smallest that holds all numbers of an fp32 matrix exactly."""
+    return next((kind for kind in (Storage.BFLOAT16, Storage.FLOAT16) if _is_held(values, kind)), Storage.NATIVE)
 
-    def __init__(self, weight: Tensor) -> None:
+
+def _is_held(values: Tensor, storage: Storage) -> bool:
+    return all(torch.equal(part.to(DTYPES[storage]).float(), part) for part in (values[:SAMPLE], values[SAMPLE:]))
+
+
+class PackedWeight:
+    """A weight [out, in] as `panels [out / PANEL, in, PANEL]`, the last one padded with zeros.
+
+    What 16 bits hold exactly is kept in 16 bits, and widened on its way to a register: half as much to read, and the
+    products are those of fp32, bit for bit.
+    """
+
+    def __init__(self, weight: Tensor, *, as_saved: bool = True) -> None:
+        """`as_saved` False: in fp32, whatever it holds."""
         self.out_features, self.in_features = weight.shape
+        self.storage = storage_of(weight) if as_saved else Storage.NATIVE
         panels = -(-self.out_features // PANEL)
-        self.panels = torch.zeros(panels, self.in_features, PANEL)
+        self.panels = torch.zeros(panels, self.in_features, PANEL, dtype=DTYPES[self.storage])
         whole = self.out_features // PANEL
         split = weight[: whole * PANEL].reshape(whole, PANEL, self.in_features)
         self.panels[:whole].copy_(split.transpose(1, 2))
@@ -59,14 +77,16 @@ def num_pieces(rows: int, out_features: int) -> int:
 
 @njit(nogil=True)
 def linear_piece(
-    piece: int, rows: int, x: int, in_features: int, out: int, out_features: int, panels: int, start: int, iota: int,
+    piece: int, rows: int, x: int, in_features: int, out: int, out_features: int, panels: int, storage: int, start: int,
+    iota: int,
 ) -> None:  # fmt: skip
     """One piece of out [rows, out] = start + x [rows, in] @ weight.T; `start` as in `microkernel`."""
     blocks = (rows + ROW_BLOCK - 1) // ROW_BLOCK
     panel, first = piece // blocks, piece % blocks * ROW_BLOCK
     count = min(ROW_BLOCK, rows - first)
     column = panel * PANEL
-    weight = panels + panel * in_features * PANEL * FLOAT_BYTES
+    row_bytes = PANEL * element_bytes_of(storage)
+    weight = panels + panel * in_features * row_bytes
     target = out + (first * out_features + column) * FLOAT_BYTES
     source = x + first * in_features * FLOAT_BYTES
     columns = min(PANEL, out_features - column)
@@ -74,21 +94,22 @@ def linear_piece(
         start += column * FLOAT_BYTES
     step = in_features if count <= MAX_ROWS else DEPTH_BLOCK
     for depth in range(0, in_features, step):
-        multiply(
-            count, source + depth * FLOAT_BYTES, in_features, iota, target, out_features, iota,
-            weight + depth * PANEL * FLOAT_BYTES, PANEL, min(step, in_features - depth),
+        multiply_stored(
+            storage, count, source + depth * FLOAT_BYTES, in_features, iota, target, out_features, iota,
+            weight + depth * row_bytes, PANEL, min(step, in_features - depth),
             start if depth == 0 else FROM_OUTPUT, columns, True,
         )  # fmt: skip
 
 
 @njit(nogil=True, parallel=True, cache=True)
 def _linear(
-    parts: int, rows: int, x: int, in_features: int, out: int, out_features: int, panels: int, start: int, iota: int,
+    parts: int, rows: int, x: int, in_features: int, out: int, out_features: int, panels: int, storage: int, start: int,
+    iota: int,
 ) -> None:  # fmt: skip
     pieces = num_pieces(rows, out_features)
     for part in prange(parts):
         for piece in range(part * pieces // parts, (part + 1) * pieces // parts):
-            linear_piece(piece, rows, x, in_features, out, out_features, panels, start, iota)
+            linear_piece(piece, rows, x, in_features, out, out_features, panels, storage, start, iota)
 
 
 def linear(out: Tensor, x: Tensor, weight: PackedWeight, bias: Tensor | None) -> None:
@@ -106,5 +127,5 @@ def linear(out: Tensor, x: Tensor, weight: PackedWeight, bias: Tensor | None) ->
     with region_lock:
         _linear(
             get_num_threads(), rows, x.data_ptr(), weight.in_features, out.data_ptr(), weight.out_features,
-            weight.address, start, row_numbers(ROW_BLOCK),
+            weight.address, int(weight.storage), start, row_numbers(ROW_BLOCK),
         )  # fmt: skip

@@ -42,6 +42,8 @@ FETCHING_ROWS = 3  # with fewer the processor's own prefetching is level (2 rows
 # itself (1.13 times as fast; 1, 2, 8 and 16 KB are level). A row of an fp32 panel is 0.92 times as fast with it.
 AHEAD = 4096
 
+NATIVE, FLOAT16, BFLOAT16 = map(int, Storage)  # Numba knows no enumerations
+
 FROM_ZERO = 0  # `start`: sums begin at 0
 FROM_OUTPUT = 1  # sums begin at what y holds; any other value is the address of a bias
 
@@ -353,6 +355,25 @@ def _multiply_16_bit(storage: Storage) -> Any:
 
 
 multiply_float16, multiply_bfloat16 = map(_multiply_16_bit, (Storage.FLOAT16, Storage.BFLOAT16))
+
+
+@njit(nogil=True)
+def element_bytes_of(storage: int) -> int:
+    return 4 if storage == NATIVE else 2
+
+
+@njit(nogil=True)
+def multiply_stored(
+    storage: int, rows: int, x: int, x_stride: int, x_index: int, y: int, y_stride: int, y_index: int, w: int,
+    w_stride: int, depth: int, start: int, columns: int, padded: bool,
+) -> None:  # fmt: skip
+    """A panel of any storage; see `multiply`."""
+    if storage == NATIVE:
+        multiply(rows, x, x_stride, x_index, y, y_stride, y_index, w, w_stride, depth, start, columns, padded)
+    elif storage == FLOAT16:
+        multiply_float16(rows, x, x_stride, x_index, y, y_stride, y_index, w, w_stride, depth, start, columns)
+    else:
+        multiply_bfloat16(rows, x, x_stride, x_index, y, y_stride, y_index, w, w_stride, depth, start, columns)
 
 
 def _add_panels(storage: Storage) -> Any:

@@ -20,7 +20,8 @@ from torch import Tensor
 from gralora_kernels.cpu.adapters import COLUMNS, expand_piece, shrink_piece
 from gralora_kernels.cpu.attention import attend_piece
 from gralora_kernels.cpu.linear import FLOAT_BYTES, linear_piece, num_pieces
-from gralora_kernels.cpu.rows import add_scaled, gate, rms_norm, rotate, scale_into, scatter
+from gralora_kernels.cpu.microkernel import element_bytes_of
+from gralora_kernels.cpu.rows import add_scaled, gate, rms_norm, rotate, scale_into, scatter, widen_into
 from gralora_kernels.cpu.simd import load_int64
 from gralora_kernels.cpu.team import LINE, fetch_add, wait_for
 from gralora_kernels.grouping import Grouping
@@ -32,9 +33,10 @@ Floats = npt.NDArray[np.float64]
 
 EMBED, NORM, NORM_LAST, LINEAR, HEAD, EXPAND, ROTATE, ATTEND, GATE, JOIN = range(10)
 
-# What a row of `ops` holds, after its kind. Addresses are of float32 memory.
+# What a row of `ops` holds, after its kind. Addresses are of float32 memory, unless STORAGE says otherwise: of WEIGHT
+# in LINEAR and HEAD, of X in EMBED.
 # A row of `reals` holds two numbers: a norm's eps or a factor, and of those that have two, the later one.
-KIND, X, Y, WEIGHT, DEPTH, COLUMNS_OUT, START, GROUP, KEYS, VALUES, EXTRA, COS, SIN, NUM_FIELDS = range(14)
+KIND, X, Y, WEIGHT, DEPTH, COLUMNS_OUT, START, GROUP, KEYS, VALUES, EXTRA, COS, SIN, STORAGE, NUM_FIELDS = range(15)
 # What a row of `groups` holds, per module of the group.
 INDEX, SCALES, STORAGES, COLUMN, OUT_FEATURES, NUM_MODULE_FIELDS = range(6)
 # What `step` holds: the sizes and addresses of one step.
@@ -90,7 +92,9 @@ def _linear(piece: int, op: Int64s, groups: Int64s, step: Int64s, scratch: int, 
     shrinks = modules * step[NUM_ITEMS]
     if piece >= shrinks:
         tokens = step[NUM_TOKENS]
-        linear_piece(piece - shrinks, tokens, op[X], op[DEPTH], op[Y], op[COLUMNS_OUT], op[WEIGHT], op[START], iota)
+        linear_piece(
+            piece - shrinks, tokens, op[X], op[DEPTH], op[Y], op[COLUMNS_OUT], op[WEIGHT], op[STORAGE], op[START], iota,
+        )  # fmt: skip
         return
     item, module = piece // modules, piece % modules
     column = module * step[U_WIDTH] * FLOAT_BYTES
@@ -169,8 +173,8 @@ def _row(kind: int, token: int, op: Int64s, step: Int64s, shape: Int64s, real: f
     """An operation on one token's row."""
     depth = op[DEPTH]
     if kind == EMBED:
-        row = load_int64(step[TOKEN_IDS], token) * depth * FLOAT_BYTES
-        scale_into(op[X] + row, op[Y] + token * depth * FLOAT_BYTES, depth, real)
+        row = load_int64(step[TOKEN_IDS], token) * depth * element_bytes_of(op[STORAGE])
+        widen_into(op[STORAGE], op[X] + row, op[Y] + token * depth * FLOAT_BYTES, depth, real)
     elif kind == NORM:
         shift = token * depth * FLOAT_BYTES
         rms_norm(op[X] + shift, op[WEIGHT], op[Y] + shift, depth, real)
@@ -201,7 +205,9 @@ def _piece(
     elif kind == ATTEND:
         _attend(piece, op, step, shape, reals[0], reals[1], scratch, iota)
     elif kind == HEAD:
-        linear_piece(piece, step[NUM_LAST], op[X], op[DEPTH], op[Y], op[COLUMNS_OUT], op[WEIGHT], op[START], iota)
+        linear_piece(
+            piece, step[NUM_LAST], op[X], op[DEPTH], op[Y], op[COLUMNS_OUT], op[WEIGHT], op[STORAGE], op[START], iota,
+        )  # fmt: skip
     else:
         rows = step[NUM_LAST] if kind == NORM_LAST else step[NUM_TOKENS]
         for token in range(piece * TOKENS_PER_PIECE, min(rows, (piece + 1) * TOKENS_PER_PIECE)):

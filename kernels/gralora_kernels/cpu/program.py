@@ -15,7 +15,7 @@ from torch import Tensor
 from gralora_kernels.cpu import operations
 from gralora_kernels.cpu.adapters import SCRATCH_BYTES
 from gralora_kernels.cpu.attention import attention_rows, scratch_bytes
-from gralora_kernels.cpu.linear import ROW_BLOCK, PackedWeight, row_numbers
+from gralora_kernels.cpu.linear import DTYPES, ROW_BLOCK, PackedWeight, row_numbers, storage_of
 from gralora_kernels.cpu.microkernel import FROM_OUTPUT, FROM_ZERO
 from gralora_kernels.cpu.operations import (
     ACTIVATION,
@@ -54,12 +54,14 @@ from gralora_kernels.cpu.operations import (
     new_counters,
     set_adapters,
 )
+from gralora_kernels.cpu.simd import LANES
 from gralora_kernels.cpu.team import LINE
 from gralora_kernels.cpu.threads import region_lock
 from gralora_kernels.grouping import Grouping
-from gralora_kernels.tables import GroupTable
+from gralora_kernels.tables import GroupTable, Storage
 
 Int64s = npt.NDArray[np.int64]
+STORED = {EMBED: "X", LINEAR: "WEIGHT", EXPAND: "WEIGHT", HEAD: "WEIGHT"}  # which field STORAGE is of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,9 +122,12 @@ class Program:
         self._iota = row_numbers(max(max_tokens, ROW_BLOCK, attention_rows(shape.heads // shape.kv_heads)))
         self._scratch = torch.zeros(self._parts * self._scratch_size, dtype=torch.uint8)
 
-    def embed(self, table: Tensor, factor: float) -> None:
-        """hidden = factor * table[token]."""
-        self._add(EMBED, table, self.hidden, table.shape[1], real=factor)
+    def embed(self, table: Tensor, factor: float, *, as_saved: bool = True) -> None:
+        """hidden = factor * table[token]. What 16 bits hold exactly is kept so, see `PackedWeight`."""
+        is_whole = table.shape[1] % LANES == 0  # vectors
+        storage = storage_of(table) if as_saved and is_whole else Storage.NATIVE
+        kept = table.to(DTYPES[storage])
+        self._add(EMBED, kept, self.hidden, table.shape[1], STORAGE=int(storage), real=factor)
 
     def norm(self, weight: Tensor, eps: float) -> None:
         """normed = RMS norm of hidden."""
@@ -139,8 +144,8 @@ class Program:
         self._kept.append(weight)
         for kind in (LINEAR, EXPAND):
             self._add(
-                kind, x, y, weight.in_features, WEIGHT=weight.panels, COLUMNS_OUT=weight.out_features, START=start,
-                GROUP=len(self._groups) - 1,
+                kind, x, y, weight.in_features, WEIGHT=weight.panels, STORAGE=int(weight.storage),
+                COLUMNS_OUT=weight.out_features, START=start, GROUP=len(self._groups) - 1,
             )  # fmt: skip
 
     def join(self, norm: Tensor | None, factor: float, eps: float) -> None:
@@ -170,8 +175,8 @@ class Program:
         self._vocab_size = weight.out_features
         self._add(NORM_LAST, self.hidden, self.normed, len(norm), WEIGHT=norm, real=eps)
         self._add(
-            HEAD, self.normed, 0, weight.in_features, WEIGHT=weight.panels, COLUMNS_OUT=weight.out_features,
-            START=FROM_ZERO if bias is None else bias,
+            HEAD, self.normed, 0, weight.in_features, WEIGHT=weight.panels, STORAGE=int(weight.storage),
+            COLUMNS_OUT=weight.out_features, START=FROM_ZERO if bias is None else bias,
         )  # fmt: skip
         self._kept.append(weight)
         self._table = np.array(self._ops, np.int64)
@@ -211,16 +216,17 @@ class Program:
     ) -> None:  # fmt: skip
         row = [0] * NUM_FIELDS
         row[GROUP] = -1
+        storage = Storage(fields.get("STORAGE", Storage.NATIVE))
         for name, value in {"KIND": kind, "X": x, "Y": y, "DEPTH": depth, **fields}.items():
             if isinstance(value, Tensor):
-                _check(name, value)
+                _check(name, value, DTYPES[storage] if name == STORED.get(kind) else torch.float32)
                 self._kept.append(value)
             row[getattr(operations, name)] = value.data_ptr() if isinstance(value, Tensor) else value
         self._ops.append(row)
         self._reals.append((real, factor))
 
 
-def _check(name: str, tensor: Tensor) -> None:
+def _check(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
     """The program reads raw addresses."""
-    if tensor.dtype != torch.float32 or not tensor.is_contiguous():
-        raise ValueError(f"{name} must be contiguous float32, got {tensor.dtype} with strides {tensor.stride()}")
+    if tensor.dtype != dtype or not tensor.is_contiguous():
+        raise ValueError(f"{name} must be contiguous {dtype}, got {tensor.dtype} with strides {tensor.stride()}")

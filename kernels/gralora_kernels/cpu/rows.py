@@ -9,12 +9,15 @@ import math
 import numpy as np
 from numba import njit
 
+from gralora_kernels.cpu.microkernel import FLOAT16, NATIVE
 from gralora_kernels.cpu.simd import (
     LANES,
     add,
     fma,
     gelu_tanh,
     load,
+    load_bfloat16,
+    load_float16,
     load_part,
     load_scalar,
     silu,
@@ -96,6 +99,18 @@ def scale_into(x: int, out: int, features: int, factor: float) -> None:
     if whole < features:
         rest = features - whole
         store_part(out, whole, times(load_part(x, whole, rest), factors), rest)
+
+
+@njit(nogil=True)
+def widen_into(storage: int, x: int, out: int, features: int, factor: float) -> None:
+    """out = factor * x, of any storage; of 16 bits only whole vectors."""
+    if storage == NATIVE:
+        scale_into(x, out, features, factor)
+        return
+    factors = splat(np.float32(factor))
+    for i in range(0, features, LANES):
+        value = load_float16(x, i) if storage == FLOAT16 else load_bfloat16(x, i)
+        store(out, i, times(value, factors))
 
 
 @njit(nogil=True)

@@ -26,6 +26,7 @@ from gralora_server.settings.values import (
     Pipeline,
     Source,
     Watch,
+    Weights,
     default_of,
 )
 from gralora_server.tenants.settings import Count, Positive, Strict, TenancySettings
@@ -97,6 +98,11 @@ class EngineSettings(Section):
     )
     device: Device = _engine("device", "Where steps are computed.")
     dtype: Dtype = _engine("dtype", "What they are computed in. auto: float32 on the CPU, the checkpoint's on a GPU.")
+    weights: Weights = _engine(
+        "weights",
+        "The base model's in a CPU's memory. as-saved: in 16 bits where those hold them, half as much to read; what is "
+        "computed is the same, bit for bit.",
+    )
     kernel_backend: KernelBackend = _engine("kernel_backend", "Which kernels apply adapters.")
     threads: Annotated[Count | None, Called(field="num_threads")] = _engine("num_threads", "Default: every core.")
     max_num_seqs: Count = _engine("max_num_seqs", "Requests in one step.")

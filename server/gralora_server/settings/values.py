@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, PlainValidator, WithJsonSchema
 
-from gralora_runtime.config import DEVICES, DTYPES, KERNEL_BACKENDS, PIPELINES, WATCHES, AdapterSource
+from gralora_runtime.config import DEVICES, DTYPES, KERNEL_BACKENDS, PIPELINES, WATCHES, WEIGHTS, AdapterSource
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
@@ -106,6 +106,7 @@ Source = Annotated[
 ]
 Device = Annotated[str, AfterValidator(partial(_one_of, DEVICES)), Field(json_schema_extra={"enum": [*DEVICES]})]
 Dtype = Annotated[str, AfterValidator(partial(_one_of, DTYPES)), Field(json_schema_extra={"enum": [*DTYPES]})]
+Weights = Annotated[str, AfterValidator(partial(_one_of, WEIGHTS)), Field(json_schema_extra={"enum": [*WEIGHTS]})]
 Watch = Annotated[str, AfterValidator(partial(_one_of, WATCHES)), Field(json_schema_extra={"enum": [*WATCHES]})]
 Pipeline = Annotated[str, AfterValidator(partial(_one_of, PIPELINES)), Field(json_schema_extra={"enum": [*PIPELINES]})]
 KernelBackend = Annotated[
