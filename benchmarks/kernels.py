@@ -78,7 +78,7 @@ class KernelStep:
         fields = np.zeros(operations.NUM_STEP_FIELDS, np.int64)
         fields[operations.NUM_TOKENS] = grouping.num_tokens
         operations.set_adapters(fields, grouping, u, self._arena)
-        reals, shape = np.zeros(len(ops)), np.zeros(operations.NUM_SHAPE_FIELDS, np.int64)
+        reals, shape = np.zeros((len(ops), 2)), np.zeros(operations.NUM_SHAPE_FIELDS, np.int64)
         counters, iota = operations.new_counters(len(ops), threads), row_numbers(grouping.num_tokens)
 
         def step(_kept: object = (grouping, u)) -> None:  # `fields` has their addresses

@@ -14,7 +14,7 @@ from benchmarks.sequences import make_sequence
 from benchmarks.workload import Request
 from gralora_runtime.adapters.residency.lease import AdapterLease
 from gralora_runtime.assemble import assemble
-from gralora_runtime.config import EngineConfig, in_directory
+from gralora_runtime.config import AS_SAVED, EngineConfig, in_directory
 from gralora_runtime.detokenizer import Detokenizer
 from gralora_runtime.request import Delta, ResponseParams
 from gralora_runtime.scheduling.sequence import Sequence as EngineSequence
@@ -33,6 +33,7 @@ class OwnEngine:
         max_num_seqs: int,
         adapter_pool_bytes: int,
         kv_cache_bytes: int,
+        weights: str = AS_SAVED,
     ) -> None:
         config = EngineConfig(
             model=model_dir,
@@ -40,6 +41,7 @@ class OwnEngine:
             max_num_seqs=max_num_seqs,
             adapter_pool_bytes=adapter_pool_bytes,
             kv_cache_bytes=kv_cache_bytes,
+            weights=weights,
             enable_prefix_cache=False,
         )
         self.parts = assemble(config)
