@@ -66,7 +66,6 @@ def test_a_program_keeps_nothing_of_the_model_but_its_own(
 ) -> None:
     """And says in what."""
     caplog.set_level("INFO", "gralora_runtime")
-    dtype = torch.bfloat16 if weights == "as-saved" else torch.float32
     before = fp32_matrices()
     with serving(saved(tmp_path, "llama", torch.bfloat16), "llama", weights) as served:
         assert isinstance(served.parts.runner, CpuRunner)
@@ -76,7 +75,7 @@ def test_a_program_keeps_nothing_of_the_model_but_its_own(
     assert linears
     assert all(linear.weight.numel() == 0 for linear in linears)
     assert served.parts.base.model.get_input_embeddings().weight.numel() == 0
-    assert f"weights in {str(dtype).removeprefix('torch.')}" in caplog.text
+    assert "weights in 0 MiB" in caplog.text
     assert (left == 0) == (weights == "as-saved")
 
 

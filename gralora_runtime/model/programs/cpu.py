@@ -57,9 +57,9 @@ class CpuRunner:
         for module in (head, served.base.model.get_input_embeddings()):  # which may be one and the same weight
             module.weight = _nothing_like(module.weight)
         logger.info(
-            "model ready: %d layers compiled into one program, weights in %s",
+            "model ready: %d layers compiled into one program, weights in %.0f MiB",
             len(model.layers),
-            str(packed.panels.dtype).removeprefix("torch."),
+            self._program.weight_bytes / 2**20,
         )
 
     def execute(self, tensors: StepTensors, newest: Tensor | None = None) -> Tensor:

@@ -13,7 +13,25 @@ import torch
 from numba import get_num_threads, njit, prange
 from torch import Tensor
 
-from gralora_kernels.cpu.microkernel import FROM_OUTPUT, FROM_ZERO, MAX_ROWS, PANEL, element_bytes_of, multiply_stored
+from gralora_kernels.cpu.blocks import (
+    BLOCK,
+    BLOCKS_4,
+    BLOCKS_8,
+    SAMPLE,
+    block_bytes,
+    pack_panels,
+    recognised,
+    widen_panel,
+)
+from gralora_kernels.cpu.microkernel import (
+    FROM_OUTPUT,
+    FROM_ZERO,
+    MAX_ROWS,
+    PANEL,
+    element_bytes_of,
+    multiply,
+    multiply_stored,
+)
 from gralora_kernels.cpu.threads import region_lock
 from gralora_kernels.tables import Storage
 
@@ -22,8 +40,15 @@ ROW_BLOCK = 8 * MAX_ROWS  # rows of one piece of work
 DEPTH_BLOCK = 1024  # of a panel, which then stays in a second-level cache while the rows of a piece pass by
 
 LEAST_ROW_NUMBERS = 1 << 12
-SAMPLE = 16  # rows of a weight that show as a rule whether 16 bits hold it
-DTYPES = {Storage.NATIVE: torch.float32, Storage.BFLOAT16: torch.bfloat16, Storage.FLOAT16: torch.float16}
+WIDE_ROWS = 256  # of depth that are widened at once: 16 KB with AVX2
+WIDE_BYTES = WIDE_ROWS * PANEL * FLOAT_BYTES
+DTYPES: dict[int, torch.dtype] = {
+    Storage.NATIVE: torch.float32,
+    Storage.BFLOAT16: torch.bfloat16,
+    Storage.FLOAT16: torch.float16,
+    BLOCKS_4: torch.uint8,
+    BLOCKS_8: torch.uint8,
+}
 
 
 def row_numbers(count: int) -> int:
@@ -37,7 +62,7 @@ def _row_numbers(size: int) -> npt.NDArray[np.int32]:
 
 
 def storage_of(values: Tensor) -> Storage:
-    """The smallest that holds all numbers of an fp32 matrix exactly."""
+    """The smallest that holds all numbers of an fp32 matrix exactly, one by one."""
     return next((kind for kind in (Storage.BFLOAT16, Storage.FLOAT16) if _is_held(values, kind)), Storage.NATIVE)
 
 
@@ -46,27 +71,35 @@ def _is_held(values: Tensor, storage: Storage) -> bool:
 
 
 class PackedWeight:
-    """A weight [out, in] as `panels [out / PANEL, in, PANEL]`, the last one padded with zeros.
+    """A weight [out, in] in panels of PANEL columns, the last one filled up with zeros.
 
-    What 16 bits hold exactly is kept in 16 bits, and widened on its way to a register: half as much to read, and the
-    products are those of fp32, bit for bit.
+    What fewer bits hold exactly, 16 each or blocks of 4 or 8, is kept so, and widened on its way to a product: less to
+    read, and the products are those of fp32, bit for bit.
     """
 
     def __init__(self, weight: Tensor, *, as_saved: bool = True) -> None:
         """`as_saved` False: in fp32, whatever it holds."""
         self.out_features, self.in_features = weight.shape
-        self.storage = storage_of(weight) if as_saved else Storage.NATIVE
-        panels = -(-self.out_features // PANEL)
-        self.panels = torch.zeros(panels, self.in_features, PANEL, dtype=DTYPES[self.storage])
-        whole = self.out_features // PANEL
-        split = weight[: whole * PANEL].reshape(whole, PANEL, self.in_features)
-        self.panels[:whole].copy_(split.transpose(1, 2))
-        if whole < panels:
-            self.panels[whole, :, : self.out_features - whole * PANEL].copy_(weight[whole * PANEL :].t())
+        self.storage: int = storage_of(weight) if as_saved else Storage.NATIVE
+        blocks = recognised(weight) if as_saved and self.storage == Storage.NATIVE else None
+        if blocks is None:
+            self.panels = _in_panels(weight.to(DTYPES[self.storage]))  # [panels, in, PANEL]
+        else:
+            self.storage, self.panels = blocks.kind, pack_panels(blocks)
 
     @property
     def address(self) -> int:
         return self.panels.data_ptr()
+
+
+def _in_panels(weight: Tensor) -> Tensor:
+    out, width = weight.shape
+    panels = weight.new_zeros(-(-out // PANEL), width, PANEL)
+    whole = out // PANEL
+    panels[:whole].copy_(weight[: whole * PANEL].reshape(whole, PANEL, width).transpose(1, 2))
+    if out % PANEL:
+        panels[whole, :, : out % PANEL].copy_(weight[whole * PANEL :].t())
+    return panels
 
 
 @njit(nogil=True)
@@ -78,20 +111,28 @@ def num_pieces(rows: int, out_features: int) -> int:
 @njit(nogil=True)
 def linear_piece(
     piece: int, rows: int, x: int, in_features: int, out: int, out_features: int, panels: int, storage: int, start: int,
-    iota: int,
+    scratch: int, iota: int,
 ) -> None:  # fmt: skip
-    """One piece of out [rows, out] = start + x [rows, in] @ weight.T; `start` as in `microkernel`."""
+    """One piece of out [rows, out] = start + x [rows, in] @ weight.T; `start` as in `microkernel`. `scratch`: WIDE_BYTES
+    of it.
+    """
     blocks = (rows + ROW_BLOCK - 1) // ROW_BLOCK
     panel, first = piece // blocks, piece % blocks * ROW_BLOCK
     count = min(ROW_BLOCK, rows - first)
     column = panel * PANEL
-    row_bytes = PANEL * element_bytes_of(storage)
-    weight = panels + panel * in_features * row_bytes
     target = out + (first * out_features + column) * FLOAT_BYTES
     source = x + first * in_features * FLOAT_BYTES
     columns = min(PANEL, out_features - column)
     if start > FROM_OUTPUT:
         start += column * FLOAT_BYTES
+    if storage >= BLOCKS_4:
+        weight = panels + panel * (in_features // BLOCK) * block_bytes(storage)
+        _multiply_blocks(
+            storage, count, source, in_features, target, out_features, weight, start, columns, scratch, iota
+        )
+        return
+    row_bytes = PANEL * element_bytes_of(storage)
+    weight = panels + panel * in_features * row_bytes
     step = in_features if count <= MAX_ROWS else DEPTH_BLOCK
     for depth in range(0, in_features, step):
         multiply_stored(
@@ -101,15 +142,42 @@ def linear_piece(
         )  # fmt: skip
 
 
+@njit(nogil=True)
+def _multiply_blocks(
+    storage: int, count: int, source: int, in_features: int, target: int, out_features: int, weight: int, start: int,
+    columns: int, scratch: int, iota: int,
+) -> None:  # fmt: skip
+    """A panel of blocks: a part of it is widened, once for all rows, and multiplied while the nearest cache has it."""
+    for depth in range(0, in_features, WIDE_ROWS):
+        wide = min(WIDE_ROWS, in_features - depth)
+        widen_panel(storage, weight + depth // BLOCK * block_bytes(storage), wide // BLOCK, scratch)
+        multiply(
+            count, source + depth * FLOAT_BYTES, in_features, iota, target, out_features, iota, scratch, PANEL, wide,
+            start if depth == 0 else FROM_OUTPUT, columns, True,
+        )  # fmt: skip
+
+
 @njit(nogil=True, parallel=True, cache=True)
 def _linear(
     parts: int, rows: int, x: int, in_features: int, out: int, out_features: int, panels: int, storage: int, start: int,
-    iota: int,
+    scratch: int, iota: int,
 ) -> None:  # fmt: skip
     pieces = num_pieces(rows, out_features)
     for part in prange(parts):
         for piece in range(part * pieces // parts, (part + 1) * pieces // parts):
-            linear_piece(piece, rows, x, in_features, out, out_features, panels, storage, start, iota)
+            linear_piece(
+                piece,
+                rows,
+                x,
+                in_features,
+                out,
+                out_features,
+                panels,
+                storage,
+                start,
+                scratch + part * WIDE_BYTES,
+                iota,
+            )
 
 
 def linear(out: Tensor, x: Tensor, weight: PackedWeight, bias: Tensor | None) -> None:
@@ -124,8 +192,10 @@ def linear(out: Tensor, x: Tensor, weight: PackedWeight, bias: Tensor | None) ->
             f"({weight.out_features}, {weight.in_features})"
         )
     start = FROM_ZERO if bias is None else bias.data_ptr()
+    parts = get_num_threads()
+    scratch = np.empty(parts * WIDE_BYTES, np.uint8)
     with region_lock:
         _linear(
-            get_num_threads(), rows, x.data_ptr(), weight.in_features, out.data_ptr(), weight.out_features,
-            weight.address, int(weight.storage), start, row_numbers(ROW_BLOCK),
+            parts, rows, x.data_ptr(), weight.in_features, out.data_ptr(), weight.out_features,
+            weight.address, int(weight.storage), start, scratch.ctypes.data, row_numbers(ROW_BLOCK),
         )  # fmt: skip

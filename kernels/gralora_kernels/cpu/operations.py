@@ -19,6 +19,7 @@ from torch import Tensor
 
 from gralora_kernels.cpu.adapters import COLUMNS, expand_piece, shrink_piece
 from gralora_kernels.cpu.attention import attend_piece
+from gralora_kernels.cpu.blocks import BLOCK, BLOCKS_8, ROW_EIGHTS_BYTES, widen_row
 from gralora_kernels.cpu.linear import FLOAT_BYTES, linear_piece, num_pieces
 from gralora_kernels.cpu.microkernel import element_bytes_of
 from gralora_kernels.cpu.rows import add_scaled, gate, rms_norm, rotate, scale_into, scatter, widen_into
@@ -93,7 +94,8 @@ def _linear(piece: int, op: Int64s, groups: Int64s, step: Int64s, scratch: int, 
     if piece >= shrinks:
         tokens = step[NUM_TOKENS]
         linear_piece(
-            piece - shrinks, tokens, op[X], op[DEPTH], op[Y], op[COLUMNS_OUT], op[WEIGHT], op[STORAGE], op[START], iota,
+            piece - shrinks, tokens, op[X], op[DEPTH], op[Y], op[COLUMNS_OUT], op[WEIGHT], op[STORAGE], op[START],
+            scratch, iota,
         )  # fmt: skip
         return
     item, module = piece // modules, piece % modules
@@ -173,8 +175,11 @@ def _row(kind: int, token: int, op: Int64s, step: Int64s, shape: Int64s, real: f
     """An operation on one token's row."""
     depth = op[DEPTH]
     if kind == EMBED:
-        row = load_int64(step[TOKEN_IDS], token) * depth * element_bytes_of(op[STORAGE])
-        widen_into(op[STORAGE], op[X] + row, op[Y] + token * depth * FLOAT_BYTES, depth, real)
+        row, out = load_int64(step[TOKEN_IDS], token), op[Y] + token * depth * FLOAT_BYTES
+        if op[STORAGE] == BLOCKS_8:
+            widen_row(op[X] + row * (depth // BLOCK) * ROW_EIGHTS_BYTES, out, depth, np.float32(real))
+        else:
+            widen_into(op[STORAGE], op[X] + row * depth * element_bytes_of(op[STORAGE]), out, depth, real)
     elif kind == NORM:
         shift = token * depth * FLOAT_BYTES
         rms_norm(op[X] + shift, op[WEIGHT], op[Y] + shift, depth, real)
@@ -206,7 +211,8 @@ def _piece(
         _attend(piece, op, step, shape, reals[0], reals[1], scratch, iota)
     elif kind == HEAD:
         linear_piece(
-            piece, step[NUM_LAST], op[X], op[DEPTH], op[Y], op[COLUMNS_OUT], op[WEIGHT], op[STORAGE], op[START], iota,
+            piece, step[NUM_LAST], op[X], op[DEPTH], op[Y], op[COLUMNS_OUT], op[WEIGHT], op[STORAGE], op[START],
+            scratch, iota,
         )  # fmt: skip
     else:
         rows = step[NUM_LAST] if kind == NORM_LAST else step[NUM_TOKENS]

@@ -15,7 +15,8 @@ from torch import Tensor
 from gralora_kernels.cpu import operations
 from gralora_kernels.cpu.adapters import SCRATCH_BYTES
 from gralora_kernels.cpu.attention import attention_rows, scratch_bytes
-from gralora_kernels.cpu.linear import DTYPES, ROW_BLOCK, PackedWeight, row_numbers, storage_of
+from gralora_kernels.cpu.blocks import BLOCKS_8, pack_rows, recognised
+from gralora_kernels.cpu.linear import DTYPES, ROW_BLOCK, WIDE_BYTES, PackedWeight, row_numbers, storage_of
 from gralora_kernels.cpu.microkernel import FROM_OUTPUT, FROM_ZERO
 from gralora_kernels.cpu.operations import (
     ACTIVATION,
@@ -116,7 +117,7 @@ class Program:
         self._shape[[ROTARY_DIM, NORMS_WHOLE_HEADS]] = shape.rotary_dim, shape.norms_whole_heads
         self._shape[ACTIVATION] = shape.activation
         attend_scratch = scratch_bytes(shape.heads // shape.kv_heads, shape.head_dim, shape.page_size)
-        self._scratch_size = -(-max(attend_scratch, SCRATCH_BYTES) // LINE) * LINE
+        self._scratch_size = -(-max(attend_scratch, SCRATCH_BYTES, WIDE_BYTES) // LINE) * LINE
         self._parts = get_num_threads()
         # Of a step's tokens, of a product's rows, of a piece's queries.
         self._iota = row_numbers(max(max_tokens, ROW_BLOCK, attention_rows(shape.heads // shape.kv_heads)))
@@ -125,8 +126,12 @@ class Program:
     def embed(self, table: Tensor, factor: float, *, as_saved: bool = True) -> None:
         """hidden = factor * table[token]. What 16 bits hold exactly is kept so, see `PackedWeight`."""
         is_whole = table.shape[1] % LANES == 0  # vectors
-        storage = storage_of(table) if as_saved and is_whole else Storage.NATIVE
-        kept = table.to(DTYPES[storage])
+        storage: int = storage_of(table) if as_saved and is_whole else Storage.NATIVE
+        blocks = recognised(table) if as_saved and storage == Storage.NATIVE else None
+        if blocks is not None and blocks.kind == BLOCKS_8:
+            storage, kept = BLOCKS_8, pack_rows(blocks)
+        else:
+            kept = table.to(DTYPES[storage])
         self._add(EMBED, kept, self.hidden, table.shape[1], STORAGE=int(storage), real=factor)
 
     def norm(self, weight: Tensor, eps: float) -> None:
@@ -216,7 +221,8 @@ class Program:
     ) -> None:  # fmt: skip
         row = [0] * NUM_FIELDS
         row[GROUP] = -1
-        storage = Storage(fields.get("STORAGE", Storage.NATIVE))
+        storage = fields.get("STORAGE", Storage.NATIVE)
+        assert isinstance(storage, int), storage
         for name, value in {"KIND": kind, "X": x, "Y": y, "DEPTH": depth, **fields}.items():
             if isinstance(value, Tensor):
                 _check(name, value, DTYPES[storage] if name == STORED.get(kind) else torch.float32)

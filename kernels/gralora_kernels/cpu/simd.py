@@ -131,6 +131,46 @@ def load_bfloat16(typing: Any, address: Any, offset: Any) -> Any:
     return vector(types.intp, types.intp), codegen
 
 
+def _bytes(builder: Any, address: Any, offset: Any) -> Any:
+    """LANES bytes."""
+    kind = ir.PointerType(ir.VectorType(ir.IntType(8), LANES))
+    return builder.load(builder.inttoptr(builder.add(address, offset), kind), align=1)
+
+
+@intrinsic
+def load_int8(typing: Any, address: Any, offset: Any) -> Any:
+    """LANES signed bytes from `offset`, as fp32."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.sitofp(builder.sext(_bytes(builder, *args), ir.VectorType(_I32, LANES)), _VECTOR)
+
+    return vector(types.intp, types.intp), codegen
+
+
+@intrinsic
+def load_low_nibbles(typing: Any, address: Any, offset: Any) -> Any:
+    """The lower 4 bits of LANES bytes from `offset`, as fp32."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        integers = ir.VectorType(_I32, LANES)
+        wide = builder.zext(_bytes(builder, *args), integers)
+        return builder.sitofp(builder.and_(wide, ir.Constant(integers, [15] * LANES)), _VECTOR)
+
+    return vector(types.intp, types.intp), codegen
+
+
+@intrinsic
+def load_high_nibbles(typing: Any, address: Any, offset: Any) -> Any:
+    """The upper 4 bits of LANES bytes from `offset`, as fp32."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        integers = ir.VectorType(_I32, LANES)
+        wide = builder.zext(_bytes(builder, *args), integers)
+        return builder.sitofp(builder.lshr(wide, ir.Constant(integers, [4] * LANES)), _VECTOR)
+
+    return vector(types.intp, types.intp), codegen
+
+
 @intrinsic
 def load_part(typing: Any, address: Any, offset: Any, count: Any) -> Any:
     """The first `count` lanes from memory, the others zero; touches no memory beyond."""
