@@ -10,10 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from gguf import GGMLQuantizationType as Kind
+from gguf.quants import dequantize, quantize
 from support.device import ON_GPU
 from support.peft_adapters import gralora_config, lora_config, save_adapter
 from support.served import CONFIG, PROMPT, Served
 from support.tiny_models import tiny_model, tiny_tokenizer
+from transformers import AutoModelForCausalLM
 
 from gralora_runtime.assemble import assemble
 from gralora_runtime.config import in_directory
@@ -55,6 +58,27 @@ def test_no_bit_of_the_logits_changes(architecture: str, dtype: torch.dtype, tmp
     folder = saved(tmp_path, architecture, dtype)
     with serving(folder, architecture, "as-saved") as small, serving(folder, architecture, "float32") as large:
         pairs = list(zip(logits(small), logits(large), strict=True))
+
+    for narrow, wide in pairs:
+        assert torch.equal(narrow, wide)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3", "gpt2"])
+def test_no_bit_changes_where_weights_are_blocks(architecture: str, tmp_path: Path) -> None:
+    """Embeddings of 8 bits, all else of 4, as the default model has them."""
+    folder = saved(tmp_path, architecture, torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 2:
+                kind = Kind.Q8_0 if "embed" in name or "wte" in name else Kind.Q4_1
+                parameter.copy_(torch.from_numpy(dequantize(quantize(parameter.numpy(), kind), kind).copy()))
+    model.save_pretrained(folder / "model")
+    with serving(folder, architecture, "as-saved") as small, serving(folder, architecture, "float32") as large:
+        pairs = list(zip(logits(small), logits(large), strict=True))
+        if isinstance(small.parts.runner, CpuRunner):
+            assert isinstance(large.parts.runner, CpuRunner)
+            assert small.parts.runner.weight_bytes < 0.25 * large.parts.runner.weight_bytes
 
     for narrow, wide in pairs:
         assert torch.equal(narrow, wide)

@@ -59,8 +59,13 @@ class CpuRunner:
         logger.info(
             "model ready: %d layers compiled into one program, weights in %.0f MiB",
             len(model.layers),
-            self._program.weight_bytes / 2**20,
+            self.weight_bytes / 2**20,
         )
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of the base model."""
+        return self._program.weight_bytes
 
     def execute(self, tensors: StepTensors, newest: Tensor | None = None) -> Tensor:
         """Logits of the tokens in `logits_index`, fp32 [sampling rows, vocab]."""

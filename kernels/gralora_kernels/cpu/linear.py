@@ -113,8 +113,8 @@ def linear_piece(
     piece: int, rows: int, x: int, in_features: int, out: int, out_features: int, panels: int, storage: int, start: int,
     scratch: int, iota: int,
 ) -> None:  # fmt: skip
-    """One piece of out [rows, out] = start + x [rows, in] @ weight.T; `start` as in `microkernel`. `scratch`: WIDE_BYTES
-    of it.
+    """One piece of out [rows, out] = start + x [rows, in] @ weight.T; `start` as in `microkernel`. `scratch` has
+    WIDE_BYTES.
     """
     blocks = (rows + ROW_BLOCK - 1) // ROW_BLOCK
     panel, first = piece // blocks, piece % blocks * ROW_BLOCK
@@ -165,19 +165,8 @@ def _linear(
     pieces = num_pieces(rows, out_features)
     for part in prange(parts):
         for piece in range(part * pieces // parts, (part + 1) * pieces // parts):
-            linear_piece(
-                piece,
-                rows,
-                x,
-                in_features,
-                out,
-                out_features,
-                panels,
-                storage,
-                start,
-                scratch + part * WIDE_BYTES,
-                iota,
-            )
+            own = scratch + part * WIDE_BYTES
+            linear_piece(piece, rows, x, in_features, out, out_features, panels, storage, start, own, iota)
 
 
 def linear(out: Tensor, x: Tensor, weight: PackedWeight, bias: Tensor | None) -> None:

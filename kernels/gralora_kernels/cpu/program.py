@@ -107,6 +107,7 @@ class Program:
         self.gated = torch.zeros(max_tokens, shape.intermediate)
         self._arena = arena
         self._u = torch.zeros(0)
+        self.weight_bytes = 0
         self._kept: list[object] = []  # operations hold addresses: what lies there must stay
         self._ops: list[list[int]] = []
         self._reals: list[tuple[float, float]] = []
@@ -132,6 +133,7 @@ class Program:
             storage, kept = BLOCKS_8, pack_rows(blocks)
         else:
             kept = table.to(DTYPES[storage])
+        self.weight_bytes += kept.nbytes
         self._add(EMBED, kept, self.hidden, table.shape[1], STORAGE=int(storage), real=factor)
 
     def norm(self, weight: Tensor, eps: float) -> None:
@@ -146,7 +148,7 @@ class Program:
         assert not (accumulate and bias is not None), "sums begin at one of the two"
         start = FROM_OUTPUT if accumulate else FROM_ZERO if bias is None else bias
         self._groups.append(group)
-        self._kept.append(weight)
+        self._keep(weight)
         for kind in (LINEAR, EXPAND):
             self._add(
                 kind, x, y, weight.in_features, WEIGHT=weight.panels, STORAGE=int(weight.storage),
@@ -183,7 +185,7 @@ class Program:
             HEAD, self.normed, 0, weight.in_features, WEIGHT=weight.panels, STORAGE=int(weight.storage),
             COLUMNS_OUT=weight.out_features, START=FROM_ZERO if bias is None else bias,
         )  # fmt: skip
-        self._kept.append(weight)
+        self._keep(weight)
         self._table = np.array(self._ops, np.int64)
         self._factors = np.array(self._reals, np.float64)
         self._group_rows = group_rows(self._groups)
@@ -214,6 +216,10 @@ class Program:
         fields[[KV_SLOTS, LAST]] = step.kv_slots.data_ptr(), step.last.data_ptr()
         fields[[MAX_PAGES, PAGE_TABLE]] = step.page_table.shape[1], step.page_table.data_ptr()
         return fields
+
+    def _keep(self, weight: PackedWeight) -> None:
+        self.weight_bytes += weight.panels.nbytes
+        self._kept.append(weight)
 
     def _add(
         self, kind: int, x: Tensor, y: Tensor | int, depth: int, *, real: float = 0.0, factor: float = 0.0,
