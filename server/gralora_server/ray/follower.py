@@ -60,6 +60,8 @@ class Follower:
         while entries := await self._log.news(self.name, self._last, serves=False, timeout_s=0):
             self._begin(entries)
             await asyncio.gather(*self._tasks)
+        # From here on others wait for this one.
+        self._begin(await self._log.news(self.name, self._last, serves=True, timeout_s=0))
         following = asyncio.create_task(self._follow())
         try:
             yield
