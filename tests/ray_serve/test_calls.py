@@ -41,9 +41,12 @@ async def test_a_stream_is_deltas_with_started_first_and_finished_last() -> None
 async def test_a_unary_answer_is_the_whole_generation() -> None:
     async with behind_serve() as s:
         s.engine.script = [token(1), token(2), finished(output_tokens=2)]
-        answer = await s.client.generation.Generate(ask_once())
+        call = s.client.generation.Generate(ask_once())
+        answer = await call
+        trailers = dict(await call.trailing_metadata())
 
     assert answer.text == "t1 t2 "
+    assert trailers["gralora-replica"] == "the-replica"
 
 
 async def test_an_error_has_its_code_and_its_details() -> None:
@@ -62,6 +65,7 @@ async def test_an_error_has_its_code_and_its_details() -> None:
         assert failed.info.reason == "ADAPTER_NOT_FOUND"
         assert failed.info.metadata["adapter"] == "nobody"
         assert failed.trailers["request_id"] == "serve's own"
+        assert failed.trailers["gralora-replica"] == "the-replica"
     assert full.details["RetryInfo"].retry_delay.seconds == 2
 
 
@@ -211,7 +215,7 @@ async def test_a_watch_ends_with_the_draining() -> None:
 
 def test_what_remains_of_a_deadline_gets_less() -> None:
     now_s = 100.0
-    context = ReplicaContext(FakeContext(((REMAINING_KEY, "2.500"),)), lambda: now_s)
+    context = ReplicaContext(FakeContext(((REMAINING_KEY, "2.500"),)), now_s=lambda: now_s)
     before_s, now_s = context.time_remaining(), 102.0
     later_s, now_s = context.time_remaining(), 110.0
 

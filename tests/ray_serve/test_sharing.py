@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -68,7 +67,7 @@ async def pair(**settings: object) -> AsyncIterator[Pair]:
     log = Changes()
     async with AsyncExitStack() as stack:
         there = {name: await stack.enter_async_context(replica(name, log, **dict(settings))) for name in "ab"}
-        ways = {name: Answering(one.parts) for name, one in there.items()}
+        ways = {name: Answering(one.parts, name) for name, one in there.items()}
         _, client = await stack.enter_async_context(proxied(lambda metadata: ways[metadata.get(REPLICA, "a")]))
         yield Pair(log, there["a"], there["b"], client)
 

@@ -59,7 +59,7 @@ class FakeContext:
         if "code" in self.told:
             context.set_code(self.told["code"])
             context.set_details(self.told["details"])
-            context.set_trailing_metadata(self.told["trailers"])
+        context.set_trailing_metadata(self.told["trailers"])
 
 
 @dataclass(slots=True)
@@ -161,7 +161,7 @@ async def behind_serve(reloader: Reloader | None = None, **settings: Any) -> Asy
     """A replica with a fake engine, and a client of the proxy."""
     parts, engine = Parts(ServerConfig(**settings), reloader), FakeEngine()
     await parts.open(engine)
-    answering = Answering(parts)
+    answering = Answering(parts, "the-replica")
     async with proxied(lambda _: answering) as (serve, client):
         yield Behind(serve, parts, engine, client)
     await parts.close()

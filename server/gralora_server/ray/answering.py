@@ -19,17 +19,18 @@ from gralora_server.ray.handlers import Handlers
 class Answering:
     """All calls of one replica."""
 
-    def __init__(self, parts: Parts) -> None:
+    def __init__(self, parts: Parts, replica: str) -> None:
+        self._replica = replica
         self._handlers = Handlers([AuthInterceptor(parts.tenancy), CallInterceptor()])
         parts.add_to(self._handlers)
 
     async def answer(self, path: str, request: Any, serve: ServeContext) -> Any:
         """The one message of the answer; an empty one if the call failed."""
-        return await self._run(path, request, ReplicaContext(serve))
+        return await self._run(path, request, ReplicaContext(serve, self._replica))
 
     async def messages(self, path: str, request: Any, serve: ServeContext) -> AsyncIterator[Any]:
         """The messages of the answer, and behind them an empty one if the call failed."""
-        context = ReplicaContext(serve)
+        context = ReplicaContext(serve, self._replica)
         running = asyncio.create_task(self._run(path, request, context))
         running.add_done_callback(lambda _: context.end())
         try:

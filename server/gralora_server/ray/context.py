@@ -15,6 +15,7 @@ import grpc
 
 # Written by `ingress`, which knows the client's deadline.
 REMAINING_KEY = "gralora-remaining-s"
+REPLICA_KEY = "gralora-replica"
 
 
 class ServeContext(Protocol):
@@ -29,12 +30,15 @@ class ServeContext(Protocol):
 class ReplicaContext:
     """Of one call: what our servicers and interceptors use of `grpc.aio.ServicerContext`."""
 
-    def __init__(self, serve: ServeContext, now_s: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, serve: ServeContext, replica: str = "", now_s: Callable[[], float] = time.monotonic) -> None:
+        """`replica`: its name, which a client reads in the trailers."""
         self._serve = serve
+        self._trailers: list[tuple[str, str | bytes]] = [(REPLICA_KEY, replica)]
         self._now_s = now_s
         self._ends_s = _ends_s(serve.invocation_metadata(), now_s())
         # Without a limit, as Serve takes every message at once and keeps it until the client reads.
         self._messages: asyncio.Queue[Any] = asyncio.Queue()
+        serve.set_trailing_metadata(self._trailers)
 
     def invocation_metadata(self) -> Sequence[tuple[str, str | bytes]]:
         return self._serve.invocation_metadata()
@@ -57,7 +61,7 @@ class ReplicaContext:
     ) -> NoReturn:
         self._serve.set_code(code)
         self._serve.set_details(details)
-        self._serve.set_trailing_metadata(list(trailing_metadata))
+        self._serve.set_trailing_metadata([*self._trailers, *trailing_metadata])
         raise grpc.aio.AbortError(details)
 
     def end(self) -> None:

@@ -84,7 +84,7 @@ async def serving(layers: Layers, runner: Runner) -> AsyncIterator[Replica]:
         stack.push_async_callback(parts.drain, 0.0)  # Serve has waited for what ran
         await stack.enter_async_context(sharing.follower.following())
         await stack.enter_async_context(_dying(parts, engine, runner.end))
-        yield Replica(parts, engine, Answering(parts), http_calls(config, parts))
+        yield Replica(parts, engine, Answering(parts, runner.name), http_calls(config, parts))
 
 
 async def _placed(layers: Layers, stack: AsyncExitStack) -> Layers:
