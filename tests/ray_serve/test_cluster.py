@@ -9,6 +9,7 @@ import urllib.error
 import urllib.request
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.util import find_spec
 
 import grpc
@@ -116,7 +117,7 @@ def test_an_adapter_that_one_replica_loads_all_have_and_lose(cluster: Cluster) -
     cluster.adapters.UnloadAdapter(
         adapters_pb2.UnloadAdapterRequest(name="brought"), metadata=cluster.metadata, timeout=60
     )
-    errors = [refused(lambda: cluster.ask("brought", hint=f"spread-{number}")) for number in range(8)]
+    errors = [refused(partial(cluster.ask, "brought", hint=f"spread-{number}")) for number in range(8)]
 
     assert len(answers) == 1
     assert {error.code() for error in errors} == {Code.NOT_FOUND}
@@ -144,8 +145,7 @@ def test_a_replica_is_killed_and_service_resumes_with_all_that_was_loaded(cluste
     load = adapters_pb2.LoadAdapterRequest(name="lasting", path=str(cluster.folder / "kept"))
     cluster.adapters.LoadAdapter(load, metadata=cluster.metadata, timeout=60)
     (expected,) = cluster.ask_both("lasting")
-    whole = [message for message in cluster.stream("lasting", max_tokens=100)]
-    wanted = [token_id for message in whole for token_id in message.token_ids]
+    _, _, wanted = outcome(cluster.stream("lasting", max_tokens=100))
     streams = [cluster.stream("lasting", max_tokens=100) for _ in range(6)]
     first = [next(stream) for stream in streams]
     victim = cluster.replicas()[0]

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import logging
 import pickle
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import yaml
 
 from gralora_server.errors import ConfigInvalidError
+from gralora_server.ray.local import SERVICES
 from gralora_server.ray.noting import NotingCalls
 from gralora_server.ray.plan import plan_of
 from gralora_server.ray.rpcs import rpcs
 from gralora_server.ray.scaling import REQUESTS, by_requests
 from gralora_server.tenants.roles import ROLES
 
+ROOT = Path(__file__).parent.parent.parent
 MODEL = {"model": "/srv/model"}
 
 
@@ -62,6 +66,21 @@ def test_a_replica_computes_on_the_cores_that_it_has(cpus: float, engine: dict[s
     plan = plan_of({"engine": MODEL | engine, "replicas": {"cpus": cpus}})
 
     assert plan.settings.engine.threads == threads
+
+
+def test_the_file_for_a_cluster_is_one_that_the_application_takes() -> None:
+    said = yaml.safe_load((ROOT / "deploy" / "ray" / "serve.yaml").read_text())
+    (application,) = said["applications"]
+    module, _, name = application["import_path"].partition(":")
+    functions = said["grpc_options"]["grpc_servicer_functions"]
+    plan = plan_of(application["args"] | {"config": str(ROOT / "deploy" / "gralora.toml")})
+
+    assert callable(getattr(import_module(module), name))
+    assert functions == [*SERVICES]
+    for function in functions:
+        module, _, name = function.partition(":")
+        assert callable(getattr(import_module(module), name))
+    assert plan.replicas.most is not None
 
 
 WRONG = {

@@ -111,7 +111,7 @@ def ray_cluster(folder: Path) -> Iterator[Cluster]:
     config.write_text(
         f'[engine]\nmodel = "{workspace}/model"\nthreads = 1\nmax_num_seqs = 8\n'
         f'[memory]\nkv_cache_bytes = "64MiB"\nadapter_pool_bytes = "32MiB"\n'
-        f'[adapters]\nsources = ["{workspace}/adapters"]\nallow_roots = ["{elsewhere}"]\n'
+        f'[adapters]\nsources = ["{workspace}/adapters"]\n'
         f'state_dir = "{folder}/state"\n'
         f'[server]\ntoken_file = "{folder}/tokens"\ngrace_s = 30\n'
     )
