@@ -38,7 +38,7 @@ class Cluster:
     process: subprocess.Popen[str]
     grpc: str
     http: str
-    folder: Path
+    folder: Path  # the adapters' source
     channel: grpc.Channel = field(init=False)
     generation: generation_pb2_grpc.GenerationServiceStub = field(init=False)
     adapters: adapters_pb2_grpc.AdapterServiceStub = field(init=False)
@@ -103,9 +103,6 @@ def ray_cluster(folder: Path) -> Iterator[Cluster]:
     """Files go below `folder`."""
     configs = [gralora_config("llama", 8, 2), lora_config("llama", 5), lora_config("llama", 3)]
     workspace = save_workspace(folder, {name: configs[i % 3] for i, name in enumerate((*NAMES, "kept"))})
-    elsewhere = folder / "elsewhere"
-    elsewhere.mkdir()
-    (workspace / "adapters" / "kept").rename(elsewhere / "kept")
     (folder / "tokens").write_text(f"{TOKEN} admin\n")
     config = folder / "gralora.toml"
     config.write_text(
@@ -119,7 +116,7 @@ def ray_cluster(folder: Path) -> Iterator[Cluster]:
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ) as process:
         try:
             told = json.loads(_announcement(_stream(process.stdout)))
-            yield Cluster(process, told["grpc"], told["http"], elsewhere)
+            yield Cluster(process, told["grpc"], told["http"], workspace / "adapters")
         finally:
             process.terminate()
             process.wait(60)

@@ -127,6 +127,11 @@ def _check(settings: Settings) -> None:
     values = {setting.key: (setting, setting.value(settings)) for setting in SETTINGS}
     changed = {key for key, (setting, value) in values.items() if value != setting.default}
     problems = [f"{key} has no place on Ray Serve, whose proxy has the port" for key in REFUSED if key in changed]
+    problems += [
+        f"tenants.{name}.certificates: Serve's proxy has the connections, and does not hand on whose they are"
+        for name, tenant in settings.tenants.items()
+        if tenant.certificates
+    ]
     if settings.engine.model is None:
         problems.append("engine.model is missing: name a directory that every replica finds")
     for key, (_, value) in values.items():
