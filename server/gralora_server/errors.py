@@ -6,6 +6,9 @@ GraloraError
 +-- StartingError            the model is still loading
 +-- RestartingError          the engine's process has ended, and another is on its way
 +-- EngineStuckError         a step of the engine does not end
++-- ReplicaLostError         of several replicas, the one that served a call is gone
++-- ReplicasDifferError      a change was made by some replicas, and not by others
++-- ChangesLostError         whoever hands changes to all replicas cannot be reached
 +-- UnauthenticatedError     no bearer token, or none of ours
 +-- PermissionDeniedError    we know the caller, who may not do this
 +-- ConfigError
@@ -15,7 +18,7 @@ GraloraError
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from gralora_runtime.errors import ConfigError, GraloraError, SlowConsumerError
 
@@ -55,6 +58,39 @@ class EngineStuckError(GraloraError):
 
     def __init__(self) -> None:
         super().__init__("the engine is stuck in a step, and takes no requests until that ends")
+
+
+class ReplicaLostError(GraloraError):
+    """Nobody ended the call: its replica is gone, or was never reached."""
+
+    reason = "REPLICA_LOST"
+    retry_after_s = 1.0
+
+    def __init__(self) -> None:
+        super().__init__("the replica that this call was for is gone; others serve")
+
+
+class ReplicasDifferError(GraloraError):
+    """A change was made by some replicas only. `refusals` is what the others said, by their names."""
+
+    reason = "REPLICAS_DIFFER"
+    retry_after_s = 1.0
+
+    def __init__(self, method: str, num_replicas: int, refusals: Mapping[str, str]) -> None:
+        self.refusals = dict(refusals)
+        said = "; ".join(f"{name}: {why}" for name, why in sorted(refusals.items()))
+        done = num_replicas - len(refusals)
+        super().__init__(f"{method} was done by {done} of {num_replicas} replicas, so ask for it again ({said})")
+
+
+class ChangesLostError(GraloraError):
+    """A change cannot be handed to all replicas now. What was asked may or may not happen."""
+
+    reason = "CHANGES_LOST"
+    retry_after_s = 2.0
+
+    def __init__(self) -> None:
+        super().__init__("the replicas' common list of changes cannot be reached: ask again")
 
 
 class UnauthenticatedError(GraloraError):

@@ -42,9 +42,12 @@ from gralora_runtime.errors import (
 )
 from gralora_runtime.shortage import out_of_memory
 from gralora_server.errors import (
+    ChangesLostError,
     ConfigInvalidError,
     EngineStuckError,
     PermissionDeniedError,
+    ReplicaLostError,
+    ReplicasDifferError,
     RestartingError,
     StartingError,
     UnauthenticatedError,
@@ -90,6 +93,10 @@ CODES: dict[type[GraloraError], grpc.StatusCode] = {
     StartingError: grpc.StatusCode.UNAVAILABLE,
     RestartingError: grpc.StatusCode.UNAVAILABLE,
     EngineStuckError: grpc.StatusCode.UNAVAILABLE,
+    ReplicaLostError: grpc.StatusCode.UNAVAILABLE,
+    # Every change may be made twice, so the same again mends it.
+    ReplicasDifferError: grpc.StatusCode.UNAVAILABLE,
+    ChangesLostError: grpc.StatusCode.UNAVAILABLE,
     DrainingError: grpc.StatusCode.UNAVAILABLE,
     UnauthenticatedError: grpc.StatusCode.UNAUTHENTICATED,
     PermissionDeniedError: grpc.StatusCode.PERMISSION_DENIED,

@@ -9,55 +9,25 @@ import logging
 import os
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager, suppress
 from functools import partial
 from typing import Any, TypeVar
 
 import grpc
-from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from gralora.v1 import (
-    adapters_pb2,
-    adapters_pb2_grpc,
-    generation_pb2,
-    generation_pb2_grpc,
-    server_pb2,
-    server_pb2_grpc,
-)
-from gralora_runtime.errors import ConfigError, DrainingError, EngineDeadError, GraloraError
+from gralora_runtime.errors import ConfigError, EngineDeadError, GraloraError
 from gralora_server.config import MetricsConfig, ServerConfig
 from gralora_server.errors import ConfigInvalidError, StartingError
-from gralora_server.gate import Gate, Phase
-from gralora_server.generating import Generating
-from gralora_server.health import Health
 from gralora_server.interceptors import AuthInterceptor, CallInterceptor
-from gralora_server.kserve.naming import SERVICE as KSERVE_SERVICE
 from gralora_server.metrics.page import MetricsPage
-from gralora_server.objectives import Objectives
+from gralora_server.parts import FAREWELL_S, Parts
 from gralora_server.ports import Engine, EngineFactory
-from gralora_server.servicers import AdapterServicer, GenerationServicer, ServerServicer
-from gralora_server.settings.layers import NOTHING_SAID
 from gralora_server.settings.reloader import Reloader
 from gralora_server.tenants.keeping import keeping
-from gralora_server.tenants.metering import Metering
-from gralora_server.tenants.quotas import Quotas
-from gralora_server.tenants.rights import Rights
-from gralora_server.tenants.tenancy import Tenancy
-from gralora_server.tenants.usage import Usage
 from gralora_server.tls import ServerCertificate
-from gralora_server.watchdog import watching
 
-SERVICES = tuple(
-    file.DESCRIPTOR.services_by_name[name].full_name
-    for file, name in (
-        (generation_pb2, "GenerationService"),
-        (adapters_pb2, "AdapterService"),
-        (server_pb2, "ServerService"),
-    )
-)
 HEALTH_SERVICE = "grpc.health.v1.Health"
-FAREWELL_S = 2.0  # for statuses to reach clients that read
 # Calls that have arrived and that Python has not looked at yet. By default gRPC ends some of those beyond 1,000, and
 # all beyond 3,000, as CANCELLED, which tells a client nothing: of 1,500 streams opened at once 40 to 60 ended so.
 MAX_PENDING_CALLS = 10_000
@@ -69,8 +39,8 @@ _log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-class GrpcServer:
-    """Answers from `start` on: with UNAVAILABLE until `open`, and again from `drain` on."""
+class GrpcServer(Parts):
+    """The parts behind a port. Answers from `start` on: with UNAVAILABLE until `open`, and again from `drain` on."""
 
     def __init__(
         self,
@@ -79,26 +49,13 @@ class GrpcServer:
         absent: Callable[[], GraloraError] = StartingError,
     ) -> None:
         """`absent`: see `Gate`."""
-        self._config = config
-        self.reloader = reloader if reloader is not None else Reloader(NOTHING_SAID.read)
-        self.gate = Gate(absent)
-        self._objectives = Objectives(self.gate)
-        self.reloader.add(self._objectives)
-        self.quotas = Quotas()
-        self.usage = Usage()
-        self._services = (*SERVICES, KSERVE_SERVICE) if config.kserve else SERVICES
-        self._health = Health(self._services)
-        self.tenancy = Tenancy(
-            config.tenancy or self.reloader.settings,
-            token_file=config.auth_token_file,
-            asks_for_certificates=config.tls is not None and config.tls.client_ca is not None,
-        )
-        self.reloader.add(self.tenancy)
-        self.quotas.prepare(self.tenancy.current.settings)()
-        self.reloader.add(self.quotas)
+        super().__init__(config, reloader, absent)
         interceptors: list[grpc.aio.ServerInterceptor[Any, Any]] = [AuthInterceptor(self.tenancy), CallInterceptor()]
         self._server = grpc.aio.server(interceptors=interceptors, options=_channel_options(config))
-        self._register()
+        self.add_to(self._server)
+        if config.reflection:
+            names = (*self.services, HEALTH_SERVICE, reflection.SERVICE_NAME)
+            reflection.enable_server_reflection(names, self._server)
 
     async def start(self) -> int:
         """Bind and answer. Returns the port, which the system chose if the configuration says 0."""
@@ -115,67 +72,10 @@ class GrpcServer:
         await self._server.start()
         return port
 
-    async def open(self, engine: Engine) -> None:
-        """Take requests."""
-        self._objectives.inform(engine)
-        engine.adapters.limit_pool(self.quotas.share_of_pool)
-        self.gate.open(engine)
-        await self._health.set_serving(True)
-
-    async def set_stuck(self, stuck: bool) -> None:
-        """A step of the engine takes too long, or has ended after all."""
-        self.gate.stuck = stuck
-        if self.gate.phase is Phase.SERVING:
-            await self._health.set_serving(not stuck)
-
-    async def drain(self, grace_s: float) -> None:
-        """Take no new work, let what runs finish, and end what is left after `grace_s` with a status that says so."""
-        await self._health.set_serving(False)
-        self.gate.begin_drain()
-        if not await self.gate.wait_empty(grace_s):
-            self.expel()
-            await self.gate.wait_empty(FAREWELL_S)
-
-    def expel(self) -> None:
-        """End what runs at once; a drain that waits for it is then over."""
-        self.gate.evict(DrainingError())
-
-    async def fail(self) -> None:
-        """The engine is dead: it has failed its streams itself, and their statuses only need to get out."""
-        await self._health.set_serving(False)
-        self.gate.declare_dead()
-        await self.gate.wait_empty(FAREWELL_S)
-
     async def stop(self) -> None:
         """Close the port and every connection."""
-        await self._health.close()
+        await self.close()
         await self._server.stop(grace=FAREWELL_S)
-
-    def _register(self) -> None:
-        rights, metering = Rights(self.tenancy), Metering(self.quotas, self.usage)
-        self.generating = Generating(self.gate, rights, metering, max_request_s=self._config.max_request_s)
-        generation = GenerationServicer(self.generating, write_timeout_s=self._config.write_timeout_s)
-        generation_pb2_grpc.add_GenerationServiceServicer_to_server(generation, self._server)
-        self.adapters = AdapterServicer(self.gate, rights, metering)
-        adapters_pb2_grpc.add_AdapterServiceServicer_to_server(self.adapters, self._server)
-        self.about = ServerServicer(self.gate, rights, self.reloader, self.usage)
-        server_pb2_grpc.add_ServerServiceServicer_to_server(self.about, self._server)
-        if self._config.kserve:
-            self._register_kserve(rights)
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        if self._config.reflection:
-            names = (*self._services, HEALTH_SERVICE, reflection.SERVICE_NAME)
-            reflection.enable_server_reflection(names, self._server)
-
-    def _register_kserve(self, rights: Rights) -> None:
-        # Its messages have the names that tritonclient's have, and a process can have only one of both.
-        from gralora.foreign import kserve_pb2_grpc
-        from gralora_server.kserve.servicer import KServeServicer
-
-        kserve = KServeServicer(
-            self.gate, self.generating, self.adapters, rights, write_timeout_s=self._config.write_timeout_s
-        )
-        kserve_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(kserve, self._server)
 
 
 async def serve(
@@ -224,7 +124,7 @@ async def _load_and_serve(
         engine = await _unless(asked_to_stop, engine_factory())
         if engine is None:
             return
-        with _watchdog(server, engine, config):
+        with server.watched(engine, give_up=end_stuck if config.supervised else None):
             try:
                 spare_collector()
                 await server.open(engine)
@@ -268,15 +168,7 @@ async def serving_http(config: ServerConfig, server: GrpcServer) -> AsyncIterato
         return
     from gralora_server.http.front import http_listener  # its libraries take a tenth of a second
 
-    listener = http_listener(
-        config.http,
-        config,
-        gate=server.gate,
-        tenancy=server.tenancy,
-        generating=server.generating,
-        adapters=server.adapters,
-        server=server.about,
-    )
+    listener = http_listener(config.http, config, server)
     port = await listener.start()
     _log.info("HTTP on %s:%d", config.http.host, port)
     try:
@@ -307,27 +199,6 @@ async def _unless(event: asyncio.Event, work: Awaitable[T]) -> T | None:
     finally:
         interruption.cancel()
         task.cancel()
-
-
-def _watchdog(server: GrpcServer, engine: Engine, config: ServerConfig) -> AbstractContextManager[None]:
-    """Health and new requests learn of a stuck engine; a supervised process ends, so that another takes its place."""
-    loop = asyncio.get_running_loop()
-
-    def on_change(stuck: bool) -> None:
-        _log.log(
-            logging.CRITICAL if stuck else logging.WARNING,
-            "a step has taken more than %g s: %s",
-            config.step_timeout_s,
-            "no requests are taken until it ends" if stuck else "it has ended, and requests are taken again",
-        )
-        asyncio.run_coroutine_threadsafe(server.set_stuck(stuck), loop)
-
-    return watching(
-        lambda: engine.busy_since_s,
-        limit_s=config.step_timeout_s,
-        on_change=on_change,
-        give_up=end_stuck if config.supervised else None,
-    )
 
 
 def end_stuck() -> None:

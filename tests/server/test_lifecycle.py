@@ -18,7 +18,8 @@ from support.grpc_harness import Client, ask, ask_once, failure, read_all, serve
 from gralora.v1 import adapters_pb2, server_pb2
 from gralora_runtime.errors import ConfigError, EngineDeadError
 from gralora_server.config import ServerConfig
-from gralora_server.service import SERVICES, GrpcServer, serve
+from gralora_server.parts import SERVICES
+from gralora_server.service import GrpcServer, serve
 
 Code = grpc.StatusCode
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING

@@ -18,7 +18,7 @@ import pydantic
 from gralora_runtime.errors import InvalidRequestError
 from gralora_server.http.answering import Json
 from gralora_server.http.errors import Headers, HttpError
-from gralora_server.http.peer import Names
+from gralora_server.http.peer import NOBODY, Names
 from gralora_server.json_values import Whole, misfit
 
 BODY_S = 30.0  # for a body to arrive
@@ -50,7 +50,7 @@ class Exchange:
         self._headers: dict[bytes, bytes] = dict(scope["headers"])
         self._query = dict(parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True))
         self._abort: Callable[[], None] = scope[ABORT]
-        self.peer: Names = scope[PEER]
+        self.peer: Names = scope.get(PEER, NOBODY)
         self.arrived_s = time.monotonic()
         self.begun = False  # the response has
         self._ended = False

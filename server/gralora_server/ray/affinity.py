@@ -1,0 +1,19 @@
+"""Which adapter a request wants, as Serve's hint to a replica that has it. Nothing but speed may depend on a hint."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from gralora_runtime.adapters.catalogue.names import parse_reference
+from gralora_runtime.errors import InvalidRequestError
+
+MODEL_KEY = "multiplexed_model_id"  # Serve's, in a call's metadata
+
+
+def wanted(request: Any) -> str:
+    """The adapter's name without a version; "": none, or none that could be."""
+    text = getattr(request, "adapter", "")
+    try:
+        return parse_reference("adapter", text).name if isinstance(text, str) and text else ""
+    except InvalidRequestError:
+        return ""

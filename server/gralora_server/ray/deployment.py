@@ -1,0 +1,132 @@
+"""A replica as Ray Serve runs it: its life, its methods by their names, its health and its load."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack
+from typing import Any
+
+from ray import serve
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
+
+from gralora_runtime.config import EngineConfig
+from gralora_server.cli.environment import limit_spinning
+from gralora_server.cli.logs import configure
+from gralora_server.ports import Engine
+from gralora_server.ray.affinity import wanted
+from gralora_server.ray.noting import NotingCalls
+from gralora_server.ray.plan import Plan
+from gralora_server.ray.remote_log import RemoteLog
+from gralora_server.ray.replica import Replica, Runner, serving
+from gralora_server.ray.rpcs import Rpc, rpcs
+from gralora_server.ray.scaling import REQUESTS, by_requests
+from gralora_server.service import end_stuck, spare_collector
+from gralora_server.settings.layers import Layers
+
+NAME = "gralora"
+MAX_HINTS = 10_000  # adapters that Serve knows to be at a replica; what is in memory the engine decides
+DEAD_EXIT_CODE = 1
+EMPTY_LOOK_S = 0.5  # between two looks whether all has ended, when a replica stops
+
+
+class GraloraReplica:
+    """Its methods for gRPC are added by `application`."""
+
+    async def __init__(self, layers: Layers) -> None:
+        limit_spinning()
+        configure(layers.read().settings.server.log_level)
+        context = serve.get_replica_context()
+        self._life = AsyncExitStack()
+        runner = Runner(
+            name=context.replica_tag,
+            log=RemoteLog(context.app_name),
+            start_engine=_start_engine,
+            give_up=end_stuck,
+            end=_end,
+        )
+        self._replica: Replica = await self._life.enter_async_context(serving(layers, runner))
+        spare_collector()
+
+    def __serve_build_asgi_app__(self) -> Any:
+        return NotingCalls(self._replica.http, self.has_served)
+
+    async def check_health(self) -> None:
+        self._replica.check()
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        return {REQUESTS: float(self._replica.num_requests)}
+
+    @serve.multiplexed(max_num_models_per_replica=MAX_HINTS)
+    async def has_served(self, adapter: str) -> str:
+        """Serve notes the name, and sends further requests for it here."""
+        return adapter
+
+    async def note(self, request: Any) -> None:
+        """Called when a request is being answered, so that no name comes in that is no adapter's."""
+        adapter = wanted(request)
+        if adapter:
+            await self.has_served(adapter)
+
+    async def __del__(self) -> None:
+        if hasattr(self, "_life"):  # it had begun
+            await self._life.aclose()
+
+
+def application(plan: Plan) -> serve.Application:
+    """For Serve to run."""
+    methods = {name: _method(rpc) for name, rpc in rpcs(kserve=plan.settings.server.kserve).items()}
+    kind = type("Gralora", (GraloraReplica,), {**methods, "__doc__": GraloraReplica.__doc__})
+    replicas = plan.replicas
+    options: dict[str, Any] = {"num_replicas": replicas.number}
+    if replicas.most is not None:
+        options = {"autoscaling_config": _autoscaling(plan)}
+    deployment = serve.deployment(serve.ingress()(kind)).options(
+        name=NAME,
+        max_ongoing_requests=plan.max_calls,
+        graceful_shutdown_timeout_s=plan.settings.server.grace_s,
+        graceful_shutdown_wait_loop_s=EMPTY_LOOK_S,
+        max_surge_percent=replicas.surge_percent,
+        ray_actor_options={"num_cpus": replicas.cpus, "num_gpus": replicas.gpus},
+        **options,
+    )
+    made: serve.Application = deployment.bind(plan.layers)
+    return made
+
+
+def _method(rpc: Rpc) -> Callable[..., Any]:
+    async def answer(self: Any, request: Any, grpc_context: Any) -> Any:
+        answered = await self._replica.grpc.answer(rpc.path, request, grpc_context)
+        if not grpc_context.code():
+            await self.note(request)
+        return answered
+
+    async def stream(self: Any, request: Any, grpc_context: Any) -> AsyncIterator[Any]:
+        is_noted = False
+        async for message in self._replica.grpc.messages(rpc.path, request, grpc_context):
+            if not is_noted and not grpc_context.code():
+                is_noted = True
+                await self.note(request)
+            yield message
+
+    return stream if rpc.streams else answer
+
+
+def _autoscaling(plan: Plan) -> AutoscalingConfig:
+    replicas = plan.replicas
+    return AutoscalingConfig(
+        min_replicas=replicas.number,
+        max_replicas=replicas.most,
+        target_ongoing_requests=replicas.requests,
+        policy=AutoscalingPolicy(policy_function=f"{by_requests.__module__}:{by_requests.__name__}"),
+    )
+
+
+async def _start_engine(config: EngineConfig) -> Engine:
+    from gralora_runtime.async_engine import AsyncEngine
+
+    return await AsyncEngine.start(config)
+
+
+def _end() -> None:
+    os._exit(DEAD_EXIT_CODE)

@@ -1,0 +1,210 @@
+"""A real Ray Serve with two replicas: who serves what, what one is told all know, and what a lost one takes with it."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from functools import partial
+from importlib.util import find_spec
+
+import grpc
+import pytest
+from google.rpc import error_details_pb2
+from grpc_status import rpc_status
+from support.ray_cluster import NAMES, SOON_S, TOKEN, Cluster, ray_cluster
+
+from gralora.v1 import adapters_pb2, generation_pb2, server_pb2
+
+pytestmark = pytest.mark.alone
+Code = grpc.StatusCode
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    if find_spec("ray") is None:
+        pytest.skip("ray is not installed")
+    with ray_cluster(tmp_path_factory.mktemp("ray_serve")) as cluster:
+        yield cluster
+
+
+def reason(error: grpc.RpcError) -> str:
+    """Of a status that our server set."""
+    status = rpc_status.from_call(error)
+    info = error_details_pb2.ErrorInfo()
+    if status is not None:
+        any(detail.Unpack(info) for detail in status.details)
+    return info.reason
+
+
+def refused(call: Callable[[], object]) -> grpc.RpcError:
+    with pytest.raises(grpc.RpcError) as caught:
+        call()
+    return caught.value
+
+
+def test_both_replicas_give_the_same_answers(cluster: Cluster) -> None:
+    answers = {name: cluster.ask_both(name) for name in ("", *NAMES)}
+
+    assert all(len(token_ids) == 1 for token_ids in answers.values())
+    assert len({next(iter(token_ids)) for token_ids in answers.values()}) > 1
+
+
+def test_a_stream_comes_in_pieces(cluster: Cluster) -> None:
+    messages = list(cluster.stream("a0", max_tokens=16))
+
+    assert messages[0].HasField("started")
+    assert messages[-1].finished.usage.output_tokens == 16
+    assert len(messages) > 3
+
+
+def test_an_adapter_stays_where_it_was_served(cluster: Cluster) -> None:
+    served = defaultdict(set)
+    for name in NAMES:
+        served[name].add(cluster.ask(name).replica)
+    time.sleep(2)  # Serve hears of what a replica has once a second, and nothing tells when it has
+    later = [(name, cluster.ask(name).replica) for _ in range(5) for name in NAMES]
+
+    at_home = sum(replica in served[name] for name, replica in later)
+    assert at_home >= 0.9 * len(later)
+
+
+def test_a_hint_decides_nothing_but_the_place(cluster: Cluster) -> None:
+    assert cluster.ask("a0", hint="a1").token_ids == cluster.ask("a0").token_ids
+    assert cluster.ask("a1").token_ids != cluster.ask("a0").token_ids
+
+
+def test_errors_have_codes_and_details(cluster: Cluster) -> None:
+    unknown = refused(lambda: cluster.ask("nobody"))
+    streamed = refused(lambda: list(cluster.stream("nobody", max_tokens=1)))
+    empty = refused(lambda: cluster.generation.Generate(generation_pb2.GenerateRequest(), metadata=cluster.metadata))
+
+    for error in (unknown, streamed):
+        assert (error.code(), reason(error)) == (Code.NOT_FOUND, "ADAPTER_NOT_FOUND")
+    assert (empty.code(), reason(empty)) == (Code.INVALID_ARGUMENT, "INVALID_REQUEST")
+
+
+def test_nobody_is_served_without_a_token(cluster: Cluster) -> None:
+    error = refused(lambda: cluster.generation.Generate(generation_pb2.GenerateRequest(text="hello")))
+    request = urllib.request.Request(f"http://{cluster.http}/v1/models")
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        urllib.request.urlopen(request, timeout=30)
+
+    assert (error.code(), reason(error)) == (Code.UNAUTHENTICATED, "UNAUTHENTICATED")
+    assert caught.value.code == 401
+
+
+def test_http_goes_through_serves_proxy(cluster: Cluster) -> None:
+    body = {"model": "a0", "prompt": [5, 6, 7], "max_tokens": 8, "temperature": 0, "stream": True}
+    headers = {"authorization": f"Bearer {TOKEN}", "content-type": "application/json"}
+    url = f"http://{cluster.http}/v1/completions"
+    request = urllib.request.Request(url, json.dumps(body).encode(), headers)
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        lines = [line for line in answer.read().decode().splitlines() if line.startswith("data: ")]
+
+    assert lines[-1] == "data: [DONE]"
+    assert len(lines) > 2
+
+
+def test_an_adapter_that_one_replica_loads_all_have_and_lose(cluster: Cluster) -> None:
+    load = adapters_pb2.LoadAdapterRequest(name="brought", path=str(cluster.folder / "kept"))
+    cluster.adapters.LoadAdapter(load, metadata=cluster.metadata, timeout=60)
+    answers = cluster.ask_both("brought")
+    cluster.adapters.UnloadAdapter(
+        adapters_pb2.UnloadAdapterRequest(name="brought"), metadata=cluster.metadata, timeout=60
+    )
+    errors = [refused(partial(cluster.ask, "brought", hint=f"spread-{number}")) for number in range(8)]
+
+    assert len(answers) == 1
+    assert {error.code() for error in errors} == {Code.NOT_FOUND}
+
+
+def test_a_request_is_aborted_wherever_it_runs(cluster: Cluster) -> None:
+    for number in range(4):  # of whom not all are asked where the request is
+        request = generation_pb2.StreamGenerateRequest(
+            request_id=f"abort-{number}",
+            token_ids={"ids": [5]},
+            sampling={"temperature": 0.0},
+            stopping={"max_tokens": 200, "ignore_eos": True},
+        )
+        call = cluster.generation.StreamGenerate(request, metadata=cluster.metadata, timeout=60)
+        next(call)
+        answer = cluster.server.AbortRequest(
+            server_pb2.AbortRequestRequest(request_id=f"abort-{number}"), metadata=cluster.metadata, timeout=30
+        )
+        call.cancel()
+
+        assert answer.aborted
+
+
+def test_a_replica_is_killed_and_service_resumes_with_all_that_was_loaded(cluster: Cluster) -> None:
+    load = adapters_pb2.LoadAdapterRequest(name="lasting", path=str(cluster.folder / "kept"))
+    cluster.adapters.LoadAdapter(load, metadata=cluster.metadata, timeout=60)
+    (expected,) = cluster.ask_both("lasting")
+    _, _, wanted = outcome(cluster.stream("lasting", max_tokens=100))
+    streams = [cluster.stream("lasting", max_tokens=100) for _ in range(6)]
+    first = [next(stream) for stream in streams]
+    victim = cluster.replicas()[0]
+    victim.kill()
+    victim.wait(30)
+    ended = [outcome(stream) for stream in streams]
+
+    assert all(message.HasField("started") for message in first)
+    assert {code for code, _, _ in ended} <= {Code.OK, Code.UNAVAILABLE}
+    assert {why for code, why, _ in ended if code is Code.UNAVAILABLE} <= {"REPLICA_LOST"}
+    for code, _, token_ids in ended:
+        assert token_ids == wanted if code is Code.OK else token_ids == wanted[: len(token_ids)]
+    resumed(cluster)
+    assert cluster.ask_both("lasting") == {expected}
+
+
+def test_a_rolling_update_drops_no_stream(cluster: Cluster) -> None:
+    over = threading.Event()
+    codes: list[grpc.StatusCode] = []
+    wanted = cluster.ask("a0", max_tokens=60).token_ids
+    wrong: list[tuple[int, ...]] = []
+
+    def keep_asking() -> None:
+        while not over.is_set():
+            code, _, token_ids = outcome(cluster.stream("a0", max_tokens=60))
+            codes.append(code)
+            if tuple(token_ids) != wanted:
+                wrong.append(tuple(token_ids))
+
+    askers = [threading.Thread(target=keep_asking) for _ in range(3)]
+    before = {process.pid for process in cluster.replicas()}
+    for asker in askers:
+        asker.start()
+    try:
+        cluster.deploy({"server": {"max_request_s": 3000}})
+    finally:
+        over.set()
+        for asker in askers:
+            asker.join()
+
+    assert set(codes) == {Code.OK}
+    assert wrong == []
+    assert before.isdisjoint(process.pid for process in cluster.replicas())
+
+
+def outcome(stream: grpc.Call) -> tuple[grpc.StatusCode, str, list[int]]:
+    """How a stream ended, and the tokens until then."""
+    token_ids: list[int] = []
+    try:
+        for message in stream:
+            token_ids += message.token_ids
+    except grpc.RpcError as error:
+        return error.code(), reason(error), token_ids
+    return Code.OK, "", token_ids
+
+
+def resumed(cluster: Cluster) -> None:
+    """Two replicas serve again."""
+    until_s = time.monotonic() + SOON_S
+    while len(cluster.replicas()) < 2:
+        assert time.monotonic() < until_s, "no other replica was started"
+        time.sleep(0.1)
