@@ -46,6 +46,7 @@ from gralora_server.tenants.rights import Rights
 from gralora_server.tenants.tenancy import Tenancy
 from gralora_server.tenants.usage import Usage
 from gralora_server.tls import ServerCertificate
+from gralora_server.vllm_grpc.naming import SERVICES as VLLM_SERVICES
 from gralora_server.watchdog import watching
 
 SERVICES = tuple(
@@ -86,7 +87,8 @@ class GrpcServer:
         self.reloader.add(self._objectives)
         self.quotas = Quotas()
         self.usage = Usage()
-        self._services = (*SERVICES, KSERVE_SERVICE) if config.kserve else SERVICES
+        foreign = (*((KSERVE_SERVICE,) if config.kserve else ()), *(VLLM_SERVICES if config.vllm_grpc else ()))
+        self._services = (*SERVICES, *foreign)
         self._health = Health(self._services)
         self.tenancy = Tenancy(
             config.tenancy or self.reloader.settings,
@@ -162,6 +164,8 @@ class GrpcServer:
         server_pb2_grpc.add_ServerServiceServicer_to_server(self.about, self._server)
         if self._config.kserve:
             self._register_kserve(rights)
+        if self._config.vllm_grpc:
+            self._register_vllm()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         if self._config.reflection:
             names = (*self._services, HEALTH_SERVICE, reflection.SERVICE_NAME)
@@ -176,6 +180,16 @@ class GrpcServer:
             self.gate, self.generating, self.adapters, rights, write_timeout_s=self._config.write_timeout_s
         )
         kserve_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(kserve, self._server)
+
+    def _register_vllm(self) -> None:
+        from gralora.foreign import vllm_pb2_grpc  # as above: a process may have stubs of vLLM's own
+        from gralora_server.vllm_grpc.control import VllmControl
+        from gralora_server.vllm_grpc.inference import VllmInference
+
+        inference = VllmInference(self.gate, self.generating, write_timeout_s=self._config.write_timeout_s)
+        vllm_pb2_grpc.add_InferenceServicer_to_server(inference, self._server)
+        control = VllmControl(self.gate, self.adapters, self.about, model_dir=self._config.model_dir)
+        vllm_pb2_grpc.add_ControlServicer_to_server(control, self._server)
 
 
 async def serve(
