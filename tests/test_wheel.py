@@ -57,7 +57,7 @@ def test_every_package_is_in_the_wheel_with_stubs_protos_and_types(installed: Pa
     script = (
         "import gralora_server, gralora_runtime.async_engine, gralora_kernels.cpu.adapters, gralora_server.service\n"
         "from gralora.v1 import generation_pb2, generation_pb2_grpc, adapters_pb2_grpc, server_pb2_grpc\n"
-        "from gralora.foreign import kserve_pb2, kserve_pb2_grpc\n"
+        "from gralora.foreign import kserve_pb2, kserve_pb2_grpc, vllm_pb2, vllm_pb2_grpc\n"
         "from pathlib import Path\n"
         "import gralora, gralora_kernels, gralora_runtime\n"
         "print(generation_pb2.__file__)\n"
@@ -65,6 +65,7 @@ def test_every_package_is_in_the_wheel_with_stubs_protos_and_types(installed: Pa
         "assert {'generation.proto', 'adapters.proto', 'server.proto'} <= {p.name for p in v1.iterdir()}\n"
         "assert (v1 / 'generation_pb2.pyi').exists()\n"
         "assert (Path(kserve_pb2.__file__).parent / 'kserve.proto').exists()\n"
+        "assert (Path(vllm_pb2.__file__).parent / 'vllm.proto').exists()\n"
         "for package in (gralora, gralora_kernels, gralora_runtime, gralora_server):\n"
         "    assert (Path(package.__file__).parent / 'py.typed').exists(), package\n"
     )

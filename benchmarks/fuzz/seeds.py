@@ -1,7 +1,8 @@
 """Valid requests of every RPC, with all of their fields filled: what mutations begin with.
 
-A field's value follows from its name and type, so that a new field is filled, too. Only two kinds are made by hand:
-uploads, whose messages belong together, and what KServe's protocol calls an inference, whose tensors do.
+A field's value follows from its name and type, so that a new field is filled, too. Only three kinds are made by hand:
+uploads, whose messages belong together, what KServe's protocol calls an inference, whose tensors do, and generations of
+vLLM's protocol, half of whose fields are there to be refused.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from google.protobuf.message import Message
 
 from benchmarks.fuzz.methods import Method
 from benchmarks.fuzz.structure import fields_of
-from gralora.foreign import kserve_pb2
+from gralora.foreign import kserve_pb2, vllm_pb2
 from gralora.v1 import adapters_pb2
 from gralora_server.client.push import Push
 from gralora_server.kserve.tensors import BOOL, BYTES, string_bytes
@@ -27,7 +28,7 @@ PUSHED, NUM_PUSHED = "pushed-", 8  # names of uploads: few, so that calls get in
 _WORDS = {"text": "w3 w4 w5", "content": "w6 w7", "role": "user", "version": "1", "canary_key": "somebody"}
 _WORDS |= {"json_schema": '{"type": "boolean"}', "regex": "w[0-9]", "grammar": 'start: "w"'}
 _SELDOM = {"structured_output": 0.25}  # refused whatever it says: the stand's model has words, which are no bytes
-_NAMED = frozenset({"adapter", "name", "prefix", "path", "model_name"})
+_NAMED = frozenset({"adapter", "name", "prefix", "path", "model_name", "lora_name", "source_path"})
 _EMPTY = frozenset({"page_token", "tenant", "repository_name"})  # what else they may be, a server says
 _SAMPLING = {
     "temperature": "0.5", "top_p": 0.9, "top_k": "7", "min_p": 0.1, "repetition_penalty": 1.1, "presence_penalty": "1",
@@ -50,6 +51,8 @@ class Seeds:
         if method.request is kserve_pb2.ModelInferRequest:
             count = rng.randint(1, MAX_SIDE_BY_SIDE) if method.sends_many else 1
             return [self._inference(rng, in_pieces=method.sends_many) for _ in range(count)]
+        if method.request is vllm_pb2.GenerateRequest:
+            return [self._vllm_generation(rng)]
         if method.sends_many:
             return [method.request.FromString(part.SerializeToString()) for part in rng.choice(self._uploads)]
         message = method.request()
@@ -70,6 +73,26 @@ class Seeds:
             _add_tensor(message, name, value, raw=raw)
         message.parameters["triton_enable_empty_final_response"].bool_param = True
         message.parameters["timeout"].int64_param = 10_000_000
+        return message
+
+    def _vllm_generation(self, rng: random.Random) -> vllm_pb2.GenerateRequest:
+        """With all that is served."""
+        message = vllm_pb2.GenerateRequest(
+            request_id=f"fuzzed-{rng.getrandbits(48):x}",
+            temperature=0.5,
+            priority=1,
+            session_id="somebody",
+            lora_name=rng.choice(self._names),
+            sampling={"num_sequences": 1, "top_k": 7, "top_p": 0.9, "min_p": 0.1, "seed": 5},
+            decoding={"presence_penalty": 1, "frequency_penalty": 1, "repetition_penalty": 1.1, "logit_bias": {5: 1}},
+            stopping={"max_new_tokens": 4, "min_new_tokens": 1, "stop_token_ids": [9], "stop_strings": ["w9"]},
+            response={"output_text": True, "output_token_ids": True, "output_logprobs": True, "prompt_token_ids": True},
+        )
+        message.response.output_candidates.top_n = 2
+        if rng.random() < 0.5:
+            message.text = _WORDS["text"]
+        else:
+            message.token_ids.ids.extend([3, 4, 5])
         return message
 
     def _fill(self, rng: random.Random, message: Message) -> None:

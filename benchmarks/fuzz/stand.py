@@ -17,7 +17,7 @@ UNDISTURBED = "undisturbed"
 CHAT_TEMPLATE = "{% for message in messages %}{{ message.content }} {% endfor %}"
 # Little of everything: whatever grows is then full, and a valid generation short.
 LITTLE = ("--threads", "1", "--max-model-len", "64", "--kv-cache-bytes", "1MiB", "--adapter-pool-bytes", "4MiB",
-          "--host-cache-bytes", "4MiB", "--kserve")  # fmt: skip
+          "--host-cache-bytes", "4MiB", "--kserve", "--vllm-grpc")  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,7 +45,7 @@ class SparseLog:
 
 def call_fields(method: str, request: Any, code: grpc.StatusCode, duration_s: float) -> dict[str, object]:
     """Of the current caller's call: which message it brought, if it came so far, and how it ended."""
-    adapter = _first_of(request, "adapter", "name", "model_name")
+    adapter = _first_of(request, "adapter", "name", "model_name", "lora_name")
     tenant = current().tenant
     return {
         "method": method,
@@ -57,5 +57,5 @@ def call_fields(method: str, request: Any, code: grpc.StatusCode, duration_s: fl
 
 
 def _first_of(request: Any, *fields: str) -> str:
-    """What one of them says: messages of ours and of KServe's have different ones."""
+    """What one of them says: messages of different protocols have different ones."""
     return next((said for field in fields if (said := getattr(request, field, ""))), "")

@@ -58,6 +58,8 @@ class ServerConfig:
     http: HttpConfig | None = None
     state_dir: Path | None = None  # what tenants used is kept there
     kserve: bool = False  # the protocol of KServe's and Triton's clients, on the same port
+    vllm_grpc: bool = False  # vLLM's own protocol, as NVIDIA Dynamo speaks it, on the same port
+    model_dir: Path | None = None  # where the base model lies, for whoever asks by vLLM's protocol
     reflection: bool = True
     max_message_bytes: int = 16 << 20  # received; 4 MiB of prompt text leave room for the rest
     max_request_s: float | None = None  # a request without a deadline gets this one, a longer one is cut to it

@@ -35,6 +35,7 @@ from gralora_server.tenants.quotas import Quotas
 from gralora_server.tenants.rights import Rights
 from gralora_server.tenants.tenancy import Tenancy
 from gralora_server.tenants.usage import Usage
+from gralora_server.vllm_grpc.naming import SERVICES as VLLM_SERVICES
 from gralora_server.watchdog import watching
 
 SERVICES = tuple(
@@ -73,7 +74,8 @@ class Parts:
         self.reloader.add(self._objectives)
         self.quotas = Quotas()
         self.usage = Usage()
-        self.services = (*SERVICES, KSERVE_SERVICE) if config.kserve else SERVICES
+        foreign = (*((KSERVE_SERVICE,) if config.kserve else ()), *(VLLM_SERVICES if config.vllm_grpc else ()))
+        self.services = (*SERVICES, *foreign)
         self._health = Health(self.services)
         self.tenancy = Tenancy(
             config.tenancy or self.reloader.settings,
@@ -96,6 +98,8 @@ class Parts:
         server_pb2_grpc.add_ServerServiceServicer_to_server(self.about, server)
         if self._config.kserve:
             self._add_kserve_to(server)
+        if self._config.vllm_grpc:
+            self._add_vllm_to(server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
 
     def watched(self, engine: Engine, *, give_up: Callable[[], None] | None = None) -> AbstractContextManager[None]:
@@ -157,3 +161,13 @@ class Parts:
             self.gate, self.generating, self.adapters, self._rights, write_timeout_s=self._config.write_timeout_s
         )
         kserve_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(kserve, server)
+
+    def _add_vllm_to(self, server: Any) -> None:
+        from gralora.foreign import vllm_pb2_grpc  # as above: a process may have stubs of vLLM's own
+        from gralora_server.vllm_grpc.control import VllmControl
+        from gralora_server.vllm_grpc.inference import VllmInference
+
+        inference = VllmInference(self.gate, self.generating, write_timeout_s=self._config.write_timeout_s)
+        vllm_pb2_grpc.add_InferenceServicer_to_server(inference, server)
+        control = VllmControl(self.gate, self.adapters, self.about, model_dir=self._config.model_dir)
+        vllm_pb2_grpc.add_ControlServicer_to_server(control, server)

@@ -30,6 +30,7 @@ from gralora_server.delivery import Write, collect, deliver
 from gralora_server.errors import PermissionDeniedError, StartingError
 from gralora_server.gate import Gate, Phase
 from gralora_server.generating import Generating
+from gralora_server.sending import send
 from gralora_server.settings.reloader import Reloader
 from gralora_server.tenants.caller import Caller, current
 from gralora_server.tenants.metering import Metering
@@ -87,10 +88,7 @@ def writing(context: Context, request_id: str) -> Write:
         nonlocal announced
         message = convert.to_stream_response(delta, request_id=announced)
         announced = ""
-        try:
-            await context.write(message)
-        except grpc.aio.InternalError as cause:  # the client left while a write was pending, before gRPC noticed
-            raise asyncio.CancelledError from cause
+        await send(context, message)
 
     return write
 
@@ -109,6 +107,17 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
     ) -> adapters_pb2.ListAdaptersResponse:
         validation.validate_list(request)
         return await asyncio.to_thread(self._page, request, self._rights.sees())
+
+    async def every(self) -> list[adapters_pb2.Adapter]:
+        """All that the caller sees, without their versions, for those who know no pages."""
+        request = adapters_pb2.ListAdaptersRequest(page_size=validation.MAX_PAGE_SIZE)
+        found: list[adapters_pb2.Adapter] = []
+        while True:
+            page = await self.ListAdapters(request, NO_CONTEXT)
+            found += page.adapters
+            request.page_token = page.next_page_token
+            if not request.page_token:
+                return found
 
     def _page(
         self, request: adapters_pb2.ListAdaptersRequest, sees: Callable[[str], bool]

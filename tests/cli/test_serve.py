@@ -74,10 +74,12 @@ def test_every_option_reaches_its_configuration(configured, tmp_path: Path) -> N
         "--max-connection-age-s": "53", "--log-level": "debug", "--first-token-s": "0.5",
         "--step-timeout-s": "61",
     }  # fmt: skip
-    switches = {"--prefix-cache", "--batch-invariant", "--allow-archives", "--reflection", "--kserve", "--supervise"}
+    switches = {"--prefix-cache", "--batch-invariant", "--allow-archives", "--reflection", "--supervise"}
+    switches |= {"--kserve", "--vllm-grpc"}
     assert options.keys() | switches == {setting.option for setting in SETTINGS}
     words = [word for pair in options.items() for word in pair] + ["--adapters", "/b"]
     set_otherwise = ["--no-prefix-cache", "--batch-invariant", "--allow-archives", "--no-reflection", "--kserve"]
+    set_otherwise.append("--vllm-grpc")
     assert run(["serve", *words, *set_otherwise, "--json"]) == ExitCode.OK
     ((server, engine, as_json),) = configured
 
@@ -90,6 +92,8 @@ def test_every_option_reaches_its_configuration(configured, tmp_path: Path) -> N
         http=HttpConfig(host="127.0.0.1", port=67),
         state_dir=Path("/s"),
         kserve=True,
+        vllm_grpc=True,
+        model_dir=Path("/m"),
         reflection=False,
         max_request_s=31.0,
         drain_grace_s=37.0,

@@ -23,7 +23,7 @@ from gralora_server.loadtest.local_server import LocalServer
 SEED, NUM_REQUESTS, NUM_CONFIGS = 7, 400, 300
 SOME_STEPS = 20  # more than the first answer takes: mutated requests are under way
 # An adapter that was removed comes back with another number, which the seeds do not know.
-LAST = ("UnloadAdapter", "RepositoryModelLoad", "RepositoryModelUnload")
+LAST = ("UnloadAdapter", "RepositoryModelLoad", "RepositoryModelUnload", "LoadLora", "UnloadLora")
 METHODS = sorted(methods(), key=lambda method: LAST.index(method.name) if method.name in LAST else -1)
 NEEDS_MORE = {"RollbackAdapter"}  # than one version
 

@@ -9,11 +9,11 @@ from dataclasses import replace
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2
-from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from support.call_lines import call_lines
 from support.fake_engine import adapter_info, finished, token
 from support.grpc_harness import Served, failure, served
 from support.kserve import infer, kserve_served, said
+from support.reflected import reflected
 
 from gralora.foreign import kserve_pb2
 from gralora_runtime.adapters.catalogue.store import AdapterState
@@ -184,15 +184,6 @@ async def test_with_it_health_and_reflection_know_the_service() -> None:
 
     assert health.status == health_pb2.HealthCheckResponse.SERVING
     assert {SERVICE, "gralora.v1.GenerationService"} <= names
-
-
-async def reflected(s: Served) -> set[str]:
-    """The services that it tells of."""
-    call = reflection_pb2_grpc.ServerReflectionStub(s.client.channel).ServerReflectionInfo()
-    await call.write(reflection_pb2.ServerReflectionRequest(list_services=""))
-    answer = await call.read()
-    call.cancel()
-    return {service.name for service in answer.list_services_response.service}
 
 
 async def readiness(s: Served) -> tuple[bool, bool, bool]:

@@ -9,10 +9,11 @@ import grpc
 import pytest
 from support.fake_engine import FakeEngine, finished
 from support.grpc_harness import Client, Failed, Served, ask, ask_once, failure, read_all, served
-from support.kserve import Talk, infer, kserve_served
+from support.kserve import Talk, infer
 from support.tenants import OPERATOR, OWN, PUBLIC, THEIRS, Metadata, as_, bearing, furnish, two_tenants
+from support.vllm_grpc import as_dynamo, generate, vllm_served
 
-from gralora.foreign import kserve_pb2
+from gralora.foreign import kserve_pb2, vllm_pb2
 from gralora.v1 import adapters_pb2, generation_pb2, server_pb2
 from gralora_runtime.request import GenerationRequest
 from gralora_server.tenants.roles import ROLES, may_call
@@ -87,7 +88,12 @@ async def streamed(client: Client, name: str, metadata: Metadata) -> list[str]:
     return [message.error_message.partition(":")[0] for message in messages if message.error_message]
 
 
-TELLING = (listed, watched, indexed, ready, streamed)
+async def loras(client: Client, name: str, metadata: Metadata) -> list[str]:
+    answer = await client.control.ListLoras(vllm_pb2.ListLorasRequest(), metadata=metadata)
+    return [adapter.lora_name for adapter in answer.adapters if adapter.lora_name == name]
+
+
+TELLING = (listed, watched, indexed, ready, streamed, loras)
 
 
 def unary(service: str, method: str, request: type, **fields: object) -> Callable[..., Awaitable[object]]:
@@ -111,6 +117,15 @@ def change(method: str, **fields: object) -> Rpc:
 def repository(method: str, outcomes: tuple[tuple[Outcome, ...], tuple[Outcome, ...]]) -> Rpc:
     request = getattr(kserve_pb2, f"{method}Request")
     return Rpc(lambda c, n, m: getattr(c.kserve, method)(request(model_name=n), metadata=m), *outcomes, Role.MANAGE)
+
+
+def lora(method: str, outcomes: tuple[tuple[Outcome, ...], tuple[Outcome, ...]]) -> Rpc:
+    request = getattr(vllm_pb2, f"{method}Request")
+    return Rpc(lambda c, n, m: getattr(c.control, method)(request(lora_name=n), metadata=m), *outcomes, Role.MANAGE)
+
+
+def controlling(method: str, request: object, role: Role = Role.GENERATE) -> Rpc:
+    return Rpc(lambda c, _, m: getattr(c.control, method)(request, metadata=m), ANYWAY, ANYWAY, role)
 
 
 def about_the_server(method: str) -> Rpc:
@@ -164,23 +179,40 @@ RPCS = {
     "RepositoryIndex": Rpc(indexed, *TELLS),
     "RepositoryModelLoad": repository("RepositoryModelLoad", CREATES),
     "RepositoryModelUnload": repository("RepositoryModelUnload", CHANGES),
+    "vllm Generate": Rpc(lambda c, n, m: c.inference.Generate(generate(lora_name=n), metadata=m), *USES),
+    "vllm GenerateStream": Rpc(
+        lambda c, n, m: read_all(c.inference.GenerateStream(as_dynamo(lora_name=n), metadata=m)), *USES
+    ),
+    "vllm GetServerInfo": controlling("GetServerInfo", vllm_pb2.GetServerInfoRequest()),
+    "vllm GetModelInfo": controlling("GetModelInfo", vllm_pb2.GetModelInfoRequest(), Role.ADMIN),
+    "vllm Abort": controlling("Abort", vllm_pb2.AbortRequest(request_ids=["r1"])),
+    "vllm GetKvEventSources": controlling("GetKvEventSources", vllm_pb2.GetKvEventSourcesRequest()),
+    "vllm ListLoras": Rpc(loras, *TELLS),
+    "vllm LoadLora": lora("LoadLora", CREATES),
+    "vllm UnloadLora": lora("UnloadLora", CHANGES),
 }
 
 
 def methods() -> Iterator[str]:
     """All that the services have, as their descriptors say."""
-    for file in (generation_pb2, adapters_pb2, server_pb2, kserve_pb2):
+    for file in (generation_pb2, adapters_pb2, server_pb2, kserve_pb2, vllm_pb2):
         for service in file.DESCRIPTOR.services_by_name.values():
             yield from (f"/{service.full_name}/{method.name}" for method in service.methods)
+
+
+def named(method: str) -> str:
+    """Two services have a `Generate`, and two a `GetServerInfo`."""
+    prefix = "vllm " if method.startswith("/vllm.") else ""
+    return prefix + method.rpartition("/")[2]
 
 
 def test_every_rpc_is_in_the_tables() -> None:
     """A new one has to say who may call it, here and in the server."""
     assert set(ROLES) == set(methods())
-    assert set(RPCS) == {method.rpartition("/")[2] for method in methods()}
+    assert set(RPCS) == {named(method) for method in methods()}
 
 
-@pytest.mark.parametrize("package", ["gralora.v1", "inference"])
+@pytest.mark.parametrize("package", ["gralora.v1", "inference", "vllm"])
 def test_a_method_that_no_table_has_is_the_operators(package: str) -> None:
     assert [role for role in Role if may_call(role, f"/{package}.Service/New")] == [Role.ADMIN]
 
@@ -210,7 +242,7 @@ async def test_each_role_may_what_it_may(method: str, relation: str) -> None:
     }
     found = {}
     for role in Role:
-        async with kserve_served(tenancy=two_tenants()) as s:
+        async with vllm_served(kserve=True, tenancy=two_tenants()) as s:
             furnish(s)
             found[role] = await outcome(s, rpc, name, as_("acme", role))
             if role is not Role.ADMIN and (expected[role] is DENIED or relation in ("theirs", "absent")):
@@ -222,7 +254,7 @@ async def test_each_role_may_what_it_may(method: str, relation: str) -> None:
 @pytest.mark.parametrize("method", [name for name, rpc in RPCS.items() if ABSENT in rpc.tenant or DENIED in rpc.tenant])
 async def test_another_tenants_adapter_is_refused_as_one_that_there_is_not(method: str) -> None:
     """To the letter, in all that a client receives."""
-    async with kserve_served(tenancy=two_tenants()) as s:
+    async with vllm_served(kserve=True, tenancy=two_tenants()) as s:
         furnish(s)
         refusals = [
             await failure(RPCS[method].call(s.client, name, as_("acme", Role.MANAGE)))

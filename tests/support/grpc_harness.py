@@ -14,7 +14,7 @@ from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2_grpc
 from support.fake_engine import FakeEngine
 
-from gralora.foreign import kserve_pb2_grpc
+from gralora.foreign import kserve_pb2_grpc, vllm_pb2_grpc
 from gralora.v1 import (
     adapters_pb2_grpc,
     generation_pb2,
@@ -43,7 +43,10 @@ class Client:
     adapters: adapters_pb2_grpc.AdapterServiceStub = field(init=False)
     server: server_pb2_grpc.ServerServiceStub = field(init=False)
     health: health_pb2_grpc.HealthStub = field(init=False)
-    kserve: kserve_pb2_grpc.GRPCInferenceServiceStub = field(init=False)  # of servers that have it
+    # Of servers that have them.
+    kserve: kserve_pb2_grpc.GRPCInferenceServiceStub = field(init=False)
+    inference: vllm_pb2_grpc.InferenceStub = field(init=False)
+    control: vllm_pb2_grpc.ControlStub = field(init=False)
 
     def __post_init__(self) -> None:
         stubs = {
@@ -52,6 +55,8 @@ class Client:
             "server": server_pb2_grpc.ServerServiceStub,
             "health": health_pb2_grpc.HealthStub,
             "kserve": kserve_pb2_grpc.GRPCInferenceServiceStub,
+            "inference": vllm_pb2_grpc.InferenceStub,
+            "control": vllm_pb2_grpc.ControlStub,
         }
         for name, stub in stubs.items():
             object.__setattr__(self, name, stub(self.channel))
@@ -134,9 +139,7 @@ def unpack(trailers: dict[str, str | bytes]) -> dict[str, message.Message]:
     return details
 
 
-async def read_all(
-    call: grpc.aio.UnaryStreamCall, into: list[generation_pb2.StreamGenerateResponse] | None = None
-) -> list[generation_pb2.StreamGenerateResponse]:
+async def read_all(call: grpc.aio.UnaryStreamCall, into: list[Any] | None = None) -> list[Any]:
     """The messages that are left. By `read`, as a test may have begun with it, and it does not mix with iteration."""
     messages = [] if into is None else into
     while (message := await call.read()) is not grpc.aio.EOF:

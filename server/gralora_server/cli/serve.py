@@ -49,6 +49,8 @@ def serve(
         raise typer.Exit(_supervise(config, layers))
     limit_spinning()
     model = settings.engine.model if settings.engine.model is not None else default_model()
+    if config.vllm_grpc:
+        config = replace(config, model_dir=model)
     _run(config, engine_config(settings, model), reloader, as_json=json)
 
 

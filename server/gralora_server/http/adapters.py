@@ -23,7 +23,6 @@ from gralora_server.http.exchange import Exchange
 from gralora_server.servicers import NO_CONTEXT, AdapterServicer
 
 SERVICE = "/gralora.v1.AdapterService/"
-PAGE_SIZE = 1000
 NAME = "/v1/adapters/{name:path}"
 
 Method = Callable[[Any, Any], Awaitable[Message]]
@@ -70,14 +69,7 @@ class AdapterEndpoints:
 
     async def _models(self, exchange: Exchange, _path: dict[str, str]) -> None:
         base = base_name(self._gate.engine.info())
-        request = adapters_pb2.ListAdaptersRequest(page_size=PAGE_SIZE)
-        models = [_base_model(base)]
-        while True:
-            page = await self._servicer.ListAdapters(request, NO_CONTEXT)
-            models += [_model(adapter, base) for adapter in page.adapters]
-            request.page_token = page.next_page_token
-            if not request.page_token:
-                break
+        models = [_base_model(base), *(_model(adapter, base) for adapter in await self._servicer.every())]
         await exchange.respond(200, {"object": "list", "data": models})
 
     async def _model(self, exchange: Exchange, path: dict[str, str]) -> None:

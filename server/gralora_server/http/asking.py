@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 
 from gralora.v1 import generation_pb2, server_pb2
 from gralora_runtime.errors import InvalidRequestError
+from gralora_server.field_names import renamed
 from gralora_server.http.bodies import (
     MAX_CHOICES,
     ChatBody,
@@ -24,7 +25,7 @@ from gralora_server.http.bodies import (
 from gralora_server.sampling_names import REALS
 from gralora_server.structured_outputs import put_structured
 
-# gRPC's names of fields, where ours are others; a name stands for all that begin with it.
+# gRPC's names of fields, where those of a body are others.
 FIELDS = (
     ("sampling.", ""),
     ("stopping.", ""),
@@ -105,10 +106,7 @@ def tokenize_request(body: PromptBody) -> server_pb2.TokenizeRequest:
 
 def in_their_words(error: InvalidRequestError) -> InvalidRequestError:
     """The same, with the field as a body has it."""
-    for ours, theirs in FIELDS:
-        if error.field.startswith(ours):
-            return error.renamed(theirs + error.field.removeprefix(ours))
-    return error
+    return renamed(error, FIELDS)
 
 
 def _common(body: Sampled, base: str) -> generation_pb2.StreamGenerateRequest:

@@ -16,7 +16,6 @@ from gralora_server.kserve.naming import BASE_VERSION, ModelName, in_their_words
 from gralora_server.servicers import NO_CONTEXT, AdapterServicer
 
 READY, LOADING, UNAVAILABLE = "READY", "LOADING", "UNAVAILABLE"
-PAGE_SIZE = 1000
 
 # What is not in memory is loaded by the first request, so that is ready, too.
 _STATES = {
@@ -61,14 +60,9 @@ class Models:
         return [str(version.number) for version in adapter.versions]
 
     async def index(self, *, only_ready: bool) -> list[ModelIndex]:
-        models = [ModelIndex(name=self.base, version=BASE_VERSION, state=READY)]
-        request = adapters_pb2.ListAdaptersRequest(page_size=PAGE_SIZE)
-        while True:
-            page = await self._adapters.ListAdapters(request, NO_CONTEXT)
-            models += map(_indexed, page.adapters)
-            request.page_token = page.next_page_token
-            if not request.page_token:
-                return [model for model in models if model.state == READY or not only_ready]
+        base = ModelIndex(name=self.base, version=BASE_VERSION, state=READY)
+        models = [base, *map(_indexed, await self._adapters.every())]
+        return [model for model in models if model.state == READY or not only_ready]
 
     async def load(self, name: str) -> None:
         """The base model is there."""

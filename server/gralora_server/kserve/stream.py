@@ -11,6 +11,8 @@ from typing import Any, Generic, TypeVar
 
 import grpc
 
+from gralora_server.sending import send
+
 T = TypeVar("T")
 Context = grpc.aio.ServicerContext[Any, Any]
 Serve = Callable[[T], Coroutine[Any, Any, None]]
@@ -26,10 +28,7 @@ class Line(Generic[T]):
     async def write(self, message: T) -> None:
         """Raises CancelledError when there is nobody to write to."""
         async with self._turn:
-            try:
-                await self._context.write(message)
-            except grpc.aio.InternalError as cause:  # the client left while a write was pending, before gRPC noticed
-                raise asyncio.CancelledError from cause
+            await send(self._context, message)
 
 
 async def serve_each(requests: AsyncIterator[T], serve: Serve[T], *, at_once: int, until: asyncio.Event) -> bool:

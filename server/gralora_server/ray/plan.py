@@ -28,7 +28,7 @@ CONFIG, REPLICAS = "config", "replicas"
 # Beside what an engine runs and queues: lists, health, watches.
 OTHER_CALLS = 128
 # Serve's proxy has the ports, and does not hand on who a connection is from.
-REFUSED = ("server.tls_cert", "server.tls_key", "server.tls_client_ca")
+REFUSED = ("server.tls_cert", "server.tls_key", "server.tls_client_ca", "server.vllm_grpc")
 UNUSED = (
     "server.address",
     "server.http_address",

@@ -43,6 +43,7 @@ def server_config(settings: Settings) -> ServerConfig:
         metrics=_metrics(server.metrics_address),
         http=_http(server.http_address),
         kserve=server.kserve,
+        vllm_grpc=server.vllm_grpc,
         reflection=server.reflection,
         max_message_bytes=server.max_message_bytes,
         max_request_s=server.max_request_s,

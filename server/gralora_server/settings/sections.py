@@ -163,6 +163,7 @@ class ServerSettings(Section):
         "max_named_adapters", "Adapters with series of their own; the others are counted together."
     )
     kserve: bool = _server("kserve", "Serve KServe's and Triton's gRPC clients, too.")
+    vllm_grpc: bool = _server("vllm_grpc", "Serve vLLM's gRPC protocol, too: a worker of NVIDIA Dynamo.")
     reflection: bool = _server("reflection", "Answer gRPC reflection.")
     max_message_bytes: Bytes = _server("max_message_bytes", "Largest message that is received.")
     max_request_s: Positive | None = _server("max_request_s", "Longest generation. Default: no limit.")

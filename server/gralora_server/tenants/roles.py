@@ -5,9 +5,14 @@ from __future__ import annotations
 from gralora_server.errors import PermissionDeniedError
 from gralora_server.tenants.settings import Role
 
-OURS = ("/gralora.v1.", "/inference.")  # the methods that this server has beside health and reflection begin so
+OURS = (
+    "/gralora.v1.",
+    "/inference.",
+    "/vllm.",
+)  # the methods that this server has beside health and reflection begin so
 _GENERATION, _ADAPTERS, _SERVER = (f"/gralora.v1.{part}Service/" for part in ("Generation", "Adapter", "Server"))
 _KSERVE = "/inference.GRPCInferenceService/"
+_VLLM, _VLLM_CONTROL = "/vllm.Inference/", "/vllm.Control/"
 _RANKS = {role: number for number, role in enumerate(Role)}
 
 ROLES: dict[str, Role] = {
@@ -47,6 +52,10 @@ ROLES: dict[str, Role] = {
             ),
         ),
         (_KSERVE, Role.MANAGE, ("RepositoryModelLoad", "RepositoryModelUnload")),
+        (_VLLM, Role.GENERATE, ("Generate", "GenerateStream")),
+        (_VLLM_CONTROL, Role.GENERATE, ("GetServerInfo", "Abort", "ListLoras", "GetKvEventSources")),
+        (_VLLM_CONTROL, Role.MANAGE, ("LoadLora", "UnloadLora")),
+        (_VLLM_CONTROL, Role.ADMIN, ("GetModelInfo",)),  # where files lie is the operator's business
     )
     for method in methods
 }
