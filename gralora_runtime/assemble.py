@@ -247,6 +247,7 @@ def _adapter_manager(
             # While the model still has its weights: programs free them. 30 to 90 ms for 135M parameters on two cores.
             base_norms=weight_norms(base.model) if sources else {},
             max_width=config.max_adapter_rank,
+            allowed_keys=config.allow_unknown_config_keys,
             packing=packing,
             transfer=transfer,
             vocab_size=base.model.config.vocab_size,

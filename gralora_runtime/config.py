@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from gralora_runtime.adapters.checkpoint.config_keys import KNOWN
 from gralora_runtime.errors import ConfigError
 from gralora_runtime.scheduling.fairness import CPU_PRICES, Prices
 
@@ -37,6 +38,7 @@ class EngineConfig:
     model: Path
     adapters: tuple[AdapterSource, ...] = ()  # asked in this order
     allow_roots: tuple[Path, ...] = ()  # links in adapter directories may end below these too
+    allow_unknown_config_keys: tuple[str, ...] = ()  # of adapters; all others that nobody here knows are refused
     state_dir: Path | None = None  # what outlives the server: the catalogue, downloads, uploads, old versions
     keep_versions: int = 8  # of a name; those that are promoted, pinned or in use stay besides
     keep_versions_days: float = 30.0  # since a version was last used, or else made
@@ -102,6 +104,10 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and not value > 0:  # neither is what is no number
                 raise ConfigError(f"{name} must be more than 0, got {value}")
+        if known := KNOWN.intersection(self.allow_unknown_config_keys):
+            raise ConfigError(
+                f"allow_unknown_config_keys has {', '.join(sorted(known))}, which is known and has a meaning"
+            )
         if self.max_named_adapters < 0:
             raise ConfigError(f"max_named_adapters must be at least 0, got {self.max_named_adapters}")
         if self.max_num_batched_tokens < self.max_num_seqs:

@@ -83,6 +83,7 @@ KEYS = [
     "modules_to_save",
     "task_type",
     "init_lora_weights",
+    "unsloth_fixed",
 ]
 PATTERN_KEYS = ("target_modules", "exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern")
 
@@ -190,6 +191,14 @@ def write(folder: Path, data: bytes) -> None:
         (folder / file).write_bytes(content)
 
 
+def wrapped(config: bytes, weights: bytes) -> tuple[bytes, bytes]:
+    """Names of tensors as they are in a multimodal model, and with the adapter's own."""
+    size = 8 + int.from_bytes(weights[:8], "little")
+    header = weights[8:size].replace(b".model.layers", b".model.language_model.layers").replace(b'_A"', b'_A.default"')
+    header = header.replace(b'_B"', b'_B.default"')
+    return config, len(header).to_bytes(8, "little") + header + weights[size:]
+
+
 def write_seeds(corpus: Path) -> None:
     from support.checkpoints import write_gralora
     from support.hostile import BOMBS, CONFIG, WEIGHTS
@@ -198,7 +207,7 @@ def write_seeds(corpus: Path) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         good = write_gralora(Path(temporary) / "good")
         texts = (good / CONFIG).read_bytes(), (good / WEIGHTS).read_bytes()
-    for name, files in ({"good": lambda *pair: pair} | BOMBS).items():
+    for name, files in ({"good": lambda *pair: pair, "wrapped": wrapped} | BOMBS).items():
         config, weights = files(*texts)
         header = weights[8 : 8 + int.from_bytes(weights[:8], "little")]
         padding = min(len(weights) - 8 - len(header), 65535) if len(weights) > 8 else 0

@@ -7,7 +7,7 @@ mover's readers bring what requests wait for. What was found is entered with the
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from functools import partial
@@ -91,6 +91,7 @@ class Discovery:
         persistence: Persistence,
         modules: Sequence[ModuleShape],
         max_width: int,
+        allowed_keys: Collection[str],
         keeps_16_bit: bool,
         watch: str,
     ) -> None:
@@ -104,6 +105,7 @@ class Discovery:
         self._persistence = persistence
         self._modules = tuple(modules)
         self._max_width = max_width
+        self._allowed_keys = allowed_keys
         self._keeps_16_bit = keeps_16_bit
         # By an operator, so that no request brings them back; and the last number that each has given to a version.
         self._unloaded: dict[str, int] = {}
@@ -535,7 +537,7 @@ class Discovery:
 
     def _summarize(self, version: AdapterVersion) -> AdapterSummary:
         directory, roots = version.place
-        header = inspect(directory, name=version.name, roots=roots)
+        header = inspect(directory, name=version.name, roots=roots, allowed_keys=self._allowed_keys)
         header.fitting_plan(self._modules)
         summary = header.summary(self._modules, keeps_16_bit=self._keeps_16_bit)
         check_width(version.name, summary.equivalent_rank, self._max_width)

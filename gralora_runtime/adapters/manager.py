@@ -67,6 +67,7 @@ class AdapterManager:
         base_model: str,
         base_norms: Mapping[str, float],
         max_width: int,
+        allowed_keys: Collection[str] = (),
         packing: Packing = ROW_MAJOR,
         transfer: Transfer | None = None,
         retention: Retention = RETENTION,
@@ -78,8 +79,8 @@ class AdapterManager:
     ) -> None:
         """`watch`, `state_dir`, `copies_bytes`: see `EngineConfig`. Raises CatalogueError.
 
-        `base_norms`: see `Oddities`. `vocab_size`: the base model's, if golden prompts count; then somebody has to call
-        `examine_with`.
+        `base_norms`: see `Oddities`. `allowed_keys`: see `parse_config`. `vocab_size`: the base model's, if golden
+        prompts count; then somebody has to call `examine_with`.
         """
         self.pool = AdapterPool(
             modules=modules,
@@ -105,13 +106,16 @@ class AdapterManager:
         self._closed = False
         self._admission = Admission(vocab_size=vocab_size, acquire=self._lease_for_trial, decided=self._on_tried)
         self._warming = 0  # elements of the pool that were asked for at start
-        oddities = Oddities(base_model=base_model, base_norms=base_norms, modules=tuple(modules))
+        oddities = Oddities(
+            base_model=base_model, base_norms=base_norms, modules=tuple(modules), allowed_keys=allowed_keys
+        )
         self._mover = Mover(
             pool=self.pool,
             store=self._store,
             cache=self._cache,
             modules=modules,
             max_width=max_width,
+            allowed_keys=allowed_keys,
             answering=self._answering,
             serve=self._serve,
             changed=self._on_files_changed,
@@ -133,6 +137,7 @@ class AdapterManager:
             persistence=self._persistence,
             modules=modules,
             max_width=max_width,
+            allowed_keys=allowed_keys,
             keeps_16_bit=self.pool.packing.keeps_16_bit,
             watch=watch,
         )

@@ -6,7 +6,7 @@ Knows the base model by its name and its weights' norms, and not who is told.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,10 +31,11 @@ class Oddities:
     base_model: str
     base_norms: Mapping[str, float]
     modules: Sequence[ModuleShape]
+    allowed_keys: Collection[str] = ()  # see `parse_config`
 
     def of_header(self, summary: AdapterSummary) -> tuple[str, ...]:
         """What can be said before weights are read."""
-        return tuple(about_names(summary.base_model, self.base_model))
+        return (*about_names(summary.base_model, self.base_model), *summary.notes)
 
     def of_content(self, adapter: LoadedAdapter, directory: Path, roots: Sequence[Path]) -> tuple[str, ...]:
         """All of it, of an adapter that was just read from this directory, which is read again for few of them only."""
@@ -55,7 +56,7 @@ class Oddities:
     def _exactly(self, digest: str, directory: Path, roots: Sequence[Path]) -> list[str]:
         """Nothing about files that have become others: whoever reads those will tell."""
         try:
-            whole = read_whole(directory, self.modules, roots=roots)
+            whole = read_whole(directory, self.modules, roots=roots, allowed_keys=self.allowed_keys)
         except AdapterRejectedError:
             return []
         return about_weights(whole.updates(), self.base_norms) if whole.digest == digest else []

@@ -145,6 +145,22 @@ def test_between_the_dialects_and_back_is_the_same_checkpoint(
     assert changed == set()
 
 
+def test_what_is_written_has_peft_s_names_whatever_they_were(tmp_path: Path) -> None:
+    source = write_gralora(tmp_path / "a", hybrid_r=3)
+    expected = tensors_of(source)
+
+    def rename(tensors: dict[str, torch.Tensor]) -> None:
+        for name in list(tensors):
+            stem, dot, weight = name.removeprefix("base_model.model.").partition(".weight")
+            tensors[f"{stem}.default{dot}{weight}"] = tensors.pop(name)
+
+    strange = edit_tensors(source, rename)
+
+    assert not expected.keys() & tensors_of(strange).keys()
+    assert same_bits(expected, tensors_of(converted(strange, AUTHORS, tmp_path / "b")))
+    check_same_updates(strange, converted(strange, LORA, tmp_path / "c"))
+
+
 def test_the_authors_count_the_hybrid_rank_into_r(tmp_path: Path) -> None:
     source = write_gralora(tmp_path / "a", r=8, k=2, hybrid_r=4)
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 from peft import GraloraConfig, LoraConfig
 from support.checkpoints import GRALORA_DEFAULTS, LORA_DEFAULTS, MODULES, gralora_config, lora_config
 
-from gralora_runtime.adapters.checkpoint.spec import MAX_PROBLEMS, Dialect, Part, parse_config
+from gralora_runtime.adapters.checkpoint.spec import MAX_PROBLEM_CHARS, MAX_PROBLEMS, Dialect, Part, parse_config
 from gralora_runtime.adapters.checkpoint.targets import MatchingBudget
-from gralora_runtime.errors import AdapterRejectedError
+from gralora_runtime.config import EngineConfig
+from gralora_runtime.errors import AdapterRejectedError, ConfigError
 
 Q0 = MODULES[0].name
 DOWN0 = MODULES[2].name
@@ -148,19 +152,90 @@ def test_a_long_list_of_reasons_is_cut_and_counted() -> None:
 
 @pytest.mark.parametrize("inert", [None, False, {}, [], ""], ids=repr)
 def test_an_unknown_key_that_is_switched_off_is_accepted(inert: object) -> None:
-    parse_config("a", lora_config(a_key_from_the_future=inert))
-    parse_config("a", gralora_config(a_key_from_the_future=inert))
+    for make in (lora_config, gralora_config):
+        assert parse_config("a", make(a_key_from_the_future=inert)).notes == ()
+
+
+@pytest.mark.parametrize("value", [7, 0, 0.0, True, "x", [None], {"a": False}], ids=repr)
+def test_an_unknown_key_needs_an_operator_s_word(value: object) -> None:
+    """The refusal names the option that passes over it; then it is served, and told of."""
+    for make in (lora_config, gralora_config):
+        config = make(a_key_from_the_future=value)
+        told = problems(config)
+        spec = parse_config("a", config, ["another", "a_key_from_the_future"])
+
+        assert told.startswith(f"a_key_from_the_future: {value!r} is not known here")
+        assert "--allow-unknown-config-key a_key_from_the_future passes over it" in told
+        (note,) = spec.notes
+        assert note.startswith(f"its config has a_key_from_the_future: {value!r}, which is not known here")
+        assert replace(spec, notes=()) == parse_config("a", make())
+
+
+def test_a_key_of_a_million_letters_is_not_told_twice() -> None:
+    (told,) = problems(lora_config(**{"x" * 1_000_000: 1})).splitlines()
+
+    assert len(told) <= MAX_PROBLEM_CHARS
+
+
+@pytest.mark.parametrize("key", ["use_dora", "lora_bias", "bias", "layer_replication"])
+def test_a_key_that_is_known_is_refused_whatever_an_operator_says(key: str) -> None:
+    with pytest.raises(AdapterRejectedError, match=f"{key}: .* is not supported"):
+        parse_config("a", lora_config(**{key: REFUSED[key]}), [key])
+    with pytest.raises(ConfigError, match=f"allow_unknown_config_keys has {key}, which is known"):
+        EngineConfig(model=Path("/m"), allow_unknown_config_keys=("stamp", key))
+
+
+@pytest.mark.parametrize(
+    ("key", "make"),
+    [
+        *((key, gralora_config) for key in ("lora_alpha", "use_rslora", "exclude_modules", "init_lora_weights")),
+        *((key, lora_config) for key in ("alpha", "gralora_k", "hybrid_r", "gralora_dropout")),
+    ],
+)
+def test_a_key_of_the_other_dialect_is_known_and_refused(key: str, make: Callable[..., dict[str, Any]]) -> None:
+    assert problems(make(**{key: "x"})) == f"{key}: 'x' is not supported in a config of this peft_type"
+
+
+STAMPS = {"unsloth_fixed": True, "unsloth_version": "2026.3", "lorap_emb_lr": 1e-6, "transformers_version": "5.1"}
+
+
+@pytest.mark.parametrize("key", STAMPS)
+def test_the_mark_of_another_trainer_is_told_of(key: str) -> None:
+    for make in (lora_config, gralora_config):
+        (note,) = parse_config("a", make(**{key: STAMPS[key]})).notes
+
+        assert note.startswith(f"its config has {key}: {STAMPS[key]!r}, ")
+        assert parse_config("a", make(**{key: None})).notes == ()
+
+
+@pytest.mark.parametrize("names", [["score"], ["classifier", "score"], ["qa_outputs"]])
+def test_modules_of_other_tasks_that_no_causal_lm_has_are_told_of(names: list[str]) -> None:
+    """PEFT wraps what it finds of them: here nothing."""
+    (note,) = parse_config("a", lora_config(modules_to_save=names)).notes
+
+    assert note.startswith(f"its config has modules_to_save: {names!r}, which are modules of other tasks")
+
+
+@pytest.mark.parametrize("names", [["lm_head"], ["embed_tokens", "score"], "score", [1], [["score"]], {"score": 1}])
+def test_modules_that_a_causal_lm_has_are_refused_with_what_mends_it(names: object) -> None:
+    told = problems(lora_config(modules_to_save=names))
+
+    assert told.startswith(f"modules_to_save: {names!r} is not supported: it stands for trained weights")
+    assert told.endswith("write null in its place")
 
 
 @pytest.mark.parametrize("init", [True, False, None, "gaussian", "Gaussian", "eva", "orthogonal", "mica"])
 def test_initialisations_that_leave_the_base_weights_alone_are_accepted(init: object) -> None:
-    parse_config("a", lora_config(init_lora_weights=init))
+    assert parse_config("a", lora_config(init_lora_weights=init)).notes == ()
 
 
-@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora", "OLoRA", "corda", "loftq", "lora_ga", "new"])
-def test_initialisations_that_change_the_base_weights_are_refused(init: str) -> None:
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora", "OLoRA", "corda", "loftq", "lora_ga", "new", 1])
+def test_initialisations_that_change_the_base_weights_are_refused(init: object) -> None:
     """PEFT rewrites such a config to True when it converts the adapter to one for the original weights."""
-    assert f"init_lora_weights: {init!r}" in problems(lora_config(init_lora_weights=init))
+    told = problems(lora_config(init_lora_weights=init))
+
+    assert told.startswith(f"init_lora_weights: {init!r} trains against changed base weights")
+    assert "model.save_pretrained(OUT, path_initial_model_for_weight_conversion=FIRST)" in told
 
 
 def test_settings_of_an_initialisation_that_is_not_used_do_not_matter() -> None:

@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig
 from support.checkpoints import edit_tensors, write_gralora, write_lora
 from support.hostile import write_hostile
+from support.peft_adapters import save_adapter
 from support.tiny_models import save_tiny_model, tiny_config, tiny_model
 
+from gralora_runtime.adapters.checkpoint.doubts import CHANGES_NOTHING
 from gralora_runtime.adapters.checkpoint.spec import ModuleShape
 from gralora_runtime.errors import ModelUnsupportedError
 from gralora_runtime.model.adaptable import adaptable_modules, weight_norms
@@ -100,7 +103,7 @@ def test_an_adapter_that_does_not_fit_is_exit_code_4_with_every_reason(tmp_path:
     facts = json.loads(out)
 
     assert facts["fits"] is False
-    assert "it matches no module of the base model" in facts["problems"]
+    assert facts["problems"][0].startswith("it matches no module of the base model: its tensors are called base_model.")
     assert err.startswith("error: ")
     assert len(err.splitlines()) == 1
 
@@ -160,6 +163,58 @@ def test_what_is_odd_about_weights_is_told_when_they_are_read(tmp_path: Path, ca
     assert run(["adapters", "inspect", str(huge), "--model", str(model), "--weights", "--json"]) == ExitCode.OK
     (warning,) = inspected(capsys)["warnings"]
     assert warning.startswith("in 2 of 2 modules it adds more than 10 times the weight's own norm: model.layers.")
+
+
+def test_an_adapter_that_was_not_trained_is_told_of(tmp_path: Path, capsys) -> None:
+    """As PEFT makes it: A is random, and all B are zero."""
+    model = save_tiny_model("llama", tmp_path / "model")
+    config = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    adapter = save_adapter(tiny_model("llama"), config, tmp_path / "a")
+
+    assert run(["adapters", "inspect", str(adapter), "--model", str(model), "--weights", "--json"]) == ExitCode.OK
+    facts = inspected(capsys)
+
+    assert (facts["fits"], facts["warnings"]) == (True, [CHANGES_NOTHING])
+
+
+@pytest.mark.parametrize("weights", [(), ("--weights",)], ids=["headers", "weights"])
+def test_strange_names_and_stamps_are_told(tmp_path: Path, weights: tuple[str, ...], capsys) -> None:
+    model = save_tiny_model("llama", tmp_path / "model")
+    modules = [shape for shape in module_shapes(model) if shape.name.endswith("q_proj")]
+    adapter = write_lora(tmp_path / "a", modules, target_modules=["q_proj"], lora_alpha=1e-3, unsloth_fixed=True)
+
+    def rename(tensors: dict[str, torch.Tensor]) -> None:
+        for name in list(tensors):
+            tensors[name.replace("base_model.model.model", "model.language_model")] = tensors.pop(name)
+
+    edit_tensors(adapter, rename)
+    assert run(["adapters", "inspect", str(adapter), "--model", str(model), *weights, "--json"]) == ExitCode.OK
+    facts = inspected(capsys)
+    assert run(["adapters", "inspect", str(adapter), "--model", str(model), *weights]) == ExitCode.OK
+    shown = " ".join(capsys.readouterr().out.split())
+
+    (warning,) = facts["warnings"]
+    assert warning.startswith("its config has unsloth_fixed: True, ")
+    assert facts["fits"] is True
+    assert facts["targets"] == {"model.language_model.layers.*.self_attn.q_proj": 2}
+    assert facts["tensor_names"] == [
+        "base_model.model. does not stand before them",
+        "what is model.language_model.* in the model that it was trained in is model.* in this one",
+    ]
+    assert all(sentence in shown for sentence in facts["tensor_names"])
+
+
+def test_a_key_that_an_operator_allows_is_a_warning(tmp_path: Path, capsys) -> None:
+    adapter = str(write_gralora(tmp_path / "a", run_id=7, seed_of_it=3))
+    allowed = ["--allow-unknown-config-key", "run_id", "--allow-unknown-config-key", "seed_of_it"]
+
+    assert run(["adapters", "inspect", adapter, *allowed[:2]]) == ExitCode.UNFIT_ADAPTER
+    assert "seed_of_it: 3 is not known here" in capsys.readouterr().err
+    assert run(["adapters", "inspect", adapter, *allowed, "--weights", "--json"]) == ExitCode.OK
+    assert [warning.split(",")[0] for warning in inspected(capsys)["warnings"]] == [
+        "its config has run_id: 7",
+        "its config has seed_of_it: 3",
+    ]
 
 
 def test_an_adapter_that_changes_nothing_needs_no_model_to_be_told(tmp_path: Path, capsys) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,13 @@ def directory(tmp_path: Path) -> Path:
     for name, data in FILES.items():
         (folder / name).write_bytes(data)
     return folder
+
+
+def left_by_trainer(directory: Path) -> Path:
+    """A directory with the adapter in one below it."""
+    run = directory.parent / "run"
+    shutil.copytree(directory, run / "checkpoint-10", dirs_exist_ok=True)
+    return run
 
 
 class Writes:
@@ -142,6 +150,8 @@ async def test_a_push_that_cannot_be_says_why(connect: Connect, uploads: Uploads
             await call(client, "adapters.push", directory, "../bard")
         with pytest.raises(FileNotFoundError, match=CONFIG):
             await call(client, "adapters.push", directory / "checkpoint-10", "bard")
+        with pytest.raises(FileNotFoundError, match="; run/checkpoint-10 has one: name that directory"):
+            await call(client, "adapters.push", left_by_trainer(directory), "bard")
         s.engine.adapters.error = AdapterRejectedError("bard", ["it uses DoRA"])
         with pytest.raises(FailedPreconditionError, match="it uses DoRA"):
             await call(client, "adapters.push", directory, "bard")

@@ -128,7 +128,11 @@ def test_a_misspelt_variable_is_refused_and_somebody_elses_is_not() -> None:
 @pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: setting.key)
 def test_names_follow_one_rule(setting: Setting) -> None:
     """What is an exception to it is listed here."""
-    options = {"adapters.sources": "--adapters", "adapters.allow_roots": "--allow-root"}
+    options = {
+        "adapters.sources": "--adapters",
+        "adapters.allow_roots": "--allow-root",
+        "adapters.allow_unknown_config_keys": "--allow-unknown-config-key",
+    }
 
     assert setting.option == options.get(setting.key, "--" + setting.name.replace("_", "-"))
     assert setting.variables[0] == f"GRALORA_{setting.section.upper()}_{setting.name.upper()}"

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from gralora_runtime.adapters.checkpoint.header import ModulePlan, PartTensors
+from gralora_runtime.adapters.checkpoint.naming import Naming, as_peft_names
 from gralora_runtime.adapters.checkpoint.spec import MAX_RANK, Dialect
 from gralora_runtime.adapters.checkpoint.update import as_blocks
 from gralora_runtime.adapters.checkpoint.whole import WholeAdapter
@@ -57,7 +58,8 @@ def convert(adapter: WholeAdapter, to: Dialect) -> Converted:
         part = adapter.plan[0].parts[0].part  # all modules agree in rank and scale
         return Converted(_gralora_config(adapter, to, part.r, alpha_for(part.scale, part.r)), _as_one_block(adapter))
     alpha = adapter.config["gralora_alpha" if to is Dialect.PEFT_GRALORA else "alpha"]
-    return Converted(_gralora_config(adapter, to, adapter.header.rank, alpha), adapter.tensors)
+    tensors = {as_peft_names(name): tensor for name, tensor in adapter.tensors.items()}
+    return Converted(_gralora_config(adapter, to, adapter.header.rank, alpha), tensors)
 
 
 def alpha_for(scale: float, rank: int) -> int | float:
@@ -167,4 +169,4 @@ def _plain_b(b: Tensor) -> Tensor:
 
 
 def _name(module: ModulePlan, tensor: str) -> str:
-    return f"base_model.model.{module.module.name}.{tensor}"
+    return Naming().tensor(module.module.name, tensor)

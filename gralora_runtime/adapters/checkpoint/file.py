@@ -26,6 +26,10 @@ class MalformedError(ValueError):
     """A file that cannot be read, whoever's it is. The message is a sentence for its owner."""
 
 
+class MissingFileError(MalformedError):
+    """There is no such file in a directory that is there."""
+
+
 def open_regular(directory: Path, file: str, roots: Sequence[Path]) -> BinaryIO:
     """The file, opened to be read. One that leaves `roots` through a link is refused, and so is all that is no file.
 
@@ -44,11 +48,11 @@ def open_regular(directory: Path, file: str, roots: Sequence[Path]) -> BinaryIO:
             raise MalformedError(f"{file} cannot be read ({cause.strerror})") from cause
         if not directory.is_dir():
             raise MalformedError(f"there is no directory {directory.name}") from cause
-        raise MalformedError(f"{file} is missing") from cause
+        raise MissingFileError(f"{file} is missing") from cause
     if stat.S_ISREG(os.fstat(opened).st_mode):
         return os.fdopen(opened, "rb")
     os.close(opened)
-    raise MalformedError(f"{file} is missing")
+    raise MissingFileError(f"{file} is missing")
 
 
 def read_at_most(opened: BinaryIO, file: str, num_bytes: int) -> bytes:

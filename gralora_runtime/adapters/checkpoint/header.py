@@ -7,16 +7,32 @@ from __future__ import annotations
 
 import math
 import os
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from gralora_runtime.adapters.checkpoint.file import MalformedError, open_regular, parse_object, read_text
+from gralora_runtime.adapters.checkpoint.file import (
+    MalformedError,
+    MissingFileError,
+    open_regular,
+    parse_object,
+    read_text,
+)
+from gralora_runtime.adapters.checkpoint.mending import name_instead, save_as_safetensors
+from gralora_runtime.adapters.checkpoint.naming import Naming, naming_for, spelling, take_apart
 from gralora_runtime.adapters.checkpoint.remembered import remembered
-from gralora_runtime.adapters.checkpoint.spec import AdapterSpec, Dialect, ModuleShape, Part, parse_config, rejected
+from gralora_runtime.adapters.checkpoint.spec import (
+    AdapterSpec,
+    Dialect,
+    ModuleShape,
+    Part,
+    clipped,
+    parse_config,
+    rejected,
+)
 from gralora_runtime.adapters.checkpoint.targets import MATCHING_BUDGET_S, MatchingBudget, SlowPatternError
 from gralora_runtime.adapters.checkpoint.tensors import DTYPES, WEIGHTS_FILE, TensorInfo, parse_header, read_header
 
@@ -27,11 +43,9 @@ MAX_CONFIG_BYTES = 1 << 20
 MAX_CONFIG_VALUES = 1 << 17
 MAX_KEPT_CONFIG_BYTES = 64 << 10  # a plan is kept together with its config: as for headers, not with a huge one
 ALIGNMENT = 16  # elements between the starts of two packed matrices
-
-_TENSOR = re.compile(
-    r"base_model\.model\.(?P<module>.+)\."
-    r"(?:gralora_[AB](?:_general\.weight)?|lora_[AB]\.weight)"
-)
+MAX_EXAMPLES = 2  # names of each side, where no name of one is the other's
+MAX_EXAMPLE_CHARS = 200
+_FIRST_MATRICES = ("gralora_A", "lora_A.weight")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +89,7 @@ class AdapterSummary:
     tensor_bytes: int  # in the file
     packed_numel: int  # elements of a pool
     base_model: str
+    notes: tuple[str, ...] = ()  # see `AdapterSpec`
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,9 +120,10 @@ class AdapterHeader:
 
     @property
     def targets(self) -> tuple[str, ...]:
-        """The modules for which the checkpoint has tensors of a low-rank pair."""
-        found = (_TENSOR.fullmatch(name) for name in self.tensors)
-        return tuple(sorted({match["module"] for match in found if match}))
+        """The modules for which the checkpoint has tensors of a low-rank pair, by their paths where it was trained."""
+        naming = self.naming()
+        found = (naming.module(name) for name in map(take_apart, self.tensors) if name is not None)
+        return tuple(sorted({module for module in found if module is not None}))
 
     @property
     def tensor_bytes(self) -> int:
@@ -123,11 +139,15 @@ class AdapterHeader:
         shapes = [ModuleShape(module, 0, 0) for module in self.targets]
         return max((module.width for module in self.plan(shapes)), default=0)
 
+    def naming(self, modules: Sequence[ModuleShape] = ()) -> Naming:
+        """How its tensors are called, held against a base model's modules if there are any."""
+        return _naming(self.tensors, tuple(modules))
+
     def plan(self, modules: Sequence[ModuleShape]) -> Plan:
         """What the config puts on which of these modules, whether or not the tensors are there."""
         try:
             plan = _plan_once if self.config_bytes <= MAX_KEPT_CONFIG_BYTES else _plan
-            return plan(replace(self.spec, base_model=""), tuple(modules))
+            return plan(replace(self.spec, base_model="", notes=()), tuple(modules), self.naming(modules))
         except SlowPatternError as cause:
             problem = f"its patterns take more than {MATCHING_BUDGET_S:.0f} s to match"
             raise rejected(self.name, [problem]) from cause
@@ -152,20 +172,25 @@ class AdapterHeader:
         return _summary(self.tensors, self.plan(modules), self.spec, keeps_16_bit)
 
     def _problems(self, plan: Plan, modules: Sequence[ModuleShape]) -> list[str]:
-        problems = list(_problems(plan, self.tensors, modules))
+        problems = list(_problems(plan, self.tensors, modules, self.naming(modules)))
         if problems and self.spec.base_model:
             problems.insert(0, f"it was trained for the base model {self.spec.base_model!r}")
         if not _matches(plan, self.tensors):
-            problems.insert(0, "it matches no module of the base model")
+            problems.insert(0, f"it matches no module of the base model{_examples(self.tensors, modules)}")
         return problems
 
 
-def inspect(path: Path, *, name: str = "", roots: Sequence[Path] = ()) -> AdapterHeader:
-    """Read an adapter directory's config and header. Files that leave `roots` through a link are refused."""
+def inspect(
+    path: Path, *, name: str = "", roots: Sequence[Path] = (), allowed_keys: Collection[str] = ()
+) -> AdapterHeader:
+    """Read an adapter directory's config and header. Files that leave `roots` through a link are refused.
+
+    `allowed_keys`: see `parse_config`.
+    """
     name = name or path.name
     try:
-        config = read_text(path, CONFIG_FILE, roots, max_bytes=MAX_CONFIG_BYTES)
-        spec = parse_config(name, parse_object(CONFIG_FILE, config, max_values=MAX_CONFIG_VALUES))
+        config = _read_config(path, roots)
+        spec = parse_config(name, parse_object(CONFIG_FILE, config, max_values=MAX_CONFIG_VALUES), allowed_keys)
         header, file_bytes = _read_header(path, roots)
         tensors = parse_header(header, file_bytes)
     except MalformedError as cause:
@@ -204,39 +229,64 @@ def aligned(numel: int) -> int:
 
 def read_config(path: Path, roots: Sequence[Path] = ()) -> dict[str, Any]:
     """The config as it stands in its file, unread. Raises MalformedError."""
-    return parse_object(
-        CONFIG_FILE, read_text(path, CONFIG_FILE, roots, max_bytes=MAX_CONFIG_BYTES), max_values=MAX_CONFIG_VALUES
-    )
+    return parse_object(CONFIG_FILE, _read_config(path, roots), max_values=MAX_CONFIG_VALUES)
+
+
+def _read_config(path: Path, roots: Sequence[Path]) -> bytes:
+    try:
+        return read_text(path, CONFIG_FILE, roots, max_bytes=MAX_CONFIG_BYTES)
+    except MissingFileError as cause:
+        raise MissingFileError(f"{cause}{name_instead(path, CONFIG_FILE)}") from cause
 
 
 def _read_header(path: Path, roots: Sequence[Path]) -> tuple[bytes, int]:
     """The raw header, and how many bytes the file has."""
     try:
         opened = open_regular(path, WEIGHTS_FILE, roots)
-    except MalformedError as cause:
+    except MissingFileError as cause:
         if (path / PICKLE_FILE).exists():
-            problem = f"{PICKLE_FILE} is a pickle, which can run code: save the adapter as safetensors"
-            raise MalformedError(problem) from cause
+            problem = f"{PICKLE_FILE} is a pickle, which can run code, and is not read"
+            raise MalformedError(f"{problem}{save_as_safetensors(path)}") from cause
         raise
     with opened:
         return read_header(opened), os.fstat(opened.fileno()).st_size
 
 
-def _plan(spec: AdapterSpec, modules: tuple[ModuleShape, ...]) -> Plan:
+@remembered
+def _naming(tensors: Mapping[str, TensorInfo], modules: tuple[ModuleShape, ...]) -> Naming:
+    names = {module.name for module in modules}
+    return naming_for(tensors, names) if names else spelling(tensors)
+
+
+def _examples(tensors: Mapping[str, TensorInfo], modules: Sequence[ModuleShape]) -> str:
+    """Names of both sides, if both have some, behind a sentence that they do not meet."""
+    matrices = (name for name in tensors if (taken := take_apart(name)) and taken.matrix in _FIRST_MATRICES)
+    theirs, ours = _listed(matrices) or _listed(tensors), _listed(module.name for module in modules)
+    return f": its tensors are called {theirs}, the model's layers {ours}" if theirs and ours else ""
+
+
+def _listed(names: Iterable[str]) -> str:
+    return " and ".join(clipped(name, MAX_EXAMPLE_CHARS) for name in islice(names, MAX_EXAMPLES))
+
+
+def _plan(spec: AdapterSpec, modules: tuple[ModuleShape, ...], naming: Naming) -> Plan:
+    """The config speaks of modules by their paths in the model that the adapter was trained in."""
     budget = MatchingBudget()
+    paths = ((module, naming.path(module.name)) for module in modules)
     return tuple(
-        ModulePlan(module=module, parts=tuple(_part_tensors(spec, module, budget)))
-        for module in modules
-        if spec.targets.matches(module.name, budget)
+        ModulePlan(module=module, parts=tuple(_part_tensors(spec, module, path, naming, budget)))
+        for module, path in paths
+        if spec.targets.matches(path, budget)
     )
 
 
 _plan_once = lru_cache(maxsize=64)(_plan)  # thousands of adapters come from a few training recipes
 
 
-def _part_tensors(spec: AdapterSpec, module: ModuleShape, budget: MatchingBudget) -> Iterator[PartTensors]:
-    prefix = f"base_model.model.{module.name}."
-    for index, part in enumerate(spec.parts(module.name, budget)):
+def _part_tensors(
+    spec: AdapterSpec, module: ModuleShape, path: str, naming: Naming, budget: MatchingBudget
+) -> Iterator[PartTensors]:
+    for index, part in enumerate(spec.parts(path, budget)):
         if spec.dialect is not Dialect.LORA and index == 0:
             names = ("gralora_A", "gralora_B")
             a_shape: tuple[int, ...] = (part.k, module.in_features // part.k, part.r)
@@ -249,9 +299,8 @@ def _part_tensors(spec: AdapterSpec, module: ModuleShape, budget: MatchingBudget
                 else ("gralora_A_general.weight", "gralora_B_general.weight")
             )
             a_shape, b_shape = (part.r, module.in_features), (module.out_features, part.r)
-        yield PartTensors(
-            part=part, a_name=prefix + names[0], a_shape=a_shape, b_name=prefix + names[1], b_shape=b_shape
-        )
+        a_name, b_name = (naming.tensor(path, matrix) for matrix in names)
+        yield PartTensors(part=part, a_name=a_name, a_shape=a_shape, b_name=b_name, b_shape=b_shape)
 
 
 def _tensor_bytes(tensors: Mapping[str, TensorInfo]) -> int:
@@ -278,24 +327,29 @@ def _summary(tensors: Mapping[str, TensorInfo], plan: Plan, spec: AdapterSpec, k
         tensor_bytes=_tensor_bytes(tensors),
         packed_numel=_packed_numel(plan, tensors, keeps_16_bit=keeps_16_bit),
         base_model=spec.base_model,
+        notes=spec.notes,
     )
 
 
 @remembered
 def _fits(tensors: Mapping[str, TensorInfo], plan: Plan) -> bool:
     """Whether nothing is wrong. What is wrong is a text for one adapter's owner, and not kept."""
-    return _matches(plan, tensors) and next(_problems(plan, tensors, ()), None) is None
+    return _matches(plan, tensors) and next(_problems(plan, tensors, (), Naming()), None) is None
 
 
 def _matches(plan: Plan, tensors: Mapping[str, TensorInfo]) -> bool:
     return any(pair.a_name in tensors for module in plan for pair in module.parts)
 
 
-def _problems(plan: Plan, tensors: Mapping[str, TensorInfo], modules: Iterable[ModuleShape]) -> Iterator[str]:
-    """`modules`: of the base model. They make a difference to what is said, and none to whether something is."""
+def _problems(
+    plan: Plan, tensors: Mapping[str, TensorInfo], modules: Iterable[ModuleShape], naming: Naming
+) -> Iterator[str]:
+    """`modules`: of the base model. They and `naming` make a difference to what is said, and none to whether something
+    is.
+    """
     yield from _dtype_problems(tensors)
     yield from _misfits(plan, tensors)
-    yield from _surplus(plan, tensors, modules)
+    yield from _surplus(plan, tensors, modules, naming)
 
 
 def _dtype_problems(tensors: Mapping[str, TensorInfo]) -> Iterator[str]:
@@ -324,19 +378,24 @@ def _misfit(tensors: Mapping[str, TensorInfo], name: str, expected: tuple[int, .
         yield f"tensor {name} has shape {list(tensor.shape)}, the base model needs {list(expected)}"
 
 
-def _surplus(plan: Plan, tensors: Mapping[str, TensorInfo], modules: Iterable[ModuleShape]) -> Iterator[str]:
+def _surplus(
+    plan: Plan, tensors: Mapping[str, TensorInfo], modules: Iterable[ModuleShape], naming: Naming
+) -> Iterator[str]:
     expected = {name for module in plan for pair in module.parts for name in (pair.a_name, pair.b_name)}
     known = {module.name for module in modules}
     targeted = {module.module.name for module in plan}
     for name in tensors:
         if name in expected:
             continue
-        match = _TENSOR.fullmatch(name)
-        if match is None:
+        taken = take_apart(name)
+        module = naming.module(taken) if taken else None
+        if taken is None:
             yield f"tensor {name} is not part of a LoRA or GraLoRA"
-        elif match["module"] not in known:
-            yield f"tensor {name}: the base model has no linear layer {match['module']}"
-        elif match["module"] not in targeted:
-            yield f"tensor {name}: target_modules does not name {match['module']}"
+        elif module is None or (module in known and naming.tensor(naming.path(module), taken.matrix) != name):
+            yield f"tensor {name} is spelled in another way than the others"
+        elif module not in known:
+            yield f"tensor {name}: the base model has no linear layer {module}"
+        elif module not in targeted:
+            yield f"tensor {name}: target_modules does not name {module}"
         else:
             yield f"tensor {name} is surplus: the config asks for no such tensor"

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -83,15 +83,18 @@ def load(
     *,
     max_width: int,
     roots: Sequence[Path] = (),
+    allowed_keys: Collection[str] = (),
     packing: Packing = ROW_MAJOR,
     spread: Spread = serially,
 ) -> LoadedAdapter:
     """Read, check and pack an adapter for a pool of `dtype`, or raise AdapterRejectedError with every reason.
 
     `packing` is how the kernels want matrices to lie. The digest depends neither on it nor on `dtype`.
+
+    `allowed_keys`: see `parse_config`.
     """
     assert dtype == torch.float32 or not packing.keeps_16_bit, "only an fp32 pool holds matrices of 16 bits as they are"
-    header = inspect(path, name=name, roots=roots)
+    header = inspect(path, name=name, roots=roots, allowed_keys=allowed_keys)
     plan = header.fitting_plan(modules)
     summary = header.summary(modules, keeps_16_bit=packing.keeps_16_bit)
     check_width(name, summary.equivalent_rank, max_width)

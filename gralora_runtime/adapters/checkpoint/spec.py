@@ -7,11 +7,19 @@ from __future__ import annotations
 
 import math
 import reprlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, TypeVar
 
+from gralora_runtime.adapters.checkpoint.config_keys import (
+    GRALORA_KEYS,
+    LORA_KEYS,
+    PASSED_OVER,
+    Key,
+    is_off,
+    unknown,
+)
 from gralora_runtime.adapters.checkpoint.targets import (
     ALL_LINEAR,
     ANY_LAYER_NUMBER,
@@ -34,43 +42,6 @@ MAX_PROBLEMS = 20  # in one message; the rest is counted
 MAX_PROBLEM_CHARS = 1500  # the name of a tensor may have 1,024
 MAX_RANK = 1 << 20
 _MAX_FLOAT32 = 3.4e38
-
-# Each key a config may hold is read, irrelevant, or refused when set. Irrelevant: training, provenance, or an
-# initialisation that only matters together with `init_lora_weights`, which is read.
-_IRRELEVANT = {
-    "auto_mapping",
-    "base_model_name_or_path",
-    "fan_in_fan_out",  # PEFT overrides it by what the base layer really is, and so do we
-    "inference_mode",
-    "peft_version",
-    "revision",
-}
-_IRRELEVANT_GRALORA = {"gralora_dropout", "init_weights"}
-_IRRELEVANT_LORA = {
-    "corda_config",
-    "eva_config",
-    "loftq_config",
-    "lora_dropout",
-    "lora_ga_config",
-    "megatron_core",
-    "qalora_group_size",
-    "runtime_config",
-}
-_COMMON = {"peft_type", "task_type", "bias", "modules_to_save", "r"}
-_TARGETS = {"target_modules", "layers_to_transform", "layers_pattern"}
-_READ_GRALORA = {"alpha", "gralora_alpha", "gralora_k", "hybrid_r"}
-_READ_LORA = {
-    "lora_alpha",
-    "use_rslora",
-    "rank_pattern",
-    "alpha_pattern",
-    "exclude_modules",
-    "init_lora_weights",
-}
-
-# The initialisations that leave the base weights as they are. The others (PiSSA, OLoRA, CorDA, LoRA-GA, LoftQ) train
-# against changed base weights; PEFT writes True here when it converts such an adapter to a plain one on saving.
-_PLAIN_INITS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 
 
 class Dialect(StrEnum):
@@ -111,6 +82,7 @@ class AdapterSpec:
     scale: float
     targets: TargetRule
     base_model: str = ""
+    notes: tuple[str, ...] = ()  # what else its config says that a person should hear of, in sentences
     alpha: float = 0.0  # LoRA only, as are the three below: its scale can differ from module to module
     use_rslora: bool = False
     rank_pattern: PatternTable = field(default_factory=PatternTable)
@@ -129,9 +101,12 @@ class AdapterSpec:
         return (Part(r=rank, k=1, scale=scale),)
 
 
-def parse_config(name: str, config: Mapping[str, Any]) -> AdapterSpec:
-    """Read a config of any dialect, or raise with every reason why it cannot be served."""
-    reader = _ConfigReader(config)
+def parse_config(name: str, config: Mapping[str, Any], allowed_keys: Collection[str] = ()) -> AdapterSpec:
+    """Read a config of any dialect, or raise with every reason why it cannot be served.
+
+    `allowed_keys`: keys that are passed over, although nobody here knows them.
+    """
+    reader = _ConfigReader(config, allowed_keys)
     peft_type = config.get("peft_type")
     spec: AdapterSpec | None = None
     if peft_type == "GRALORA":
@@ -166,13 +141,14 @@ def _lora_scale(alpha: float, rank: int, *, use_rslora: bool) -> float:
 class _ConfigReader:
     """Reads keys one by one and collects problems instead of stopping at the first. Bad values read as a harmless 1."""
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
+    def __init__(self, config: Mapping[str, Any], allowed_keys: Collection[str]) -> None:
         self.config = config
         self.problems: list[str] = []
+        self._allowed_keys = allowed_keys
         self._budget = MatchingBudget()
 
     def gralora(self) -> AdapterSpec:
-        self._refuse_unknown(_COMMON | _TARGETS | _READ_GRALORA, _IRRELEVANT | _IRRELEVANT_GRALORA)
+        notes = self._judge(GRALORA_KEYS)
         r, k = self._rank("r"), self._rank("gralora_k")
         hybrid = self._integer("hybrid_r", minimum=0) if "hybrid_r" in self.config else 0
         authors = "gralora_alpha" in self.config
@@ -194,13 +170,11 @@ class _ConfigReader:
             scale=self._scale(alpha / total),
             targets=self._targets(),
             base_model=self._base_model(),
+            notes=notes,
         )
 
     def lora(self) -> AdapterSpec:
-        self._refuse_unknown(_COMMON | _TARGETS | _READ_LORA, _IRRELEVANT | _IRRELEVANT_LORA)
-        init = self.config.get("init_lora_weights")
-        if (init.lower() if isinstance(init, str) else init) not in _PLAIN_INITS:
-            self.problems.append(f"init_lora_weights: {init!r} trains against changed base weights")
+        notes = self._judge(LORA_KEYS)
         rank, alpha = self._rank("r"), self._number("lora_alpha")
         use_rslora = self._flag("use_rslora")
         return AdapterSpec(
@@ -211,24 +185,24 @@ class _ConfigReader:
             scale=self._scale(_lora_scale(alpha, rank, use_rslora=use_rslora)),
             targets=self._targets(),
             base_model=self._base_model(),
+            notes=notes,
             alpha=alpha,
             use_rslora=use_rslora,
             rank_pattern=self._pattern_table("rank_pattern"),
             alpha_pattern=self._pattern_table("alpha_pattern"),
         )
 
-    def _refuse_unknown(self, read: set[str], irrelevant: set[str]) -> None:
-        """Whatever we do not know by name may change the mathematics, unless it is switched off."""
-        for key in sorted(set(self.config) - read - irrelevant):
-            value = self.config[key]
-            if not (value is None or value is False or value in ({}, [], "")):
-                self.problems.append(f"{key}: {_shown(value)} is not supported")
-        if self.config.get("task_type") not in (None, "CAUSAL_LM"):
-            self.problems.append(f"task_type: {_shown(self.config['task_type'])} is not supported (CAUSAL_LM is)")
-        if self.config.get("bias") not in (None, "none"):
-            self.problems.append(f"bias: {_shown(self.config['bias'])} is not supported (none is)")
-        if self.config.get("modules_to_save"):
-            self.problems.append(f"modules_to_save: {_shown(self.config['modules_to_save'])} is not supported")
+    def _judge(self, keys: Mapping[str, Key]) -> tuple[str, ...]:
+        """Refuses what changes the mathematics, and returns what else is to be told."""
+        notes = []
+        for name in sorted(self.config):
+            value = self.config[name]
+            key = keys.get(name) or (PASSED_OVER if name in self._allowed_keys else unknown(name))
+            if not key.neutral(value):
+                self.problems.append(f"{name}: {_shown(value)} {key.otherwise}")
+            elif key.told and not is_off(value):
+                notes.append(f"its config has {name}: {_shown(value)}, {key.told}")
+        return tuple(notes)
 
     def _check_blocks(self, rank: int, k: int, hybrid: int) -> None:
         if rank < 1:

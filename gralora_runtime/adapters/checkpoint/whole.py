@@ -6,7 +6,7 @@ Serving does not come here: it packs each tensor while it reads (`loader`).
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,17 +45,24 @@ class WholeAdapter:
         return {module.module.name: update_of(module, self.tensors) for module in self.plan}
 
 
-def read_whole(path: Path, modules: Sequence[ModuleShape] | None = None, *, roots: Sequence[Path] = ()) -> WholeAdapter:
+def read_whole(
+    path: Path,
+    modules: Sequence[ModuleShape] | None = None,
+    *,
+    roots: Sequence[Path] = (),
+    allowed_keys: Collection[str] = (),
+) -> WholeAdapter:
     """Read and check an adapter, or raise AdapterRejectedError with every reason.
 
-    `modules`: of the base model. Without them, the adapter's own tensors say how wide its modules are.
+    `modules`: of the base model. Without them, the adapter's own tensors say how wide its modules are. `allowed_keys`:
+    see `parse_config`.
     """
-    header = inspect(path, roots=roots)
+    header = inspect(path, roots=roots, allowed_keys=allowed_keys)
     plan = header.fitting_plan(implied_shapes(header) if modules is None else modules)
     names = [name for module in plan for pair in module.parts for name in (pair.a_name, pair.b_name)]
     try:
         config = read_config(path, roots)
-        if parse_config(header.name, config) != header.spec:
+        if parse_config(header.name, config, allowed_keys) != header.spec:
             raise rejected(header.name, ["its config changed while it was being read"])
         with open_regular(path, WEIGHTS_FILE, roots) as opened:
             check_unchanged(opened, header)
@@ -76,14 +83,15 @@ def read_whole(path: Path, modules: Sequence[ModuleShape] | None = None, *, root
 
 def implied_shapes(header: AdapterHeader) -> list[ModuleShape]:
     """The modules that a checkpoint has tensors for, in the order of their names, as wide as those tensors are."""
-    return [ModuleShape(module, *_widths(header, f"base_model.model.{module}.")) for module in header.targets]
+    return [ModuleShape(module, *_widths(header, module)) for module in header.targets]
 
 
-def _widths(header: AdapterHeader, prefix: str) -> tuple[int, int]:
+def _widths(header: AdapterHeader, module: str) -> tuple[int, int]:
     """(in, out). What is missing or has another number of dimensions counts as 0, and misfits its plan."""
+    naming = header.naming()
 
-    def shape(name: str) -> tuple[int, ...]:
-        tensor = header.tensors.get(prefix + name)
+    def shape(matrix: str) -> tuple[int, ...]:
+        tensor = header.tensors.get(naming.tensor(module, matrix))
         return tensor.shape if tensor is not None else ()
 
     match shape("lora_A.weight"), shape("lora_B.weight"), shape("gralora_A"), shape("gralora_B"):

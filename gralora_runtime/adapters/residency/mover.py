@@ -67,6 +67,7 @@ class Mover:
         cache: HostCache,
         modules: Sequence[ModuleShape],
         max_width: int,
+        allowed_keys: Collection[str],
         answering: Callable[[], AbstractContextManager[Answers]],
         serve: Serve,
         changed: Changed,
@@ -84,6 +85,7 @@ class Mover:
         self._cache = cache
         self._modules = tuple(modules)
         self._max_width = max_width
+        self._allowed_keys = allowed_keys
         self._answering = answering  # takes the lock
         self._serve = serve  # what a waiter gets once its adapter is there
         self._changed = changed  # a version's files hold other content than it had
@@ -236,6 +238,7 @@ class Mover:
                 self._pool.arena.dtype,
                 max_width=self._max_width,
                 roots=roots,
+                allowed_keys=self._allowed_keys,
                 packing=self._pool.packing,
                 spread=self._pool.spread,
             )

@@ -211,15 +211,20 @@ def inspect(
     weights: Annotated[
         bool, typer.Option("--weights", help="Read the weights, too, and the model's: warn of what is odd about them.")
     ] = False,
+    allow_unknown_config_key: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT", help="As the same option of `gralora serve`.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Say what an adapter on disk is, from its headers alone, and whether it fits a base model."""
     from gralora_runtime.adapters.checkpoint.header import inspect as read_header
 
-    header = read_header(path)
+    header = read_header(path, allowed_keys=allow_unknown_config_key or ())
     modules = None if model is None else _module_shapes(model)
     problems = [] if modules is None else header.fits(modules)
-    warnings = [] if problems else _warnings(header, path, model, weights=weights)
+    warnings = [] if problems else _doubts_of_names(header, model)
+    if weights and not problems:
+        warnings += _doubts_of_weights(path, model, modules, allow_unknown_config_key or ())
     facts = _facts(header, modules, problems, warnings)
     if json:
         print_json(facts)
@@ -235,16 +240,21 @@ def _module_shapes(model: Path) -> list[ModuleShape]:
     return module_shapes(model)
 
 
-def _warnings(header: AdapterHeader, path: Path, model: Path | None, *, weights: bool) -> list[str]:
-    from gralora_runtime.adapters.checkpoint.doubts import about_names, about_weights
+def _doubts_of_names(header: AdapterHeader, model: Path | None) -> list[str]:
+    from gralora_runtime.adapters.checkpoint.doubts import about_names
 
     served = "" if model is None else model.resolve().name
-    found = about_names(header.spec.base_model, served)
-    if not weights:
-        return found
+    return [*about_names(header.spec.base_model, served), *header.spec.notes]
+
+
+def _doubts_of_weights(
+    path: Path, model: Path | None, modules: Sequence[ModuleShape] | None, allowed_keys: Sequence[str]
+) -> list[str]:
+    from gralora_runtime.adapters.checkpoint.doubts import about_weights
     from gralora_runtime.adapters.checkpoint.whole import read_whole
 
-    return [*found, *about_weights(read_whole(path).updates(), {} if model is None else _weight_norms(model))]
+    whole = read_whole(path, modules, allowed_keys=allowed_keys)
+    return about_weights(whole.updates(), {} if model is None else _weight_norms(model))
 
 
 def _weight_norms(model: Path) -> dict[str, float]:
@@ -268,6 +278,7 @@ def _facts(
         "num_modules": len(header.targets),
         "tensor_bytes": header.tensor_bytes,
         "base_model": header.spec.base_model,
+        "tensor_names": header.naming(modules or ()).told(),
         "fits": None,
         "problems": list(problems),
         "warnings": list(warnings),
@@ -294,6 +305,8 @@ def _print_facts(name: str, facts: dict[str, Any]) -> None:
     table.add_row("targets", Text(targets))  # Text: what a stranger wrote is not markup
     table.add_row("size", human_bytes(facts["tensor_bytes"]))
     table.add_row("trained for", Text(facts["base_model"] or "(not said)"))
+    for strange in facts["tensor_names"]:
+        table.add_row("tensor names", Text(strange))
     if facts["fits"] is not None:
         table.add_row("fits", Text("yes" if facts["fits"] else f"no: {_first(facts['problems'])}"))
     for warning in facts["warnings"]:

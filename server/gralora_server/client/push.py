@@ -12,6 +12,7 @@ from typing import Self
 from gralora.v1 import adapters_pb2
 from gralora_runtime.adapters.catalogue.manifest import UPLOADED_FILES
 from gralora_runtime.adapters.checkpoint.header import CONFIG_FILE
+from gralora_runtime.adapters.checkpoint.mending import name_instead
 
 CHUNK_BYTES = 256 << 10
 HASHED_BYTES = 1 << 20
@@ -33,7 +34,8 @@ class Push:
         """Reads and hashes all files. Raises FileNotFoundError where there is no adapter."""
         directory = Path(directory)
         if not (directory / CONFIG_FILE).is_file():
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(directory / CONFIG_FILE))
+            problem = os.strerror(errno.ENOENT) + name_instead(directory, CONFIG_FILE)
+            raise FileNotFoundError(errno.ENOENT, problem, str(directory / CONFIG_FILE))
         paths = [path for file in UPLOADED_FILES if (path := directory / file).is_file()]
         header = adapters_pb2.AdapterUploadHeader(name=name, pin=pin, files=[_described(path) for path in paths])
         return cls(directory, header, progress)

@@ -68,6 +68,10 @@ class AdapterSettings(Section):
     allow_roots: Annotated[tuple[Path, ...], Called(option="allow-root")] = _engine(
         "allow_roots", "Links in adapter directories may end below these directories, too."
     )
+    allow_unknown_config_keys: Annotated[tuple[str, ...], Called(option="allow-unknown-config-key")] = _engine(
+        "allow_unknown_config_keys",
+        "A key of adapter_config.json that is not known here: it is passed over, as PEFT does, and told.",
+    )
     state_dir: Path | None = _engine(
         "state_dir", "What outlives the server: versions and promotions, downloads, uploads, copies of old versions."
     )

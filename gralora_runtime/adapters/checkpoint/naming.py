@@ -1,0 +1,117 @@
+"""How a checkpoint spells the names of its tensors, where that is not how PEFT does. Knows neither file nor config.
+
+PEFT writes `base_model.model.PATH.lora_A.weight`, where PATH is a module's in the causal LM. Others leave the beginning
+out, leave the adapter's own name in (`lora_A.default.weight`), or trained the same layers inside of a multimodal model,
+where their PATH is a longer one. One spelling counts for a whole file: so no two of its tensors are for one matrix.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+
+PREFIX = "base_model.model."
+
+# How paths begin in a causal LM, and how in a multimodal model that has the same layers: that of transformers since
+# 4.52, and the one before; of Idefics 3 and SmolVLM. No path begins in two of these ways, so one module fits, or none.
+_WRAPPERS = (
+    ("model.", "model.language_model."),
+    ("", "language_model."),
+    ("model.", "model.text_model."),
+)
+_TENSOR = re.compile(
+    r"(?P<path>.+)\."
+    r"(?:(?P<blocks>gralora_[AB])(?:\.(?P<blocks_of>[^.]+))?"
+    r"|(?P<plain>gralora_[AB]_general|lora_[AB])(?:\.(?P<plain_of>[^.]+))?\.weight)"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class TensorName:
+    """The name of one matrix of a low-rank pair, taken apart."""
+
+    path: str  # of the module, with whatever stands before it
+    matrix: str  # as PEFT calls it: gralora_A, lora_B.weight, ...
+    adapter: str  # its own name; "" where there is none, as PEFT saves it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Naming:
+    """One spelling. As it is made without arguments, it is PEFT's."""
+
+    prefix: str = PREFIX
+    ours: str = ""  # how paths begin in the base model, and
+    theirs: str = ""  # how they do in the model that the adapter was trained in
+    adapter: str = ""
+
+    def path(self, module: str) -> str:
+        """Of a module of the base model: its path in the model that the adapter was trained in."""
+        return self.theirs + module.removeprefix(self.ours) if module.startswith(self.ours) else module
+
+    def tensor(self, path: str, matrix: str) -> str:
+        """What the checkpoint calls a matrix, as PEFT calls it, of the module that has this path in training."""
+        stem, dot, weight = matrix.partition(".")
+        own = f".{self.adapter}" if self.adapter else ""
+        return f"{self.prefix}{path}.{stem}{own}{dot}{weight}"
+
+    def module(self, name: TensorName) -> str | None:
+        """The base model's module that the tensor is for, if there is one; None: its name is of another spelling."""
+        if name.adapter != self.adapter or name.path.startswith(PREFIX) != (self.prefix == PREFIX):
+            return None
+        path = name.path.removeprefix(self.prefix)
+        return self.ours + path.removeprefix(self.theirs) if path.startswith(self.theirs) else path
+
+    def told(self) -> list[str]:
+        """What is strange about it, in sentences for a person."""
+        told = []
+        if self.prefix != PREFIX:
+            told.append(f"{PREFIX} does not stand before them")
+        if self.adapter:
+            told.append(f"the adapter's own name, {self.adapter!r}, stands in them")
+        if self.ours != self.theirs:
+            told.append(f"what is {self.theirs}* in the model that it was trained in is {self.ours}* in this one")
+        return told
+
+
+def take_apart(tensor: str) -> TensorName | None:
+    """None: it is no matrix of a low-rank pair."""
+    match = _TENSOR.fullmatch(tensor)
+    if match is None:
+        return None
+    matrix = match["blocks"] or f"{match['plain']}.weight"
+    return TensorName(match["path"], matrix, match["blocks_of"] or match["plain_of"] or "")
+
+
+def as_peft_names(tensor: str) -> str:
+    """The same with PEFT's beginning and without the adapter's own name."""
+    name = take_apart(tensor)
+    return tensor if name is None else Naming().tensor(name.path.removeprefix(PREFIX), name.matrix)
+
+
+def spelling(tensors: Collection[str]) -> Naming:
+    """As far as names alone tell: the first one's."""
+    for name in filter(None, map(take_apart, tensors)):
+        return Naming(prefix=PREFIX if name.path.startswith(PREFIX) else "", adapter=name.adapter)
+    return Naming()
+
+
+def naming_for(tensors: Collection[str], modules: Collection[str]) -> Naming:
+    """The spelling in which the first name that fits a base model with these modules does so.
+
+    If none does, it is `spelling`: then a plan finds no tensors, and says so.
+    """
+    for name in filter(None, map(take_apart, tensors)):
+        for naming in _spellings(name):
+            if naming.module(name) in modules:
+                return naming
+    return spelling(tensors)
+
+
+def _spellings(name: TensorName) -> Iterator[Naming]:
+    """In which the name may be spelled: without a wrapper, which counts before all, and in at most one of them."""
+    prefix = PREFIX if name.path.startswith(PREFIX) else ""
+    yield Naming(prefix=prefix, adapter=name.adapter)
+    for ours, theirs in _WRAPPERS:
+        if name.path.startswith(prefix + theirs):
+            yield Naming(prefix=prefix, ours=ours, theirs=theirs, adapter=name.adapter)
