@@ -36,6 +36,10 @@ AnyBody = TypeVar("AnyBody", bound=Whole)
 T = TypeVar("T")
 
 
+def _leave_open() -> None:
+    """The connection is somebody else's, as that of Ray Serve's proxy is."""
+
+
 class ClientLeftError(Exception):
     """Nobody reads the response any more."""
 
@@ -49,7 +53,7 @@ class Exchange:
         self._max_body_bytes = max_body_bytes
         self._headers: dict[bytes, bytes] = dict(scope["headers"])
         self._query = dict(parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True))
-        self._abort: Callable[[], None] = scope[ABORT]
+        self._abort: Callable[[], None] = scope.get(ABORT, _leave_open)
         self.peer: Names = scope.get(PEER, NOBODY)
         self.arrived_s = time.monotonic()
         self.begun = False  # the response has
