@@ -10,22 +10,27 @@ not, number for number, of such a form is not taken for it.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from numba import njit
 from torch import Tensor
 
-from gralora_kernels.cpu.microkernel import PANEL, VECTORS
+from gralora_kernels.cpu.microkernel import FROM_OUTPUT, FROM_ZERO, PANEL, VECTORS
 from gralora_kernels.cpu.simd import (
     LANES,
     fma,
+    load,
     load_float16,
     load_high_nibbles,
     load_int8,
     load_low_nibbles,
+    load_part,
     load_scalar,
     splat,
     store,
+    store_part,
 )
 from gralora_kernels.cpu.simd import (
     multiply as times,
@@ -183,3 +188,61 @@ def widen_row(x: int, out: int, features: int, factor: float) -> None:
         d, factors = splat(load_scalar(at, 0)), splat(factor)
         for i in range(0, BLOCK, LANES):
             store(out, b * BLOCK + i, times(times(load_int8(at + 4, i), d), factors))
+
+
+@njit(nogil=True)
+def multiply_row(storage: int, x: int, y: int, source: int, blocks: int, start: int, columns: int) -> None:
+    """y = start + x @ a panel, for one row: widened in registers, and added up in the order of `microkernel`."""
+    a, b = _initial(start, y, 0, columns), _initial(start, y, LANES, columns)
+    for block in range(blocks):
+        if storage == BLOCKS_4:
+            a, b = _add_fours(x, BLOCK * block, source + block * FOURS_BYTES, a, b)
+        else:
+            a, b = _add_eights(x, BLOCK * block, source + block * EIGHTS_BYTES, a, b)
+    _finish(y, 0, columns, a)
+    _finish(y, LANES, columns, b)
+
+
+@njit(nogil=True)
+def _add_fours(x: int, first: int, at: int, a: Any, b: Any) -> tuple[Any, Any]:
+    d, e = load_float16(at, 0), load_float16(at, LANES)
+    m, n = load_float16(at, PANEL), load_float16(at, PANEL + LANES)
+    numbers = at + 4 * PANEL
+    for pair in range(BLOCK // 2):
+        here = pair * PANEL
+        value, following = splat(load_scalar(x, first + 2 * pair)), splat(load_scalar(x, first + 2 * pair + 1))
+        a = fma(value, fma(load_low_nibbles(numbers, here), d, m), a)
+        b = fma(value, fma(load_low_nibbles(numbers, here + LANES), e, n), b)
+        a = fma(following, fma(load_high_nibbles(numbers, here), d, m), a)
+        b = fma(following, fma(load_high_nibbles(numbers, here + LANES), e, n), b)
+    return a, b
+
+
+@njit(nogil=True)
+def _add_eights(x: int, first: int, at: int, a: Any, b: Any) -> tuple[Any, Any]:
+    d, e = load_float16(at, 0), load_float16(at, LANES)
+    numbers = at + 2 * PANEL
+    for row in range(BLOCK):
+        value = splat(load_scalar(x, first + row))
+        a = fma(value, times(load_int8(numbers, row * PANEL), d), a)
+        b = fma(value, times(load_int8(numbers, row * PANEL + LANES), e), b)
+    return a, b
+
+
+@njit(nogil=True)
+def _initial(start: int, y: int, column: int, columns: int) -> Any:
+    """One vector of what the sums begin at."""
+    if start == FROM_ZERO:
+        return splat(np.float32(0.0))
+    address = y if start == FROM_OUTPUT else start
+    if columns - column >= LANES:
+        return load(address, column)
+    return load_part(address, column, max(columns - column, 0))
+
+
+@njit(nogil=True)
+def _finish(y: int, column: int, columns: int, value: Any) -> None:
+    if columns - column >= LANES:
+        store(y, column, value)
+    elif columns > column:
+        store_part(y, column, value, columns - column)

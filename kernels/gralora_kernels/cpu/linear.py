@@ -19,6 +19,7 @@ from gralora_kernels.cpu.blocks import (
     BLOCKS_8,
     SAMPLE,
     block_bytes,
+    multiply_row,
     pack_panels,
     recognised,
     widen_panel,
@@ -127,6 +128,9 @@ def linear_piece(
         start += column * FLOAT_BYTES
     if storage >= BLOCKS_4:
         weight = panels + panel * (in_features // BLOCK) * block_bytes(storage)
+        if count == 1:
+            multiply_row(storage, source, target, weight, in_features // BLOCK, start, columns)
+            return
         _multiply_blocks(
             storage, count, source, in_features, target, out_features, weight, start, columns, scratch, iota
         )
