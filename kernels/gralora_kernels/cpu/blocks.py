@@ -5,6 +5,8 @@ Of each block a scale, and of those of 4 bits an offset, are kept in 16 bits: w 
 not, number for number, of such a form is not taken for it.
 """
 
+# ruff: noqa: PLR0917  # Numba takes arguments by position
+
 # mypy: disable-error-code="no-any-return"
 
 from __future__ import annotations
