@@ -109,6 +109,6 @@ def fp32_matrices() -> int:
     vocab, hidden = 320, 64
     shapes = [(vocab, hidden), (vocab // 16, hidden, 16), (vocab // 32, hidden, 32)]
     return sum(
-        isinstance(one, torch.Tensor) and one.dtype is torch.float32 and tuple(one.shape) in shapes
+        type(one) in (torch.Tensor, torch.nn.Parameter) and one.dtype is torch.float32 and tuple(one.shape) in shapes
         for one in gc.get_objects()
     )
