@@ -42,13 +42,21 @@ def put_structured(given: StructuredOutputs, output: generation_pb2.StructuredOu
     if len(wanted) + (output.WhichOneof("format") is not None) != 1:
         names = [name.rstrip("_") for name in wanted]
         raise InvalidRequestError(place, names, "must set one thing, and nothing else may say what an answer matches")
-    match wanted[0]:
+    try:
+        _put(wanted[0], given, output, place)
+    except UnicodeEncodeError:  # JSON can write half of a character
+        field = f"{place}.{wanted[0].rstrip('_')}"
+        raise InvalidRequestError(field, getattr(given, wanted[0]), "must be a text of whole characters") from None
+
+
+def _put(name: str, given: StructuredOutputs, output: generation_pb2.StructuredOutput, place: str) -> None:
+    match name:
         case "json_":
             output.json_schema = _schema(given.json_, place)
         case "choice":
             output.choice.CopyFrom(generation_pb2.Choices(texts=given.choice))  # there even if it is empty
-        case format:
-            setattr(output, format, getattr(given, format))
+        case _:
+            setattr(output, name, getattr(given, name))
 
 
 def _schema(given: dict[str, Any] | str | None, place: str) -> str:
