@@ -7,14 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "examples")]
 
 from interpreted.test_program import BUILDS  # noqa: E402
 from model.test_start_refusals import OTHERS  # noqa: E402
 from support.served import WITHOUT_PROGRAM, adapter_configs  # noqa: E402
 from support.tiny_models import ARCHITECTURES, tiny_model  # noqa: E402
 
-from gralora_runtime.adapters.checkpoint.config_keys import GRALORA_KEYS, LORA_KEYS, Key, is_off  # noqa: E402
+from gralora_runtime.adapters.checkpoint.config_keys import GRALORA_KEYS, LORA_KEYS, OF_THE_OTHER, Key, is_off  # noqa: E402
 from gralora_runtime.adapters.checkpoint.spec import parse_config  # noqa: E402
 
 DOC = ROOT / "docs" / "compatibility.md"
@@ -62,7 +62,8 @@ def _adapters() -> Iterator[str]:
     yield "| as the tests call it | what it is |"
     yield "|---|---|"
     for name, config in adapter_configs("llama", all_ranks=False).items():
-        spec = parse_config(name, config.to_dict())
+        written = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
+        spec = parse_config(name, written)
         parts = f"r {spec.rank}, {spec.blocks} blocks" if spec.blocks > 1 else f"r {spec.rank}"
         hybrid = f", hybrid r {spec.hybrid_rank}" if spec.hybrid_rank else ""
         also = [key for key in SPECIALS if not is_off(getattr(config, key, None))]
@@ -75,10 +76,13 @@ def _keys() -> Iterator[str]:
     yield f"So is a key that nobody here knows ([test]({CONFIGS})), unless `--allow-unknown-config-key` names it.\n"
     yield "| key | |"
     yield "|---|---|"
-    known: dict[str, Key] = GRALORA_KEYS | LORA_KEYS
-    for name in sorted(known):
-        key = known[name]
-        if key.otherwise != Key.__dataclass_fields__["otherwise"].default and not key.neutral("something"):
+    for name in sorted(GRALORA_KEYS.keys() & LORA_KEYS.keys()):
+        key: Key = LORA_KEYS[name] if GRALORA_KEYS[name] is OF_THE_OTHER else GRALORA_KEYS[name]
+        if (
+            key is not OF_THE_OTHER
+            and key.otherwise != Key.__dataclass_fields__["otherwise"].default
+            and not key.neutral("something")
+        ):
             yield f"| `{name}` | {key.otherwise} |"
 
 

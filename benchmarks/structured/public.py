@@ -64,10 +64,10 @@ def _is_schema(found: object) -> bool:
 def _of_kubernetes() -> Iterator[tuple[str, str]]:
     """Each by itself, with the definitions that it needs inside."""
     folder = _package("kubernetes_validate") / KUBERNETES
-    definitions = json.loads((folder / DEFINITIONS).read_text())["definitions"]
+    definitions = json.loads((folder / DEFINITIONS).read_text())["$defs"]
     for name in sorted(definitions):
         needed = _needed(name, definitions)
-        whole = {"$ref": f"#/definitions/{name}", "definitions": {one: definitions[one] for one in sorted(needed)}}
+        whole = {"$ref": f"#/$defs/{name}", "$defs": {one: definitions[one] for one in sorted(needed)}}
         yield f"kubernetes/{name}", json.dumps(whole)
 
 

@@ -128,10 +128,10 @@ _OF_GRALORA = {
     "gralora_dropout": _TRAINING,
     "init_weights": _TRAINING,
 }
-_OF_THE_OTHER = Key(otherwise="is not supported in a config of this peft_type")
+OF_THE_OTHER = Key(otherwise="is not supported in a config of this peft_type")
 
-LORA_KEYS = dict.fromkeys(_OF_GRALORA, _OF_THE_OTHER) | _COMMON | _OF_LORA
-GRALORA_KEYS = dict.fromkeys(_OF_LORA, _OF_THE_OTHER) | _COMMON | _OF_GRALORA
+LORA_KEYS = dict.fromkeys(_OF_GRALORA, OF_THE_OTHER) | _COMMON | _OF_LORA
+GRALORA_KEYS = dict.fromkeys(_OF_LORA, OF_THE_OTHER) | _COMMON | _OF_GRALORA
 KNOWN = frozenset(LORA_KEYS) | frozenset(GRALORA_KEYS)
 
 PASSED_OVER = Key(neutral=_anything, told=f"which is not known here and is passed over, because of {OPTION}")
