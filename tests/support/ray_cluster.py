@@ -55,25 +55,25 @@ class Cluster:
     def metadata(self) -> tuple[tuple[str, str], ...]:
         return (("authorization", f"Bearer {TOKEN}"),)
 
-    def ask(self, adapter: str, *, max_tokens: int = 8, hint: str = "") -> Answer:
-        """Greedily."""
+    def ask(self, adapter: str, *, max_tokens: int = 8, hint: str | None = None) -> Answer:
+        """Greedily. `hint`: of the client's own; "": any replica will do."""
         request = generation_pb2.GenerateRequest(
             token_ids={"ids": [5, 6, 7]},
             adapter=adapter,
             sampling={"temperature": 0.0},
             stopping={"max_tokens": max_tokens, "ignore_eos": True},
         )
-        metadata = (*self.metadata, *((("multiplexed_model_id", hint),) if hint else ()))
+        metadata = (*self.metadata, *(() if hint is None else (("multiplexed_model_id", hint),)))
         answer, call = self.generation.Generate.with_call(request, metadata=metadata, timeout=60)
         return Answer(tuple(answer.token_ids), dict(call.trailing_metadata())["gralora-replica"])
 
     def ask_both(self, adapter: str) -> set[tuple[int, ...]]:
-        """What the replicas answer, once both have: hints that are nobody's name spread calls."""
+        """What the replicas answer, once both have."""
         answers: dict[str, Answer] = {}
         until_s = time.monotonic() + SOON_S
         while len(answers) < 2:
             assert time.monotonic() < until_s, f"only {set(answers)} answered"
-            answer = self.ask(adapter, hint=f"spread-{time.monotonic_ns()}")
+            answer = self.ask(adapter, hint="")
             answers[answer.replica] = answer
         return {answer.token_ids for answer in answers.values()}
 
