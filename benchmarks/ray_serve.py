@@ -38,7 +38,7 @@ from gralora_server.ray.context import REPLICA_KEY
 
 RESULTS = Path(__file__).parent / "results"
 SCRIPT = Path(__file__).parent.parent / "scripts" / "ray_local.py"
-REPLICA_TITLE = "ray::ServeReplica"
+REPLICA_TITLE = "ServeReplica:"  # somewhere in what Ray calls a replica's process
 ROUNDS = 3
 LEAST_AT_HOME = 0.9
 RESUMED_S = 60.0
@@ -198,7 +198,7 @@ async def with_a_kill(address: str, process: psutil.Process, names: Sequence[str
 
 def is_replica(process: psutil.Process) -> bool:
     try:
-        return " ".join(process.cmdline()).startswith(REPLICA_TITLE)
+        return REPLICA_TITLE in " ".join(process.cmdline())
     except psutil.Error:
         return False
 

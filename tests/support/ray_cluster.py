@@ -23,7 +23,7 @@ from gralora.v1 import adapters_pb2_grpc, generation_pb2, generation_pb2_grpc, s
 SCRIPT = Path(__file__).parent.parent.parent / "scripts" / "ray_local.py"
 TOKEN = "a-token-of-the-operators"
 NAMES = ("a0", "a1", "a2", "a3")
-TITLE = "ray::ServeReplica"
+TITLE = "ServeReplica:"  # somewhere in what Ray calls a replica's process
 SOON_S = 120.0
 
 
@@ -89,7 +89,7 @@ class Cluster:
     def replicas(self) -> list[psutil.Process]:
         """Their processes."""
         children = psutil.Process(self.process.pid).children(recursive=True)
-        return [child for child in children if _title(child).startswith(TITLE)]
+        return [child for child in children if TITLE in _title(child)]
 
     def deploy(self, changes: dict[str, object]) -> None:
         """A rolling update, which is over on return."""
