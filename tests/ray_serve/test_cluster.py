@@ -16,7 +16,7 @@ import grpc
 import pytest
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
-from support.ray_cluster import NAMES, SOON_S, TOKEN, Cluster, ray_cluster
+from support.ray_cluster import HOMES, NAMES, SOON_S, TOKEN, Cluster, ray_cluster
 
 from gralora.v1 import adapters_pb2, generation_pb2, server_pb2
 
@@ -64,13 +64,14 @@ def test_a_stream_comes_in_pieces(cluster: Cluster) -> None:
 
 def test_an_adapter_stays_where_it_was_served(cluster: Cluster) -> None:
     served = defaultdict(set)
-    for name in NAMES:
+    for name in HOMES:
         served[name].add(cluster.ask(name).replica)
     time.sleep(2)  # Serve hears of what a replica has once a second, and nothing tells when it has
-    later = [(name, cluster.ask(name).replica) for _ in range(5) for name in NAMES]
+    later = [(name, cluster.ask(name).replica) for _ in range(5) for name in HOMES]
 
     at_home = sum(replica in served[name] for name, replica in later)
     assert at_home >= 0.9 * len(later)
+    assert len({replica for _, replica in later}) == 2
 
 
 def test_a_hint_decides_nothing_but_the_place(cluster: Cluster) -> None:
@@ -93,6 +94,8 @@ def test_nobody_is_served_without_a_token(cluster: Cluster) -> None:
     request = urllib.request.Request(f"http://{cluster.http}/v1/models")
     with pytest.raises(urllib.error.HTTPError) as caught:
         urllib.request.urlopen(request, timeout=30)
+
+    caught.value.close()
 
     assert (error.code(), reason(error)) == (Code.UNAUTHENTICATED, "UNAUTHENTICATED")
     assert caught.value.code == 401
@@ -156,7 +159,8 @@ def test_a_replica_is_killed_and_service_resumes_with_all_that_was_loaded(cluste
     assert all(message.HasField("started") for message in first)
     assert {code for code, _, _ in ended} <= {Code.OK, Code.UNAVAILABLE}
     assert {why for code, why, _ in ended if code is Code.UNAVAILABLE} <= {"REPLICA_LOST"}
-    for code, _, token_ids in ended:
+    for message, (code, _, rest) in zip(first, ended, strict=True):
+        token_ids = [*message.token_ids, *rest]
         assert token_ids == wanted if code is Code.OK else token_ids == wanted[: len(token_ids)]
     resumed(cluster)
     assert cluster.ask_both("lasting") == {expected}

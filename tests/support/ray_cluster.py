@@ -23,6 +23,7 @@ from gralora.v1 import adapters_pb2_grpc, generation_pb2, generation_pb2_grpc, s
 SCRIPT = Path(__file__).parent.parent.parent / "scripts" / "ray_local.py"
 TOKEN = "a-token-of-the-operators"
 NAMES = ("a0", "a1", "a2", "a3")
+HOMES = ("h0", "h1", "h2", "h3", "h4", "h5")  # that no other test asks
 TITLE = "ServeReplica:"  # somewhere in what Ray calls a replica's process
 SOON_S = 120.0
 
@@ -95,18 +96,18 @@ class Cluster:
         """A rolling update, which is over on return."""
         _stream(self.process.stdin).write(json.dumps(changes) + "\n")
         _stream(self.process.stdin).flush()
-        assert json.loads(_stream(self.process.stdout).readline()) == {"deployed": True}
+        assert json.loads(_announcement(_stream(self.process.stdout))) == {"deployed": True}
 
 
 @contextmanager
 def ray_cluster(folder: Path) -> Iterator[Cluster]:
     """Files go below `folder`."""
     configs = [gralora_config("llama", 8, 2), lora_config("llama", 5), lora_config("llama", 3)]
-    workspace = save_workspace(folder, {name: configs[i % 3] for i, name in enumerate((*NAMES, "kept"))})
+    workspace = save_workspace(folder, {name: configs[i % 3] for i, name in enumerate((*NAMES, *HOMES, "kept"))})
     (folder / "tokens").write_text(f"{TOKEN} admin\n")
     config = folder / "gralora.toml"
     config.write_text(
-        f'[engine]\nmodel = "{workspace}/model"\nthreads = 1\nmax_num_seqs = 8\n'
+        f'[engine]\nmodel = "{workspace}/model"\nthreads = 1\nmax_num_seqs = 8\nkernel_backend = "reference"\n'
         f'[memory]\nkv_cache_bytes = "64MiB"\nadapter_pool_bytes = "32MiB"\n'
         f'[adapters]\nsources = ["{workspace}/adapters"]\n'
         f'state_dir = "{folder}/state"\n'

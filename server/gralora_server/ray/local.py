@@ -14,6 +14,7 @@ ENVIRONMENT = {
     "RAY_AUTH_MODE": "disabled",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_SERVE_ENABLE_HA_PROXY": "0",
+    "RAY_worker_niceness": "0",  # 15 of its own accord: replicas would stand behind all else that this machine does
 }
 HOST = "127.0.0.1"
 OBJECT_STORE_BYTES = 128 << 20  # messages do not go through it
