@@ -238,7 +238,8 @@ async def stream(
     return Told(adapter, tokens, times_s, replica=str(trailers.get(REPLICA_KEY, "")))
 
 
-def reason_of(error: grpc.aio.AioRpcError) -> str:
+def reason_of(error: Any) -> str:
+    """Of a status that a server of ours set."""
     status = rpc_status.from_call(error)
     info = error_details_pb2.ErrorInfo()
     return str(info.reason) if status is not None and any(one.Unpack(info) for one in status.details) else ""
