@@ -18,13 +18,12 @@ import psutil
 from support.peft_adapters import gralora_config, lora_config
 from support.workspaces import save_workspace
 
-from gralora.v1 import adapters_pb2_grpc, generation_pb2, generation_pb2_grpc, server_pb2_grpc
+from gralora.v1 import adapters_pb2, adapters_pb2_grpc, generation_pb2, generation_pb2_grpc, server_pb2_grpc
 
 SCRIPT = Path(__file__).parent.parent.parent / "scripts" / "ray_local.py"
 TOKEN = "a-token-of-the-operators"
 NAMES = ("a0", "a1", "a2", "a3")
 HOMES = ("h0", "h1", "h2", "h3", "h4", "h5")  # that no other test asks
-TITLE = "ServeReplica:"  # somewhere in what Ray calls a replica's process
 SOON_S = 120.0
 
 
@@ -89,8 +88,28 @@ class Cluster:
 
     def replicas(self) -> list[psutil.Process]:
         """Their processes."""
+        return self.processes("ServeReplica:")
+
+    def processes(self, word: str) -> list[psutil.Process]:
+        """Those that have the word in what Ray calls them."""
         children = psutil.Process(self.process.pid).children(recursive=True)
-        return [child for child in children if TITLE in _title(child)]
+        return [child for child in children if word in _title(child)]
+
+    def load(self, name: str) -> None:
+        """From files of another name."""
+        request = adapters_pb2.LoadAdapterRequest(name=name, path=str(self.folder / "kept"))
+        self.adapters.LoadAdapter(request, metadata=self.metadata, timeout=60)
+
+    def lose(self, process: psutil.Process) -> None:
+        process.kill()
+        process.wait(30)
+
+    def resume(self) -> None:
+        """Returns when there are two replicas."""
+        until_s = time.monotonic() + SOON_S
+        while len(self.replicas()) < 2:
+            assert time.monotonic() < until_s, "no other replica was started"
+            time.sleep(0.1)
 
     def deploy(self, changes: dict[str, object]) -> None:
         """A rolling update, which is over on return."""
@@ -120,7 +139,7 @@ def ray_cluster(folder: Path) -> Iterator[Cluster]:
             yield Cluster(process, told["grpc"], told["http"], workspace / "adapters")
         finally:
             process.terminate()
-            process.wait(60)
+            assert process.wait(60) == 0
 
 
 def _announcement(lines: IO[str]) -> str:
