@@ -29,6 +29,7 @@ def cluster(folder: Path, *, cpus: int, grpc_port: int, http_port: int) -> Itera
     ray.init(
         num_cpus=cpus,
         include_dashboard=False,
+        log_to_driver=False,
         object_store_memory=OBJECT_STORE_BYTES,
         _temp_dir=str(folder),
         _node_ip_address=HOST,
@@ -37,6 +38,7 @@ def cluster(folder: Path, *, cpus: int, grpc_port: int, http_port: int) -> Itera
         serve.start(
             http_options={"host": HOST, "port": http_port},
             grpc_options={"port": grpc_port, "grpc_servicer_functions": [*SERVICES]},
+            logging_config={"enable_access_log": False},  # our own log has a line for each call
         )
         yield
         serve.shutdown()
