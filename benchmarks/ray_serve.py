@@ -38,13 +38,26 @@ from gralora_server.ray.context import REPLICA_KEY
 
 RESULTS = Path(__file__).parent / "results"
 SCRIPT = Path(__file__).parent.parent / "scripts" / "ray_local.py"
-REPLICA_TITLE = "ray::ServeReplica"
+REPLICA_TITLE = "ServeReplica:"  # somewhere in what Ray calls a replica's process
 ROUNDS = 3
 LEAST_AT_HOME = 0.9
 RESUMED_S = 60.0
 PUSHED_S = 2.0  # Serve hears once a second what a replica has
 GIVE_UP_S = 180.0
 FIRST, LATER = "first token", "later token"
+# Of the direct servers and the replicas alike.
+CONFIG = """\
+[engine]
+model = "{model}"
+prefix_cache = false
+[memory]
+kv_cache_bytes = "512MiB"
+adapter_pool_bytes = "512MiB"
+[adapters]
+sources = ["{adapters}"]
+[server]
+log_level = "error"
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +93,7 @@ def main() -> None:
     size = QUICK if options.quick else FULL
     result: dict[str, Any] = {"machine": facts(), "busy_share_before": busy_share(), "size": asdict(size)}
     with tempfile.TemporaryDirectory(prefix="ray-serve-") as folder:
-        figures = measure(ensure_default_model(), Path(folder) / "adapters", size)
+        figures = measure(ensure_default_model(), Path(folder), size)
     gates = judge(figures)
     result |= {"figures": figures, "gates": [asdict(gate) | {"passed": gate.passed} for gate in gates]}
     options.json.write_text(json.dumps(result, indent=1) + "\n")
@@ -90,13 +103,15 @@ def main() -> None:
 
 def measure(model: Path, folder: Path, size: Size) -> dict[str, Any]:
     """The direct servers first: what they answer is what replicas have to."""
-    names = make_adapters(model, folder, [AdapterKind(16, 2)], size.adapters)
-    with direct(model, folder, threads=1) as address:
+    names = make_adapters(model, folder / "adapters", [AdapterKind(16, 2)], size.adapters)
+    config = folder / "gralora.toml"
+    config.write_text(CONFIG.format(model=model, adapters=folder / "adapters"))
+    with direct(config, threads=1) as address:
         expected = asyncio.run(each_alone(address, names, size, size.long_tokens))
         of_one = asyncio.run(one_stream(address, names, size))
-    with direct(model, folder, threads=2) as address:
+    with direct(config, threads=2) as address:
         of_direct = asyncio.run(crowds(address, names, size))
-    with replicas(model, folder) as (address, process):
+    with replicas(config) as (address, process):
         on_ray = asyncio.run(one_stream(address, names, size))
         rounds = asyncio.run(crowds(address, names, size))
         killed = asyncio.run(with_a_kill(address, process, names, size))
@@ -128,18 +143,15 @@ def judge(figures: dict[str, Any]) -> list[Gate]:
 
 
 @contextmanager
-def direct(model: Path, folder: Path, *, threads: int) -> Iterator[str]:
-    command = ["serve", "--log-level", "error", "--address", "127.0.0.1:0", "--no-prefix-cache"]
-    command += ["--model", str(model), "--adapters", str(folder), "--threads", str(threads)]
-    with running(command) as server:
+def direct(config: Path, *, threads: int) -> Iterator[str]:
+    with running(["serve", "--config", str(config), "--address", "127.0.0.1:0", "--threads", str(threads)]) as server:
         yield server.address
 
 
 @contextmanager
-def replicas(model: Path, folder: Path) -> Iterator[tuple[str, psutil.Process]]:
+def replicas(config: Path) -> Iterator[tuple[str, psutil.Process]]:
     """Two, with a core each, and the process that all of them are below."""
-    command = [sys.executable, str(SCRIPT), "--json", "--grpc-port", "0", "--http-port", "0"]
-    command += ["--model", str(model), "--adapters", str(folder)]
+    command = [sys.executable, str(SCRIPT), "--json", "--grpc-port", "0", "--http-port", "0", "--config", str(config)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
@@ -198,7 +210,7 @@ async def with_a_kill(address: str, process: psutil.Process, names: Sequence[str
 
 def is_replica(process: psutil.Process) -> bool:
     try:
-        return " ".join(process.cmdline()).startswith(REPLICA_TITLE)
+        return REPLICA_TITLE in " ".join(process.cmdline())
     except psutil.Error:
         return False
 
@@ -238,7 +250,8 @@ async def stream(
     return Told(adapter, tokens, times_s, replica=str(trailers.get(REPLICA_KEY, "")))
 
 
-def reason_of(error: grpc.aio.AioRpcError) -> str:
+def reason_of(error: Any) -> str:
+    """Of a status that a server of ours set."""
     status = rpc_status.from_call(error)
     info = error_details_pb2.ErrorInfo()
     return str(info.reason) if status is not None and any(one.Unpack(info) for one in status.details) else ""

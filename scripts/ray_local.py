@@ -15,6 +15,7 @@ import signal
 import socket
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,6 @@ Ctrl-C ends them."""
 def main() -> None:
     options = _options()
     os.environ.update(ENVIRONMENT)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     arguments = _arguments(options)
     grpc_port, http_port = (port or _free_port() for port in (options.grpc_port, options.http_port))
     cpus = max(os.cpu_count() or 1, options.replicas + 1)
@@ -43,6 +43,7 @@ def main() -> None:
         tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder,
         cluster(Path(folder), cpus=cpus, grpc_port=grpc_port, http_port=http_port),
     ):
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # Ray has put one of its own there
         deploy(arguments)
         told = {"grpc": f"{HOST}:{grpc_port}", "http": f"{HOST}:{http_port}", "replicas": options.replicas}
         print(json.dumps(told) if options.json else HOW_TO_ASK.format(**told), flush=True)
@@ -90,4 +91,5 @@ def _free_port() -> int:
 
 
 if __name__ == "__main__":
-    main()
+    with suppress(KeyboardInterrupt):
+        main()

@@ -199,7 +199,7 @@ async def test_adapters_the_server_and_kserve_answer_as_ever() -> None:
     assert [adapter.name for adapter in listed.adapters] == ["poet"]
     assert load.running == 1
     assert answer.id == "r1"
-    assert said(answer)["text_output"] == "t1 "
+    assert said(answer)["text_output"] == "hellot1 "
 
 
 async def test_a_watch_ends_with_the_draining() -> None:

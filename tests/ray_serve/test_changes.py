@@ -288,7 +288,7 @@ def test_numbers_grow_whatever_the_clock_says(clocks: list[int]) -> None:
     async def numbers() -> list[int]:
         return [await log.offer(change()) for _ in clocks]
 
-    told = asyncio.new_event_loop().run_until_complete(numbers())
+    told = asyncio.run(numbers())
 
     assert told == sorted(set(told))
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import threading
 import time
 import urllib.error
@@ -11,12 +13,13 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.util import find_spec
+from pathlib import Path
 
 import grpc
 import pytest
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
-from support.ray_cluster import NAMES, SOON_S, TOKEN, Cluster, ray_cluster
+from support.ray_cluster import HOMES, NAMES, SOON_S, TOKEN, Cluster, ray_cluster
 
 from gralora.v1 import adapters_pb2, generation_pb2, server_pb2
 
@@ -47,11 +50,32 @@ def refused(call: Callable[[], object]) -> grpc.RpcError:
     return caught.value
 
 
+def made(call: Callable[[], object]) -> grpc.RpcError | None:
+    """Why it was not, or None."""
+    try:
+        call()
+    except grpc.RpcError as error:
+        return error
+    return None
+
+
 def test_both_replicas_give_the_same_answers(cluster: Cluster) -> None:
     answers = {name: cluster.ask_both(name) for name in ("", *NAMES)}
 
     assert all(len(token_ids) == 1 for token_ids in answers.values())
     assert len({next(iter(token_ids)) for token_ids in answers.values()}) > 1
+
+
+def test_the_file_for_a_cluster_is_as_serve_wants_it(cluster: Cluster) -> None:
+    """In a process of its own, as importing Ray changes a good deal of one."""
+    file = Path(__file__).parent.parent.parent / "deploy" / "ray" / "serve.yaml"
+    schema = "from ray.serve.schema import ServeDeploySchema as S; import sys, yaml; S(**yaml.safe_load(sys.stdin))"
+    with file.open() as text:
+        checked = subprocess.run(
+            [sys.executable, "-c", schema], stdin=text, capture_output=True, text=True, check=False
+        )
+
+    assert checked.returncode == 0, checked.stderr
 
 
 def test_a_stream_comes_in_pieces(cluster: Cluster) -> None:
@@ -64,13 +88,14 @@ def test_a_stream_comes_in_pieces(cluster: Cluster) -> None:
 
 def test_an_adapter_stays_where_it_was_served(cluster: Cluster) -> None:
     served = defaultdict(set)
-    for name in NAMES:
+    for name in HOMES:
         served[name].add(cluster.ask(name).replica)
     time.sleep(2)  # Serve hears of what a replica has once a second, and nothing tells when it has
-    later = [(name, cluster.ask(name).replica) for _ in range(5) for name in NAMES]
+    later = [(name, cluster.ask(name).replica) for _ in range(5) for name in HOMES]
 
     at_home = sum(replica in served[name] for name, replica in later)
     assert at_home >= 0.9 * len(later)
+    assert len({replica for _, replica in later}) == 2
 
 
 def test_a_hint_decides_nothing_but_the_place(cluster: Cluster) -> None:
@@ -94,6 +119,8 @@ def test_nobody_is_served_without_a_token(cluster: Cluster) -> None:
     with pytest.raises(urllib.error.HTTPError) as caught:
         urllib.request.urlopen(request, timeout=30)
 
+    caught.value.close()
+
     assert (error.code(), reason(error)) == (Code.UNAUTHENTICATED, "UNAUTHENTICATED")
     assert caught.value.code == 401
 
@@ -111,13 +138,12 @@ def test_http_goes_through_serves_proxy(cluster: Cluster) -> None:
 
 
 def test_an_adapter_that_one_replica_loads_all_have_and_lose(cluster: Cluster) -> None:
-    load = adapters_pb2.LoadAdapterRequest(name="brought", path=str(cluster.folder / "kept"))
-    cluster.adapters.LoadAdapter(load, metadata=cluster.metadata, timeout=60)
+    cluster.load("brought")
     answers = cluster.ask_both("brought")
     cluster.adapters.UnloadAdapter(
         adapters_pb2.UnloadAdapterRequest(name="brought"), metadata=cluster.metadata, timeout=60
     )
-    errors = [refused(partial(cluster.ask, "brought", hint=f"spread-{number}")) for number in range(8)]
+    errors = [refused(partial(cluster.ask, "brought", hint="")) for _ in range(8)]
 
     assert len(answers) == 1
     assert {error.code() for error in errors} == {Code.NOT_FOUND}
@@ -142,24 +168,37 @@ def test_a_request_is_aborted_wherever_it_runs(cluster: Cluster) -> None:
 
 
 def test_a_replica_is_killed_and_service_resumes_with_all_that_was_loaded(cluster: Cluster) -> None:
-    load = adapters_pb2.LoadAdapterRequest(name="lasting", path=str(cluster.folder / "kept"))
-    cluster.adapters.LoadAdapter(load, metadata=cluster.metadata, timeout=60)
+    cluster.load("lasting")
     (expected,) = cluster.ask_both("lasting")
     _, _, wanted = outcome(cluster.stream("lasting", max_tokens=100))
     streams = [cluster.stream("lasting", max_tokens=100) for _ in range(6)]
     first = [next(stream) for stream in streams]
-    victim = cluster.replicas()[0]
-    victim.kill()
-    victim.wait(30)
+    cluster.lose(cluster.replicas()[0])
     ended = [outcome(stream) for stream in streams]
 
     assert all(message.HasField("started") for message in first)
     assert {code for code, _, _ in ended} <= {Code.OK, Code.UNAVAILABLE}
     assert {why for code, why, _ in ended if code is Code.UNAVAILABLE} <= {"REPLICA_LOST"}
-    for code, _, token_ids in ended:
+    for message, (code, _, rest) in zip(first, ended, strict=True):
+        token_ids = [*message.token_ids, *rest]
         assert token_ids == wanted if code is Code.OK else token_ids == wanted[: len(token_ids)]
-    resumed(cluster)
+    cluster.resume()
     assert cluster.ask_both("lasting") == {expected}
+
+
+def test_a_lost_list_of_changes_comes_back_from_the_replicas(cluster: Cluster) -> None:
+    cluster.load("before")
+    (expected,) = cluster.ask_both("before")
+    (actor,) = cluster.processes("ray::Changes")
+    cluster.lose(actor)
+    until_s = time.monotonic() + SOON_S
+    while (lost := made(partial(cluster.load, "after"))) is not None:
+        assert (lost.code(), reason(lost)) == (Code.UNAVAILABLE, "CHANGES_LOST")
+        assert time.monotonic() < until_s
+    cluster.lose(cluster.replicas()[0])
+    cluster.resume()
+
+    assert cluster.ask_both("before") == cluster.ask_both("after") == {expected}
 
 
 def test_a_rolling_update_drops_no_stream(cluster: Cluster) -> None:
@@ -200,11 +239,3 @@ def outcome(stream: grpc.Call) -> tuple[grpc.StatusCode, str, list[int]]:
     except grpc.RpcError as error:
         return error.code(), reason(error), token_ids
     return Code.OK, "", token_ids
-
-
-def resumed(cluster: Cluster) -> None:
-    """Two replicas serve again."""
-    until_s = time.monotonic() + SOON_S
-    while len(cluster.replicas()) < 2:
-        assert time.monotonic() < until_s, "no other replica was started"
-        time.sleep(0.1)

@@ -62,7 +62,7 @@ class FakeContext:
         context.set_trailing_metadata(self.told["trailers"])
 
 
-@dataclass(slots=True)
+@dataclass
 class FakeServe:
     """`route` says which replica a call goes to, by its metadata."""
 
@@ -108,7 +108,7 @@ class FakeServe:
             )
             for name, handler in handlers.items()
         }
-        self.server.add_registered_method_handlers(service, replaced)
+        self.server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, replaced),))
 
     def _enter(self, context: Any) -> tuple[Answering, FakeContext]:
         metadata = tuple(context.invocation_metadata())

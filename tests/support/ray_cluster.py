@@ -18,12 +18,12 @@ import psutil
 from support.peft_adapters import gralora_config, lora_config
 from support.workspaces import save_workspace
 
-from gralora.v1 import adapters_pb2_grpc, generation_pb2, generation_pb2_grpc, server_pb2_grpc
+from gralora.v1 import adapters_pb2, adapters_pb2_grpc, generation_pb2, generation_pb2_grpc, server_pb2_grpc
 
 SCRIPT = Path(__file__).parent.parent.parent / "scripts" / "ray_local.py"
 TOKEN = "a-token-of-the-operators"
 NAMES = ("a0", "a1", "a2", "a3")
-TITLE = "ray::ServeReplica"
+HOMES = ("h0", "h1", "h2", "h3", "h4", "h5")  # that no other test asks
 SOON_S = 120.0
 
 
@@ -55,25 +55,25 @@ class Cluster:
     def metadata(self) -> tuple[tuple[str, str], ...]:
         return (("authorization", f"Bearer {TOKEN}"),)
 
-    def ask(self, adapter: str, *, max_tokens: int = 8, hint: str = "") -> Answer:
-        """Greedily."""
+    def ask(self, adapter: str, *, max_tokens: int = 8, hint: str | None = None) -> Answer:
+        """Greedily. `hint`: of the client's own; "": any replica will do."""
         request = generation_pb2.GenerateRequest(
             token_ids={"ids": [5, 6, 7]},
             adapter=adapter,
             sampling={"temperature": 0.0},
             stopping={"max_tokens": max_tokens, "ignore_eos": True},
         )
-        metadata = (*self.metadata, *((("multiplexed_model_id", hint),) if hint else ()))
+        metadata = (*self.metadata, *(() if hint is None else (("multiplexed_model_id", hint),)))
         answer, call = self.generation.Generate.with_call(request, metadata=metadata, timeout=60)
         return Answer(tuple(answer.token_ids), dict(call.trailing_metadata())["gralora-replica"])
 
     def ask_both(self, adapter: str) -> set[tuple[int, ...]]:
-        """What the replicas answer, once both have: hints that are nobody's name spread calls."""
+        """What the replicas answer, once both have."""
         answers: dict[str, Answer] = {}
         until_s = time.monotonic() + SOON_S
         while len(answers) < 2:
             assert time.monotonic() < until_s, f"only {set(answers)} answered"
-            answer = self.ask(adapter, hint=f"spread-{time.monotonic_ns()}")
+            answer = self.ask(adapter, hint="")
             answers[answer.replica] = answer
         return {answer.token_ids for answer in answers.values()}
 
@@ -88,25 +88,45 @@ class Cluster:
 
     def replicas(self) -> list[psutil.Process]:
         """Their processes."""
+        return self.processes("ServeReplica:")
+
+    def processes(self, word: str) -> list[psutil.Process]:
+        """Those that have the word in what Ray calls them."""
         children = psutil.Process(self.process.pid).children(recursive=True)
-        return [child for child in children if _title(child).startswith(TITLE)]
+        return [child for child in children if word in _title(child)]
+
+    def load(self, name: str) -> None:
+        """From files of another name."""
+        request = adapters_pb2.LoadAdapterRequest(name=name, path=str(self.folder / "kept"))
+        self.adapters.LoadAdapter(request, metadata=self.metadata, timeout=60)
+
+    def lose(self, process: psutil.Process) -> None:
+        process.kill()
+        process.wait(30)
+
+    def resume(self) -> None:
+        """Returns when there are two replicas."""
+        until_s = time.monotonic() + SOON_S
+        while len(self.replicas()) < 2:
+            assert time.monotonic() < until_s, "no other replica was started"
+            time.sleep(0.1)
 
     def deploy(self, changes: dict[str, object]) -> None:
         """A rolling update, which is over on return."""
         _stream(self.process.stdin).write(json.dumps(changes) + "\n")
         _stream(self.process.stdin).flush()
-        assert json.loads(_stream(self.process.stdout).readline()) == {"deployed": True}
+        assert json.loads(_announcement(_stream(self.process.stdout))) == {"deployed": True}
 
 
 @contextmanager
 def ray_cluster(folder: Path) -> Iterator[Cluster]:
     """Files go below `folder`."""
     configs = [gralora_config("llama", 8, 2), lora_config("llama", 5), lora_config("llama", 3)]
-    workspace = save_workspace(folder, {name: configs[i % 3] for i, name in enumerate((*NAMES, "kept"))})
+    workspace = save_workspace(folder, {name: configs[i % 3] for i, name in enumerate((*NAMES, *HOMES, "kept"))})
     (folder / "tokens").write_text(f"{TOKEN} admin\n")
     config = folder / "gralora.toml"
     config.write_text(
-        f'[engine]\nmodel = "{workspace}/model"\nthreads = 1\nmax_num_seqs = 8\n'
+        f'[engine]\nmodel = "{workspace}/model"\nthreads = 1\nmax_num_seqs = 8\nkernel_backend = "reference"\n'
         f'[memory]\nkv_cache_bytes = "64MiB"\nadapter_pool_bytes = "32MiB"\n'
         f'[adapters]\nsources = ["{workspace}/adapters"]\n'
         f'state_dir = "{folder}/state"\n'
@@ -119,7 +139,7 @@ def ray_cluster(folder: Path) -> Iterator[Cluster]:
             yield Cluster(process, told["grpc"], told["http"], workspace / "adapters")
         finally:
             process.terminate()
-            process.wait(60)
+            assert process.wait(60) == 0
 
 
 def _announcement(lines: IO[str]) -> str:

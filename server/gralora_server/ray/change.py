@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from gralora_server.tenants.caller import Caller
@@ -34,3 +35,12 @@ class Outcome:
     response: bytes = b""
     reason: str = ""
     message: str = ""
+
+
+def with_change(kept: Mapping[int, Entry], entry: Entry) -> dict[int, Entry]:
+    """Of changes that were made, those that matter now, in their order: an adapter that is unloaded has no past."""
+    past = entry.change.name if entry.change.method == "UnloadAdapter" else None
+    left = {
+        number: one for number, one in kept.items() if number >= entry.number or past is None or one.change.name != past
+    }
+    return dict(sorted((left | {entry.number: entry}).items()))

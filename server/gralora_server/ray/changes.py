@@ -10,7 +10,7 @@ import asyncio
 import time
 from collections.abc import Callable, Iterable
 
-from gralora_server.ray.change import Change, Entry, Outcome
+from gralora_server.ray.change import Change, Entry, Outcome, with_change
 
 GONE_S = 10.0
 LOOK_S = 1.0  # so often it is looked whether somebody has gone meanwhile
@@ -117,14 +117,11 @@ class Changes:
             self._settle(number)
 
     def _settle(self, number: int) -> dict[str, Outcome]:
-        """What nobody could do is no change. What an adapter was before it was unloaded is of no interest."""
+        """What nobody could do is no change."""
         outcomes = self._outcomes.pop(number, {})
         entry = self._open.pop(number, None)
-        if entry is None or not entry.change.is_kept:
-            return outcomes
-        name = entry.change.name
-        if all(outcome.reason for outcome in outcomes.values()):
+        if entry is not None and entry.change.is_kept:
             self._kept.pop(number, None)
-        elif entry.change.method == "UnloadAdapter":
-            self._kept = {one: kept for one, kept in self._kept.items() if one >= number or kept.change.name != name}
+            if any(not outcome.reason for outcome in outcomes.values()):
+                self._kept = with_change(self._kept, entry)
         return outcomes

@@ -33,7 +33,7 @@ EMPTY_LOOK_S = 0.5  # between two looks whether all has ended, when a replica st
 class GraloraReplica:
     """Its methods for gRPC are added by `application`."""
 
-    async def __init__(self, layers: Layers) -> None:
+    async def __init__(self, layers: Layers) -> None:  # type: ignore[misc]  # Serve awaits it
         limit_spinning()
         configure(layers.read().settings.server.log_level)
         context = serve.get_replica_context()

@@ -15,7 +15,7 @@ from weakref import WeakValueDictionary
 
 from gralora_server.errors import ChangesLostError, ReplicasDifferError
 from gralora_server.explanation import explain
-from gralora_server.ray.change import Change, Entry, Outcome
+from gralora_server.ray.change import Change, Entry, Outcome, with_change
 
 POLL_S = 3.0
 RETRY_S = 1.0
@@ -139,5 +139,5 @@ class Follower:
             known = explain(error)
             return Outcome(reason=known.reason, message=known.message)
         if entry.change.is_kept:
-            self._made[entry.number] = entry
+            self._made = with_change(self._made, entry)
         return Outcome(response=response)

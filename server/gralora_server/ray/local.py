@@ -14,6 +14,7 @@ ENVIRONMENT = {
     "RAY_AUTH_MODE": "disabled",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_SERVE_ENABLE_HA_PROXY": "0",
+    "RAY_worker_niceness": "0",  # 15 of its own accord: replicas would stand behind all else that this machine does
 }
 HOST = "127.0.0.1"
 OBJECT_STORE_BYTES = 128 << 20  # messages do not go through it
@@ -28,6 +29,7 @@ def cluster(folder: Path, *, cpus: int, grpc_port: int, http_port: int) -> Itera
     ray.init(
         num_cpus=cpus,
         include_dashboard=False,
+        log_to_driver=False,
         object_store_memory=OBJECT_STORE_BYTES,
         _temp_dir=str(folder),
         _node_ip_address=HOST,
@@ -36,6 +38,7 @@ def cluster(folder: Path, *, cpus: int, grpc_port: int, http_port: int) -> Itera
         serve.start(
             http_options={"host": HOST, "port": http_port},
             grpc_options={"port": grpc_port, "grpc_servicer_functions": [*SERVICES]},
+            logging_config={"enable_access_log": False},  # our own log has a line for each call
         )
         yield
         serve.shutdown()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from gralora_server.http.exchange import Receive, Scope, Send
+from gralora_server.http.exchange import ABORT, Receive, Scope, Send
 
 MODEL_HEADER = b"serve_multiplexed_model_id"  # Serve's
 OK = 200
@@ -21,6 +21,7 @@ class NotingCalls:
         self._note = note
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope[ABORT] = _keep_open
         model = next((value.decode("latin-1") for key, value in scope.get("headers", ()) if key == MODEL_HEADER), "")
 
         async def noting(message: MutableMapping[str, Any]) -> None:
@@ -29,3 +30,7 @@ class NotingCalls:
             await send(message)
 
         await self._calls(scope, receive, noting if model else send)
+
+
+def _keep_open() -> None:
+    """Nobody waits here for a client that does not read: Serve takes every message at once."""
