@@ -23,7 +23,7 @@ async def test_models_are_the_base_and_all_adapters() -> None:
 
 
 async def test_more_adapters_than_a_page_holds_are_all_listed(monkeypatch) -> None:
-    monkeypatch.setattr("gralora_server.http.adapters.PAGE_SIZE", 2)
+    monkeypatch.setattr("gralora_server.validation.MAX_PAGE_SIZE", 2)
     async with http_served() as s:
         s.engine.adapters.infos = {name: adapter_info(name) for name in "abcde"}
         listed = (await s.client.get("/v1/models")).json()["data"]
