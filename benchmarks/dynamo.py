@@ -10,6 +10,7 @@ import argparse
 import json
 import statistics
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,14 @@ from rich.table import Table
 
 from benchmarks.bench import KV_CACHE_BYTES, Bench
 from benchmarks.dynamo_processes import PYTHON, running, why_not
+from benchmarks.gate import GateRedError
 from benchmarks.machine import busy_share, facts
-from benchmarks.measurement import Contender
+from benchmarks.measurement import Answer, Contender, Run
 from benchmarks.record import FIRST_MEAN, STEP, WHOLE, Row
 from benchmarks.sections import GRPC, HTTP
 from benchmarks.serve import client, serving
-from benchmarks.workload import FULL, QUICK
+from benchmarks.worker import Worker
+from benchmarks.workload import FULL, QUICK, Request
 from gralora_server.model_fetch import ensure_default_model
 
 DYNAMO = "NVIDIA Dynamo's HTTP, in front of the same server"
@@ -68,13 +71,24 @@ def three_ways(bench: Bench, python: Path, folder: Path) -> list[Row]:
     ):
         dynamo.wait_until(lambda: dynamo.models() >= {request.adapter for request in requests})
         with client("benchmarks.http_client", dynamo.frontend, "dynamo") as through_dynamo:
+            direct = service.http_client.answers(requests)
             return bench.measure(
                 [
                     Contender(name=GRPC, run=lambda _: [service.grpc_client.run(requests)]),
                     Contender(name=HTTP, run=lambda _: [service.http_client.run(requests)]),
-                    Contender(name=DYNAMO, run=lambda _: [through_dynamo.run(requests)]),
+                    Contender(name=DYNAMO, run=lambda _: [as_direct(requests, through_dynamo, direct)]),
                 ]
             )
+
+
+def as_direct(requests: Sequence[Request], through_dynamo: Worker, direct: Sequence[dict[str, Any]]) -> Run:
+    """Dynamo tells texts and no tokens: they are those of the server's own answers, whose texts have to be the same."""
+    answers = []
+    for request, told, own in zip(requests, through_dynamo.answers(requests), direct, strict=True):
+        if told["text"] != own["text"]:
+            raise GateRedError(f"{request.adapter}: Dynamo said {told['text']!r}, and the server {own['text']!r}")
+        answers.append(Answer(request, tuple(own["tokens"]), tuple(told["times_s"])))
+    return Run(tuple(answers))
 
 
 def summarize(rows: list[Row]) -> dict[str, dict[str, float]]:

@@ -12,7 +12,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 EVENT = b"data: "
@@ -20,25 +20,27 @@ EVENT = b"data: "
 
 @dataclass(slots=True)
 class Heard:
-    """Of one answer, so far. Dynamo tells how many tokens there are with each piece, and which with the last."""
+    """Of one answer, so far."""
 
+    text: str = ""
     tokens: list[int] = field(default_factory=list)
-    times_s: list[float] = field(default_factory=list)
+    times_s: list[float] = field(default_factory=list)  # of each token
 
     def of_ours(self, event: Mapping[str, Any], now_s: float) -> None:
-        new = event["choices"][0]["token_ids"]
-        self.tokens += new
-        self.times_s += [now_s] * len(new)
+        (choice,) = event["choices"]
+        self.text += choice["text"]
+        self.tokens += choice["token_ids"]
+        self.times_s += [now_s] * len(choice["token_ids"])
 
     def of_dynamos(self, event: Mapping[str, Any], now_s: float) -> None:
-        count = (event.get("usage") or {}).get("completion_tokens", 0)
-        self.times_s += [now_s] * (count - len(self.times_s))
-        self.tokens = (event.get("nvext") or {}).get("completion_token_ids") or self.tokens
+        """It tells with each piece how many tokens there are by then, and never which."""
+        self.text += "".join(choice["text"] for choice in event["choices"])
+        self.times_s += [now_s] * (event["usage"]["completion_tokens"] - len(self.times_s))
 
 
 @dataclass(frozen=True, slots=True)
 class Api:
-    """`extras` of a request ask for tokens; `hear` takes those that an event has."""
+    """`extras` of a request ask for tokens; `hear` takes what an event has."""
 
     extras: Mapping[str, Any]
     hear: Callable[[Heard, Mapping[str, Any], float], None]
@@ -46,13 +48,7 @@ class Api:
 
 APIS = {
     "ours": Api({"return_token_ids": True}, Heard.of_ours),
-    "dynamo": Api(
-        {
-            "stream_options": {"include_usage": True, "continuous_usage_stats": True},
-            "nvext": {"extra_fields": ["completion_token_ids"]},
-        },
-        Heard.of_dynamos,
-    ),
+    "dynamo": Api({"stream_options": {"include_usage": True, "continuous_usage_stats": True}}, Heard.of_dynamos),
 }
 
 
@@ -66,7 +62,7 @@ async def main(address: str, server: str) -> None:
         print(json.dumps({"answers": answers}), flush=True)
 
 
-async def _stream(address: str, api: Api, request: dict[str, Any], started_s: float) -> dict[str, list[Any]]:
+async def _stream(address: str, api: Api, request: dict[str, Any], started_s: float) -> dict[str, Any]:
     host, _, port = address.rpartition(":")
     reader, writer = await asyncio.open_connection(host, int(port))
     writer.write(_question(request, api.extras))
@@ -77,7 +73,7 @@ async def _stream(address: str, api: Api, request: dict[str, Any], started_s: fl
         if line.startswith(EVENT):
             api.hear(heard, json.loads(line[len(EVENT) :]), time.perf_counter() - started_s)
     writer.close()
-    return {"tokens": heard.tokens, "times_s": heard.times_s}
+    return asdict(heard)
 
 
 def _question(request: dict[str, Any], extras: Mapping[str, Any]) -> bytes:

@@ -60,17 +60,21 @@ class Worker:
 
     def run(self, requests: Sequence[Request]) -> Run:
         """The worker's answers: token ids and when each came."""
+        return Run(
+            tuple(
+                Answer(request, tuple(answer["tokens"]), tuple(answer["times_s"]))
+                for request, answer in zip(requests, self.answers(requests), strict=True)
+            )
+        )
+
+    def answers(self, requests: Sequence[Request]) -> list[dict[str, Any]]:
+        """With all that it tells of each."""
         asked = [
             {"adapter": request.adapter, "prompt": request.prompt, "max_tokens": request.max_tokens}
             for request in requests
         ]
-        answers = self.ask({"requests": asked})["answers"]
-        return Run(
-            tuple(
-                Answer(request, tuple(answer["tokens"]), tuple(answer["times_s"]))
-                for request, answer in zip(requests, answers, strict=True)
-            )
-        )
+        answers: list[dict[str, Any]] = self.ask({"requests": asked})["answers"]
+        return answers
 
     def __enter__(self) -> Self:
         return self

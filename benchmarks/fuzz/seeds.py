@@ -83,10 +83,14 @@ class Seeds:
             priority=1,
             session_id="somebody",
             lora_name=rng.choice(self._names),
-            sampling={"num_sequences": 1, "top_k": 7, "top_p": 0.9, "min_p": 0.1, "seed": 5},
-            decoding={"presence_penalty": 1, "frequency_penalty": 1, "repetition_penalty": 1.1, "logit_bias": {5: 1}},
-            stopping={"max_new_tokens": 4, "min_new_tokens": 1, "stop_token_ids": [9], "stop_strings": ["w9"]},
-            response={"output_text": True, "output_token_ids": True, "output_logprobs": True, "prompt_token_ids": True},
+            sampling=vllm_pb2.RandomSampling(num_sequences=1, top_k=7, top_p=0.9, min_p=0.1, seed=5),
+            decoding=vllm_pb2.DecodingParameters(
+                presence_penalty=1, frequency_penalty=1, repetition_penalty=1.1, logit_bias={5: 1}
+            ),
+            stopping=vllm_pb2.StoppingCriteria(
+                max_new_tokens=4, min_new_tokens=1, stop_token_ids=[9], stop_strings=["w9"]
+            ),
+            response=vllm_pb2.ResponseOptions(output_token_ids=True, output_logprobs=True, prompt_token_ids=True),
         )
         message.response.output_candidates.top_n = 2
         if rng.random() < 0.5:

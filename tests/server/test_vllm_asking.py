@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from google.protobuf.descriptor import Descriptor
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.vllm_grpc import Request, as_dynamo, generate
 
@@ -248,6 +248,7 @@ def is_theirs(path: str) -> bool:
     return True
 
 
+@settings(max_examples=50, deadline=None)
 @given(
     fields=st.fixed_dictionaries(
         {},
