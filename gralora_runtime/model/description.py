@@ -100,7 +100,7 @@ def describe(model: PreTrainedModel) -> Description:
     build = BUILDS.get(type(model).__name__)
     if build is None:
         raise OtherBuildError(f"{type(model).__name__} is not of Llama's build")
-    named = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", "")
+    named = str(getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", ""))
     activation = ACTIVATIONS.get(named)
     if activation is None:
         raise OtherBuildError(f"its activation is {named}, not one of {', '.join(ACTIVATIONS)}")

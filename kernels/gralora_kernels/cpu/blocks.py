@@ -66,7 +66,7 @@ def recognised(weight: Tensor) -> Blocks | None:
         return None
     for form in (_in_eights, _in_fours_with_offsets, _in_fours):
         if form(_split(weight[:SAMPLE])) is not None:
-            found = [form(_split(part)) for part in weight.split(ROWS_AT_ONCE)]
+            found = [form(_split(part)) for part in torch.split(weight, ROWS_AT_ONCE)]
             whole = [one for one in found if one is not None]
             if len(whole) == len(found):
                 return Blocks(

@@ -167,11 +167,14 @@ class Program:
         """qkv -> attended, by way of this layer's pages; softcap 0 and window 0: no limit. `rotary`: cosines and sines
         [positions, rotary_dim].
         """
-        pages = {"KEYS": keys, "VALUES": values}
-        norms = {"WEIGHT": 0 if q_norm is None else q_norm, "EXTRA": 0 if k_norm is None else k_norm}
         cos, sin = rotary
-        self._add(ROTATE, self.qkv, self.attended, 0, real=eps, COS=cos, SIN=sin, **pages, **norms)
-        self._add(ATTEND, self.qkv, self.attended, 0, real=scale, factor=softcap, **pages, EXTRA=window)
+        self._add(
+            ROTATE, self.qkv, self.attended, 0, real=eps, COS=cos, SIN=sin, KEYS=keys, VALUES=values,
+            WEIGHT=0 if q_norm is None else q_norm, EXTRA=0 if k_norm is None else k_norm,
+        )  # fmt: skip
+        self._add(
+            ATTEND, self.qkv, self.attended, 0, real=scale, factor=softcap, KEYS=keys, VALUES=values, EXTRA=window
+        )
 
     def gate(self) -> None:
         """gates_and_ups -> gated."""

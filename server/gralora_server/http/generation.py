@@ -75,7 +75,7 @@ class GenerationEndpoints:
         asked = chat_requests(body, base=self._base(), request_id=exchange.header("x-request-id"))
         format_ = self._tool_format(asked)
         with _force_calls(body, asked, format_):
-            await self._answer(exchange, body, asked, ChatForm(format_ and format_.scanner))
+            await self._answer(exchange, body, asked, ChatForm(None if format_ is None else format_.scanner))
 
     async def _complete(self, exchange: Exchange, _path: dict[str, str]) -> None:
         body = await exchange.body(CompletionBody)
