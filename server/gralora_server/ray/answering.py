@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import suppress
 from typing import Any
 
@@ -28,7 +28,7 @@ class Answering:
         """The one message of the answer; an empty one if the call failed."""
         return await self._run(path, request, ReplicaContext(serve, self._replica))
 
-    async def messages(self, path: str, request: Any, serve: ServeContext) -> AsyncIterator[Any]:
+    async def messages(self, path: str, request: Any, serve: ServeContext) -> AsyncGenerator[Any, None]:
         """The messages of the answer, and behind them an empty one if the call failed."""
         context = ReplicaContext(serve, self._replica)
         running = asyncio.create_task(self._run(path, request, context))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, aclosing
 from typing import Any
 
 from ray import serve
@@ -103,11 +103,12 @@ def _method(rpc: Rpc) -> Callable[..., Any]:
 
     async def stream(self: Any, request: Any, grpc_context: Any) -> AsyncIterator[Any]:
         is_noted = False
-        async for message in self._replica.grpc.messages(rpc.path, request, grpc_context):
-            if not is_noted and not grpc_context.code():
-                is_noted = True
-                await self.note(request)
-            yield message
+        async with aclosing(self._replica.grpc.messages(rpc.path, request, grpc_context)) as messages:
+            async for message in messages:
+                if not is_noted and not grpc_context.code():
+                    is_noted = True
+                    await self.note(request)
+                yield message
 
     return stream if rpc.streams else answer
 
