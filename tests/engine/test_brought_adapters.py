@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from engine.test_async_engine import finish, with_engine
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from support.checkpoints import edit_config, edit_tensors
 from support.device import DEVICE
@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, PreTrainedModel
 
 from gralora_runtime.adapters.checkpoint.config_keys import OPTION
+from gralora_runtime.adapters.checkpoint.header import PICKLE_FILE
 from gralora_runtime.adapters.checkpoint.tensors import WEIGHTS_FILE
 from gralora_runtime.assemble import assemble
 from gralora_runtime.async_engine import AsyncEngine
@@ -203,6 +204,55 @@ def test_peft_does_not_load_a_module_to_save_without_its_weights(tmp_path: Path)
 
     edit_config(folder, modules_to_save=None)
     assert served_tokens(config_of(tmp_path), ["lost"]) == {"lost": peft_tokens(folder)}
+
+
+def refusal(root: Path, name: str) -> str:
+    with pytest.raises(AdapterRejectedError) as caught:
+        served_tokens(config_of(root), [name])
+    (problem,) = caught.value.problems
+    return problem
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+@pytest.mark.filterwarnings("ignore:.* changes the base weights of the model:UserWarning")  # PEFT's, while it converts
+def test_an_adapter_of_changed_base_weights_is_served_once_it_is_saved_as_the_refusal_says(
+    tmp_path: Path, init: str
+) -> None:
+    save_tiny_model("llama", tmp_path / "model")
+    trained = get_peft_model(tiny_model("llama"), LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=init))
+    trained.save_pretrained(tmp_path / "first")
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for name, parameter in trained.named_parameters():
+            if "lora_" in name:
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+    expected = greedy(trained.eval())
+    trained.save_pretrained(tmp_path / "adapters" / "raw")
+
+    told = refusal(tmp_path, "raw")
+    trained.save_pretrained(
+        tmp_path / "adapters" / "plain", path_initial_model_for_weight_conversion=str(tmp_path / "first")
+    )
+
+    assert told.startswith(f"init_lora_weights: {init!r} trains against changed base weights")
+    assert "model.save_pretrained(OUT, path_initial_model_for_weight_conversion=FIRST)" in told
+    assert served_tokens(config_of(tmp_path), ["plain"]) == {"plain": expected}
+    assert expected != greedy(tiny_model("llama"))
+
+
+def test_a_pickle_is_served_once_the_line_that_the_refusal_has_was_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_tiny_model("llama", tmp_path / "model")
+    folder = save_adapter(tiny_model("llama"), LORA, tmp_path / "adapters" / "old")
+    torch.save(load_file(folder / WEIGHTS_FILE), folder / PICKLE_FILE)
+    (folder / WEIGHTS_FILE).unlink()
+
+    (line,) = re.findall(r"PeftModel\.\S+\(.*\)\.save_pretrained\(.*\)", refusal(tmp_path, "old"))
+    monkeypatch.chdir(tmp_path / "adapters")
+    eval(line, {"PeftModel": PeftModel, "base_model": tiny_model("llama")})  # it is ours
+
+    assert served_tokens(config_of(tmp_path), ["old"]) == {"old": peft_tokens(folder)}
 
 
 def test_what_was_passed_over_is_told_of_and_needs_an_operator_s_word(root: Path) -> None:

@@ -67,8 +67,9 @@ def _tensor(name: str, shape: str = "[1]", offsets: str = "[0, 4]", dtype: str =
     return f'"{name}": {{"dtype": "{dtype}", "shape": {shape}, "data_offsets": {offsets}}}'
 
 
-def _tensors(count: int) -> bytes:
-    return ("{" + ",".join(_tensor(f"t{i}", "[0]", "[0,0]").replace(" ", "") for i in range(count)) + "}").encode()
+def _tensors(count: int, name: str = "t{}") -> bytes:
+    tensors = (_tensor(name.format(i), "[0]", "[0,0]").replace(" ", "") for i in range(count))
+    return ("{" + ",".join(tensors) + "}").encode()
 
 
 BOMBS: dict[str, Files] = {
@@ -112,6 +113,9 @@ BOMBS: dict[str, Files] = {
     "header-of-empty-lists": _header(b'{"a":[' + b"[]," * 1_000_000 + b"[]]}"),
     "header-too-long": _header(b"{" + b" " * (20 << 20) + b"}"),
     "forty-thousand-tensors": _header(_tensors(39_900)),
+    "forty-thousand-strange-names": _header(
+        _tensors(39_900, "model.language_model.layers.{}.q_proj.lora_A.own.weight")
+    ),
     "a-hundred-thousand-tensors": _header(_tensors(100_000)),
     "sizes-of-4200-digits": _header(("{" + _tensor("x", "[" + ",".join(["9" * 4200] * 1400) + "]") + "}").encode()),
     "sizes-of-60-digits": _header(("{" + _tensor("x", "[" + ",".join(["9" * 60] * 3400) + "]") + "}").encode()),

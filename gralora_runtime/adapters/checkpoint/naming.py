@@ -8,14 +8,16 @@ where their PATH is a longer one. One spelling counts for a whole file: so no tw
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass
 
 PREFIX = "base_model.model."
 
-# How paths begin in a causal LM, and how in a multimodal model that has the same layers: that of transformers since
-# 4.52, and the one before; of Idefics 3 and SmolVLM. No path begins in two of these ways, so one module fits, or none.
-_WRAPPERS = (
+# How paths begin in a causal LM, and how where an adapter was trained: alike, which counts before all; or in a
+# multimodal model with the same layers, of transformers since 4.52 or before, or of Idefics 3 and SmolVLM. No path
+# begins in two of the latter ways, so one module fits, or none.
+_BEGINNINGS = (
+    ("", ""),
     ("model.", "model.language_model."),
     ("", "language_model."),
     ("model.", "model.text_model."),
@@ -57,7 +59,7 @@ class Naming:
 
     def module(self, name: TensorName) -> str | None:
         """The base model's module that the tensor is for, if there is one; None: its name is of another spelling."""
-        if name.adapter != self.adapter or name.path.startswith(PREFIX) != (self.prefix == PREFIX):
+        if name.adapter != self.adapter or _prefix(name) != self.prefix:
             return None
         path = name.path.removeprefix(self.prefix)
         return self.ours + path.removeprefix(self.theirs) if path.startswith(self.theirs) else path
@@ -92,7 +94,7 @@ def as_peft_names(tensor: str) -> str:
 def spelling(tensors: Collection[str]) -> Naming:
     """As far as names alone tell: the first one's."""
     for name in filter(None, map(take_apart, tensors)):
-        return Naming(prefix=PREFIX if name.path.startswith(PREFIX) else "", adapter=name.adapter)
+        return Naming(prefix=_prefix(name), adapter=name.adapter)
     return Naming()
 
 
@@ -102,16 +104,13 @@ def naming_for(tensors: Collection[str], modules: Collection[str]) -> Naming:
     If none does, it is `spelling`: then a plan finds no tensors, and says so.
     """
     for name in filter(None, map(take_apart, tensors)):
-        for naming in _spellings(name):
-            if naming.module(name) in modules:
-                return naming
+        prefix = _prefix(name)
+        path = name.path.removeprefix(prefix)
+        for ours, theirs in _BEGINNINGS:
+            if path.startswith(theirs) and ours + path.removeprefix(theirs) in modules:
+                return Naming(prefix=prefix, ours=ours, theirs=theirs, adapter=name.adapter)
     return spelling(tensors)
 
 
-def _spellings(name: TensorName) -> Iterator[Naming]:
-    """In which the name may be spelled: without a wrapper, which counts before all, and in at most one of them."""
-    prefix = PREFIX if name.path.startswith(PREFIX) else ""
-    yield Naming(prefix=prefix, adapter=name.adapter)
-    for ours, theirs in _WRAPPERS:
-        if name.path.startswith(prefix + theirs):
-            yield Naming(prefix=prefix, ours=ours, theirs=theirs, adapter=name.adapter)
+def _prefix(name: TensorName) -> str:
+    return PREFIX if name.path.startswith(PREFIX) else ""
