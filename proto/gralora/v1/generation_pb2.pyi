@@ -34,6 +34,9 @@ of domain "gralora.dev"; its `reason` is stable and one of:
   STARTING            UNAVAILABLE          RetryInfo; the model is still loading
   ENGINE_RESTARTING   UNAVAILABLE          RetryInfo; the engine's process has ended, and another one is being started
   ENGINE_STUCK        UNAVAILABLE          RetryInfo; a step of the engine does not end; nothing new is begun until it does
+  REPLICA_LOST        UNAVAILABLE          RetryInfo; of several replicas, the one that served the call is gone
+  REPLICAS_DIFFER     UNAVAILABLE          RetryInfo; some replicas made a change, and others could not: ask again
+  CHANGES_LOST        UNAVAILABLE          RetryInfo; a change could not be handed to all replicas, and may have been made or not
   DRAINING            UNAVAILABLE          the server is shutting down; another one may serve the request
   UNAUTHENTICATED     UNAUTHENTICATED      no bearer token or certificate that the server knows
   PERMISSION_DENIED   PERMISSION_DENIED    the caller is known, but may not do this; the message says what
