@@ -25,7 +25,7 @@ from gralora_server.client import FinishReason
 QUESTION = "stop here then the quick"
 SIZES = ("--max-num-seqs", "2", "--max-queue", "4", "--threads", "1")
 LONG = 300
-CROWD = 24  # many more than may run and wait
+CROWD = 48  # many more than may run and wait in two servers
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,7 +207,7 @@ def test_overload_takes_no_worker_out_of_rotation(stack: Stack) -> None:
     refused = threading.Event()
 
     def ask(_number: int) -> int:
-        status = stack.complete("a0", max_tokens=LONG, ignore_eos=True).status
+        status = stack.complete("model", max_tokens=LONG, ignore_eos=True).status
         if status != http.HTTPStatus.OK:
             refused.set()
         return status
@@ -217,14 +217,17 @@ def test_overload_takes_no_worker_out_of_rotation(stack: Stack) -> None:
         crowd = [pool.submit(ask, number) for number in range(CROWD)]
         assert refused.wait(PATIENCE_S), "nobody was refused"
         while not all(one.done() for one in crowd):
-            meanwhile.append(stack.complete("a0", max_tokens=1).status)
+            meanwhile.append(stack.complete("model", max_tokens=1).status)
     statuses = Counter(one.result() for one in crowd)
-    afterwards = [stack.complete(model).status for model in ("a0", "b0", "model", "model")]
+    before = stack.served()
+    afterwards = [stack.complete("model").status for _ in range(4)]
+    first, second = (after - then for after, then in zip(stack.served(), before, strict=True))
 
     assert statuses[200] > 0
     assert meanwhile
     assert {*statuses, *meanwhile} <= {200, 500}
     assert afterwards == [200] * 4
+    assert (first[""], second[""]) == (2, 2)
 
 
 def test_an_answer_that_reaches_its_limit_says_so(stack: Stack) -> None:
