@@ -6,6 +6,7 @@ import http.client
 import json
 import os
 import shutil
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +25,7 @@ from gralora_server.client import FinishReason
 QUESTION = "stop here then the quick"
 SIZES = ("--max-num-seqs", "2", "--max-queue", "4", "--threads", "1")
 LONG = 300
-CROWD = 24  # many more than may run and wait
+CROWD = 48  # many more than may run and wait in two servers
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,19 +201,33 @@ def test_a_client_that_leaves_frees_its_pages(stack: Stack) -> None:
 
 
 def test_overload_takes_no_worker_out_of_rotation(stack: Stack) -> None:
-    """Many are refused; whoever comes when there is room again is served at once."""
+    """Many are refused. Whoever comes right after that is told by the server whether there is room, and not by Dynamo
+    that there is none to ask; and is served at once when there is room again.
+    """
+    refused = threading.Event()
 
     def ask(_number: int) -> int:
-        return stack.complete("a0", max_tokens=LONG, ignore_eos=True).status
+        status = stack.complete("model", max_tokens=LONG, ignore_eos=True).status
+        if status != http.HTTPStatus.OK:
+            refused.set()
+        return status
 
+    meanwhile = []
     with ThreadPoolExecutor(CROWD) as pool:
-        statuses = Counter(pool.map(ask, range(CROWD)))
-    afterwards = [stack.complete(model).status for model in ("a0", "b0", "model", "model")]
+        crowd = [pool.submit(ask, number) for number in range(CROWD)]
+        assert refused.wait(PATIENCE_S), "nobody was refused"
+        while not all(one.done() for one in crowd):
+            meanwhile.append(stack.complete("model", max_tokens=1).status)
+    statuses = Counter(one.result() for one in crowd)
+    before = stack.served()
+    afterwards = [stack.complete("model").status for _ in range(4)]
+    first, second = (after - then for after, then in zip(stack.served(), before, strict=True))
 
     assert statuses[200] > 0
-    assert statuses[200] < CROWD, "nobody was refused"
-    assert statuses[503] == 0
+    assert meanwhile
+    assert {*statuses, *meanwhile} <= {200, 500}
     assert afterwards == [200] * 4
+    assert (first[""], second[""]) == (2, 2)
 
 
 def test_an_answer_that_reaches_its_limit_says_so(stack: Stack) -> None:
