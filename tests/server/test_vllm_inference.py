@@ -121,7 +121,7 @@ async def test_a_deadline_is_the_calls() -> None:
         with_one, without = (request.timeout_s for request in s.engine.requests)
 
     assert with_one is not None
-    assert 1 < with_one <= 10
+    assert 1 < with_one < 20  # gRPC rounds up
     assert without is None
 
 
