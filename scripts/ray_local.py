@@ -17,12 +17,16 @@ import sys
 import tempfile
 from contextlib import suppress
 from pathlib import Path
+from random import SystemRandom
 from typing import Any
 
 from gralora_server.model_fetch import ensure_default_model
 from gralora_server.ray.local import ENVIRONMENT, HOST, cluster, deploy
 
 EXAMPLES = Path(__file__).parent.parent / "examples" / "adapters"
+# Above those of Ray's workers, and below those that a system gives to whoever asks for any: these stay free until Serve
+# binds them.
+PORTS = range(20_000, 32_000)
 HOW_TO_ASK = """\
 {replicas} replicas serve at {grpc} (gRPC) and {http} (HTTP). Ask them:
 
@@ -37,7 +41,8 @@ def main() -> None:
     options = _options()
     os.environ.update(ENVIRONMENT)
     arguments = _arguments(options)
-    grpc_port, http_port = (port or _free_port() for port in (options.grpc_port, options.http_port))
+    free = filter(_is_free, SystemRandom().sample(PORTS, len(PORTS)))
+    grpc_port, http_port = options.grpc_port or next(free), options.http_port or next(free)
     cpus = max(os.cpu_count() or 1, options.replicas + 1)
     with (
         tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder,
@@ -83,11 +88,13 @@ def _changed(arguments: dict[str, Any], changes: dict[str, Any]) -> dict[str, An
     }
 
 
-def _free_port() -> int:
+def _is_free(port: int) -> bool:
     with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        port: int = probe.getsockname()[1]
-        return port
+        try:
+            probe.bind((HOST, port))
+        except OSError:
+            return False
+        return True
 
 
 if __name__ == "__main__":
