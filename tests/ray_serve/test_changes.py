@@ -311,3 +311,16 @@ async def test_entries_travel_as_they_are() -> None:
 
     assert number > 5
     assert [entry.change.request for entry in await log.news("a", 0, serves=False, timeout_s=0)] == [b"old", b"new"]
+
+
+async def test_who_asks_first_after_the_list_was_lost_is_waited_for() -> None:
+    """It used to be told at once that none of no replicas had made the change."""
+    log = Changes()
+    number = await log.offer(change(origin="a"))
+    asking = asyncio.create_task(log.outcomes(number))
+    await asyncio.sleep(0)
+    too_early = asking.done()
+    await log.report("a", number, Outcome(response=b"made"))
+
+    assert not too_early
+    assert await asking == {"a": Outcome(response=b"made")}

@@ -34,6 +34,7 @@ class Changes:
     async def offer(self, change: Change) -> int:
         """Its number. Everybody who follows gets it from now on."""
         async with self._news:
+            self._seen_s[change.origin] = self._now_s()  # which may follow nothing yet, if all this has started anew
             self._forget()
             self._last = max(self._last + 1, int(self._clock_s() * 1000))
             entry = Entry(self._last, change)
