@@ -128,7 +128,7 @@ def test_tenants_that_are_known_by_certificates_cannot_be_served(tmp_path: Path)
 def test_every_method_that_needs_a_role_is_answered_by_its_name() -> None:
     known = {rpc.path for rpc in rpcs(kserve=True).values()}
 
-    assert ROLES.keys() <= known
+    assert {path for path in ROLES if not path.startswith("/vllm.")} <= known  # that one is not served there
     assert {name for name, rpc in rpcs(kserve=True).items() if rpc.streams} == {
         "StreamGenerate",
         "WatchAdapters",
