@@ -26,7 +26,7 @@ from gralora_runtime.adapters.catalogue.uploads import UploadLimits, Uploads
 from gralora_runtime.adapters.manager import AdapterManager
 from gralora_runtime.adapters.residency.pace import Pace
 from gralora_runtime.adapters.residency.transfer import Transfer, no_steps, transfer_to
-from gralora_runtime.config import AS_SAVED, EngineConfig
+from gralora_runtime.config import LEAST_BITS, EngineConfig
 from gralora_runtime.errors import ConfigError
 from gralora_runtime.info import EngineInfo
 from gralora_runtime.model.adaptable import adaptable_modules, weight_norms
@@ -116,7 +116,7 @@ def assemble(config: EngineConfig, base: BaseModel | None = None) -> EngineParts
                     max_model_len=max_model_len,
                     rungs=rungs,
                     batch_invariant=config.batch_invariant,
-                    as_saved=config.weights == AS_SAVED,
+                    least_bits=LEAST_BITS[config.weights],
                 )
             )
         batch = BatchBuilder(

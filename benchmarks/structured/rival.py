@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import time
 from collections.abc import Iterator, Mapping
+from importlib.metadata import version
 from importlib.util import find_spec
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -28,6 +29,7 @@ def measure(
     here, there = spawning.Pipe()
     process = spawning.Process(target=_of_ours, args=(there, model, vocab_size, answers, fresh))
     process.start()
+    there.close()  # so that its end is seen here
     alone = here.recv()
     process.join()
     return {**alone, "public": summary(_try_public(model, vocab_size, schemas))}
@@ -53,7 +55,7 @@ def _of_ours(out: Connection, model: Path, vocab_size: int, answers: Answers, fr
         refused += sum(not matcher.accept_token(token) for matcher, token in zip(matchers, tokens, strict=True))
     out.send(
         {
-            "version": xgrammar.__version__,
+            "version": version("xgrammar"),
             "compile_ms": ms(compiled_s),
             "masks_ms_per_step": ms(masks_s),
             "tokens_that_it_did_not_accept": refused,

@@ -29,7 +29,7 @@ def widened(kind: Kind, out_features: int, in_features: int, seed: int = 0) -> t
 @pytest.mark.parametrize(("in_features", "out_features"), [(576, 192), (192, 577), (32, 3), (1536, 40)])
 def test_blocks_are_kept_as_they_are_and_their_products_are_those_of_fp32(kind, in_features, out_features):
     weight = widened(kind, out_features, in_features)
-    small, large = PackedWeight(weight), PackedWeight(weight, as_saved=False)
+    small, large = PackedWeight(weight, least_bits=4), PackedWeight(weight)
     columns = large.panels.shape[0] * large.panels.shape[2]
     assert (small.storage, large.storage) == (KINDS[kind], Storage.NATIVE)
     assert small.panels.nbytes * 8 == columns * in_features * BITS[small.storage]
@@ -50,7 +50,7 @@ def test_one_number_that_is_of_no_block_keeps_all_in_fp32(kind, place):
     weight[place] = torch.nextafter(weight[place], torch.tensor(9.0))
 
     assert recognised(weight) is None
-    assert PackedWeight(weight).storage == Storage.NATIVE
+    assert PackedWeight(weight, least_bits=4).storage == Storage.NATIVE
 
 
 @pytest.mark.parametrize("weight", [torch.randn(40, 96), widened(Kind.Q8_0, 40, 96)[:, :95], torch.full((4, 32), 1e9)])

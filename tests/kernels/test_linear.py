@@ -50,7 +50,7 @@ def test_what_16_bits_hold_is_kept_so_and_its_products_are_those_of_fp32(dtype, 
     """Also of numbers that are below what is normal in 16 bits."""
     weight = torch.randn(out_features, in_features) * torch.logspace(-9, 1, in_features)
     weight = weight.to(dtype).float()
-    small, large = PackedWeight(weight), PackedWeight(weight, as_saved=False)
+    small, large = PackedWeight(weight), PackedWeight(weight, least_bits=32)
     assert (small.panels.dtype, large.panels.dtype) == (dtype, torch.float32)
 
     for rows in (1, 2, 3, 5, 8, 13, 31, 130):

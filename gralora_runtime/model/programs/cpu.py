@@ -46,13 +46,13 @@ class CpuRunner:
             norms_whole_heads=model.norms_whole_heads,
         )
         self._program = Program(shape, max_tokens=served.max_num_tokens, arena=served.arena)
-        self._as_saved = served.as_saved
-        self._program.embed(model.embedding.detach(), model.embedding_factor, as_saved=served.as_saved)
+        self._least_bits = served.least_bits
+        self._program.embed(model.embedding.detach(), model.embedding_factor, least_bits=served.least_bits)
         for index, layer in enumerate(model.layers):
             self._add_layer(model, layer, served.kv_pool.keys[index], served.kv_pool.values[index])
         head = model.head
         bias = None if head.bias is None else head.bias.detach()
-        packed = PackedWeight(head.weight.detach(), as_saved=served.as_saved)
+        packed = PackedWeight(head.weight.detach(), least_bits=served.least_bits)
         self._program.head(model.final_norm, model.eps, packed, bias)
         for module in (head, served.base.model.get_input_embeddings()):  # which may be one and the same weight
             module.weight = _nothing_like(module.weight)
@@ -117,7 +117,7 @@ class CpuRunner:
         weight, bias = joined_weight_and_bias(projection.modules)
         bias = None if bias is None else bias.detach()
         group = self._groups[projection.names]
-        packed = PackedWeight(weight.detach(), as_saved=self._as_saved)
+        packed = PackedWeight(weight.detach(), least_bits=self._least_bits)
         self._program.linear(x, y, packed, group, bias=bias, accumulate=accumulate)
 
 

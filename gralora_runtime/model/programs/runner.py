@@ -41,4 +41,4 @@ class Served:
     max_model_len: int
     rungs: tuple[int, ...]  # numbers of rows that a GPU captures decode steps for
     batch_invariant: bool
-    as_saved: bool  # on the CPU: weights that 16 bits hold exactly are kept in 16
+    least_bits: int  # on the CPU: that base weights may be kept in, where those hold them exactly

@@ -16,7 +16,7 @@ from gralora_kernels.cpu import operations
 from gralora_kernels.cpu.adapters import SCRATCH_BYTES
 from gralora_kernels.cpu.attention import attention_rows, scratch_bytes
 from gralora_kernels.cpu.blocks import BLOCKS_8, pack_rows, recognised
-from gralora_kernels.cpu.linear import DTYPES, ROW_BLOCK, WIDE_BYTES, PackedWeight, row_numbers, storage_of
+from gralora_kernels.cpu.linear import DTYPES, FP32_BITS, ROW_BLOCK, WIDE_BYTES, PackedWeight, row_numbers, storage_of
 from gralora_kernels.cpu.microkernel import FROM_OUTPUT, FROM_ZERO
 from gralora_kernels.cpu.operations import (
     ACTIVATION,
@@ -124,11 +124,11 @@ class Program:
         self._iota = row_numbers(max(max_tokens, ROW_BLOCK, attention_rows(shape.heads // shape.kv_heads)))
         self._scratch = torch.zeros(self._parts * self._scratch_size, dtype=torch.uint8)
 
-    def embed(self, table: Tensor, factor: float, *, as_saved: bool = True) -> None:
-        """hidden = factor * table[token]. What 16 bits hold exactly is kept so, see `PackedWeight`."""
+    def embed(self, table: Tensor, factor: float, *, least_bits: int = FP32_BITS // 2) -> None:
+        """hidden = factor * table[token]. `least_bits`: see `PackedWeight`."""
         is_whole = table.shape[1] % LANES == 0  # vectors
-        storage: int = storage_of(table) if as_saved and is_whole else Storage.NATIVE
-        blocks = recognised(table) if as_saved and storage == Storage.NATIVE else None
+        storage: int = storage_of(table) if least_bits < FP32_BITS and is_whole else Storage.NATIVE
+        blocks = recognised(table) if least_bits < FP32_BITS // 2 and storage == Storage.NATIVE else None
         if blocks is not None and blocks.kind == BLOCKS_8:
             storage, kept = BLOCKS_8, pack_rows(blocks)
         else:

@@ -14,11 +14,11 @@ from gralora_runtime.stepping.batch import StepTensors
 class PackedLinear(nn.Module):
     """fp32 linear on the CPU."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, *, as_saved: bool) -> None:
-        """`as_saved`: see `PackedWeight`."""
+    def __init__(self, weight: Tensor, bias: Tensor | None, *, least_bits: int) -> None:
+        """`least_bits`: see `PackedWeight`."""
         super().__init__()
         self.out_features, self.in_features = weight.shape
-        self._weight = PackedWeight(weight, as_saved=as_saved)
+        self._weight = PackedWeight(weight, least_bits=least_bits)
         self._bias = bias
 
     def forward(self, x: Tensor) -> Tensor:

@@ -53,7 +53,7 @@ class TransformersRunner:
         fused = fuse_rms_norms(self._model)
         self._backend = served.backend
         self._groups = tuple(groups.values())
-        self._wrap_linears(served.arena, groups, as_saved=served.as_saved)
+        self._wrap_linears(served.arena, groups, least_bits=served.least_bits)
         logger.info(
             "model ready: %d linear layers can be adapted, in %d groups; %d RMS norms fused",
             sum(map(len, groups)),
@@ -86,20 +86,20 @@ class TransformersRunner:
         logits: Tensor = output.logits[0, : len(index)].float()
         return logits
 
-    def _wrap_linears(self, arena: Tensor, groups: Mapping[tuple[str, ...], GroupTable], *, as_saved: bool) -> None:
+    def _wrap_linears(self, arena: Tensor, groups: Mapping[tuple[str, ...], GroupTable], *, least_bits: int) -> None:
         """Group by group, so that at most one group's weights are held twice."""
         pack = self._model.device.type == "cpu"
         head = self._model.get_output_embeddings()
         if pack and isinstance(head, nn.Linear):
-            self._model.set_output_embeddings(PackedLinear(*weight_and_bias(head), as_saved=as_saved))
+            self._model.set_output_embeddings(PackedLinear(*weight_and_bias(head), least_bits=least_bits))
         for names, table in groups.items():
-            base = _base_product([self._model.get_submodule(name) for name in names], pack=pack, as_saved=as_saved)
+            base = _base_product([self._model.get_submodule(name) for name in names], pack=pack, least_bits=least_bits)
             group = AdaptedGroup(base, table=table, arena=arena, backend=self._backend, context=self._context)
             for member, name in enumerate(names):
                 self._model.set_submodule(name, AdaptedLinear(group, member))
 
 
-def _base_product(modules: Sequence[nn.Module], *, pack: bool, as_saved: bool) -> nn.Module:
+def _base_product(modules: Sequence[nn.Module], *, pack: bool, least_bits: int) -> nn.Module:
     if pack:
-        return PackedLinear(*joined_weight_and_bias(modules), as_saved=as_saved)
+        return PackedLinear(*joined_weight_and_bias(modules), least_bits=least_bits)
     return modules[0] if len(modules) == 1 else DenseLinear(*joined_weight_and_bias(modules))
