@@ -18,8 +18,8 @@ from gralora_runtime.plan import AdapterUse, RowPlan, StepPlan
 # Windows are 24, and two of these come beyond. The others need no long prompt: one chunk, then a step of a few single
 # tokens in a graph.
 BUILDS = {
-    "llama": 8, "llama-biased": 4, "qwen2": 8, "qwen3": 8, "mistral": 26, "gemma": 8, "gemma2": 26, "gemma3": 4,
-    "phi3": 8, "granite": 4, "smollm3": 4, "olmo3": 4,
+    "llama": 8, "llama-biased": 6, "qwen2": 8, "qwen3": 8, "mistral": 26, "gemma": 8, "gemma2": 26, "gemma3": 6,
+    "phi3": 8, "granite": 6, "smollm3": 6, "olmo3": 6,
 }  # fmt: skip
 SIZES = {"all_ranks": False, "kernel_backend": "triton", "max_num_seqs": 16, "max_num_batched_tokens": 512}
 
