@@ -20,10 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
-from benchmarks.catalogue.gate import Gate
+from benchmarks.catalogue.gate import Gate, show
 from benchmarks.machine import busy_share, facts
 from gralora_server.loadtest.overload import Bin
 from gralora_server.loadtest.result import RunResult
@@ -154,13 +151,6 @@ def _first_refusal_s(bins: Sequence[Bin], first_s: float | None, peak_from_s: fl
         return round(first_s - peak_from_s, 3)
     inside = (one.at_s for one in bins if one.at_s >= peak_from_s and one.refusals)
     return next(inside, float("inf")) - peak_from_s
-
-
-def show(gates: Sequence[Gate]) -> None:
-    table = Table("gate", "found", "at most", "")
-    for gate in gates:
-        table.add_row(gate.name, f"{gate.found:.4g}", f"{gate.at_most:g}", "" if gate.passed else "FAILED")
-    Console(width=120).print(table)
 
 
 if __name__ == "__main__":

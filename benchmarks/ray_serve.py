@@ -27,9 +27,8 @@ import psutil
 from google.rpc import error_details_pb2  # type: ignore[import-untyped]
 from grpc_status import rpc_status
 
-from benchmarks.catalogue.gate import Gate
+from benchmarks.catalogue.gate import Gate, show
 from benchmarks.machine import busy_share, facts
-from benchmarks.overload import show
 from gralora.v1 import generation_pb2, generation_pb2_grpc
 from gralora_server.loadtest.local_server import running
 from gralora_server.loadtest.synthetic import AdapterKind, make_adapters

@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.bench import Bench
-from benchmarks.catalogue.gate import Gate
+from benchmarks.catalogue.gate import Gate, show
 from benchmarks.machine import busy_share, facts
-from benchmarks.overload import show
 from benchmarks.record import FIRST_MEAN, STEP, WHOLE, Section
 from benchmarks.sections import GRPC, HTTP, over_wires
 from benchmarks.workload import FULL, QUICK

@@ -6,6 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rich.console import Console
+from rich.table import Table
+
 
 @dataclass(frozen=True, slots=True)
 class Gate:
@@ -27,3 +30,10 @@ class PartResult:
 
     figures: Mapping[str, Any]
     gates: Sequence[Gate]
+
+
+def show(gates: Sequence[Gate]) -> None:
+    table = Table("gate", "found", "at most", "")
+    for gate in gates:
+        table.add_row(gate.name, f"{gate.found:.4g}", f"{gate.at_most:g}", "" if gate.passed else "FAILED")
+    Console(width=120).print(table)

@@ -20,10 +20,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
-from benchmarks.catalogue.gate import Gate
+from benchmarks.catalogue.gate import Gate, show
 from benchmarks.machine import busy_share, facts
 from benchmarks.structured import ours, rival
 from benchmarks.structured.figures import Tried, ms, summary
@@ -118,13 +115,6 @@ def _gates(
 
 def _neither(tried: Sequence[Tried]) -> float:
     return float(sum(one.outcome not in ("compiled", "refused", "too long") for one in tried))
-
-
-def show(gates: Sequence[Gate]) -> None:
-    table = Table("gate", "found", "at most", "")
-    for gate in gates:
-        table.add_row(gate.name, f"{gate.found:.4g}", f"{gate.at_most:g}", "" if gate.passed else "FAILED")
-    Console(width=120).print(table)
 
 
 if __name__ == "__main__":
