@@ -35,9 +35,9 @@ from gralora_kernels.packing import ROW_MAJOR, place_a, place_b
 from gralora_runtime.adapters.catalogue.sources.directory import DirectorySource
 from gralora_runtime.adapters.checkpoint import loader
 from gralora_runtime.adapters.checkpoint.bounds import largest_magnitude
-from gralora_runtime.adapters.checkpoint.loader import ARRAYS
 from gralora_runtime.adapters.checkpoint.recipe import recipe_of
 from gralora_runtime.adapters.checkpoint.spec import ModuleShape
+from gralora_runtime.adapters.checkpoint.stored import ARRAYS, held, read_range
 from gralora_runtime.adapters.checkpoint.tensors import WEIGHTS_FILE
 from gralora_runtime.adapters.manager import AdapterManager
 from gralora_runtime.adapters.residency.pool import AdapterPool
@@ -180,7 +180,7 @@ def measure_packing(phases: Phases, path: Path, modules: Sequence[ModuleShape], 
         recipe = recipe_of(header.fitting_plan(modules), header.tensors, dtype, keeps_16_bit=ROW_MAJOR.keeps_16_bit)
     matrices = recipe.matrices
     with _timed(phases, "  read"), (path / WEIGHTS_FILE).open("rb") as opened:
-        data = [loader.read_range(opened.fileno(), m.stored.begin, m.stored.end) for m in matrices]
+        data = [read_range(opened.fileno(), m.stored.begin, m.stored.end) for m in matrices]
     with _timed(phases, "  digest"):
         for own in data:
             hashlib.sha256(own.data).digest()
@@ -189,10 +189,10 @@ def measure_packing(phases: Phases, path: Path, modules: Sequence[ModuleShape], 
         for matrix, own in zip(matrices, values, strict=True):
             largest_magnitude(own, matrix.stored.dtype)
     with _timed(phases, "  cast"):
-        held = [loader.held(own, m.stored.dtype, m.dtype) for m, own in zip(matrices, values, strict=True)]
-    places = [np.ones_like(own) for own in held]
+        widened = [held(own, m.stored.dtype, m.dtype) for m, own in zip(matrices, values, strict=True)]
+    places = [np.ones_like(own) for own in widened]
     with _timed(phases, "  pack"):
-        for matrix, own, place in zip(matrices, held, places, strict=True):
+        for matrix, own, place in zip(matrices, widened, places, strict=True):
             (place_a if matrix.is_a else place_b)(place, own.reshape(matrix.stored.shape), ROW_MAJOR.panel)
 
 

@@ -30,6 +30,7 @@ from gralora_runtime.config import LEAST_BITS, EngineConfig
 from gralora_runtime.errors import ConfigError
 from gralora_runtime.info import EngineInfo
 from gralora_runtime.model.adaptable import adaptable_modules, weight_norms
+from gralora_runtime.model.base_layers import BaseLayers
 from gralora_runtime.model.chat_turns import tool_format
 from gralora_runtime.model.kv_pool import KVPool, page_bytes
 from gralora_runtime.model.loading import BaseModel, load_base_model
@@ -96,7 +97,10 @@ def assemble(config: EngineConfig, base: BaseModel | None = None) -> EngineParts
     wait_for_steps = fence.wait if pipelined else no_steps  # unpipelined, no step runs whose leases were given back
     pace = Pace(share=config.load_share, cores=num_threads, steps_run=lambda: fence.is_open)
     transfer = transfer_to(device, wait_for_steps, pace)
-    adapters = _adapter_manager(config, base, _free_bytes(device) - reserved, backend.packing, transfer)
+    layers = BaseLayers(base.model)
+    adapters = _adapter_manager(
+        config, base, layers, backend.packing, transfer, free_bytes=_free_bytes(device) - reserved
+    )
     try:
         kv_pool, max_model_len = _kv_pool(
             config, base, _free_bytes(device) - reserved, in_panels=kv_in_panels(backend, device)
@@ -109,6 +113,7 @@ def assemble(config: EngineConfig, base: BaseModel | None = None) -> EngineParts
                     kv_pool=kv_pool,
                     arena=adapters.pool.arena,
                     groups=adapters.pool.groups,
+                    layers=layers,
                     backend=backend,
                     page_size=config.page_size,
                     max_num_tokens=config.max_num_batched_tokens,
@@ -119,6 +124,7 @@ def assemble(config: EngineConfig, base: BaseModel | None = None) -> EngineParts
                     least_bits=LEAST_BITS[config.weights],
                 )
             )
+        layers.open()
         batch = BatchBuilder(
             max_num_tokens=config.max_num_batched_tokens,
             page_size=config.page_size,
@@ -131,6 +137,7 @@ def assemble(config: EngineConfig, base: BaseModel | None = None) -> EngineParts
                     max_num_tokens=config.max_num_batched_tokens, max_model_len=max_model_len,
                 )  # fmt: skip
     except BaseException:
+        layers.open()
         adapters.close()
         raise
     scheduler = Scheduler(
@@ -218,7 +225,13 @@ def _free_bytes(device: torch.device) -> int:
 
 
 def _adapter_manager(
-    config: EngineConfig, base: BaseModel, free_bytes: int, packing: Packing, transfer: Transfer
+    config: EngineConfig,
+    base: BaseModel,
+    layers: BaseLayers,
+    packing: Packing,
+    transfer: Transfer,
+    *,
+    free_bytes: int,
 ) -> AdapterManager:
     if config.state_dir is not None:  # whatever link leads there today: paths below it are remembered
         config = replace(config, state_dir=config.state_dir.resolve())
@@ -246,6 +259,7 @@ def _adapter_manager(
             base_model=base.name,
             # While the model still has its weights: programs free them. 30 to 90 ms for 135M parameters on two cores.
             base_norms=weight_norms(base.model) if sources else {},
+            base_layers=layers,
             max_width=config.max_adapter_rank,
             allowed_keys=config.allow_unknown_config_keys,
             packing=packing,

@@ -93,6 +93,7 @@ class Discovery:
         max_width: int,
         allowed_keys: Collection[str],
         keeps_16_bit: bool,
+        element_bytes: int,
         watch: str,
     ) -> None:
         """`watch`: see `EngineConfig`."""
@@ -107,6 +108,7 @@ class Discovery:
         self._max_width = max_width
         self._allowed_keys = allowed_keys
         self._keeps_16_bit = keeps_16_bit
+        self._element_bytes = element_bytes
         # By an operator, so that no request brings them back; and the last number that each has given to a version.
         self._unloaded: dict[str, int] = {}
         self._departed: dict[str, int] = {}  # names of which nothing was left, and the same of each
@@ -539,7 +541,7 @@ class Discovery:
         directory, roots = version.place
         header = inspect(directory, name=version.name, roots=roots, allowed_keys=self._allowed_keys)
         header.fitting_plan(self._modules)
-        summary = header.summary(self._modules, keeps_16_bit=self._keeps_16_bit)
+        summary = header.summary(self._modules, keeps_16_bit=self._keeps_16_bit, element_bytes=self._element_bytes)
         check_width(version.name, summary.equivalent_rank, self._max_width)
         return summary
 

@@ -30,6 +30,7 @@ from gralora_runtime.adapters.catalogue.similar import similar_name
 from gralora_runtime.adapters.catalogue.sources.source import Source
 from gralora_runtime.adapters.catalogue.store import AdapterState, AdapterStore, AdapterVersion, Alias, Waiter
 from gralora_runtime.adapters.catalogue.uploads import Uploads
+from gralora_runtime.adapters.checkpoint.affine import BaseLayers
 from gralora_runtime.adapters.checkpoint.loader import LoadedAdapter
 from gralora_runtime.adapters.checkpoint.spec import ModuleShape, to_keep
 from gralora_runtime.adapters.descriptions import Descriptions
@@ -66,6 +67,7 @@ class AdapterManager:
         sources: Sequence[Source] = (),
         base_model: str,
         base_norms: Mapping[str, float],
+        base_layers: BaseLayers | None = None,
         max_width: int,
         allowed_keys: Collection[str] = (),
         packing: Packing = ROW_MAJOR,
@@ -79,8 +81,9 @@ class AdapterManager:
     ) -> None:
         """`watch`, `state_dir`, `copies_bytes`: see `EngineConfig`. Raises CatalogueError.
 
-        `base_norms`: see `Oddities`. `allowed_keys`: see `parse_config`. `vocab_size`: the base model's, if golden
-        prompts count; then somebody has to call `examine_with`.
+        `base_norms`: see `Oddities`. `base_layers`: for adapters with magnitudes or biases. `allowed_keys`: see
+        `parse_config`. `vocab_size`: the base model's, if golden prompts count; then somebody has to call
+        `examine_with`.
         """
         self.pool = AdapterPool(
             modules=modules,
@@ -115,6 +118,7 @@ class AdapterManager:
             cache=self._cache,
             modules=modules,
             max_width=max_width,
+            base_layers=base_layers,
             allowed_keys=allowed_keys,
             answering=self._answering,
             serve=self._serve,
@@ -139,6 +143,7 @@ class AdapterManager:
             max_width=max_width,
             allowed_keys=allowed_keys,
             keeps_16_bit=self.pool.packing.keeps_16_bit,
+            element_bytes=dtype.itemsize,
             watch=watch,
         )
         self._discovery.begin()

@@ -19,9 +19,10 @@ def adaptable_modules(model: PreTrainedModel) -> Iterator[tuple[ModuleShape, nn.
         if module is head:
             continue
         if isinstance(module, nn.Linear):
-            yield ModuleShape(name, module.in_features, module.out_features, transposed=False), module
+            has_bias = module.bias is not None
+            yield ModuleShape(name, module.in_features, module.out_features, has_bias=has_bias), module
         elif isinstance(module, Conv1D):
-            yield ModuleShape(name, module.nx, module.nf, transposed=True), module
+            yield ModuleShape(name, module.nx, module.nf, transposed=True, has_bias=True), module
 
 
 def weight_and_bias(module: nn.Module) -> tuple[Tensor, Tensor | None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,11 +10,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from gralora_kernels.packing import Array
+from gralora_runtime.adapters.checkpoint.affine import ModuleVectors, affines_of, vectors_in
+from gralora_runtime.adapters.checkpoint.header import Vector
 from gralora_runtime.adapters.checkpoint.loader import LoadedAdapter
 from gralora_runtime.adapters.checkpoint.spec import rejected
 from gralora_runtime.adapters.checkpoint.unpacking import updates_in
 from gralora_runtime.adapters.checkpoint.update import Update, dense
-from gralora_runtime.adapters.checkpoint.whole import read_whole
+from gralora_runtime.adapters.checkpoint.whole import WholeAdapter, read_whole
 from gralora_runtime.adapters.checkpoint.writer import new_directory
 from gralora_runtime.model.adaptable import adaptable_modules, weight_and_bias
 from gralora_runtime.model.loading import load_as_stored, load_tokenizer
@@ -42,12 +45,7 @@ def write_merged(adapter: Path, model: Path, out: Path, report: Report) -> Merge
     with new_directory(out) as fresh:
         report("Reading the model", 0, None)
         merged, tokenizer = load_as_stored(model), load_tokenizer(model)
-        problems = []
-        for done, (module, update, weight) in enumerate(_updated(merged, whole.updates())):
-            report("Merging", done, len(whole.plan))
-            add(weight, update)
-            if not weight.isfinite().all():
-                problems.append(f"merged into {module}, it makes values that are not finite in {weight.dtype}")
+        problems = [*_shifts_without_bias(whole), *_merge(merged, whole, report)]
         if problems:
             raise rejected(whole.header.name, problems)
         report("Writing safetensors", 0, None)
@@ -61,23 +59,69 @@ def write_merged(adapter: Path, model: Path, out: Path, report: Report) -> Merge
     )
 
 
-def merge_adapter(model: PreTrainedModel, adapter: LoadedAdapter) -> None:
-    """Add every update to its weight, in place. `adapter` is packed row-major, in one dtype (`ROW_MAJOR`)."""
-    updates = updates_in(adapter, [shape for shape, _ in adaptable_modules(model)])
-    for _, update, weight in _updated(model, updates):
-        add(weight, update)
+def _shifts_without_bias(whole: WholeAdapter) -> Iterator[str]:
+    for module in whole.plan:
+        if not module.module.has_bias and any(vector.kind is Vector.B_BIASES for vector in module.vectors):
+            yield f"merged into {module.module.name}, its {Vector.B_BIASES.value} have no bias to go to"
 
 
 @torch.no_grad()
-def add(weight: Tensor, update: Update) -> None:
-    """weight [out, in] += update, summed in float32 and rounded once to the weight's dtype."""
-    total = dense(update[0])
-    for pair in update[1:]:
-        total += dense(pair)
-    weight += total
-
-
-def _updated(model: PreTrainedModel, updates: dict[str, Update]) -> Iterable[tuple[str, Update, Tensor]]:
-    """Each update with the weight that it is for."""
+def _merge(model: PreTrainedModel, whole: WholeAdapter, report: Report) -> Iterator[str]:
+    """In place. Yields what is wrong with the result."""
     modules = {shape.name: module for shape, module in adaptable_modules(model)}
-    return ((name, update, weight_and_bias(modules[name])[0]) for name, update in updates.items())
+    updates = whole.updates()
+    numbers = {name: tensor.float().numpy() for name, tensor in whole.tensors.items()}
+    vectors = {one.plan.module.name: one for one in vectors_in(whole.plan, numbers)}
+    for done, name in enumerate(module.module.name for module in whole.plan):
+        report("Merging", done, len(whole.plan))
+        weight, bias = weight_and_bias(modules[name])
+        total = _sum(weight, updates.get(name, ()))
+        if name in vectors:
+            gains, shifts = _gains_and_shifts(whole.header.name, vectors[name], total, bias)
+            total = total * gains[:, None]
+            if bias is not None:
+                bias.copy_(gains * bias.float() + shifts)
+        weight.copy_(total)
+        if not weight.isfinite().all():
+            yield f"merged into {name}, it makes values that are not finite in {weight.dtype}"
+
+
+def _gains_and_shifts(adapter: str, vectors: ModuleVectors, total: Tensor, bias: Tensor | None) -> Tensor:
+    """fp32 [2, out]. `total`: the weight and what matrices add to it."""
+    found = affines_of(adapter, [vectors], _Layer(total, bias))
+    return torch.from_numpy(found[vectors.plan.module.name])
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """The base layer that is being merged into: its pair is in `total` already."""
+
+    total: Tensor
+    own_bias: Tensor | None
+
+    def bias(self, _module: str) -> Array | None:
+        """fp32 [out]."""
+        return None if self.own_bias is None else self.own_bias.detach().float().numpy()
+
+    def norms(self, _module: str, _a: Array, _b: Array) -> Array:
+        """float64 [out]."""
+        norms: Array = torch.linalg.vector_norm(self.total, dim=1, dtype=torch.float64).numpy()
+        return norms
+
+
+@torch.no_grad()
+def merge_adapter(model: PreTrainedModel, adapter: LoadedAdapter) -> None:
+    """Add every update to its weight, in place. `adapter` has matrices alone, packed row-major (`ROW_MAJOR`)."""
+    modules = dict(adaptable_modules(model))
+    names = {shape.name: shape for shape in modules}
+    for name, update in updates_in(adapter, list(modules)).items():
+        weight, _ = weight_and_bias(modules[names[name]])
+        weight.copy_(_sum(weight, update))
+
+
+def _sum(weight: Tensor, update: Update) -> Tensor:
+    """fp32 [out, in], to be rounded once."""
+    total = weight.float()
+    for pair in update:
+        total = total + dense(pair)
+    return total

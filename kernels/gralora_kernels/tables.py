@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from itertools import accumulate
+from types import MappingProxyType
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +19,7 @@ from torch import Tensor
 ENTRIES = 2  # a hybrid adapter is two entries: GraLoRA (r, k) and a plain pair (hybrid_r, k=1)
 ALIGNMENT = 16  # elements: every matrix starts at a multiple of it
 ARENA_SLACK = 16  # elements behind the last matrix of an arena that kernels may read, never use
+NONE: Mapping[int, int] = MappingProxyType({})
 
 
 class Storage(IntEnum):
@@ -47,27 +49,38 @@ class Entry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rows:
-    """Of some modules: rows (a_offset, b_offset, r, k), scale and storage per slot and entry, in host memory and on the
-    device. On the CPU `index` and `scale` share the memory of their host copies."""
+    """Of some modules: rows (a_offset, b_offset, r, k), scale and storage per slot and entry, and per slot where its
+    gains and shifts lie, in host memory and on the device. On the CPU both are the same memory.
+
+    Gains and shifts are two vectors [out] of fp32, one behind the other, in any arena: y = gain * (y + what the entries
+    add) + shift. DoRA's magnitudes are gains, biases are shifts.
+    """
 
     host_index: npt.NDArray[np.int64]  # [modules, max_slots, ENTRIES, 4]
     host_scale: npt.NDArray[np.float32]  # [modules, max_slots, ENTRIES]
     host_storage: npt.NDArray[np.int64]  # [modules, max_slots, ENTRIES]: `Storage`, of A and of B
+    host_affine: npt.NDArray[np.int64]  # [modules, max_slots]: 1 + offset of the gains in the arena; 0: there are none
     index: Tensor  # as host_index
     scale: Tensor  # as host_scale
+    affine: Tensor  # as host_affine
     versions: npt.NDArray[np.int64]  # [max_slots], of all modules together: grows when a layout of the slot changes
+    all_affine: npt.NDArray[np.int64]  # `host_affine` of all modules together
 
     @classmethod
     def zeros(cls, num_modules: int, max_slots: int, device: torch.device) -> Rows:
         shape = (num_modules, max_slots, ENTRIES)
         index, scale = np.zeros((*shape, 4), np.int64), np.zeros(shape, np.float32)
+        affine = np.zeros(shape[:2], np.int64)
         return cls(
             host_index=index,
             host_scale=scale,
             host_storage=np.zeros(shape, np.int64),
+            host_affine=affine,
             index=torch.from_numpy(index).to(device),
             scale=torch.from_numpy(scale).to(device),
+            affine=torch.from_numpy(affine).to(device),
             versions=np.zeros(max_slots, np.int64),
+            all_affine=affine,
         )
 
     def part(self, first: int, count: int) -> Rows:
@@ -77,9 +90,12 @@ class Rows:
             host_index=self.host_index[here],
             host_scale=self.host_scale[here],
             host_storage=self.host_storage[here],
+            host_affine=self.host_affine[here],
             index=self.index[here],
             scale=self.scale[here],
+            affine=self.affine[here],
             versions=self.versions,
+            all_affine=self.all_affine,
         )
 
 
@@ -90,13 +106,14 @@ class SlotRows:
     index: npt.NDArray[np.int64]  # [modules, ENTRIES, 4]
     scale: npt.NDArray[np.float32]  # [modules, ENTRIES]
     storage: npt.NDArray[np.int64]  # [modules, ENTRIES]
+    affine: npt.NDArray[np.int64]  # [modules]
     layouts: tuple[bytes, ...]  # of each group
 
 
 class TableSet:
     """The tables of all projection groups of a pool. Index and scale of all modules are one tensor each.
 
-    So a slot is set or cleared in all modules by one write on the device: `rows.index[:, slot]`, `rows.scale[:, slot]`.
+    So a slot is set or cleared in all modules by one write on the device of each: `rows.index[:, slot]` and so on.
     That write belongs to whoever owns the order of things on the device; `put` and `clear` change host memory alone.
     """
 
@@ -115,8 +132,9 @@ class TableSet:
         self.modules = tuple(table for group in self.groups for table in group.modules)
         self._nothing = self.rows_of({})
 
-    def rows_of(self, entries: Mapping[int, Sequence[Entry]]) -> SlotRows:
+    def rows_of(self, entries: Mapping[int, Sequence[Entry]], affines: Mapping[int, int] = NONE) -> SlotRows:
         """What to `put` so that a slot holds these entries, by position in `modules`; a module not named holds none.
+        `affines`: where gains lie, in the same way.
 
         Raises ValueError for what the kernels cannot compute.
         """
@@ -128,12 +146,16 @@ class TableSet:
             for i, entry in enumerate(own):
                 index[position, i] = entry.a_offset, entry.b_offset, entry.r, entry.k
                 scale[position, i], storage[position, i] = entry.scale, entry.storage
+        affine = np.zeros(len(self.modules), np.int64)
+        for position, offset in affines.items():
+            _check_offset("affine", offset)
+            affine[position] = 1 + offset
         counts = [len(group.modules) for group in self.groups]
         layouts = tuple(
-            _layout(index[first : first + count])
+            _layout(index[first : first + count], affine[first : first + count])
             for first, count in zip(accumulate(counts, initial=0), counts, strict=False)
         )
-        return SlotRows(index=index, scale=scale, storage=storage, layouts=layouts)
+        return SlotRows(index=index, scale=scale, storage=storage, affine=affine, layouts=layouts)
 
     def put(self, slot: int, rows: SlotRows, *, offset: int = 0) -> None:
         """Make `slot` hold this. `offset` is where in the arena the entries' offsets count from.
@@ -148,13 +170,16 @@ class TableSet:
         self.rows.host_index[:, slot] = index
         self.rows.host_scale[:, slot] = rows.scale
         self.rows.host_storage[:, slot] = rows.storage
+        self.rows.host_affine[:, slot] = rows.affine + offset * (rows.affine > 0)
         for group, layout in zip(self.groups, rows.layouts, strict=True):
             group.layouts[slot] = layout
         self.rows.versions[slot] += 1
 
-    def write(self, slot: int, entries: Mapping[int, Sequence[Entry]], *, offset: int = 0) -> None:
+    def write(
+        self, slot: int, entries: Mapping[int, Sequence[Entry]], affines: Mapping[int, int] = NONE, *, offset: int = 0
+    ) -> None:
         """`put`, for rows that nobody needs twice."""
-        self.put(slot, self.rows_of(entries), offset=offset)
+        self.put(slot, self.rows_of(entries, affines), offset=offset)
 
     def clear(self, slot: int) -> None:
         """No module has an adapter in this slot."""
@@ -187,17 +212,18 @@ class GroupTable:
         self.host_index = self.rows.host_index  # int64 [modules, max_slots, ENTRIES, 4]
         self.index = self.rows.index  # [modules, max_slots, ENTRIES, 4]
         self.scale = self.rows.scale  # [modules, max_slots, ENTRIES]
+        self.affine = self.rows.affine  # [modules, max_slots]
         self.versions = self.rows.versions
-        # By slot: r and k of every module and entry, as bytes. Equal for slots, and layers, that need the same work.
-        self.layouts = [_layout(self.host_index[:, 0])] * max_slots
+        # By slot: see `_layout`. Equal for slots, and layers, that need the same work.
+        self.layouts = [_layout(self.host_index[:, 0], self.rows.host_affine[:, 0])] * max_slots
         self.modules = tuple(
             ModuleTable(in_features, out, max_slots, device, group=self, position=m)
             for m, out in enumerate(out_features)
         )
 
     def note_layout(self, slot: int) -> None:
-        """A module's entries of this slot have changed."""
-        self.layouts[slot] = _layout(self.host_index[:, slot])
+        """What a module holds in this slot has changed."""
+        self.layouts[slot] = _layout(self.host_index[:, slot], self.rows.host_affine[:, slot])
         self.versions[slot] += 1
 
 
@@ -226,14 +252,22 @@ class ModuleTable:
         self.host_index = rows.host_index[position]  # int64 [max_slots, ENTRIES, 4]
         self.host_scale = rows.host_scale[position]  # float32 [max_slots, ENTRIES]
         self.host_storage = rows.host_storage[position]  # int64 [max_slots, ENTRIES]
+        self.host_affine = rows.host_affine[position]  # int64 [max_slots]
         self.index = rows.index[position]
         self.scale = rows.scale[position]
+        self.affine = rows.affine[position]
         self._shared = device.type == "cpu"
 
-    def set(self, slot: int, entries: Sequence[Entry]) -> None:
-        """Make `slot` hold these entries, on the device too. Raises ValueError for what the kernels cannot compute."""
+    def set(self, slot: int, entries: Sequence[Entry], affine: int | None = None) -> None:
+        """Make `slot` hold these entries, and the gains at `affine`, on the device too.
+
+        Raises ValueError for what the kernels cannot compute.
+        """
         _check_slot(slot, self.max_slots)
         self.check(entries)
+        if affine is not None:
+            _check_offset("affine", affine)
+        self.host_affine[slot] = 0 if affine is None else 1 + affine
         self.host_index[slot] = 0
         self.host_scale[slot] = 0
         self.host_storage[slot] = Storage.NATIVE
@@ -266,18 +300,29 @@ class ModuleTable:
             if size % entry.k:
                 raise ValueError(f"{name}={size} is not divisible by k={entry.k}")
         for name, offset in (("a_offset", entry.a_offset), ("b_offset", entry.b_offset)):
-            if offset < 0 or offset % ALIGNMENT:
-                raise ValueError(f"{name} must be a multiple of {ALIGNMENT}, got {offset}")
+            _check_offset(name, offset)
 
     def _upload(self, slot: int) -> None:
         if not self._shared:
             self.index[slot].copy_(torch.from_numpy(self.host_index[slot]))
             self.scale[slot].copy_(torch.from_numpy(self.host_scale[slot]))
+            self.affine[slot].copy_(torch.from_numpy(self.host_affine[slot : slot + 1])[0])
 
 
-def _layout(index: npt.NDArray[np.int64]) -> bytes:
-    """r and k of one slot's rows [modules, ENTRIES, 4]."""
-    return index[..., 2:].tobytes()
+def _layout(index: npt.NDArray[np.int64], affine: npt.NDArray[np.int64]) -> bytes:
+    """Of one slot in some modules: r and k of each entry, and whether there are gains; `parts_of` reads it."""
+    return np.column_stack([index[..., 2:].reshape(len(index), -1), affine > 0]).tobytes()
+
+
+def parts_of(layout: bytes) -> list[tuple[list[tuple[int, int]], bool]]:
+    """Of each module of a group: (r, k) of each entry, and whether there are gains."""
+    rows = np.frombuffer(layout, np.int64).reshape(-1, 2 * ENTRIES + 1).tolist()
+    return [(list(zip(row[:-1:2], row[1:-1:2], strict=True)), bool(row[-1])) for row in rows]
+
+
+def _check_offset(name: str, offset: int) -> None:
+    if offset < 0 or offset % ALIGNMENT:
+        raise ValueError(f"{name} must be a multiple of {ALIGNMENT}, got {offset}")
 
 
 def _check_slot(slot: int, max_slots: int) -> None:

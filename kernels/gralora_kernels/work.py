@@ -28,7 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gralora_kernels.grouping import Grouping
-from gralora_kernels.tables import ENTRIES, GroupTable
+from gralora_kernels.tables import ENTRIES, GroupTable, parts_of
 
 ITEM = 8
 WIDEST = 8  # elements that one load may take: 16 bytes of the smallest dtype
@@ -163,15 +163,15 @@ def plan_work(groups: Sequence[GroupTable], grouping: Grouping, blocking: Blocki
 
 @lru_cache(maxsize=1 << 14)
 def pieces_of(kind: tuple[int, tuple[int, ...], int], layout: bytes, blocking: Blocking) -> Pieces:
-    """The pieces of slot 0, if it has this layout: r and k of every module and entry."""
+    """The pieces of slot 0, if it has this layout."""
     in_features, outs, max_slots = kind
-    parts = np.frombuffer(layout, np.int64).reshape(len(outs), ENTRIES, 2).tolist()
-    present = [(r, k) for module in parts for r, k in module if r]
+    parts = parts_of(layout)
+    present = [(r, k) for entries, _ in parts for r, k in entries if r]
     split_shrink, shrink = [], []
     expand: list[tuple[int, ...]] = []
     narrow_expand: list[tuple[int, ...]] = []
     column = start = 0
-    for m, (entries, out) in enumerate(zip(parts, outs, strict=True)):
+    for m, ((entries, is_affine), out) in enumerate(zip(parts, outs, strict=True)):
         row, first_column = m * max_slots * ENTRIES, column
         for i, (r, k) in enumerate(entries):
             rows = range(0, r, blocking.rank_rows)
@@ -184,7 +184,9 @@ def pieces_of(kind: tuple[int, tuple[int, ...], int], layout: bytes, blocking: B
                 for plane, begin in stretches
             ]
             column += r * k
-        borders = sorted({j * out // k for r, k in entries if r for j in range(k + 1)})
+        borders = sorted(
+            {j * out // k for r, k in ([*entries, (1, 1)] if is_affine else entries) if r for j in range(k + 1)}
+        )
         for low, high in pairwise(borders):
             for items, columns in ((expand, blocking.columns), (narrow_expand, blocking.narrow_columns)):
                 cuts = [*range(low, high, columns), high]
@@ -198,7 +200,7 @@ def pieces_of(kind: tuple[int, tuple[int, ...], int], layout: bytes, blocking: B
         num_columns=column,
         in_alignment=gcd(WIDEST, *(in_features // k for _, k in present)),
         out_alignment=gcd(
-            WIDEST, *outs, *(out // k for module, out in zip(parts, outs, strict=True) for r, k in module if r)
+            WIDEST, *outs, *(out // k for (entries, _), out in zip(parts, outs, strict=True) for r, k in entries if r)
         ),
     )
 

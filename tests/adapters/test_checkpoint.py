@@ -308,7 +308,7 @@ def test_missing_surplus_and_misshapen_tensors_are_told_together(tmp_path: Path)
     expected = [
         f"tensor {Q0}.gralora_A is missing",
         f"tensor {Q0}.gralora_B has shape [2, 8, 17], the base model needs [2, 8, 16]",
-        f"tensor {Q0}.lora_magnitude_vector is not part of a LoRA or GraLoRA",
+        f"tensor {Q0}.lora_magnitude_vector is surplus: the config asks for no such tensor",
         "tensor base_model.model.lm_head.gralora_A: the base model has no linear layer lm_head",
         "tensor base_model.model.model.embed_tokens.weight is not part of a LoRA or GraLoRA",
     ]

@@ -477,6 +477,6 @@ def test_a_read_that_stops_early_goes_on(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_broken_adapters_are_refused_by_load_as_by_inspect(tmp_path: Path) -> None:
-    path = edit_config(write_gralora(tmp_path / "a"), bias="all")
+    path = edit_config(write_gralora(tmp_path / "a"), bias="some")
 
-    assert rejection(path) == ("bias: 'all' is not supported (none is)",)
+    assert rejection(path) == ("bias: 'some' is not supported (none, gralora_only, all are)",)

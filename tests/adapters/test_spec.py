@@ -108,8 +108,6 @@ def test_the_first_pattern_that_matches_wins() -> None:
 
 
 REFUSED = {
-    "use_dora": True,
-    "lora_bias": True,
     "modules_to_save": ["lm_head"],
     "layer_replication": [[0, 2], [1, 3]],
     "megatron_config": {"a": 1},
@@ -124,7 +122,7 @@ REFUSED = {
     "velora_config": {"num_groups": 64},
     "ensure_weight_tying": True,
     "a_key_from_the_future": 7,
-    "bias": "all",
+    "bias": "gralora_only",
     "task_type": "SEQ_CLS",
 }
 
@@ -177,7 +175,7 @@ def test_a_key_of_a_million_letters_is_not_told_twice() -> None:
     assert len(told) <= MAX_PROBLEM_CHARS
 
 
-@pytest.mark.parametrize("key", ["use_dora", "lora_bias", "bias", "layer_replication"])
+@pytest.mark.parametrize("key", ["use_qalora", "bias", "layer_replication"])
 def test_a_key_that_is_known_is_refused_whatever_an_operator_says(key: str) -> None:
     with pytest.raises(AdapterRejectedError, match=f"{key}: .* is not supported"):
         parse_config("a", lora_config(**{key: REFUSED[key]}), [key])
@@ -276,11 +274,16 @@ def test_what_is_only_about_training_or_origin_is_ignored(noise: str) -> None:
         ({"layers_pattern": 3}, "layers_pattern: 3"),
         ({"exclude_modules": ["q_proj"]}, "exclude_modules: ['q_proj'] is not supported"),
         ({"use_dora": True}, "use_dora: True"),
+        ({"bias": "lora_only"}, "bias: 'lora_only' is not supported (none, gralora_only, all are)"),
     ],
     ids=str,
 )
 def test_gralora_values_are_validated(changes: dict[str, Any], told: str) -> None:
     assert told in problems(gralora_config(**changes))
+
+
+def test_dora_has_no_biases_of_b_beside_it() -> None:
+    assert "lora_bias: True is not supported beside use_dora" in problems(lora_config(use_dora=True, lora_bias=True))
 
 
 def test_the_authors_hybrid_rank_must_leave_room_for_blocks() -> None:

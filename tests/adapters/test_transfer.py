@@ -80,7 +80,8 @@ class Device:
                 modules=MODULES, device=CPU, dtype=torch.float32, transfer=self.transfer, **settings
             )
         rows = self.pool.table_set.rows
-        for name, held in (("weights", self.pool.arena), ("index", rows.index), ("scale", rows.scale)):
+        tables = {"weights": self.pool.arena, "index": rows.index, "scale": rows.scale, "affine": rows.affine}
+        for name, held in tables.items():
             self.queue.names[held.untyped_storage().data_ptr()] = name
 
     def took(self) -> list[str]:
@@ -126,7 +127,7 @@ def test_an_adapter_is_one_copy_of_weights_then_one_of_each_table_then_a_wait(
 
     device.pool.fill(resident, adapters[0])
 
-    assert device.took() == ["copy to weights", "copy to index", "copy to scale", "wait"]
+    assert device.took() == ["copy to weights", "copy to index", "copy to scale", "copy to affine", "wait"]
 
 
 def test_the_device_has_everything_before_fill_returns(device: Device, adapters: list[LoadedAdapter]) -> None:
@@ -169,7 +170,7 @@ def test_clearing_follows_the_steps_then_takes_the_rows_then_the_weights(
 
     device.pool.clear(resident)
 
-    assert device.took() == ["follow steps", "copy to index", "copy to scale", "zero weights", "wait"]
+    assert device.took() == ["follow steps", "copy to index", "copy to scale", "copy to affine", "zero weights", "wait"]
     assert not device.pool.arena.any()
     assert not any(rows.any() for rows in device.rows(resident.slot))
 
@@ -234,7 +235,7 @@ def test_one_thread_moves_at_a_time_and_waits_itself(device: Device, adapters: l
     for thread in threads:
         thread.join(WAIT_S)
 
-    once = ["follow steps", "copy to index", "copy to scale", "zero weights", "wait"]
+    once = ["follow steps", "copy to index", "copy to scale", "copy to affine", "zero weights", "wait"]
     assert ["wait", *once, *once] == device.took()
     assert {*threads, threading.current_thread()} == set(device.queue.waiting)
     assert not device.pool.arena.any()

@@ -49,6 +49,7 @@ def test_a_rank_alone_and_beside_its_hybrid(backend, r, k):
         pytest.param([[(2, 1 + i % 2)] for i in range(33)], list(range(33)), id="33 adapters"),
         pytest.param([[(4, 2)]], [0] * 48, id="one tile and a half"),
         pytest.param([[(4, 2), (6, 3)]], [0] * 3, id="hybrid of two ks"),
+        pytest.param([[], [(4, 2)], []], [0, 2, 1, -1, 0], id="gains without matrices"),
     ],
 )
 def test_other_steps(backend, layouts, slots):

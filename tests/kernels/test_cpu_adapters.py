@@ -71,6 +71,13 @@ def test_weights_of_16_bits_give_what_they_give_in_32(backend, in_features, outs
     assert narrow.error(backend, [3, *token_slots(num_tokens, len(layouts))]) <= BOUND
 
 
+@pytest.mark.parametrize("outs", [(576, 192), (40, 24)], ids=str)
+def test_gains_without_matrices(backend, outs):
+    case = make_case(64, outs, [[], [(4, 2)], []])
+
+    assert case.error(backend, [0, 1, 2, -1, *[0] * 40]) <= BOUND
+
+
 def test_base_model_rows_are_untouched_bit_for_bit(backend):
     """Also after a step that left every slot's metadata behind, and beside rows of other adapters."""
     case = make_case(576, 192, MIXED)

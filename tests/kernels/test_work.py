@@ -65,7 +65,8 @@ def test_every_piece_of_a_step_is_done_once(outs, num_tokens):
     assert written == Counter(
         (t, start + o)
         for t, slot in enumerate(slots) if slot >= 0
-        for start, table in zip(case.group.column_starts, case.group.modules, strict=True) if table.width(slot)
+        for start, table in zip(case.group.column_starts, case.group.modules, strict=True)
+        if table.width(slot) or table.host_affine[slot]
         for o in range(table.out_features)
     )  # fmt: skip
 

@@ -97,8 +97,8 @@ def make_case(
 ) -> Case:
     """Several widths make several modules; module m has the layouts from the m-th on, so that modules differ.
 
-    Slots have the storages in turn; `widened`: the same weights, held in fp32. Arena gaps hold NaN: a kernel that uses
-    what lies outside its matrices shows it.
+    Slots have the storages in turn; `widened`: the same weights, held in fp32. Slots 2, 5, ... have gains and shifts,
+    also where they have no matrices. Arena gaps hold NaN: a kernel that uses what lies outside its matrices shows it.
     """
     outs = [out_features] if isinstance(out_features, int) else out_features
     group = GroupTable(in_features, outs, len(layouts), CPU)
@@ -119,7 +119,13 @@ def make_case(
                 kept = Storage.NATIVE if widened else storage
                 a, b = offsets
                 entries.append(Entry(a_offset=a, b_offset=b, r=r, k=k, scale=0.5 + slot / 4, storage=kept))
-            table.set(slot, entries)
+            affine = None
+            if slot % 3 == 2:
+                affine = size
+                vectors = torch.randn(2 * table.out_features, generator=generator)
+                pieces.append(_cells(vectors, widened=True))
+                size += len(pieces[-1])
+            table.set(slot, entries, affine)
     # What may be read behind the last matrix is there, and no more.
     arena = torch.cat(pieces) if pieces else torch.zeros(ALIGNMENT)
     return Case(group, arena[: len(arena) - ALIGNMENT + ARENA_SLACK])

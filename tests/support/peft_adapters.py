@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import GraloraConfig, LoraConfig, PeftConfig, get_peft_model
+from peft import GraloraConfig, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
 # What "every linear layer" is called in each architecture of `tiny_models`.
@@ -52,9 +54,26 @@ def save_adapter(model: PreTrainedModel, config: PeftConfig, folder: Path, *, se
     """Add the adapter, save it as PEFT does, and leave the model as it was."""
     torch.manual_seed(seed)
     adapted = get_peft_model(model, config)
-    adapted.save_pretrained(folder)
+    with torch.no_grad(), _other_vectors(adapted):
+        adapted.save_pretrained(folder)
     adapted.unload()
     return folder
+
+
+@contextmanager
+def _other_vectors(adapted: PeftModel) -> Iterator[None]:
+    """PEFT begins with magnitudes and biases that change nothing, and biases are the model's own."""
+    vectors = [
+        parameter
+        for name, parameter in adapted.named_parameters()
+        if parameter.requires_grad and ("lora_magnitude_vector" in name or name.endswith(".bias"))
+    ]
+    before = [vector.clone() for vector in vectors]
+    for vector in vectors:
+        vector.mul_(0.5 + torch.rand(vector.shape)).add_(torch.randn(vector.shape) / 8)
+    yield
+    for vector, was in zip(vectors, before, strict=True):
+        vector.copy_(was)
 
 
 def in_authors_dialect(folder: Path) -> Path:

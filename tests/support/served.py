@@ -11,7 +11,7 @@ import torch
 from peft import PeftConfig, PeftModel
 from peft_oracle import peft_readable
 from support.device import DEVICE, ON_GPU
-from support.peft_adapters import gralora_config, in_authors_dialect, lora_config, save_adapter
+from support.peft_adapters import all_linear, gralora_config, in_authors_dialect, lora_config, save_adapter
 from support.tiny_models import save_tiny_model, tiny_model
 
 from gralora_runtime.adapters.residency.lease import AdapterLease
@@ -21,6 +21,7 @@ from gralora_runtime.plan import AdapterUse, RowPlan, StepPlan
 
 PROMPT = [5, 250, 17, 99, 3, 280, 41, 8, 120, 77, 301, 12, 64, 200, 9, 33, 150, 71, 222, 18, 90, 45, 263, 31, 7, 180]
 MAX_DIFFERENCE = 1e-3  # of a logit, fp32
+BIASED = ("gpt2", "llama-biased", "qwen2")  # their linear layers, or some of them
 WITHOUT_PROGRAM = ("gpt2",)  # computed by transformers' own forward pass
 
 RANKS_AND_BLOCKS = [(r, k) for r in (1, 2, 3, 4, 8, 12, 16, 24, 32, 64) for k in (1, 2, 4, 8) if r % k == 0]
@@ -36,7 +37,14 @@ def adapter_configs(architecture: str, *, all_ranks: bool = True) -> dict[str, P
         "lora": lora_config(architecture, 5),
         "rslora": lora_config(architecture, 9, use_rslora=True, alpha=3),
     }
+    first = all_linear(architecture)[0]
+    configs["dora"] = lora_config(architecture, 6, use_dora=True)
+    if architecture in BIASED:
+        configs["dora-biases"] = lora_config(architecture, 4, use_dora=True, bias="lora_only")
+        if architecture != "gpt2":  # whose norms have biases too, and those are not served
+            configs["gralora-all-biases"] = gralora_config(architecture, 4, 2, bias="all", target_modules=[first])
     if architecture == "llama":
+        configs["lora-bias"] = lora_config(architecture, 3, lora_bias=True)
         if all_ranks:
             configs |= {f"r{r}-k{k}": gralora_config(architecture, r, k, alpha=r + 1) for r, k in RANKS_AND_BLOCKS}
         configs["patterns"] = lora_config(

@@ -67,10 +67,10 @@ def magnitudes_of(bits: Array, dtype: str) -> Array:
 
 
 def norm_bounds(plan: Plan, tensors: Mapping[str, TensorInfo], magnitudes: Array) -> tuple[float, ...]:
-    """For each module, from the largest magnitudes of all its tensors, A before B; see `_bounds`."""
+    """For each module, from the largest magnitudes of all its matrices, A before B; see `_bounds`."""
     sizes = _sizes(tensors, plan)
     pairs = _bounds(sizes.scale, magnitudes[0::2] * sizes.a, magnitudes[1::2] * sizes.b)
-    return tuple(np.add.reduceat(pairs, sizes.first).tolist()) if len(pairs) else ()
+    return tuple(np.bincount(sizes.module, pairs, len(plan)).tolist())
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +80,7 @@ class _Sizes:
     scale: Array
     a: Array  # roots
     b: Array
-    first: Array  # of each module, its first pair
+    module: Array  # whose each is, by its place in the plan
 
 
 @remembered
@@ -90,7 +90,7 @@ def _sizes(_: Mapping[str, TensorInfo], plan: Plan) -> _Sizes:
         scale=np.array([part.scale for _, part in pairs], np.float64),
         a=np.sqrt([float(part.r * shape.in_features) for shape, part in pairs]),
         b=np.sqrt([float(part.r * shape.out_features) for shape, part in pairs]),
-        first=np.cumsum([0, *(len(module.parts) for module in plan)])[:-1],
+        module=np.repeat(np.arange(len(plan)), [len(module.parts) for module in plan]),
     )
 
 

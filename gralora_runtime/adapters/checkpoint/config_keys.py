@@ -60,7 +60,7 @@ _COMMON = {
     "layers_to_transform": _READ,
     "layers_pattern": _READ,
     "task_type": Key(neutral=_is_none_or("CAUSAL_LM"), otherwise="is not supported (CAUSAL_LM is)"),
-    "bias": Key(neutral=_is_none_or("none"), otherwise="is not supported (none is)"),
+    "bias": _READ,
     "modules_to_save": Key(
         neutral=_names_no_module,
         otherwise=(
@@ -81,8 +81,6 @@ _COMMON = {
     "transformers_version": _STAMP,
     "unsloth_fixed": _STAMP,
     "unsloth_version": _STAMP,
-    "use_dora": Key(otherwise="is not supported: DoRA scales each output by a trained magnitude"),
-    "lora_bias": Key(otherwise="is not supported: lora_B has biases"),
     "alora_invocation_tokens": Key(otherwise="is not supported: aLoRA begins at these tokens of the prompt"),
     "arrow_config": Key(otherwise="is not supported: Arrow routes each token between adapters"),
     "ensure_weight_tying": Key(),
@@ -99,6 +97,8 @@ _COMMON = {
 _OF_LORA = {
     "lora_alpha": _READ,
     "use_rslora": _READ,
+    "use_dora": _READ,
+    "lora_bias": _READ,
     "rank_pattern": _READ,
     "alpha_pattern": _READ,
     "exclude_modules": _READ,

@@ -75,6 +75,8 @@ def _problems(adapter: WholeAdapter, to: Dialect) -> list[str]:
     header = adapter.header
     if header.dialect is to:
         return [f"it is written as {to} already"]
+    if adapter.vectors:
+        return [f"it has trained {' and '.join(adapter.vectors)}, for which {to} has no exact form"]
     if to is Dialect.LORA and header.equivalent_rank > MAX_RANK:
         return [f"a LoRA that equals it has rank {header.equivalent_rank} (at most {MAX_RANK})"]
     if header.dialect is not Dialect.LORA:

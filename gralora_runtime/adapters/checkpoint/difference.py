@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from gralora_runtime.adapters.checkpoint.header import Vector
 from gralora_runtime.adapters.checkpoint.update import Update, minus, norm
 from gralora_runtime.adapters.checkpoint.whole import WholeAdapter
 
@@ -66,7 +68,16 @@ def _facts(adapter: WholeAdapter) -> dict[str, Fact]:
         "base_model": summary.base_model,
         "dtypes": sorted({tensor.dtype for tensor in adapter.header.tensors.values()}),
         "targets": list(adapter.header.targets),
+        "vectors": [f"{kind} {_digest(adapter, kind)}" for kind in adapter.vectors],
     }
+
+
+def _digest(adapter: WholeAdapter, kind: Vector) -> str:
+    """Short, of all vectors of a kind."""
+    digest = hashlib.sha256()
+    for name in (vector.name for one in adapter.plan for vector in one.vectors if vector.kind is kind):
+        digest.update(adapter.tensors[name].float().numpy().tobytes())
+    return digest.hexdigest()[:12]
 
 
 def _modules(a: Mapping[str, Update], b: Mapping[str, Update]) -> Iterator[ModuleDifference]:

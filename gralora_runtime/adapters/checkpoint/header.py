@@ -9,6 +9,7 @@ import math
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from enum import StrEnum
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
@@ -22,10 +23,11 @@ from gralora_runtime.adapters.checkpoint.file import (
     read_text,
 )
 from gralora_runtime.adapters.checkpoint.mending import name_instead, save_as_safetensors
-from gralora_runtime.adapters.checkpoint.naming import Naming, naming_for, spelling, take_apart
+from gralora_runtime.adapters.checkpoint.naming import BIASES, Naming, naming_for, spelling, take_apart
 from gralora_runtime.adapters.checkpoint.remembered import remembered
 from gralora_runtime.adapters.checkpoint.spec import (
     AdapterSpec,
+    Biases,
     Dialect,
     ModuleShape,
     Part,
@@ -46,6 +48,7 @@ ALIGNMENT = 16  # elements between the starts of two packed matrices
 MAX_EXAMPLES = 2  # names of each side, where no name of one is the other's
 MAX_EXAMPLE_CHARS = 200
 _FIRST_MATRICES = ("gralora_A", "lora_A.weight")
+AFFINE_BYTES = 2 * DTYPES["F32"]  # of an output: a gain and a shift
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,12 +62,30 @@ class PartTensors:
     b_shape: tuple[int, ...]
 
 
+class Vector(StrEnum):
+    """What a vector [out] of a checkpoint is to its module."""
+
+    MAGNITUDES = "magnitudes"  # DoRA's: the norms of the rows of its weight, whatever they were
+    B_BIASES = "biases of B"  # come on top, times the adapter's scale
+    BIASES = "biases"  # in the place of the base layer's
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VectorTensor:
+    """One vector: what it is, its name in the checkpoint and the shape it must have."""
+
+    kind: Vector
+    name: str
+    shape: tuple[int, ...]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModulePlan:
-    """What an adapter puts on one module of the base model."""
+    """What an adapter puts on one module of the base model. Without parts: nothing but a bias."""
 
     module: ModuleShape
     parts: tuple[PartTensors, ...]
+    vectors: tuple[VectorTensor, ...] = ()
 
     @property
     def width(self) -> int:
@@ -122,7 +143,8 @@ class AdapterHeader:
     def targets(self) -> tuple[str, ...]:
         """The modules for which the checkpoint has tensors of a low-rank pair, by their paths where it was trained."""
         naming = self.naming()
-        found = (naming.module(name) for name in map(take_apart, self.tensors) if name is not None)
+        names = (name for name in map(take_apart, self.tensors) if name is not None)
+        found = (naming.module(name) for name in names if name.matrix not in BIASES)
         return tuple(sorted({module for module in found if module is not None}))
 
     @property
@@ -165,11 +187,15 @@ class AdapterHeader:
 
     def cpu_pool_bytes(self, modules: Sequence[ModuleShape]) -> int:
         """What an adapter that fits these modules takes in a pool on the CPU: fp32, but for what comes in 16 bits."""
-        return DTYPES["F32"] * _packed_numel(self.plan(modules), self.tensors, keeps_16_bit=True)
+        plan = self.plan(modules)
+        return DTYPES["F32"] * _packed_numel(plan, self.tensors, keeps_16_bit=True, element_bytes=DTYPES["F32"])
 
-    def summary(self, modules: Sequence[ModuleShape], *, keeps_16_bit: bool = False) -> AdapterSummary:
-        """Only for an adapter that fits these modules. `keeps_16_bit`: see `gralora_kernels.packing`."""
-        return _summary(self.tensors, self.plan(modules), self.spec, keeps_16_bit)
+    def summary(
+        self, modules: Sequence[ModuleShape], *, keeps_16_bit: bool = False, element_bytes: int = DTYPES["F32"]
+    ) -> AdapterSummary:
+        """Only for an adapter that fits these modules. `keeps_16_bit`: see `gralora_kernels.packing`. `element_bytes`:
+        of the pool."""
+        return _summary(self.tensors, self.plan(modules), self.spec, keeps_16_bit, element_bytes)
 
     def _problems(self, plan: Plan, modules: Sequence[ModuleShape]) -> list[str]:
         problems = list(_problems(plan, self.tensors, modules, self.naming(modules)))
@@ -223,6 +249,11 @@ def pair_numel(tensors: Mapping[str, TensorInfo], pair: PartTensors, *, keeps_16
     return a, b
 
 
+def affine_numel(module: ModulePlan, element_bytes: int) -> int:
+    """Elements of a pool that a module's gains and shifts take."""
+    return aligned(module.module.out_features * AFFINE_BYTES // element_bytes) if module.vectors else 0
+
+
 def aligned(numel: int) -> int:
     return -(-numel // ALIGNMENT) * ALIGNMENT
 
@@ -272,12 +303,15 @@ def _listed(names: Iterable[str]) -> str:
 def _plan(spec: AdapterSpec, modules: tuple[ModuleShape, ...], naming: Naming) -> Plan:
     """The config speaks of modules by their paths in the model that the adapter was trained in."""
     budget = MatchingBudget()
-    paths = ((module, naming.path(module.name)) for module in modules)
-    return tuple(
-        ModulePlan(module=module, parts=tuple(_part_tensors(spec, module, path, naming, budget)))
-        for module, path in paths
-        if spec.targets.matches(path, budget)
-    )
+    planned = []
+    for module in modules:
+        path = naming.path(module.name)
+        targeted = spec.targets.matches(path, budget)
+        parts = tuple(_part_tensors(spec, module, path, naming, budget)) if targeted else ()
+        vectors = tuple(_vector_tensors(spec, module, path, naming, targeted=targeted))
+        if parts or vectors:
+            planned.append(ModulePlan(module=module, parts=parts, vectors=vectors))
+    return tuple(planned)
 
 
 _plan_once = lru_cache(maxsize=64)(_plan)  # thousands of adapters come from a few training recipes
@@ -303,19 +337,38 @@ def _part_tensors(
         yield PartTensors(part=part, a_name=a_name, a_shape=a_shape, b_name=b_name, b_shape=b_shape)
 
 
+def _vector_tensors(
+    spec: AdapterSpec, module: ModuleShape, path: str, naming: Naming, *, targeted: bool
+) -> Iterator[VectorTensor]:
+    wanted = {
+        Vector.MAGNITUDES: (targeted and spec.use_dora, "lora_magnitude_vector"),
+        Vector.B_BIASES: (targeted and spec.lora_bias, "lora_B.bias"),
+        Vector.BIASES: (
+            module.has_bias and (spec.biases is Biases.ALL or (targeted and spec.biases is Biases.TARGETED)),
+            BIASES[0] if targeted else BIASES[1],
+        ),
+    }
+    for kind, (is_there, matrix) in wanted.items():
+        if is_there:
+            yield VectorTensor(kind=kind, name=naming.tensor(path, matrix), shape=(module.out_features,))
+
+
 def _tensor_bytes(tensors: Mapping[str, TensorInfo]) -> int:
     return sum(tensor.numel * DTYPES.get(tensor.dtype, 0) for tensor in tensors.values())
 
 
-def _packed_numel(plan: Plan, tensors: Mapping[str, TensorInfo], *, keeps_16_bit: bool) -> int:
+def _packed_numel(plan: Plan, tensors: Mapping[str, TensorInfo], *, keeps_16_bit: bool, element_bytes: int) -> int:
     """Elements of a pool that an adapter takes which follows this plan."""
     pairs = (pair for module in plan for pair in module.parts)
-    return sum(sum(pair_numel(tensors, pair, keeps_16_bit=keeps_16_bit)) for pair in pairs)
+    of_pairs = sum(sum(pair_numel(tensors, pair, keeps_16_bit=keeps_16_bit)) for pair in pairs)
+    return of_pairs + sum(affine_numel(module, element_bytes) for module in plan)
 
 
 @remembered
-def _summary(tensors: Mapping[str, TensorInfo], plan: Plan, spec: AdapterSpec, keeps_16_bit: bool) -> AdapterSummary:
-    parts = [module.parts[0].part for module in plan]
+def _summary(
+    tensors: Mapping[str, TensorInfo], plan: Plan, spec: AdapterSpec, keeps_16_bit: bool, element_bytes: int
+) -> AdapterSummary:
+    parts = [module.parts[0].part for module in plan if module.parts]
     return AdapterSummary(
         dialect=spec.dialect,
         rank=max((part.r for part in parts), default=spec.rank),
@@ -325,7 +378,7 @@ def _summary(tensors: Mapping[str, TensorInfo], plan: Plan, spec: AdapterSpec, k
         scale=max((part.scale for part in parts), key=abs, default=spec.scale),
         num_modules=len(plan),
         tensor_bytes=_tensor_bytes(tensors),
-        packed_numel=_packed_numel(plan, tensors, keeps_16_bit=keeps_16_bit),
+        packed_numel=_packed_numel(plan, tensors, keeps_16_bit=keeps_16_bit, element_bytes=element_bytes),
         base_model=spec.base_model,
         notes=spec.notes,
     )
@@ -368,6 +421,8 @@ def _misfits(plan: Plan, tensors: Mapping[str, TensorInfo]) -> Iterator[str]:
                 continue
             yield from _misfit(tensors, pair.a_name, pair.a_shape)
             yield from _misfit(tensors, pair.b_name, pair.b_shape)
+        for vector in module.vectors:
+            yield from _misfit(tensors, vector.name, vector.shape)
 
 
 def _misfit(tensors: Mapping[str, TensorInfo], name: str, expected: tuple[int, ...]) -> Iterator[str]:
@@ -382,8 +437,9 @@ def _surplus(
     plan: Plan, tensors: Mapping[str, TensorInfo], modules: Iterable[ModuleShape], naming: Naming
 ) -> Iterator[str]:
     expected = {name for module in plan for pair in module.parts for name in (pair.a_name, pair.b_name)}
+    expected |= {vector.name for module in plan for vector in module.vectors}
     known = {module.name for module in modules}
-    targeted = {module.module.name for module in plan}
+    targeted = {module.module.name for module in plan if module.parts}
     for name in tensors:
         if name in expected:
             continue

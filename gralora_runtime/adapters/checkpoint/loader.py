@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -20,13 +20,14 @@ import torch
 from torch import Tensor
 
 from gralora_kernels.packing import ROW_MAJOR, SHA256_BYTES, Array, Packing, place_a, place_b
+from gralora_runtime.adapters.checkpoint.affine import BaseLayers, affines_of, read_vectors
 from gralora_runtime.adapters.checkpoint.bounds import largest_magnitude, magnitudes_of, norm_bounds
 from gralora_runtime.adapters.checkpoint.file import MalformedError, open_regular, read_at_most
 from gralora_runtime.adapters.checkpoint.golden import has_golden
 from gralora_runtime.adapters.checkpoint.header import AdapterHeader, AdapterSummary, inspect
 from gralora_runtime.adapters.checkpoint.recipe import (
     PIECE_BYTES,
-    TORCH_DTYPES,
+    Affines,
     Layout,
     Matrix,
     Piece,
@@ -34,13 +35,12 @@ from gralora_runtime.adapters.checkpoint.recipe import (
     recipe_of,
 )
 from gralora_runtime.adapters.checkpoint.spec import ModuleShape, rejected
+from gralora_runtime.adapters.checkpoint.stored import ARRAYS, changed, held, read_range
 from gralora_runtime.adapters.checkpoint.tensors import DTYPES, WEIGHTS_FILE
-from gralora_runtime.adapters.residency.transfer import Spread, serial_pieces, serially
+from gralora_runtime.adapters.residency.transfer import Spread, serially
 
 __all__ = ["AdapterLayout", "LoadedAdapter", "inspect", "load"]
 
-# How numpy holds what safetensors calls so. It has no bfloat16: those stay bits, and so do all 16 bits in a blob.
-ARRAYS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}
 BITS = {2: np.uint16, 4: np.uint32}  # by an element's bytes
 
 
@@ -53,6 +53,7 @@ class AdapterLayout:
     width: int  # the most columns of intermediate result that any module needs
     modules: Layout  # offsets count from the blob's start
     summary: AdapterSummary
+    affines: Affines = ()  # the same
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,17 +87,18 @@ def load(
     allowed_keys: Collection[str] = (),
     packing: Packing = ROW_MAJOR,
     spread: Spread = serially,
+    base: BaseLayers | None = None,
 ) -> LoadedAdapter:
     """Read, check and pack an adapter for a pool of `dtype`, or raise AdapterRejectedError with every reason.
 
     `packing` is how the kernels want matrices to lie. The digest depends neither on it nor on `dtype`.
 
-    `allowed_keys`: see `parse_config`.
+    `allowed_keys`: see `parse_config`. `base`: of an adapter that has vectors; what it needs to know of these modules.
     """
     assert dtype == torch.float32 or not packing.keeps_16_bit, "only an fp32 pool holds matrices of 16 bits as they are"
     header = inspect(path, name=name, roots=roots, allowed_keys=allowed_keys)
     plan = header.fitting_plan(modules)
-    summary = header.summary(modules, keeps_16_bit=packing.keeps_16_bit)
+    summary = header.summary(modules, keeps_16_bit=packing.keeps_16_bit, element_bytes=dtype.itemsize)
     check_width(name, summary.equivalent_rank, max_width)
     recipe = recipe_of(plan, header.tensors, dtype, keeps_16_bit=packing.keeps_16_bit, piece_bytes=PIECE_BYTES)
     try:
@@ -104,18 +106,23 @@ def load(
             check_unchanged(opened, header)
             packer = Packer(recipe, dtype, packing)
             facts = packer.pack(opened.fileno(), spread)
+            vectors = read_vectors(opened.fileno(), plan, header.tensors)
     except MalformedError as cause:
         raise rejected(name, [str(cause)]) from cause
     if (bad := np.flatnonzero(facts.magnitudes > torch.finfo(dtype).max)).size:
         kind = str(dtype).removeprefix("torch.")
         names = [recipe.matrices[position].name for position in bad]
         raise rejected(name, [f"tensor {tensor} has values that are not finite in {kind}" for tensor in names])
+    if vectors.modules:
+        assert base is not None, "gains and shifts depend on the base layers"
+        packer.put_affines(affines_of(name, vectors.modules, base))
     layout = AdapterLayout(
-        digest=digest_of(recipe.description, [facts.digests.tobytes()]),
+        digest=digest_of(recipe.description, [facts.digests.tobytes(), *vectors.digests]),
         numel=recipe.numel,
         width=summary.equivalent_rank,
         modules=recipe.layout,
         summary=summary,
+        affines=recipe.affines,
     )
     bounds = norm_bounds(plan, header.tensors, facts.magnitudes)
     return LoadedAdapter(layout, packer.blob, has_golden=has_golden(path), bounds=bounds)
@@ -142,11 +149,7 @@ def check_unchanged(opened: BinaryIO, header: AdapterHeader) -> None:
     header_bytes = min(tensor.begin for tensor in header.tensors.values())
     same_size = os.fstat(opened.fileno()).st_size == header.file_bytes
     if not same_size or hash(read_at_most(opened, WEIGHTS_FILE, header_bytes)) != header.fingerprint:
-        raise _changed()
-
-
-def _changed() -> MalformedError:
-    return MalformedError(f"{WEIGHTS_FILE} changed while it was being read")
+        raise changed()
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,6 +189,13 @@ class Packer:
         spread(work, self._recipe.pieces)
         return facts
 
+    def put_affines(self, affines: Mapping[str, Array]) -> None:
+        """By module: gains and shifts, fp32 [2, out]."""
+        for module, offset in self._recipe.affines:
+            cells = self._cells[offset:].view(np.uint8)
+            values = affines[module].reshape(-1).view(np.uint8)
+            cells[: len(values)] = values
+
     def _place(self, piece: Piece, data: Array) -> Array:
         """Convert and place tensors, uint8 [bytes]. Returns their magnitudes."""
         if piece.places is None or self._packing.place_many is None:
@@ -206,32 +216,3 @@ class Packer:
         place = place_a if matrix.is_a else place_b
         place(cells, blocks, self._packing.panel)
         return largest_magnitude(values, stored.dtype)
-
-
-def read_range(file: int, start: int, end: int) -> Array:
-    """Bytes of the file. Several threads may ask at once: no position is moved. They are read, not mapped: a mapped
-    file that somebody truncates would kill the process."""
-    data = np.empty(end - start, np.uint8)
-    num_read = 0
-    while num_read < len(data):
-        try:
-            num_new = os.preadv(file, [data[num_read:].data], start + num_read)
-        except OSError as cause:
-            raise MalformedError(f"{WEIGHTS_FILE} cannot be read ({cause.strerror})") from cause
-        if num_new == 0:
-            raise _changed()
-        num_read += num_new
-    return data
-
-
-def held(values: Array, stored: str, dtype: torch.dtype) -> Array:
-    """Flat values as a blob of `dtype` holds them, 16 bits as bits. What has to be rounded is rounded from float32."""
-    if TORCH_DTYPES[stored] != dtype:
-        values = np.require(values, requirements="A")  # a tensor may begin at any byte of a file
-        source = torch.from_numpy(values.view(np.int16) if DTYPES[stored] == 2 else values).view(TORCH_DTYPES[stored])
-        result = torch.empty(len(values), dtype=dtype)
-        directly = torch.float32 in {source.dtype, dtype}
-        for to, of in zip(serial_pieces(result), serial_pieces(source), strict=True):
-            to.copy_(of if directly else of.float())
-        values = result.view(torch.int16).numpy() if dtype.itemsize == 2 else result.numpy()
-    return values.view(np.uint16) if dtype.itemsize == 2 else values

@@ -25,17 +25,23 @@ _BEGINNINGS = (
 _TENSOR = re.compile(
     r"(?P<path>.+)\."
     r"(?:(?P<blocks>gralora_[AB])(?:\.(?P<blocks_of>[^.]+))?"
-    r"|(?P<plain>gralora_[AB]_general|lora_[AB])(?:\.(?P<plain_of>[^.]+))?\.weight)"
+    r"|(?P<plain>gralora_[AB]_general|lora_[AB])(?:\.(?P<plain_of>[^.]+))?\.weight"
+    r"|(?P<magnitudes>lora_magnitude_vector)(?:\.(?P<magnitudes_of>[^.]+))?"
+    r"|(?P<b_biases>lora_B)(?:\.(?P<b_biases_of>[^.]+))?\.bias"
+    r"|(?P<biases>(?:base_layer\.)?bias))"
 )
+# How PEFT's names end behind the adapter's own, by what `_TENSOR` calls them.
+_ENDINGS = {"blocks": "", "plain": ".weight", "magnitudes": "", "b_biases": ".bias"}
+BIASES = ("base_layer.bias", "bias")  # of a module that has an adapter, and of others
 
 
 @dataclass(frozen=True, slots=True)
 class TensorName:
-    """The name of one matrix of a low-rank pair, taken apart."""
+    """The name of one matrix of a low-rank pair, or of a vector that comes with one, taken apart."""
 
     path: str  # of the module, with whatever stands before it
     matrix: str  # as PEFT calls it: gralora_A, lora_B.weight, ...
-    adapter: str  # its own name; "" where there is none, as PEFT saves it
+    adapter: str | None  # its own name; "" where there is none, as PEFT saves it; None where there never is one
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,12 +60,12 @@ class Naming:
     def tensor(self, path: str, matrix: str) -> str:
         """What the checkpoint calls a matrix, as PEFT calls it, of the module that has this path in training."""
         stem, dot, weight = matrix.partition(".")
-        own = f".{self.adapter}" if self.adapter else ""
+        own = f".{self.adapter}" if self.adapter and matrix not in BIASES else ""
         return f"{self.prefix}{path}.{stem}{own}{dot}{weight}"
 
     def module(self, name: TensorName) -> str | None:
         """The base model's module that the tensor is for, if there is one; None: its name is of another spelling."""
-        if name.adapter != self.adapter or _prefix(name) != self.prefix:
+        if name.adapter not in (self.adapter, None) or _prefix(name) != self.prefix:
             return None
         path = name.path.removeprefix(self.prefix)
         return self.ours + path.removeprefix(self.theirs) if path.startswith(self.theirs) else path
@@ -77,12 +83,14 @@ class Naming:
 
 
 def take_apart(tensor: str) -> TensorName | None:
-    """None: it is no matrix of a low-rank pair."""
+    """None: it is no part of a low-rank adapter."""
     match = _TENSOR.fullmatch(tensor)
     if match is None:
         return None
-    matrix = match["blocks"] or f"{match['plain']}.weight"
-    return TensorName(match["path"], matrix, match["blocks_of"] or match["plain_of"] or "")
+    for kind, ending in _ENDINGS.items():
+        if stem := match[kind]:
+            return TensorName(match["path"], stem + ending, match[f"{kind}_of"] or "")
+    return TensorName(match["path"], match["biases"], None)
 
 
 def as_peft_names(tensor: str) -> str:
@@ -94,7 +102,8 @@ def as_peft_names(tensor: str) -> str:
 def spelling(tensors: Collection[str]) -> Naming:
     """As far as names alone tell: the first one's."""
     for name in filter(None, map(take_apart, tensors)):
-        return Naming(prefix=_prefix(name), adapter=name.adapter)
+        if name.adapter is not None:
+            return Naming(prefix=_prefix(name), adapter=name.adapter)
     return Naming()
 
 
@@ -104,6 +113,8 @@ def naming_for(tensors: Collection[str], modules: Collection[str]) -> Naming:
     If none does, it is `spelling`: then a plan finds no tensors, and says so.
     """
     for name in filter(None, map(take_apart, tensors)):
+        if name.adapter is None:
+            continue
         prefix = _prefix(name)
         path = name.path.removeprefix(prefix)
         for ours, theirs in _BEGINNINGS:

@@ -11,11 +11,12 @@ import torch
 
 from gralora_kernels.packing import Array, Place
 from gralora_kernels.tables import Entry, Storage
-from gralora_runtime.adapters.checkpoint.header import Plan, dtype_of_16_bits, pair_numel
+from gralora_runtime.adapters.checkpoint.header import Plan, affine_numel, dtype_of_16_bits, pair_numel
 from gralora_runtime.adapters.checkpoint.remembered import remembered
 from gralora_runtime.adapters.checkpoint.tensors import DTYPES, TensorInfo
 
 Layout = tuple[tuple[str, tuple[Entry, ...]], ...]  # per module: its name and its entries
+Affines = tuple[tuple[str, int], ...]  # per module that has some: its name, and where its gains begin
 
 TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 STORAGES = {"F16": Storage.FLOAT16, "BF16": Storage.BFLOAT16}
@@ -56,9 +57,10 @@ class Piece:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
     """A blob has first all A, then all B, in the order of modules: what one kernel reads of a projection group lies
-    side by side."""
+    side by side. Then come gains and shifts."""
 
     layout: Layout
+    affines: Affines
     numel: int  # of the blob
     matrices: tuple[Matrix, ...]  # A before B, in the order of modules
     pieces: tuple[Piece, ...]  # from the file's front to its end
@@ -88,7 +90,12 @@ def describe(plan: Plan, tensors: Mapping[str, TensorInfo]) -> bytes:
         for module in plan
         for pair in module.parts
     ]  # fmt: skip
-    return json.dumps(layers).encode()
+    vectors = [
+        (module.module.name, module.module.out_features, vector.kind, tensors[vector.name].dtype)
+        for module in plan
+        for vector in module.vectors
+    ]
+    return json.dumps([*layers, *vectors]).encode()
 
 
 @remembered
@@ -122,12 +129,19 @@ def _recipe(
             a_offset += a_numel
             b_offset += b_numel
         layout.append((module.module.name, tuple(entries)))
+    numel = b_offset
+    affines: list[tuple[str, int]] = []
+    for module in plan:
+        if module.vectors:
+            affines.append((module.module.name, numel))
+            numel += affine_numel(module, dtype.itemsize)
     return Recipe(
         layout=tuple(layout),
-        numel=b_offset,
+        affines=tuple(affines),
+        numel=numel,
         matrices=tuple(matrices),
         pieces=tuple(_piece(matrices, part, dtype) for part in _cut(matrices, piece_bytes)),
-        gaps=tuple(_gaps(matrices, b_offset * dtype.itemsize, dtype)),
+        gaps=tuple(_gaps(matrices, numel * dtype.itemsize, dtype)),
         description=describe(plan, tensors),
     )
 

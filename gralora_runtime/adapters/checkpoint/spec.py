@@ -44,6 +44,14 @@ MAX_RANK = 1 << 20
 _MAX_FLOAT32 = 3.4e38
 
 
+class Biases(StrEnum):
+    """Whose biases were trained, and come in the place of the base model's."""
+
+    NONE = "none"
+    TARGETED = "targeted"
+    ALL = "all"
+
+
 class Dialect(StrEnum):
     """Who wrote the config: PEFT (GraLoRA or LoRA) or the fork of PEFT by GraLoRA's authors."""
 
@@ -60,6 +68,7 @@ class ModuleShape:
     in_features: int
     out_features: int
     transposed: bool = False  # Conv1D: the base weight is [in, out]; an adapter's tensors look the same
+    has_bias: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,6 +92,9 @@ class AdapterSpec:
     targets: TargetRule
     base_model: str = ""
     notes: tuple[str, ...] = ()  # what else its config says that a person should hear of, in sentences
+    biases: Biases = Biases.NONE
+    use_dora: bool = False  # each output is scaled to a trained magnitude
+    lora_bias: bool = False  # B has biases
     alpha: float = 0.0  # LoRA only, as are the three below: its scale can differ from module to module
     use_rslora: bool = False
     rank_pattern: PatternTable = field(default_factory=PatternTable)
@@ -171,13 +183,14 @@ class _ConfigReader:
             targets=self._targets(),
             base_model=self._base_model(),
             notes=notes,
+            biases=self._biases("gralora_only"),
         )
 
     def lora(self) -> AdapterSpec:
         notes = self._judge(LORA_KEYS)
         rank, alpha = self._rank("r"), self._number("lora_alpha")
         use_rslora = self._flag("use_rslora")
-        return AdapterSpec(
+        spec = AdapterSpec(
             dialect=Dialect.LORA,
             rank=rank,
             blocks=1,
@@ -186,11 +199,17 @@ class _ConfigReader:
             targets=self._targets(),
             base_model=self._base_model(),
             notes=notes,
+            biases=self._biases("lora_only"),
+            use_dora=self._flag("use_dora"),
+            lora_bias=self._flag("lora_bias"),
             alpha=alpha,
             use_rslora=use_rslora,
             rank_pattern=self._pattern_table("rank_pattern"),
             alpha_pattern=self._pattern_table("alpha_pattern"),
         )
+        if spec.use_dora and spec.lora_bias:
+            self.problems.append("lora_bias: True is not supported beside use_dora, in PEFT either")
+        return spec
 
     def _judge(self, keys: Mapping[str, Key]) -> tuple[str, ...]:
         """Refuses what changes the mathematics, and returns what else is to be told."""
@@ -238,6 +257,17 @@ class _ConfigReader:
             return bool(value)
         self.problems.append(f"{key}: {_shown(value)} is neither true nor false")
         return False
+
+    def _biases(self, targeted: str) -> Biases:
+        """`targeted`: what PEFT calls those of targeted modules in this dialect."""
+        value = self.config.get("bias")
+        known = {"none": Biases.NONE, targeted: Biases.TARGETED, "all": Biases.ALL}
+        if value is None:
+            return Biases.NONE
+        if isinstance(value, str) and value in known:
+            return known[value]
+        self.problems.append(f"bias: {_shown(value)} is not supported ({', '.join(known)} are)")
+        return Biases.NONE
 
     def _base_model(self) -> str:
         value = self.config.get("base_model_name_or_path")

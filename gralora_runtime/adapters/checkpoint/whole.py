@@ -17,15 +17,12 @@ from torch import Tensor
 
 from gralora_runtime.adapters.checkpoint.bounds import largest_magnitude
 from gralora_runtime.adapters.checkpoint.file import MalformedError, open_regular
-from gralora_runtime.adapters.checkpoint.header import AdapterHeader, Plan, inspect, read_config
-from gralora_runtime.adapters.checkpoint.loader import (
-    ARRAYS,
-    check_unchanged,
-    digest_of,
-    read_range,
-)
+from gralora_runtime.adapters.checkpoint.header import AdapterHeader, Plan, Vector, inspect, read_config
+from gralora_runtime.adapters.checkpoint.loader import check_unchanged, digest_of
+from gralora_runtime.adapters.checkpoint.naming import BIASES
 from gralora_runtime.adapters.checkpoint.recipe import TORCH_DTYPES, describe
 from gralora_runtime.adapters.checkpoint.spec import ModuleShape, parse_config, rejected
+from gralora_runtime.adapters.checkpoint.stored import ARRAYS, read_range
 from gralora_runtime.adapters.checkpoint.tensors import WEIGHTS_FILE, TensorInfo
 from gralora_runtime.adapters.checkpoint.update import Update, update_of
 
@@ -41,8 +38,13 @@ class WholeAdapter:
     digest: str  # the loader's, if `plan` is of a model's modules; else comparable among those that are not, too
 
     def updates(self) -> dict[str, Update]:
-        """What it adds to which module."""
-        return {module.module.name: update_of(module, self.tensors) for module in self.plan}
+        """What its matrices add to which module."""
+        return {module.module.name: update_of(module, self.tensors) for module in self.plan if module.parts}
+
+    @property
+    def vectors(self) -> tuple[Vector, ...]:
+        """Which kinds it has beside its matrices."""
+        return tuple(kind for kind in Vector if any(vector.kind is kind for one in self.plan for vector in one.vectors))
 
 
 def read_whole(
@@ -60,6 +62,7 @@ def read_whole(
     header = inspect(path, roots=roots, allowed_keys=allowed_keys)
     plan = header.fitting_plan(implied_shapes(header) if modules is None else modules)
     names = [name for module in plan for pair in module.parts for name in (pair.a_name, pair.b_name)]
+    names += [vector.name for module in plan for vector in module.vectors]
     try:
         config = read_config(path, roots)
         if parse_config(header.name, config, allowed_keys) != header.spec:
@@ -83,7 +86,11 @@ def read_whole(
 
 def implied_shapes(header: AdapterHeader) -> list[ModuleShape]:
     """The modules that a checkpoint has tensors for, in the order of their names, as wide as those tensors are."""
-    return [ModuleShape(module, *_widths(header, module)) for module in header.targets]
+    naming = header.naming()
+    return [
+        ModuleShape(module, *_widths(header, module), has_bias=naming.tensor(module, BIASES[0]) in header.tensors)
+        for module in header.targets
+    ]
 
 
 def _widths(header: AdapterHeader, module: str) -> tuple[int, int]:

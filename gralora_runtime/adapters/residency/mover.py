@@ -17,6 +17,7 @@ from pathlib import Path
 
 from gralora_runtime.adapters.answers import Answers
 from gralora_runtime.adapters.catalogue.store import AdapterStore, AdapterVersion, Waiter
+from gralora_runtime.adapters.checkpoint.affine import BaseLayers
 from gralora_runtime.adapters.checkpoint.header import files_stamp
 from gralora_runtime.adapters.checkpoint.loader import LoadedAdapter, load
 from gralora_runtime.adapters.checkpoint.spec import ModuleShape, to_keep
@@ -67,6 +68,7 @@ class Mover:
         cache: HostCache,
         modules: Sequence[ModuleShape],
         max_width: int,
+        base_layers: BaseLayers | None,
         allowed_keys: Collection[str],
         answering: Callable[[], AbstractContextManager[Answers]],
         serve: Serve,
@@ -85,6 +87,7 @@ class Mover:
         self._cache = cache
         self._modules = tuple(modules)
         self._max_width = max_width
+        self._base_layers = base_layers
         self._allowed_keys = allowed_keys
         self._answering = answering  # takes the lock
         self._serve = serve  # what a waiter gets once its adapter is there
@@ -241,6 +244,7 @@ class Mover:
                 allowed_keys=self._allowed_keys,
                 packing=self._pool.packing,
                 spread=self._pool.spread,
+                base=self._base_layers,
             )
             failures = 0
             version.stamp = stamp[1] if source == version.source else None

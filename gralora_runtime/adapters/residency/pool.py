@@ -16,7 +16,7 @@ import torch
 from gralora_kernels.packing import ROW_MAJOR, Packing
 from gralora_kernels.tables import ARENA_SLACK, GroupTable, ModuleTable, SlotRows, TableSet
 from gralora_runtime.adapters.checkpoint.loader import AdapterLayout, LoadedAdapter
-from gralora_runtime.adapters.checkpoint.recipe import Layout
+from gralora_runtime.adapters.checkpoint.recipe import Affines, Layout
 from gralora_runtime.adapters.checkpoint.remembered import remembered
 from gralora_runtime.adapters.checkpoint.spec import ModuleShape
 from gralora_runtime.adapters.residency.arena import ArenaAllocator
@@ -162,7 +162,7 @@ class AdapterPool:
 
     def fill(self, resident: Resident, adapter: LoadedAdapter) -> None:
         """The weights, then the table rows that point at them."""
-        rows = self._slot_rows(resident.layout.modules, self._positions)
+        rows = self._slot_rows(resident.layout.modules, self._positions, resident.layout.affines)
         with self.transfer.moving():
             self.transfer.upload(self._range(resident), adapter.blob)
             self.table_set.put(resident.slot, rows, offset=resident.offset)
@@ -250,8 +250,11 @@ class AdapterPool:
             assert resident.offset + resident.layout.numel <= self._used_end, f"slot {resident.slot} is not in use"
             assert self._generations[resident.slot] == resident.generation, f"slot {resident.slot}"
 
-    def _rows_of(self, modules: Layout, positions: Mapping[str, int]) -> SlotRows:
-        return self.table_set.rows_of({positions[module]: entries for module, entries in modules})
+    def _rows_of(self, modules: Layout, positions: Mapping[str, int], affines: Affines) -> SlotRows:
+        return self.table_set.rows_of(
+            {positions[module]: entries for module, entries in modules},
+            {positions[module]: offset for module, offset in affines},
+        )
 
     def _take(self, offset: int, numel: int) -> None:
         self.ranges.allocate_at(offset, numel)

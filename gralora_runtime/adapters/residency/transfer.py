@@ -265,10 +265,11 @@ class DeviceTransfer:
         self._queue.copy(target, staged)
 
     def write_rows(self, tables: TableSet, slot: int) -> None:
-        """One write for the index and one for the scale."""
+        """One write for the index, one for the scale and one for what says where gains are."""
         rows = tables.rows
-        for target, host in ((rows.index, rows.host_index), (rows.scale, rows.host_scale)):
-            here = torch.from_numpy(host[:, slot])  # [modules, ENTRIES, 4], [modules, ENTRIES]
+        pairs = (rows.index, rows.host_index), (rows.scale, rows.host_scale), (rows.affine, rows.host_affine)
+        for target, host in pairs:
+            here = torch.from_numpy(host[:, slot])  # [modules, ENTRIES, 4], [modules, ENTRIES], [modules]
             staged = self._stage(here.numel(), here.dtype).view(here.shape)
             staged.copy_(here)
             self._queue.copy(target[:, slot], staged)

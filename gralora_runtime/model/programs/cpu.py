@@ -32,6 +32,7 @@ class CpuRunner:
     def __init__(self, served: Served, model: Description) -> None:
         self._group = model.heads // model.kv_heads
         self._groups = served.groups
+        self._layers = served.layers
         self._logits_softcap = model.logits_softcap
         self._rotary = rotary_tables(served.base.model, model, served.base.max_positions)
         shape = DecoderShape(
@@ -118,6 +119,7 @@ class CpuRunner:
         bias = None if bias is None else bias.detach()
         group = self._groups[projection.names]
         packed = PackedWeight(weight.detach(), least_bits=self._least_bits)
+        self._layers.hold(projection.names, packed)
         self._program.linear(x, y, packed, group, bias=bias, accumulate=accumulate)
 
 

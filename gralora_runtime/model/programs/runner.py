@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gralora_kernels.dispatch import AdapterBackend
 from gralora_kernels.tables import GroupTable
+from gralora_runtime.model.base_layers import BaseLayers
 from gralora_runtime.model.kv_pool import KVPool
 from gralora_runtime.model.loading import BaseModel
 from gralora_runtime.stepping.batch import StepTensors
@@ -34,6 +35,7 @@ class Served:
     kv_pool: KVPool
     arena: Tensor
     groups: Mapping[tuple[str, ...], GroupTable]
+    layers: BaseLayers  # is told where weights are
     backend: AdapterBackend
     page_size: int
     max_num_tokens: int

@@ -26,6 +26,7 @@ from gralora_kernels.cpu.microkernel import (
     element_bytes_of,
     multiply_stored,
 )
+from gralora_kernels.cpu.rows import add_scaled, scale_and_shift, scale_into
 from gralora_kernels.cpu.simd import (
     LANES,
     fma,
@@ -152,10 +153,11 @@ def shrink_piece(
 
 @njit(nogil=True)
 def expand_piece(
-    item: int, index: int, storages: int, begin: int, y: int, y_stride: int, out_features: int, order: int, u: int,
-    u_stride: int, arena: int, iota: int,
+    item: int, index: int, storages: int, affines: int, begin: int, y: int, y_stride: int, out_features: int,
+    order: int, u: int, u_stride: int, arena: int, iota: int,
 ) -> None:  # fmt: skip
-    """y += u @ B of one item (slot, first, count), all its entries, for COLUMNS columns from `begin` on."""
+    """y = gain * (y + u @ B) + shift of one item (slot, first, count), all its entries, for COLUMNS columns from
+    `begin` on."""
     slot, first, count = load_int32(item, 0), load_int32(item, 1), load_int32(item, 2)
     end = min(begin + COLUMNS, out_features)
     column = 0
@@ -178,6 +180,33 @@ def expand_piece(
             )  # fmt: skip
             at += columns
         column += r * k
+    affine = load_int64(affines, slot)
+    if affine:
+        gains = arena + (affine - 1 + begin) * FLOAT_BYTES
+        for t in range(count):
+            row = y + (load_int32(order, first + t) * y_stride + begin) * FLOAT_BYTES
+            scale_and_shift(row, gains, gains + out_features * FLOAT_BYTES, end - begin)
+
+
+@njit(nogil=True)
+def set_aside_item(item: int, affines: int, y: int, kept: int, features: int, order: int) -> None:
+    """kept = y, y = 0, of an item's tokens, if its slot has gains: they are for what comes now, not for what was."""
+    slot, first, count = load_int32(item, 0), load_int32(item, 1), load_int32(item, 2)
+    if load_int64(affines, slot):
+        for t in range(count):
+            shift = load_int32(order, first + t) * features * FLOAT_BYTES
+            scale_into(y + shift, kept + shift, features, 1.0)
+            scale_into(y + shift, y + shift, features, 0.0)
+
+
+@njit(nogil=True)
+def add_kept_item(item: int, affines: int, y: int, kept: int, features: int, order: int) -> None:
+    """y += kept, of the same tokens."""
+    slot, first, count = load_int32(item, 0), load_int32(item, 1), load_int32(item, 2)
+    if load_int64(affines, slot):
+        for t in range(count):
+            shift = load_int32(order, first + t) * features * FLOAT_BYTES
+            add_scaled(kept + shift, y + shift, features, 1.0)
 
 
 @njit(nogil=True)

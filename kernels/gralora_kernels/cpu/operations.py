@@ -17,7 +17,7 @@ import numpy.typing as npt
 from numba import njit, prange
 from torch import Tensor
 
-from gralora_kernels.cpu.adapters import COLUMNS, expand_piece, shrink_piece
+from gralora_kernels.cpu.adapters import COLUMNS, add_kept_item, expand_piece, set_aside_item, shrink_piece
 from gralora_kernels.cpu.attention import attend_piece
 from gralora_kernels.cpu.blocks import BLOCK, BLOCKS_8, ROW_EIGHTS_BYTES, widen_row
 from gralora_kernels.cpu.linear import FLOAT_BYTES, linear_piece, num_pieces
@@ -32,21 +32,22 @@ Int64s = npt.NDArray[np.int64]
 Int32s = npt.NDArray[np.int32]
 Floats = npt.NDArray[np.float64]
 
-EMBED, NORM, NORM_LAST, LINEAR, HEAD, EXPAND, ROTATE, ATTEND, GATE, JOIN = range(10)
+EMBED, NORM, NORM_LAST, LINEAR, HEAD, EXPAND, ROTATE, ATTEND, GATE, JOIN, SET_ASIDE, ADD_KEPT = range(12)
 
 # What a row of `ops` holds, after its kind. Addresses are of float32 memory, unless STORAGE says otherwise: of WEIGHT
 # in LINEAR and HEAD, of X in EMBED.
 # A row of `reals` holds two numbers: a norm's eps or a factor, and of those that have two, the later one.
 KIND, X, Y, WEIGHT, DEPTH, COLUMNS_OUT, START, GROUP, KEYS, VALUES, EXTRA, COS, SIN, STORAGE, NUM_FIELDS = range(15)
 # What a row of `groups` holds, per module of the group.
-INDEX, SCALES, STORAGES, COLUMN, OUT_FEATURES, NUM_MODULE_FIELDS = range(6)
+INDEX, SCALES, STORAGES, AFFINES, COLUMN, OUT_FEATURES, NUM_MODULE_FIELDS = range(7)
 # What `step` holds: the sizes and addresses of one step.
 (NUM_TOKENS, NUM_LAST, NUM_ITEMS, NUM_ATTENTION, TOKEN_IDS, POSITIONS, KV_SLOTS, LAST, ORDER, ITEMS, U, U_WIDTH, ARENA,
- MAX_PAGES, PIECES, PAGE_TABLE, NUM_STEP_FIELDS) = range(17)  # fmt: skip
+ MAX_PAGES, PIECES, PAGE_TABLE, HAS_AFFINE, NUM_STEP_FIELDS) = range(18)  # fmt: skip
 # What `shape` holds: what is the same for all layers and steps.
 HEADS, KV_HEADS, HEAD_DIM, ROTARY_DIM, PAGE_SIZE, ACTIVATION, NORMS_WHOLE_HEADS, NUM_SHAPE_FIELDS = range(8)
 
 TOKENS_PER_PIECE = 4  # of an operation on rows
+ITEMS_PER_PIECE = 4  # of what comes before and after a product whose sums begin at the stream
 
 
 @njit(nogil=True)
@@ -82,6 +83,8 @@ def _num_pieces(op: Int64s, groups: Int64s, step: Int64s, shape: Int64s) -> int:
         return step[NUM_ATTENTION] * shape[KV_HEADS]
     if kind == HEAD:
         return num_pieces(step[NUM_LAST], op[COLUMNS_OUT])
+    if kind in (SET_ASIDE, ADD_KEPT):
+        return (step[NUM_ITEMS] + ITEMS_PER_PIECE - 1) // ITEMS_PER_PIECE if step[HAS_AFFINE] else 0
     return _row_pieces(step[NUM_LAST] if kind == NORM_LAST else tokens)
 
 
@@ -120,10 +123,21 @@ def _expand(piece: int, op: Int64s, groups: Int64s, step: Int64s, iota: int) -> 
         module += 1
     column = module * step[U_WIDTH] * FLOAT_BYTES
     expand_piece(
-        step[ITEMS] + 12 * item, group[module, INDEX], group[module, STORAGES], piece * COLUMNS,
-        op[Y] + group[module, COLUMN] * FLOAT_BYTES, op[COLUMNS_OUT], group[module, OUT_FEATURES], step[ORDER],
-        step[U] + column, group.shape[0] * step[U_WIDTH], step[ARENA], iota,
+        step[ITEMS] + 12 * item, group[module, INDEX], group[module, STORAGES], group[module, AFFINES],
+        piece * COLUMNS, op[Y] + group[module, COLUMN] * FLOAT_BYTES, op[COLUMNS_OUT], group[module, OUT_FEATURES],
+        step[ORDER], step[U] + column, group.shape[0] * step[U_WIDTH], step[ARENA], iota,
     )  # fmt: skip
+
+
+@njit(nogil=True)
+def _keep(piece: int, op: Int64s, groups: Int64s, step: Int64s) -> None:
+    """Of a group of one module."""
+    affines = groups[op[GROUP], 0, AFFINES]
+    for item in range(piece * ITEMS_PER_PIECE, min(step[NUM_ITEMS], (piece + 1) * ITEMS_PER_PIECE)):
+        if op[KIND] == SET_ASIDE:
+            set_aside_item(step[ITEMS] + 12 * item, affines, op[Y], op[EXTRA], op[COLUMNS_OUT], step[ORDER])
+        else:
+            add_kept_item(step[ITEMS] + 12 * item, affines, op[Y], op[EXTRA], op[COLUMNS_OUT], step[ORDER])
 
 
 @njit(nogil=True)
@@ -207,6 +221,8 @@ def _piece(
         _linear(piece, op, groups, step, scratch, iota)
     elif kind == EXPAND:
         _expand(piece, op, groups, step, iota)
+    elif kind in (SET_ASIDE, ADD_KEPT):
+        _keep(piece, op, groups, step)
     elif kind == ATTEND:
         _attend(piece, op, step, shape, reals[0], reals[1], scratch, iota)
     elif kind == HEAD:
@@ -259,7 +275,7 @@ def group_rows(groups: Sequence[GroupTable]) -> Int64s:
     for own, group in zip(rows, groups, strict=True):
         for row, table, column in zip(own, group.modules, group.column_starts, strict=False):
             row[[INDEX, SCALES]] = table.host_index.ctypes.data, table.host_scale.ctypes.data
-            row[STORAGES] = table.host_storage.ctypes.data
+            row[[STORAGES, AFFINES]] = table.host_storage.ctypes.data, table.host_affine.ctypes.data
             row[[COLUMN, OUT_FEATURES]] = column, table.out_features
     return rows
 

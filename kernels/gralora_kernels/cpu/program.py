@@ -20,11 +20,13 @@ from gralora_kernels.cpu.linear import DTYPES, FP32_BITS, ROW_BLOCK, WIDE_BYTES,
 from gralora_kernels.cpu.microkernel import FROM_OUTPUT, FROM_ZERO
 from gralora_kernels.cpu.operations import (
     ACTIVATION,
+    ADD_KEPT,
     ATTEND,
     EMBED,
     EXPAND,
     GATE,
     GROUP,
+    HAS_AFFINE,
     HEAD,
     HEAD_DIM,
     HEADS,
@@ -49,6 +51,7 @@ from gralora_kernels.cpu.operations import (
     POSITIONS,
     ROTARY_DIM,
     ROTATE,
+    SET_ASIDE,
     TOKEN_IDS,
     Y,
     group_rows,
@@ -62,7 +65,8 @@ from gralora_kernels.grouping import Grouping
 from gralora_kernels.tables import GroupTable, Storage
 
 Int64s = npt.NDArray[np.int64]
-STORED = {EMBED: "X", LINEAR: "WEIGHT", EXPAND: "WEIGHT", HEAD: "WEIGHT"}  # which field STORAGE is of
+# Which field STORAGE is of.
+STORED = {EMBED: "X"} | dict.fromkeys((LINEAR, EXPAND, SET_ASIDE, ADD_KEPT, HEAD), "WEIGHT")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,15 +148,16 @@ class Program:
         self, x: Tensor, y: Tensor, weight: PackedWeight, group: GroupTable, *, bias: Tensor | None = None,
         accumulate: bool = False,
     ) -> None:  # fmt: skip
-        """y = x @ weight.T + bias, or y += x @ weight.T; then what the adapters of `group` add."""
+        """y = x @ weight.T + bias, or y += x @ weight.T; then what the adapters of `group` make of it."""
         assert not (accumulate and bias is not None), "sums begin at one of the two"
         start = FROM_OUTPUT if accumulate else FROM_ZERO if bias is None else bias
         self._groups.append(group)
         self._keep(weight)
-        for kind in (LINEAR, EXPAND):
+        # Gains are for the product alone: where its sums begin at the stream, `joining` holds the stream meanwhile.
+        for kind in (SET_ASIDE, LINEAR, EXPAND, ADD_KEPT) if accumulate else (LINEAR, EXPAND):
             self._add(
                 kind, x, y, weight.in_features, WEIGHT=weight.panels, STORAGE=int(weight.storage),
-                COLUMNS_OUT=weight.out_features, START=start, GROUP=len(self._groups) - 1,
+                COLUMNS_OUT=weight.out_features, START=start, GROUP=len(self._groups) - 1, EXTRA=self.joining,
             )  # fmt: skip
 
     def join(self, norm: Tensor | None, factor: float, eps: float) -> None:
@@ -192,6 +197,9 @@ class Program:
         self._table = np.array(self._ops, np.int64)
         self._factors = np.array(self._reals, np.float64)
         self._group_rows = group_rows(self._groups)
+        self._affines = list(
+            {id(affine): affine for affine in (group.rows.all_affine for group in self._groups)}.values()
+        )
         self._counters = new_counters(len(self._ops), self._parts)
 
     def run(self, step: Step) -> Tensor:
@@ -213,6 +221,7 @@ class Program:
             self._u = torch.zeros(columns)
         fields = np.zeros(NUM_STEP_FIELDS, np.int64)
         set_adapters(fields, grouping, self._u, self._arena)
+        fields[HAS_AFFINE] = any(affines[:, grouping.slots].any() for affines in self._affines)
         fields[[NUM_TOKENS, NUM_LAST]] = len(step.token_ids), len(step.last)
         fields[[NUM_ATTENTION, PIECES]] = len(step.pieces), step.pieces.ctypes.data
         fields[[TOKEN_IDS, POSITIONS]] = step.token_ids.data_ptr(), step.positions.data_ptr()

@@ -126,6 +126,18 @@ def add_scaled(x: int, out: int, features: int, factor: float) -> None:
 
 
 @njit(nogil=True)
+def scale_and_shift(x: int, gains: int, shifts: int, features: int) -> None:
+    """x = gains * x + shifts."""
+    whole = features - features % LANES
+    for i in range(0, whole, LANES):
+        store(x, i, fma(load(gains, i), load(x, i), load(shifts, i)))
+    if whole < features:
+        rest = features - whole
+        value = fma(load_part(gains, whole, rest), load_part(x, whole, rest), load_part(shifts, whole, rest))
+        store_part(x, whole, value, rest)
+
+
+@njit(nogil=True)
 def scatter(x: int, out: int, count: int, stride: int) -> None:
     """out[i * stride] = x[i]."""
     for i in range(count):

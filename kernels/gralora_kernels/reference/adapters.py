@@ -34,6 +34,11 @@ def unpack_b(packed: Tensor, k: int) -> Tensor:
     return packed.view(packed.shape[0], k, -1).permute(1, 0, 2).contiguous()
 
 
+def affine(y: Tensor, gains: Tensor, shifts: Tensor) -> Tensor:
+    """y [t, out], with all that is added to it, as DoRA's magnitudes and biases change it."""
+    return gains * y + shifts
+
+
 def gralora(x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
     """x [t, in], A [k, in/k, r], B [k, r, out/k] -> the update [t, out]; k = 1 is plain LoRA."""
     k, _, r = a.shape
@@ -43,7 +48,7 @@ def gralora(x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
 
 
 class ReferenceBackend:
-    """`gralora` per module, segment and entry, in fp32."""
+    """`gralora` per module, segment and entry, then `affine`, in fp32."""
 
     name = "reference"
     packing = Packing(keeps_16_bit=True)
@@ -72,6 +77,9 @@ class ReferenceBackend:
                 packed_b = _matrix(arena, b_offset, r * table.out_features, storage).view(r, -1)
                 update = gralora(x[tokens].float(), unpack_a(packed_a, k), unpack_b(packed_b, k), scale)
                 y[tokens] = (y[tokens].float() + update).to(y.dtype)
+            if at := int(table.host_affine[slot]):
+                gains, shifts = _vectors(arena, at - 1, table.out_features)
+                y[tokens] = affine(y[tokens].float(), gains, shifts).to(y.dtype)
 
 
 def _matrix(arena: Tensor, offset: int, numel: int, storage: int) -> Tensor:
@@ -79,3 +87,9 @@ def _matrix(arena: Tensor, offset: int, numel: int, storage: int) -> Tensor:
     if storage != Storage.NATIVE:
         return arena[offset:].view(DTYPES[Storage(storage)])[:numel].float()
     return arena[offset : offset + numel].float()
+
+
+def _vectors(arena: Tensor, offset: int, count: int) -> tuple[Tensor, Tensor]:
+    """Gains and shifts [count], which are fp32 in any arena."""
+    both = arena[offset:][: 2 * count * torch.float32.itemsize // arena.itemsize].view(torch.float32)
+    return both[:count], both[count:]

@@ -17,6 +17,7 @@ from gralora_kernels.triton_ops.attention_launch import AttentionShape, PagedAtt
 from gralora_kernels.triton_ops.norm import add_rms_norm, rms_norm_rows
 from gralora_kernels.triton_ops.rotary import rotate_and_store
 from gralora_runtime.model.adaptable import joined_weight_and_bias
+from gralora_runtime.model.base_layers import BaseLayers
 from gralora_runtime.model.description import Description, Joining, Projection, Rotary, soft_capped
 from gralora_runtime.model.kv_pool import KVPool
 from gralora_runtime.model.programs.gpu.inputs import DeviceStep
@@ -90,6 +91,7 @@ class GpuModel:
         kv_pool: KVPool,
         arena: Tensor,
         groups: Mapping[tuple[str, ...], GroupTable],
+        layers: BaseLayers,
         multiply: Product,
     ) -> None:
         self.dtype = model.embedding.dtype
@@ -103,18 +105,18 @@ class GpuModel:
         self.layers = [
             Layer(
                 attention_norm=_detached(layer.attention_norm),
-                qkv=_linear(layer.qkv, groups),
+                qkv=_linear(layer.qkv, groups, layers),
                 q_norm=_detached(layer.q_norm),
                 k_norm=_detached(layer.k_norm),
                 rotary=rotary[layer.rotary],
                 keys=kv_pool.keys[index],
                 values=kv_pool.values[index],
                 window=layer.window,
-                o=_linear(layer.o, groups),
+                o=_linear(layer.o, groups, layers),
                 attention_joining=layer.attention_joining,
                 mlp_norm=_detached(layer.mlp_norm),
-                gate_up=_linear(layer.gate_up, groups),
-                down=_linear(layer.down, groups),
+                gate_up=_linear(layer.gate_up, groups, layers),
+                down=_linear(layer.down, groups, layers),
                 mlp_joining=layer.mlp_joining,
             )
             for index, layer in enumerate(model.layers)
@@ -224,9 +226,10 @@ class GpuModel:
         return torch.empty(rows, columns, dtype=self.dtype, device=self._embedding.device)
 
 
-def _linear(projection: Projection, groups: Mapping[tuple[str, ...], GroupTable]) -> Linear:
+def _linear(projection: Projection, groups: Mapping[tuple[str, ...], GroupTable], layers: BaseLayers) -> Linear:
     weight, bias = joined_weight_and_bias(projection.modules)
     weight = weight.detach().contiguous()
+    layers.hold(projection.names, weight)
     for module in projection.modules:
         module.weight = nn.Parameter(module.weight.new_empty(0), requires_grad=False)
     return Linear(weight, _detached(bias), groups[projection.names])

@@ -38,6 +38,7 @@ class GpuRunner:
             kv_pool=served.kv_pool,
             arena=served.arena,
             groups=served.groups,
+            layers=served.layers,
             multiply=invariant_product if served.batch_invariant else fastest_product,
         )
         max_pages = -(-served.max_model_len // served.page_size)

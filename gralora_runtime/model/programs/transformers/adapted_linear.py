@@ -18,13 +18,13 @@ class PackedLinear(nn.Module):
         """`least_bits`: see `PackedWeight`."""
         super().__init__()
         self.out_features, self.in_features = weight.shape
-        self._weight = PackedWeight(weight, least_bits=least_bits)
+        self.weight = PackedWeight(weight, least_bits=least_bits)
         self._bias = bias
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""
         out = x.new_empty(*x.shape[:-1], self.out_features)
-        linear(out, x.contiguous(), self._weight, self._bias)
+        linear(out, x.contiguous(), self.weight, self._bias)
         return out
 
 
@@ -33,12 +33,12 @@ class DenseLinear(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
-        self._weight = weight
+        self.weight = weight
         self._bias = bias
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""
-        return nn.functional.linear(x, self._weight, self._bias)
+        return nn.functional.linear(x, self.weight, self._bias)
 
 
 class AdaptedGroup(nn.Module):

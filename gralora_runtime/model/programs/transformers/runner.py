@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from gralora_kernels.tables import GroupTable
+from gralora_kernels.cpu.linear import PackedWeight
 from gralora_runtime.model.adaptable import joined_weight_and_bias, weight_and_bias
 from gralora_runtime.model.programs.runner import Served
 from gralora_runtime.model.programs.transformers.adapted_linear import (
@@ -53,7 +53,7 @@ class TransformersRunner:
         fused = fuse_rms_norms(self._model)
         self._backend = served.backend
         self._groups = tuple(groups.values())
-        self._wrap_linears(served.arena, groups, least_bits=served.least_bits)
+        self._wrap_linears(served)
         logger.info(
             "model ready: %d linear layers can be adapted, in %d groups; %d RMS norms fused",
             sum(map(len, groups)),
@@ -86,20 +86,29 @@ class TransformersRunner:
         logits: Tensor = output.logits[0, : len(index)].float()
         return logits
 
-    def _wrap_linears(self, arena: Tensor, groups: Mapping[tuple[str, ...], GroupTable], *, least_bits: int) -> None:
+    def _wrap_linears(self, served: Served) -> None:
         """Group by group, so that at most one group's weights are held twice."""
         pack = self._model.device.type == "cpu"
         head = self._model.get_output_embeddings()
         if pack and isinstance(head, nn.Linear):
-            self._model.set_output_embeddings(PackedLinear(*weight_and_bias(head), least_bits=least_bits))
-        for names, table in groups.items():
-            base = _base_product([self._model.get_submodule(name) for name in names], pack=pack, least_bits=least_bits)
-            group = AdaptedGroup(base, table=table, arena=arena, backend=self._backend, context=self._context)
+            self._model.set_output_embeddings(PackedLinear(*weight_and_bias(head), least_bits=served.least_bits))
+        for names, table in served.groups.items():
+            modules = [self._model.get_submodule(name) for name in names]
+            base, weight = _base_product(modules, pack=pack, least_bits=served.least_bits)
+            served.layers.hold(names, weight)
+            group = AdaptedGroup(base, table=table, arena=served.arena, backend=self._backend, context=self._context)
             for member, name in enumerate(names):
                 self._model.set_submodule(name, AdaptedLinear(group, member))
 
 
-def _base_product(modules: Sequence[nn.Module], *, pack: bool, least_bits: int) -> nn.Module:
+def _base_product(
+    modules: Sequence[nn.Module], *, pack: bool, least_bits: int
+) -> tuple[nn.Module, PackedWeight | Tensor]:
+    """And the weight [out, in] that it is made with."""
     if pack:
-        return PackedLinear(*joined_weight_and_bias(modules), least_bits=least_bits)
-    return modules[0] if len(modules) == 1 else DenseLinear(*joined_weight_and_bias(modules))
+        packed = PackedLinear(*joined_weight_and_bias(modules), least_bits=least_bits)
+        return packed, packed.weight
+    if len(modules) == 1:
+        return modules[0], weight_and_bias(modules[0])[0].detach()
+    dense = DenseLinear(*joined_weight_and_bias(modules))
+    return dense, dense.weight.detach()

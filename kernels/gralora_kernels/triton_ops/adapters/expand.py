@@ -1,4 +1,4 @@
-"""y += scale * u @ B for every item of a list. Knows no launch sizes."""
+"""y = gain * (y + scale * u @ B) + shift for every item of a list. Knows no launch sizes."""
 
 # Triton reads annotations as code and knows only its own.
 # ruff: noqa: ANN001, ANN201, ANN202, PLR0917
@@ -16,6 +16,7 @@ def expand_kernel(
     arena,
     index,  # int64 [modules, slots, ENTRIES, 4]
     scale,  # fp32 [modules, slots, ENTRIES]
+    affine,  # int64 [modules, slots]: 1 + where gains and shifts lie in the arena, fp32 [2, out]; 0: there are none
     words,  # int32: heads (first item of a list, number of items), order [adapted tokens]
     items,  # int32 [items of the step, 8]
     u,  # fp32 [planes, adapted tokens, u_stride]
@@ -49,24 +50,25 @@ def expand_kernel(
         token = tl.load(order + first + t, mask=m_t, other=0).to(tl.int64)
         p_y = y + (token * y_stride + y_start)[:, None]
         p_u = (u + (first + t).to(tl.int64) * u_stride)[:, None]
+        p_affine = tl.load(affine + row // ENTRIES)
         rank, other_ranks = tl.load(index + row * 4 + 2).to(tl.int32), 0
         for i_entry in tl.static_range(1, ENTRIES):
             other_ranks += tl.load(index + (row + i_entry) * 4 + 2).to(tl.int32)
         if (rank <= BLOCK_R) & (other_ranks == 0):
             _add_few_ranks(
-                p_y, m_t, p_u + column, arena, index + row * 4, scale + row, rank, begin, end, out_features,
+                p_y, m_t, p_u + column, arena, index + row * 4, scale + row, p_affine, rank, begin, end, out_features,
                 in_features, plane_stride, BLOCK_M, BLOCK_N, BLOCK_R, DEPTH, ALIGN, SPLIT,
             )  # fmt: skip
         else:
             _add_all_ranks(
-                p_y, m_t, p_u + column, arena, index + row * 4, scale + row, begin, end, out_features, in_features,
-                plane_stride, BLOCK_M, BLOCK_N, BLOCK_R, DEPTH, ALIGN, ENTRIES, SPLIT,
+                p_y, m_t, p_u + column, arena, index + row * 4, scale + row, p_affine, begin, end, out_features,
+                in_features, plane_stride, BLOCK_M, BLOCK_N, BLOCK_R, DEPTH, ALIGN, ENTRIES, SPLIT,
             )  # fmt: skip
 
 
 @triton.jit
 def _add_few_ranks(
-    p_y, m_t, p_u, arena, entry, scale, rank, begin, end, out_features, in_features, plane_stride,
+    p_y, m_t, p_u, arena, entry, scale, p_affine, rank, begin, end, out_features, in_features, plane_stride,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, DEPTH: tl.constexpr, ALIGN: tl.constexpr,
     SPLIT: tl.constexpr,
 ):  # fmt: skip
@@ -87,12 +89,13 @@ def _add_few_ranks(
         m_y = m_t[:, None] & m_o[None, :]
         b_old = tl.load(p_y + o[None, :], mask=m_y, other=0.0)
         b_y = tl.dot(b_s, b_b, tl.zeros([BLOCK_M, BLOCK_N], tl.float32), input_precision="ieee")
-        tl.store(p_y + o[None, :], (b_old.to(tl.float32) + b_y).to(b_old.dtype), mask=m_y)
+        b_y = _scaled_and_shifted(b_old.to(tl.float32) + b_y, arena, p_affine, o, m_o, out_features)
+        tl.store(p_y + o[None, :], b_y.to(b_old.dtype), mask=m_y)
 
 
 @triton.jit
 def _add_all_ranks(
-    p_y, m_t, p_u, arena, entry, scale, begin, end, out_features, in_features, plane_stride,
+    p_y, m_t, p_u, arena, entry, scale, p_affine, begin, end, out_features, in_features, plane_stride,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, DEPTH: tl.constexpr, ALIGN: tl.constexpr,
     ENTRIES: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
@@ -120,7 +123,19 @@ def _add_all_ranks(
             column += rank * k
         m_y = m_t[:, None] & m_o[None, :]
         b_old = tl.load(p_y + o[None, :], mask=m_y, other=0.0)
-        tl.store(p_y + o[None, :], (b_old.to(tl.float32) + b_y).to(b_old.dtype), mask=m_y)
+        b_y = _scaled_and_shifted(b_old.to(tl.float32) + b_y, arena, p_affine, o, m_o, out_features)
+        tl.store(p_y + o[None, :], b_y.to(b_old.dtype), mask=m_y)
+
+
+@triton.jit
+def _scaled_and_shifted(b_y, arena, p_affine, o, m_o, out_features):
+    """Gains and shifts are fp32 in any arena."""
+    if p_affine > 0:
+        p_gain = (arena + tl.multiple_of(p_affine - 1, 16)).to(tl.pointer_type(tl.float32), bitcast=True)
+        b_gain = tl.load(p_gain + o, mask=m_o, other=0.0)
+        b_shift = tl.load(p_gain + out_features + o, mask=m_o, other=0.0)
+        b_y = b_y * b_gain[None, :] + b_shift[None, :]
+    return b_y
 
 
 @triton.jit

@@ -165,7 +165,7 @@ class TritonBackend:
         launch = self._launch("expand", group, arena.dtype, len(y))
         if launch.programs:
             expand_kernel[(launch.programs,)](
-                y, arena, group.index, group.scale, self._words, self._items, self._u, launch.head_at,
+                y, arena, group.index, group.scale, group.affine, self._words, self._items, self._u, launch.head_at,
                 self._first_order, group.out_features // launch.align, group.in_features, self._u_stride,
                 self._plane_stride, **launch.variant,
             )  # fmt: skip
@@ -300,7 +300,12 @@ def variants(dtype: torch.dtype) -> list[Variant]:
     """Every form that the backend may launch."""
     element = f"*{ELEMENT_NAMES[dtype]}"
     pointers = dict.fromkeys(("x", "y", "arena"), element)
-    pointers |= dict.fromkeys(("words", "items"), "*i32") | {"index": "*i64", "scale": "*fp32", "u": "*fp32"}
+    pointers |= dict.fromkeys(("words", "items"), "*i32") | {
+        "index": "*i64",
+        "affine": "*i64",
+        "scale": "*fp32",
+        "u": "*fp32",
+    }
     kernels = (("shrink", shrink_kernel, "b_a", "b_x"), ("expand", expand_kernel, "b_b", "b_old"))
     forms = [(1, True), (BLOCKING.small_tile, True), (BLOCKING.full_tile, False)]
     return [

@@ -1,0 +1,76 @@
+"""What an adapter's vectors are relative to: a linear layer's bias, and how long its weight's rows are.
+
+Programs free the model's own weights, so each tells here where it holds them.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from gralora_kernels.cpu.linear import PackedWeight
+from gralora_kernels.cpu.row_norms import row_norms
+from gralora_kernels.packing import Array
+from gralora_runtime.model.adaptable import adaptable_modules, weight_and_bias
+
+ROWS = 1024  # of a weight that are looked at together
+
+
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """A module's weight: rows of one that may be several modules'."""
+
+    weight: PackedWeight | Tensor
+    first: int
+
+
+class BaseLayers:
+    """Of one model. Who asks for norms before `open` waits."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._num_rows: dict[str, int] = {}
+        self._biases: dict[str, Array] = {}
+        self._held: dict[str, _Held] = {}
+        self._is_open = threading.Event()
+        for shape, module in adaptable_modules(model):
+            self._num_rows[shape.name] = shape.out_features
+            if (bias := weight_and_bias(module)[1]) is not None:
+                self._biases[shape.name] = bias.detach().float().cpu().numpy()
+
+    def hold(self, modules: Sequence[str], weight: PackedWeight | Tensor) -> None:
+        """These modules' weights lie here, one below the other: [sum(out), in]."""
+        first = 0
+        for module in modules:
+            self._held[module] = _Held(weight, first)
+            first += self._num_rows[module]
+
+    def open(self) -> None:
+        """All have said where weights are, or nobody will."""
+        self._is_open.set()
+
+    def bias(self, module: str) -> Array | None:
+        """fp32 [out]."""
+        return self._biases.get(module)
+
+    def norms(self, module: str, a: Array, b: Array) -> Array:
+        """Of each row of W + b @ a, for fp32 a [r, in] and b [out, r]: float64 [out]."""
+        self._is_open.wait()
+        held = self._held[module]
+        if isinstance(held.weight, PackedWeight):
+            return row_norms(held.weight, held.first, a, b)
+        weight = held.weight[held.first : held.first + len(b)]
+        return _norms(weight, torch.from_numpy(a).to(weight.device), torch.from_numpy(b).to(weight.device))
+
+
+def _norms(weight: Tensor, a: Tensor, b: Tensor) -> Array:
+    parts = [
+        torch.linalg.vector_norm(torch.addmm(rows.float(), some, a), dim=1, dtype=torch.float64)
+        for rows, some in zip(weight.split(ROWS), b.split(ROWS), strict=True)  # type: ignore[no-untyped-call]
+    ]
+    found: Array = torch.cat(parts).cpu().numpy()
+    return found

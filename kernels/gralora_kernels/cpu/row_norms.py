@@ -1,0 +1,58 @@
+"""Norms of a packed weight's rows once a low-rank pair is added to them: what DoRA's magnitudes are relative to.
+
+One thread and no lock of the interpreter's: it runs when an adapter is loaded, beside steps.
+"""
+
+# ruff: noqa: PLR0917  # Numba takes arguments by position
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+from numba import njit
+
+from gralora_kernels.cpu.blocks import BLOCK, BLOCKS_4, block_bytes, widen_panel
+from gralora_kernels.cpu.linear import PackedWeight
+from gralora_kernels.cpu.microkernel import PANEL, element_bytes_of
+from gralora_kernels.cpu.rows import widen_into
+
+Floats = npt.NDArray[np.float32]
+Doubles = npt.NDArray[np.float64]
+
+
+def row_norms(weight: PackedWeight, first: int, a: Floats, b: Floats) -> Doubles:
+    """Of `weight[first : first + out] + b @ a`, for a [r, in] and b [out, r]: [out]."""
+    panel = first // PANEL
+    before = first - panel * PANEL
+    rows = before + len(b)
+    padded = np.zeros((-(-rows // PANEL) * PANEL, b.shape[1]), np.float32)
+    padded[before:rows] = b
+    squares = np.zeros(len(padded))
+    scratch = np.empty((weight.in_features, PANEL), np.float32)
+    address, storage = weight.panels[panel:].data_ptr(), int(weight.storage)
+    columns = np.ascontiguousarray(padded.T)
+    _add_squares(squares, address, storage, np.ascontiguousarray(a.T), columns, scratch, scratch.ctypes.data)
+    return np.sqrt(squares[before:rows])
+
+
+@njit(nogil=True, cache=True)
+def _add_squares(
+    squares: Doubles, panels: int, storage: int, a: Floats, b: Floats, scratch: Floats, scratch_at: int
+) -> None:
+    """a [in, r], b [r, rows of whole panels]."""
+    in_features, r = a.shape
+    for panel in range(len(squares) // PANEL):
+        if storage >= BLOCKS_4:
+            blocks = in_features // BLOCK
+            widen_panel(storage, panels + panel * blocks * block_bytes(storage), blocks, scratch_at)
+        else:
+            numel = in_features * PANEL
+            widen_into(storage, panels + panel * numel * element_bytes_of(storage), scratch_at, numel, 1.0)
+        for i in range(in_features):
+            row = scratch[i]
+            for q in range(r):
+                factor = a[i, q]
+                for c in range(PANEL):
+                    row[c] += factor * b[q, panel * PANEL + c]
+            for c in range(PANEL):
+                squares[panel * PANEL + c] += np.float64(row[c]) * np.float64(row[c])
