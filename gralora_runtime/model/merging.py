@@ -79,7 +79,7 @@ def _merge(model: PreTrainedModel, whole: WholeAdapter, report: Report) -> Itera
         if name in vectors:
             gains, shifts = _gains_and_shifts(whole.header.name, vectors[name], total, bias)
             total = total * gains[:, None]
-            if bias is not None:
+            if bias is not None and vectors[name].values.keys() != {Vector.MAGNITUDES}:  # those leave it alone
                 bias.copy_(gains * bias.float() + shifts)
         weight.copy_(total)
         if not weight.isfinite().all():

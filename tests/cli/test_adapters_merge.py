@@ -37,11 +37,18 @@ def config_of(kind: str, architecture: str) -> Any:
         "gralora": lambda: gralora_config(architecture, 8, 4),
         "hybrid": lambda: gralora_config(architecture, 8, 2, hybrid_r=3, alpha=7),
         "authors": lambda: gralora_config(architecture, 8, 2, hybrid_r=3, alpha=7),
+        "dora": lambda: lora_config(architecture, 4, use_dora=True),
+        "biases": lambda: lora_config(architecture, 4, use_dora=True, bias="lora_only"),
     }[kind]()
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt2", "phi3"])
-@pytest.mark.parametrize("kind", ["lora", "rslora", "gralora", "hybrid", "authors"])
+KINDS = ("lora", "rslora", "gralora", "hybrid", "authors", "dora")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "kind"),
+    [*((a, kind) for a in ("llama", "gpt2", "phi3") for kind in KINDS), ("gpt2", "biases"), ("qwen2", "biases")],
+)
 def test_merged_weights_are_those_of_peft(architecture: str, kind: str, tmp_path: Path) -> None:
     model = save_tiny_model(architecture, tmp_path / "model")
     adapter = save_adapter(tiny_model(architecture), config_of(kind, architecture), tmp_path / "adapter")
@@ -54,7 +61,8 @@ def test_merged_weights_are_those_of_peft(architecture: str, kind: str, tmp_path
     before = AutoModelForCausalLM.from_pretrained(model).state_dict()
     changed = {name for name, weight in merged.items() if not torch.equal(weight, before[name])}
 
-    assert changed == {f"{shape.name}.weight" for shape in module_shapes(model)}
+    biases = {f"{shape.name}.bias" for shape in module_shapes(model) if shape.has_bias and kind == "biases"}
+    assert changed == {f"{shape.name}.weight" for shape in module_shapes(model)} | biases
     assert merged.keys() == expected.keys()
     assert max(float((weight - expected[name]).abs().max()) for name, weight in merged.items()) <= TOLERANCE
 

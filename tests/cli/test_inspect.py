@@ -45,7 +45,9 @@ def test_shapes_of_a_convolution_style_linear_are_in_and_out(tmp_path: Path) -> 
     """GPT-2 keeps its weights as [in, out]."""
     shapes = {shape.name: shape for shape in module_shapes(config_dir("gpt2", tmp_path))}
 
-    assert shapes["transformer.h.0.attn.c_attn"] == ModuleShape("transformer.h.0.attn.c_attn", 64, 192, transposed=True)
+    assert shapes["transformer.h.0.attn.c_attn"] == ModuleShape(
+        "transformer.h.0.attn.c_attn", 64, 192, transposed=True, has_bias=True
+    )
 
 
 @pytest.mark.parametrize("content", [None, '{"model_type": "no-such-model"}', '{"model_type": "vit"}'], ids=str)

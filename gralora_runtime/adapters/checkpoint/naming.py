@@ -23,7 +23,7 @@ _BEGINNINGS = (
     ("model.", "model.text_model."),
 )
 _TENSOR = re.compile(
-    r"(?P<path>.+)\."
+    r"(?P<path>.+?)\."
     r"(?:(?P<blocks>gralora_[AB])(?:\.(?P<blocks_of>[^.]+))?"
     r"|(?P<plain>gralora_[AB]_general|lora_[AB])(?:\.(?P<plain_of>[^.]+))?\.weight"
     r"|(?P<magnitudes>lora_magnitude_vector)(?:\.(?P<magnitudes_of>[^.]+))?"
