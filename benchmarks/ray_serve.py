@@ -1,8 +1,8 @@
 """`python -m benchmarks.ray_serve`: two replicas on Ray Serve, sixteen adapters, beside servers of our own.
 
-Do requests for an adapter stay where it is, what do clients see when a replica is killed under load, and what do
-Serve's proxies cost. Every answer is compared with what a server of our own answers to that request alone. The client
-is on the same cores. Writes JSON; fails if a gate does.
+Do requests for an adapter stay where it is, does each replica have its share of them, what do clients see when one is
+killed under load, and what do Serve's proxies cost. Every answer is compared with what a server of our own answers to
+that request alone. The client is on the same cores. Writes JSON; fails if a gate does.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ import grpc
 import psutil
 from google.rpc import error_details_pb2  # type: ignore[import-untyped]
 from grpc_status import rpc_status
+from rich.console import Console
+from rich.table import Table
 
 from benchmarks.catalogue.gate import Gate, show
 from benchmarks.machine import busy_share, facts
@@ -34,6 +36,7 @@ from gralora_server.loadtest.local_server import running
 from gralora_server.loadtest.synthetic import AdapterKind, make_adapters
 from gralora_server.model_fetch import ensure_default_model
 from gralora_server.ray.context import REPLICA_KEY
+from gralora_server.ray.homes import most
 
 RESULTS = Path(__file__).parent / "results"
 SCRIPT = Path(__file__).parent.parent / "scripts" / "ray_local.py"
@@ -41,9 +44,8 @@ REPLICA_TITLE = "ServeReplica:"  # somewhere in what Ray calls a replica's proce
 ROUNDS = 3
 LEAST_AT_HOME = 0.9
 RESUMED_S = 60.0
-PUSHED_S = 2.0  # Serve hears once a second what a replica has
 GIVE_UP_S = 180.0
-FIRST, LATER = "first token", "later token"
+FIRST, LATER, RATE = "first token", "later token", "tokens/s"
 # Of the direct servers and the replicas alike.
 CONFIG = """\
 [engine]
@@ -93,9 +95,10 @@ def main() -> None:
     result: dict[str, Any] = {"machine": facts(), "busy_share_before": busy_share(), "size": asdict(size)}
     with tempfile.TemporaryDirectory(prefix="ray-serve-") as folder:
         figures = measure(ensure_default_model(), Path(folder), size)
-    gates = judge(figures)
+    gates = judge(figures, size)
     result |= {"figures": figures, "gates": [asdict(gate) | {"passed": gate.passed} for gate in gates]}
     options.json.write_text(json.dumps(result, indent=1) + "\n")
+    show_cost(figures)
     show(gates)
     sys.exit(any(not gate.passed and not (options.quick and gate.is_speed) for gate in gates))
 
@@ -117,9 +120,12 @@ def measure(model: Path, folder: Path, size: Size) -> dict[str, Any]:
     wrong = [
         one for told in (*of_direct, *rounds, killed.under_way, killed.after) for one in told if odd(one, expected)
     ]
-    return {
+    found = {
         "one_stream_s": {"direct": by_token(of_one), "ray": by_token(on_ray)},
         "tokens_per_s": {"direct": [rate(one) for one in of_direct], "ray": [rate(one) for one in rounds]},
+    }
+    return found | {
+        "cost": cost(found),
         "at_home": at_home(rounds),
         "replicas": dict(Counter(one.replica for told in rounds for one in told)),
         "ends_under_way": dict(Counter(f"{one.code} {one.reason}".strip() for one in killed.under_way)),
@@ -128,12 +134,34 @@ def measure(model: Path, folder: Path, size: Size) -> dict[str, Any]:
     }
 
 
-def judge(figures: dict[str, Any]) -> list[Gate]:
+def cost(found: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Medians, and how many times as much it is with Serve as without."""
+    kinds = {RATE: found["tokens_per_s"]}
+    for name in (FIRST, LATER):
+        kinds[name] = {way: times_s[name] for way, times_s in found["one_stream_s"].items()}
+    medians = {name: {way: statistics.median(all_of) for way, all_of in kind.items()} for name, kind in kinds.items()}
+    return {name: kind | {"ratio": kind["ray"] / kind["direct"]} for name, kind in medians.items()}
+
+
+def show_cost(figures: dict[str, Any]) -> None:
+    table = Table("median", "direct", "Ray Serve", "ratio")
+    for name, unit, scale in ((FIRST, "ms", 1000), (LATER, "ms", 1000), (RATE, "", 1)):
+        of = figures["cost"][name]
+        table.add_row(
+            f"{name} {unit}".strip(), f"{scale * of['direct']:.1f}", f"{scale * of['ray']:.1f}", f"{of['ratio']:.2f}"
+        )
+    Console(width=120).print(table)
+
+
+def judge(figures: dict[str, Any], size: Size) -> list[Gate]:
+    served = figures["replicas"].values()
+    fair = min(most(size.adapters, 2) / size.adapters, 1.0)  # of a round, whose requests are all there at once
     ends = figures["ends_under_way"]
     strange = sum(count for end, count in ends.items() if end not in ("OK", "UNAVAILABLE REPLICA_LOST"))
     cut = ends.get("UNAVAILABLE REPLICA_LOST", 0)
     return [
         Gate("share of requests on a replica without their adapter", 1 - figures["at_home"], 1 - LEAST_AT_HOME),
+        Gate("largest share of requests on one replica", max(served) / sum(served), fair),
         Gate("wrong answers", len(figures["wrong"]), 0),
         Gate("streams of a killed replica that end otherwise than UNAVAILABLE", strange, 0),
         Gate("kills that met no stream", int(cut == 0), 0),
@@ -175,12 +203,8 @@ async def one_stream(address: str, names: Sequence[str], size: Size) -> list[Tol
 
 async def crowds(address: str, names: Sequence[str], size: Size) -> list[list[Told]]:
     """A request for each adapter at the same time, in rounds."""
-    rounds = []
     async with grpc.aio.insecure_channel(address) as channel:
-        for _ in range(ROUNDS):
-            rounds.append(await crowd(channel, names, size, size.output_tokens))
-            await asyncio.sleep(PUSHED_S)
-    return rounds
+        return [await crowd(channel, names, size, size.output_tokens) for _ in range(ROUNDS)]
 
 
 @dataclass(frozen=True, slots=True)

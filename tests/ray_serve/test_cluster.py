@@ -9,10 +9,11 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.util import find_spec
+from itertools import count, cycle, islice
 from pathlib import Path
 
 import grpc
@@ -22,6 +23,7 @@ from grpc_status import rpc_status
 from support.ray_cluster import HOMES, NAMES, SOON_S, TOKEN, Cluster, ray_cluster
 
 from gralora.v1 import adapters_pb2, generation_pb2, server_pb2
+from gralora_server.ray.homes import most, order
 
 pytestmark = pytest.mark.alone
 Code = grpc.StatusCode
@@ -86,16 +88,42 @@ def test_a_stream_comes_in_pieces(cluster: Cluster) -> None:
     assert len(messages) > 3
 
 
-def test_an_adapter_stays_where_it_was_served(cluster: Cluster) -> None:
-    served = defaultdict(set)
-    for name in HOMES:
-        served[name].add(cluster.ask(name).replica)
-    time.sleep(2)  # Serve hears of what a replica has once a second, and nothing tells when it has
+def test_an_adapter_is_served_at_its_home(cluster: Cluster) -> None:
+    replicas = dict.fromkeys(cluster.answers(""), 0)
     later = [(name, cluster.ask(name).replica) for _ in range(5) for name in HOMES]
 
-    at_home = sum(replica in served[name] for name, replica in later)
-    assert at_home >= 0.9 * len(later)
-    assert len({replica for _, replica in later}) == 2
+    at_home = sum(replica == order(name, replicas)[0] for name, replica in later)
+    assert at_home >= 0.9 * len(later)  # a replica that is slow to tell how busy it is gets nothing
+
+
+def test_a_burst_of_cold_adapters_is_spread_and_each_is_itself(cluster: Cluster) -> None:
+    """The worst that can be: all are at home with the same replica, and nobody has served any of them."""
+    replicas = dict.fromkeys(cluster.answers(""), 0)
+    home = min(replicas)
+    at_home = (name for name in (f"burst{number}" for number in count()) if order(name, replicas)[0] == home)
+    weights = dict(zip(islice(at_home, 16), cycle(NAMES), strict=False))
+    for name, like in weights.items():
+        cluster.put(name, like)
+    streams = {name: cluster.stream(name, max_tokens=64) for name in weights}  # all are under way at the same time
+    ended = {name: outcome(stream) for name, stream in streams.items()}
+    served = Counter(dict(stream.trailing_metadata())["gralora-replica"] for stream in streams.values())
+    later = Counter(cluster.ask(name).replica for name in weights)
+
+    assert {code for code, _, _ in ended.values()} == {Code.OK}
+    for name, (_, _, token_ids) in ended.items():
+        assert tuple(token_ids[:8]) == cluster.ask(weights[name]).token_ids
+    assert served.total() == 16
+    assert max(served.values()) <= most(16, 2)
+    assert later[home] >= 0.9 * later.total()
+
+
+def test_a_client_may_say_itself_by_what_its_request_is_placed(cluster: Cluster) -> None:
+    """A version is placed as its adapter is."""
+    replicas = dict.fromkeys(cluster.answers(""), 0)
+    hints = [*HOMES, *(f"{name}@1" for name in HOMES)]
+    found = [cluster.ask("a0", hint=hint).replica == order(hint.partition("@")[0], replicas)[0] for hint in hints]
+
+    assert sum(found) >= 0.9 * len(found)
 
 
 def test_a_hint_decides_nothing_but_the_place(cluster: Cluster) -> None:
@@ -125,16 +153,32 @@ def test_nobody_is_served_without_a_token(cluster: Cluster) -> None:
     assert caught.value.code == 401
 
 
-def test_http_goes_through_serves_proxy(cluster: Cluster) -> None:
-    body = {"model": "a0", "prompt": [5, 6, 7], "max_tokens": 8, "temperature": 0, "stream": True}
-    headers = {"authorization": f"Bearer {TOKEN}", "content-type": "application/json"}
+def complete(cluster: Cluster, adapter: str, **headers: str) -> list[str]:
+    """The lines of a stream over HTTP."""
+    body = {"model": adapter, "prompt": [5, 6, 7], "max_tokens": 8, "temperature": 0, "stream": True}
+    headers |= {"authorization": f"Bearer {TOKEN}", "content-type": "application/json"}
     url = f"http://{cluster.http}/v1/completions"
     request = urllib.request.Request(url, json.dumps(body).encode(), headers)
     with urllib.request.urlopen(request, timeout=60) as answer:
-        lines = [line for line in answer.read().decode().splitlines() if line.startswith("data: ")]
+        return [line for line in answer.read().decode().splitlines() if line.startswith("data: ")]
+
+
+def test_http_goes_through_serves_proxy(cluster: Cluster) -> None:
+    lines = complete(cluster, "a0")
 
     assert lines[-1] == "data: [DONE]"
     assert len(lines) > 2
+
+
+def test_over_http_serves_header_says_by_what_a_request_is_placed(cluster: Cluster) -> None:
+    replicas = dict.fromkeys(cluster.answers(""), 0)
+    names = [f"web{number}" for number in range(8)]
+    for name in names:
+        cluster.put(name, "kept")
+        complete(cluster, name, serve_multiplexed_model_id=name)
+    used = cluster.used()
+
+    assert sum(name in used[order(name, replicas)[0]] for name in names) >= len(names) - 1
 
 
 def test_an_adapter_that_one_replica_loads_all_have_and_lose(cluster: Cluster) -> None:

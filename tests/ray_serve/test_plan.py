@@ -13,7 +13,6 @@ import yaml
 
 from gralora_server.errors import ConfigInvalidError
 from gralora_server.ray.local import SERVICES
-from gralora_server.ray.noting import NotingCalls
 from gralora_server.ray.plan import plan_of
 from gralora_server.ray.rpcs import rpcs
 from gralora_server.ray.scaling import REQUESTS, by_requests
@@ -163,27 +162,3 @@ def scaled(told: dict[str, float], *, current: int, target: float = 4.0) -> floa
 )
 def test_there_are_as_many_replicas_as_requests_ask_for(told: dict[str, float], current: int, wanted: float) -> None:
     assert scaled(told, current=current) == wanted
-
-
-@pytest.mark.parametrize(("status", "header", "noted"), [(200, b"poet", ["poet"]), (404, b"x", []), (200, b"", [])])
-async def test_a_model_that_http_names_to_serve_is_noted_once_it_was_served(
-    status: int, header: bytes, noted: list[str]
-) -> None:
-    found: list[str] = []
-    sent: list[str] = []
-
-    async def calls(_scope: object, _receive: object, send: object) -> None:
-        await send({"type": "http.response.start", "status": status})
-        await send({"type": "http.response.body"})
-
-    async def note(model: str) -> None:
-        found.append(model)
-
-    async def send(message: dict[str, object]) -> None:
-        sent.append(str(message["type"]))
-
-    headers = [(b"serve_multiplexed_model_id", header)] if header else []
-    await NotingCalls(calls, note)({"type": "http", "headers": headers}, None, send)
-
-    assert found == noted
-    assert sent == ["http.response.start", "http.response.body"]

@@ -14,7 +14,6 @@ from gralora_runtime.config import EngineConfig
 from gralora_runtime.errors import EngineDeadError
 from gralora_server.errors import EngineStuckError
 from gralora_server.ray.changes import Changes
-from gralora_server.ray.noting import NotingCalls
 from gralora_server.ray.places import Place
 from gralora_server.ray.replica import Runner, serving
 from gralora_server.settings.layers import Layers
@@ -124,15 +123,12 @@ async def test_its_http_is_the_servers_own(tmp_path: Path) -> None:
     async def receive() -> dict[str, object]:
         return {"type": "http.request", "body": b"", "more_body": False}
 
-    async def note(_model: str) -> None:
-        raise AssertionError("no model was named to Serve")
-
     async def send(message: dict[str, object]) -> None:
         sent.append(message)
 
     scope = {"type": "http", "method": "GET", "path": "/v1/models", "query_string": b"", "headers": [], "root_path": ""}
     async with serving(layers(tmp_path), running.runner) as replica:
-        await NotingCalls(replica.http, note)(scope, receive, send)
+        await replica.http(scope, receive, send)
 
     assert sent[0]["status"] == 200
     assert b'"poet"' in b"".join(message.get("body", b"") for message in sent[1:])

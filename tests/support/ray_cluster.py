@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from shutil import copytree
 from typing import IO
 
 import grpc
@@ -68,14 +69,30 @@ class Cluster:
         return Answer(tuple(answer.token_ids), dict(call.trailing_metadata())["gralora-replica"])
 
     def ask_both(self, adapter: str) -> set[tuple[int, ...]]:
-        """What the replicas answer, once both have."""
+        """What the replicas answer."""
+        return {answer.token_ids for answer in self.answers(adapter).values()}
+
+    def answers(self, adapter: str) -> dict[str, Answer]:
+        """By the replicas' names, once both have answered."""
         answers: dict[str, Answer] = {}
         until_s = time.monotonic() + SOON_S
         while len(answers) < 2:
             assert time.monotonic() < until_s, f"only {set(answers)} answered"
             answer = self.ask(adapter, hint="")
             answers[answer.replica] = answer
-        return {answer.token_ids for answer in answers.values()}
+        return answers
+
+    def used(self) -> dict[str, set[str]]:
+        """The adapters that each replica has answered with."""
+        used: dict[str, set[str]] = {}
+        until_s = time.monotonic() + SOON_S
+        while len(used) < 2:
+            assert time.monotonic() < until_s, f"only {set(used)} answered"
+            request = adapters_pb2.ListAdaptersRequest()
+            listed, call = self.adapters.ListAdapters.with_call(request, metadata=self.metadata, timeout=60)
+            replica = dict(call.trailing_metadata())["gralora-replica"]
+            used[replica] = {adapter.name for adapter in listed.adapters if adapter.HasField("last_used")}
+        return used
 
     def stream(self, adapter: str, *, max_tokens: int) -> grpc.Call:
         request = generation_pb2.StreamGenerateRequest(
@@ -94,6 +111,10 @@ class Cluster:
         """Those that have the word in what Ray calls them."""
         children = psutil.Process(self.process.pid).children(recursive=True)
         return [child for child in children if word in _title(child)]
+
+    def put(self, name: str, like: str) -> None:
+        """Another adapter into the source, with the weights of one that is there."""
+        copytree(self.folder / like, self.folder / name)
 
     def load(self, name: str) -> None:
         """From files of another name."""

@@ -1,5 +1,5 @@
 """Replicas on Ray Serve: the same parts as behind a port of our own, and what several of them have in common.
 
-`ingress` runs in Serve's proxies and `changes` in an actor, everything else in replicas. Of it all only `deployment`,
-`remote_log` and `local` know Ray.
+`ingress`, `homes` and `affinity` run in Serve's proxies and `changes` in an actor, all else in replicas. Of it all
+only `deployment`, `remote_log` and `local` know Ray.
 """

@@ -1,4 +1,4 @@
-"""Which adapter a request wants, as Serve's hint to a replica that has it. Nothing but speed may depend on a hint."""
+"""Which adapter a request wants, as a hint to Serve where it is to go. Nothing but speed may depend on a hint."""
 
 from __future__ import annotations
 
@@ -17,3 +17,11 @@ def wanted(request: Any) -> str:
         return parse_reference("adapter", text).name if isinstance(text, str) and text else ""
     except InvalidRequestError:
         return ""
+
+
+def plain(reference: str) -> str:
+    """The adapter's name without a version; what is no name as it is."""
+    try:
+        return parse_reference("name", reference).name if reference else ""
+    except InvalidRequestError:
+        return reference

@@ -1,21 +1,23 @@
-"""A replica as Ray Serve runs it: its life, its methods by their names, its health and its load."""
+"""A replica as Ray Serve runs it: its life, its methods by their names, its health, its load, and who sends it what."""
 
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, aclosing
 from typing import Any
 
 from ray import serve
-from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
+from ray.serve.request_router import ReplicaID, RequestRouter, RunningReplica
 
 from gralora_runtime.config import EngineConfig
 from gralora_server.cli.environment import limit_spinning
 from gralora_server.cli.logs import configure
 from gralora_server.ports import Engine
-from gralora_server.ray.affinity import wanted
-from gralora_server.ray.noting import NotingCalls
+from gralora_server.ray.affinity import plain
+from gralora_server.ray.homes import UnderWay, order
 from gralora_server.ray.plan import Plan
 from gralora_server.ray.remote_log import RemoteLog
 from gralora_server.ray.replica import Replica, Runner, serving
@@ -25,7 +27,6 @@ from gralora_server.service import end_stuck, spare_collector
 from gralora_server.settings.layers import Layers
 
 NAME = "gralora"
-MAX_HINTS = 10_000  # adapters that Serve knows to be at a replica; what is in memory the engine decides
 DEAD_EXIT_CODE = 1
 EMPTY_LOOK_S = 0.5  # between two looks whether all has ended, when a replica stops
 
@@ -49,7 +50,7 @@ class GraloraReplica:
         spare_collector()
 
     def __serve_build_asgi_app__(self) -> Any:
-        return NotingCalls(self._replica.http, self.has_served)
+        return self._replica.http
 
     async def check_health(self) -> None:
         self._replica.check()
@@ -57,20 +58,39 @@ class GraloraReplica:
     async def record_autoscaling_stats(self) -> dict[str, float]:
         return {REQUESTS: float(self._replica.num_requests)}
 
-    @serve.multiplexed(max_num_models_per_replica=MAX_HINTS)
-    async def has_served(self, adapter: str) -> str:
-        """Serve notes the name, and sends further requests for it here."""
-        return adapter
-
-    async def note(self, request: Any) -> None:
-        """Called when a request is being answered, so that no name comes in that is no adapter's."""
-        adapter = wanted(request)
-        if adapter:
-            await self.has_served(adapter)
-
     async def __del__(self) -> None:
         if hasattr(self, "_life"):  # it had begun
             await self._life.aclose()
+
+
+class AdapterRouter(RequestRouter):  # type: ignore[misc]  # Ray's classes are untyped
+    """Serve's proxies get a copy of this class, and import the rest."""
+
+    def initialize_state(self) -> None:
+        self._under_way = UnderWay()
+
+    async def choose_replicas(
+        self, candidate_replicas: list[RunningReplica], pending_request: Any
+    ) -> list[list[RunningReplica]]:
+        """One after the other, for who names an adapter; for others the less busy one of any two."""
+        # Serve empties this index only for routers that use it, and would keep every request for good.
+        self._pending_requests_by_model_id.clear()
+        pending_request.routing_context.should_backoff = True  # before it asks once more, if none takes the request
+        adapter = plain(pending_request.metadata.multiplexed_model_id)
+        if not adapter:
+            return [random.sample(candidate_replicas, min(2, len(candidate_replicas)))]
+        by_name = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
+        names = order(adapter, self._under_way.loads(by_name))
+        self._under_way.choose(pending_request.future, names[0])
+        return [[by_name[name]] for name in names]
+
+    def on_send_request(self, replica_id: ReplicaID) -> None:
+        super().on_send_request(replica_id)
+        self._under_way.send(replica_id.unique_id)
+
+    def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
+        super().on_request_completed(replica_id, internal_request_id)
+        self._under_way.end(replica_id.unique_id)
 
 
 def application(plan: Plan) -> serve.Application:
@@ -87,6 +107,7 @@ def application(plan: Plan) -> serve.Application:
         graceful_shutdown_timeout_s=plan.settings.server.grace_s,
         graceful_shutdown_wait_loop_s=EMPTY_LOOK_S,
         max_surge_percent=replicas.surge_percent,
+        request_router_config=RequestRouterConfig(request_router_class=AdapterRouter),
         ray_actor_options={"num_cpus": replicas.cpus, "num_gpus": replicas.gpus},
         **options,
     )
@@ -96,18 +117,11 @@ def application(plan: Plan) -> serve.Application:
 
 def _method(rpc: Rpc) -> Callable[..., Any]:
     async def answer(self: Any, request: Any, grpc_context: Any) -> Any:
-        answered = await self._replica.grpc.answer(rpc.path, request, grpc_context)
-        if not grpc_context.code():
-            await self.note(request)
-        return answered
+        return await self._replica.grpc.answer(rpc.path, request, grpc_context)
 
     async def stream(self: Any, request: Any, grpc_context: Any) -> AsyncIterator[Any]:
-        is_noted = False
         async with aclosing(self._replica.grpc.messages(rpc.path, request, grpc_context)) as messages:
             async for message in messages:
-                if not is_noted and not grpc_context.code():
-                    is_noted = True
-                    await self.note(request)
                 yield message
 
     return stream if rpc.streams else answer

@@ -14,6 +14,7 @@ from gralora.v1 import adapters_pb2, server_pb2
 from gralora_runtime.adapters.catalogue.names import parse_reference
 from gralora_runtime.errors import AdapterUploadError, InvalidRequestError
 from gralora_server.gate import Gate
+from gralora_server.ray.affinity import plain
 from gralora_server.ray.change import Change
 from gralora_server.ray.follower import Follower, Log
 from gralora_server.servicers import NO_CONTEXT, AdapterServicer, Context, ServerServicer
@@ -193,14 +194,6 @@ class SharedServerServicer(ServerServicer):
             "ReloadConfig", request, server_pb2.ReloadConfigResponse, is_kept=False
         )
         return answers[0]
-
-
-def plain(reference: str) -> str:
-    """The adapter's name without a version."""
-    try:
-        return parse_reference("name", reference).name if reference else ""
-    except InvalidRequestError:
-        return reference
 
 
 def _no_uploads(name: str) -> AdapterUploadError:
