@@ -56,19 +56,22 @@ def expand_kernel(
             other_ranks += tl.load(index + (row + i_entry) * 4 + 2).to(tl.int32)
         if (rank <= BLOCK_R) & (other_ranks == 0):
             _add_few_ranks(
-                p_y, m_t, p_u + column, arena, index + row * 4, scale + row, p_affine, rank, begin, end, out_features,
+                p_y, m_t, p_u + column, arena, index + row * 4, scale + row, rank, begin, end, out_features,
                 in_features, plane_stride, BLOCK_M, BLOCK_N, BLOCK_R, DEPTH, ALIGN, SPLIT,
             )  # fmt: skip
         else:
             _add_all_ranks(
-                p_y, m_t, p_u + column, arena, index + row * 4, scale + row, p_affine, begin, end, out_features,
+                p_y, m_t, p_u + column, arena, index + row * 4, scale + row, begin, end, out_features,
                 in_features, plane_stride, BLOCK_M, BLOCK_N, BLOCK_R, DEPTH, ALIGN, ENTRIES, SPLIT,
             )  # fmt: skip
+        if p_affine > 0:  # fp32 in any arena
+            p_gain = (arena + tl.multiple_of(p_affine - 1, 16)).to(tl.pointer_type(tl.float32), bitcast=True)
+            _scale_and_shift(p_y, m_t, p_gain, begin, end, out_features, BLOCK_N, ALIGN)
 
 
 @triton.jit
 def _add_few_ranks(
-    p_y, m_t, p_u, arena, entry, scale, p_affine, rank, begin, end, out_features, in_features, plane_stride,
+    p_y, m_t, p_u, arena, entry, scale, rank, begin, end, out_features, in_features, plane_stride,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, DEPTH: tl.constexpr, ALIGN: tl.constexpr,
     SPLIT: tl.constexpr,
 ):  # fmt: skip
@@ -89,13 +92,12 @@ def _add_few_ranks(
         m_y = m_t[:, None] & m_o[None, :]
         b_old = tl.load(p_y + o[None, :], mask=m_y, other=0.0)
         b_y = tl.dot(b_s, b_b, tl.zeros([BLOCK_M, BLOCK_N], tl.float32), input_precision="ieee")
-        b_y = _scaled_and_shifted(b_old.to(tl.float32) + b_y, arena, p_affine, o, m_o, out_features)
-        tl.store(p_y + o[None, :], b_y.to(b_old.dtype), mask=m_y)
+        tl.store(p_y + o[None, :], (b_old.to(tl.float32) + b_y).to(b_old.dtype), mask=m_y)
 
 
 @triton.jit
 def _add_all_ranks(
-    p_y, m_t, p_u, arena, entry, scale, p_affine, begin, end, out_features, in_features, plane_stride,
+    p_y, m_t, p_u, arena, entry, scale, begin, end, out_features, in_features, plane_stride,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, DEPTH: tl.constexpr, ALIGN: tl.constexpr,
     ENTRIES: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
@@ -123,19 +125,24 @@ def _add_all_ranks(
             column += rank * k
         m_y = m_t[:, None] & m_o[None, :]
         b_old = tl.load(p_y + o[None, :], mask=m_y, other=0.0)
-        b_y = _scaled_and_shifted(b_old.to(tl.float32) + b_y, arena, p_affine, o, m_o, out_features)
-        tl.store(p_y + o[None, :], b_y.to(b_old.dtype), mask=m_y)
+        tl.store(p_y + o[None, :], (b_old.to(tl.float32) + b_y).to(b_old.dtype), mask=m_y)
 
 
 @triton.jit
-def _scaled_and_shifted(b_y, arena, p_affine, o, m_o, out_features):
-    """Gains and shifts are fp32 in any arena."""
-    if p_affine > 0:
-        p_gain = (arena + tl.multiple_of(p_affine - 1, 16)).to(tl.pointer_type(tl.float32), bitcast=True)
+def _scale_and_shift(
+    p_y, m_t, p_gain, begin, end, out_features, BLOCK_N: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    """Few adapters need it: what all others do has no register less for it."""
+    tl.debug_barrier()  # what is read here, other threads may have written
+    for start in range(begin, end, BLOCK_N):
+        o = start + tl.max_contiguous(tl.multiple_of(tl.arange(0, BLOCK_N), ALIGN), ALIGN)
+        m_o = o < end
+        m_y = m_t[:, None] & m_o[None, :]
         b_gain = tl.load(p_gain + o, mask=m_o, other=0.0)
         b_shift = tl.load(p_gain + out_features + o, mask=m_o, other=0.0)
-        b_y = b_y * b_gain[None, :] + b_shift[None, :]
-    return b_y
+        b_sum = tl.load(p_y + o[None, :], mask=m_y, other=0.0)
+        b_y = b_sum.to(tl.float32) * b_gain[None, :] + b_shift[None, :]
+        tl.store(p_y + o[None, :], b_y.to(b_sum.dtype), mask=m_y)
 
 
 @triton.jit
