@@ -17,7 +17,7 @@ from benchmarks.rivals import generate
 from benchmarks.serve import serving
 from benchmarks.workload import Request, make_prompts
 from gralora_runtime.adapters.residency.shared_inputs import group_siblings
-from gralora_runtime.model.adaptable import adaptable_modules
+from gralora_runtime.model.adaptable import adaptable_modules, head_name
 from gralora_runtime.request import ResponseParams
 
 BASE = "our engine, base model"
@@ -221,7 +221,8 @@ def long_prompt(bench: Bench) -> Section:
 def kernel(bench: Bench) -> Section:
     """The grouped kernel without a model."""
     workload = bench.workload
-    groups = group_siblings([shape for shape, _ in adaptable_modules(bench.base)])
+    head = head_name(bench.base)
+    groups = group_siblings([shape for shape, _ in adaptable_modules(bench.base) if shape.name != head])
     shapes = [(group[0].in_features, tuple(module.out_features for module in group)) for group in groups]
     step = KernelStep(shapes, num_adapters=workload.crowd, rank=workload.rank, k=workload.k)
 

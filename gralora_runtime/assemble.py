@@ -14,7 +14,7 @@ import psutil
 import torch
 
 from gralora_kernels.cpu import threads as cpu_threads
-from gralora_kernels.dispatch import AdapterBackend, resolve_backend
+from gralora_kernels.dispatch import AdapterBackend, build_backend, resolve_backend
 from gralora_kernels.packing import Packing
 from gralora_runtime.adapters.catalogue.catalogue import Retention
 from gralora_runtime.adapters.catalogue.sources.choice import SourceSettings, open_source
@@ -29,13 +29,14 @@ from gralora_runtime.adapters.residency.transfer import Transfer, no_steps, tran
 from gralora_runtime.config import LEAST_BITS, EngineConfig
 from gralora_runtime.errors import ConfigError
 from gralora_runtime.info import EngineInfo
-from gralora_runtime.model.adaptable import adaptable_modules, weight_norms
+from gralora_runtime.model.adaptable import adaptable_modules, head_name, weight_norms
 from gralora_runtime.model.base_layers import BaseLayers
 from gralora_runtime.model.chat_turns import tool_format
 from gralora_runtime.model.kv_pool import KVPool, page_bytes
 from gralora_runtime.model.loading import BaseModel, load_base_model
 from gralora_runtime.model.programs.choice import kv_in_panels, make_runner, reserved_bytes
 from gralora_runtime.model.programs.gpu.graphs import usual_ladder
+from gralora_runtime.model.programs.head import HeadAdapters
 from gralora_runtime.model.programs.runner import Runner, Served
 from gralora_runtime.model.refusal import refusing
 from gralora_runtime.model.selfcheck import check_runner, expected_logits
@@ -106,13 +107,22 @@ def assemble(config: EngineConfig, base: BaseModel | None = None) -> EngineParts
             config, base, _free_bytes(device) - reserved, in_panels=kv_in_panels(backend, device)
         )
         num_pages = len(kv_pool.keys[0])
+        head, groups = head_name(base.model), dict(adapters.pool.groups)
+        head_adapters = HeadAdapters(
+            groups.pop((head,)),
+            arena=adapters.pool.arena,
+            backend=build_backend(backend.name, device),
+            max_rows=config.max_num_batched_tokens,
+        )
         with refusing(base.name, base.model.config, "set up"):
             runner = make_runner(
                 Served(
                     base=base,
                     kv_pool=kv_pool,
                     arena=adapters.pool.arena,
-                    groups=adapters.pool.groups,
+                    groups=groups,
+                    head_name=head,
+                    head=head_adapters,
                     layers=layers,
                     backend=backend,
                     page_size=config.page_size,

@@ -13,16 +13,20 @@ from gralora_runtime.adapters.checkpoint.spec import ModuleShape
 
 
 def adaptable_modules(model: PreTrainedModel) -> Iterator[tuple[ModuleShape, nn.Module]]:
-    """Every linear layer but the output head, by the dotted name that PEFT gives it."""
-    head = model.get_output_embeddings()
+    """Every linear layer, by the dotted name that PEFT gives it."""
     for name, module in model.named_modules():
-        if module is head:
-            continue
         if isinstance(module, nn.Linear):
             has_bias = module.bias is not None
             yield ModuleShape(name, module.in_features, module.out_features, has_bias=has_bias), module
         elif isinstance(module, Conv1D):
             yield ModuleShape(name, module.nx, module.nf, transposed=True, has_bias=True), module
+
+
+def head_name(model: PreTrainedModel) -> str:
+    """Of the linear layer that makes logits."""
+    head = model.get_output_embeddings()
+    names: dict[nn.Module, str] = {module: name for name, module in model.named_modules()}
+    return names[head]
 
 
 def weight_and_bias(module: nn.Module) -> tuple[Tensor, Tensor | None]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gralora_kernels.cpu.linear import PackedWeight
-from gralora_kernels.cpu.row_norms import row_norms
+from gralora_kernels.cpu.packed_rows import row_norms, rows_of
 from gralora_kernels.packing import Array
 from gralora_runtime.model.adaptable import adaptable_modules, weight_and_bias
 
@@ -27,6 +27,7 @@ class _Held:
 
     weight: PackedWeight | Tensor
     first: int
+    factor: float
 
 
 class BaseLayers:
@@ -42,11 +43,11 @@ class BaseLayers:
             if (bias := weight_and_bias(module)[1]) is not None:
                 self._biases[shape.name] = bias.detach().float().cpu().numpy()
 
-    def hold(self, modules: Sequence[str], weight: PackedWeight | Tensor) -> None:
-        """These modules' weights lie here, one below the other: [sum(out), in]."""
+    def hold(self, modules: Sequence[str], weight: PackedWeight | Tensor, *, factor: float = 1.0) -> None:
+        """These modules' weights lie here, one below the other: [sum(out), in]. `factor`: see the method."""
         first = 0
         for module in modules:
-            self._held[module] = _Held(weight, first)
+            self._held[module] = _Held(weight, first, factor)
             first += self._num_rows[module]
 
     def open(self) -> None:
@@ -57,14 +58,30 @@ class BaseLayers:
         """fp32 [out]."""
         return self._biases.get(module)
 
+    def factor(self, module: str) -> float:
+        """What its input was scaled by, so that its output is scaled, too."""
+        return self._find(module).factor
+
     def norms(self, module: str, a: Array, b: Array) -> Array:
         """Of each row of W + b @ a, for fp32 a [r, in] and b [out, r]: float64 [out]."""
-        self._is_open.wait()
-        held = self._held[module]
+        held = self._find(module)
         if isinstance(held.weight, PackedWeight):
             return row_norms(held.weight, held.first, a, b)
         weight = held.weight[held.first : held.first + len(b)]
         return _norms(weight, torch.from_numpy(a).to(weight.device), torch.from_numpy(b).to(weight.device))
+
+    def rows(self, module: str, first: int, count: int) -> Array:
+        """Of W: fp32 [count, in]."""
+        held = self._find(module)
+        first += held.first
+        if isinstance(held.weight, PackedWeight):
+            return rows_of(held.weight, first, count)
+        found: Array = held.weight[first : first + count].float().cpu().numpy()
+        return found
+
+    def _find(self, module: str) -> _Held:
+        self._is_open.wait()
+        return self._held[module]
 
 
 def _norms(weight: Tensor, a: Tensor, b: Tensor) -> Array:

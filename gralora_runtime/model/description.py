@@ -75,6 +75,7 @@ class Description:
     head_dim: int
     scale: float  # of attention scores
     softcap: float  # of attention scores, once scaled; 0: there is none
+    logits_factor: float  # the one that `final_norm` has in it
     logits_softcap: float  # 0: there is none
     eps: float
     activation: str  # "silu" or "gelu_tanh"
@@ -118,6 +119,7 @@ def describe(model: PreTrainedModel) -> Description:
         head_dim=attention.head_dim,
         scale=attention.scaling,
         softcap=build.softcap(config),
+        logits_factor=build.logits_factor(config),
         logits_softcap=getattr(config, "final_logit_softcapping", None) or 0.0,
         eps=config.rms_norm_eps,
         activation=activation,

@@ -19,7 +19,7 @@ from gralora_runtime.adapters.checkpoint.unpacking import updates_in
 from gralora_runtime.adapters.checkpoint.update import Update, dense
 from gralora_runtime.adapters.checkpoint.whole import WholeAdapter, read_whole
 from gralora_runtime.adapters.checkpoint.writer import new_directory
-from gralora_runtime.model.adaptable import adaptable_modules, weight_and_bias
+from gralora_runtime.model.adaptable import adaptable_modules, head_name, weight_and_bias
 from gralora_runtime.model.loading import load_as_stored, load_tokenizer
 from gralora_runtime.model.module_shapes import module_shapes
 
@@ -45,7 +45,7 @@ def write_merged(adapter: Path, model: Path, out: Path, report: Report) -> Merge
     with new_directory(out) as fresh:
         report("Reading the model", 0, None)
         merged, tokenizer = load_as_stored(model), load_tokenizer(model)
-        problems = [*_shifts_without_bias(whole), *_merge(merged, whole, report)]
+        problems = [*_nowhere_to_go(merged, whole), *_merge(merged, whole, report)]
         if problems:
             raise rejected(whole.header.name, problems)
         report("Writing safetensors", 0, None)
@@ -59,8 +59,11 @@ def write_merged(adapter: Path, model: Path, out: Path, report: Report) -> Merge
     )
 
 
-def _shifts_without_bias(whole: WholeAdapter) -> Iterator[str]:
+def _nowhere_to_go(model: PreTrainedModel, whole: WholeAdapter) -> Iterator[str]:
+    tied = head_name(model) if model.get_output_embeddings().weight is model.get_input_embeddings().weight else ""
     for module in whole.plan:
+        if module.module.name == tied:
+            yield f"merged into {tied}, it would change the embedding, which has the same weight"
         if not module.module.has_bias and any(vector.kind is Vector.B_BIASES for vector in module.vectors):
             yield f"merged into {module.module.name}, its {Vector.B_BIASES.value} have no bias to go to"
 
@@ -103,10 +106,19 @@ class _Layer:
         """fp32 [out]."""
         return None if self.own_bias is None else self.own_bias.detach().float().numpy()
 
+    def factor(self, _module: str) -> float:
+        """It is the model itself."""
+        return 1.0
+
     def norms(self, _module: str, _a: Array, _b: Array) -> Array:
         """float64 [out]."""
         norms: Array = torch.linalg.vector_norm(self.total, dim=1, dtype=torch.float64).numpy()
         return norms
+
+    def rows(self, _module: str, first: int, count: int) -> Array:
+        """fp32 [count, in]."""
+        rows: Array = self.total[first : first + count].numpy()
+        return rows
 
 
 @torch.no_grad()

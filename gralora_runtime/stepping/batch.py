@@ -31,6 +31,7 @@ class StepTensors:
     max_query_len: int
     max_context_len: int
     logits_index: Tensor  # int64 [sampling rows]: the tokens whose logits are wanted
+    token_slots: npt.NDArray[np.int32]  # [tokens]: the adapter slot of each; -1: none
     grouping: Grouping
 
     def to(self, device: torch.device) -> StepTensors:
@@ -77,6 +78,7 @@ class BatchBuilder:
         table = self._tables.of(rows)
         pages = table[row_of, positions // self._page_size].astype(np.int64)
         lengths = begins + counts
+        token_slots = np.array([row.adapter.slot for row in rows], np.int32)[row_of]
         return StepTensors(
             input_ids=torch.tensor([[token for row in rows for token in row.token_ids]]),
             follows=torch.from_numpy(np.array([row.follows for row in rows])[row_of]),
@@ -88,7 +90,8 @@ class BatchBuilder:
             max_query_len=int(counts.max()),
             max_context_len=int(lengths.max()),
             logits_index=torch.from_numpy(starts[1:][[row.samples for row in rows]].astype(np.int64) - 1),
-            grouping=self._group(rows, row_of),
+            token_slots=token_slots,
+            grouping=self._group(rows, token_slots),
         )
 
     def _check_slots(self, rows: Sequence[RowPlan]) -> None:
@@ -97,10 +100,9 @@ class BatchBuilder:
             if slot >= 0 and self._slot_generation(slot) != generation:
                 raise StaleAdapterError(f"adapter slot {slot} does not hold generation {generation}")
 
-    def _group(self, rows: Sequence[RowPlan], row_of: IntRow) -> Grouping:
+    def _group(self, rows: Sequence[RowPlan], token_slots: npt.NDArray[np.int32]) -> Grouping:
         self._groupings = grouping, _ = self._groupings[::-1]
-        slots = np.array([row.adapter.slot for row in rows], np.int32)
-        grouping.fill(slots[row_of], {row.adapter.slot: row.adapter.width for row in rows})
+        grouping.fill(token_slots, {row.adapter.slot: row.adapter.width for row in rows})
         return grouping
 
 

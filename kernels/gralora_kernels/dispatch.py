@@ -42,12 +42,13 @@ def resolve_backend(name: str, device: torch.device) -> AdapterBackend:
     chosen = name if name != "auto" else ("cpu" if device.type == "cpu" else "triton")
     if chosen not in BACKENDS:
         raise ValueError(f"backend must be one of auto, {', '.join(BACKENDS)}, got {name!r}")
-    backend = _build(chosen, device)
+    backend = build_backend(chosen, device)
     logger.info("adapter kernels: %s on %s (asked for: %s)", backend.name, device, name)
     return backend
 
 
-def _build(name: str, device: torch.device) -> AdapterBackend:
+def build_backend(name: str, device: torch.device) -> AdapterBackend:
+    """One of `BACKENDS`, with memory of its own. Raises as `resolve_backend` does."""
     if name == "cpu":
         if device.type != "cpu":
             raise ValueError(f"backend 'cpu' cannot serve device {device}")

@@ -38,6 +38,13 @@ def adapter_configs(architecture: str, *, all_ranks: bool = True) -> dict[str, P
         "rslora": lora_config(architecture, 9, use_rslora=True, alpha=3),
     }
     first = all_linear(architecture)[0]
+    if architecture in ("llama", "granite", "gemma2", "gpt2"):  # untied, scaled logits, soft-capped ones, tied
+        modules = [*all_linear(architecture), "lm_head"]
+        configs["head"] = lora_config(architecture, 4, target_modules=modules)
+        configs["head-bias"] = lora_config(architecture, 2, target_modules=modules, lora_bias=True)
+    if architecture == "llama":
+        configs["gralora-head"] = gralora_config(architecture, 4, 2, target_modules=["lm_head"])
+        configs["dora-head"] = lora_config(architecture, 4, use_dora=True, target_modules=["lm_head", first])
     configs["dora"] = lora_config(architecture, 6, use_dora=True)
     if architecture in BIASED:
         configs["dora-biases"] = lora_config(architecture, 4, use_dora=True, bias="lora_only")

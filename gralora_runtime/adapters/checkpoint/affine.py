@@ -28,8 +28,14 @@ class BaseLayers(Protocol):
     def bias(self, module: str) -> Array | None:
         """fp32 [out]."""
 
+    def factor(self, module: str) -> float:
+        """That its output was scaled by before gains and shifts see it."""
+
     def norms(self, module: str, a: Array, b: Array) -> Array:
         """Of each row of W + b @ a, for fp32 a [r, in] and b [out, r]: float64 [out]."""
+
+    def rows(self, module: str, first: int, count: int) -> Array:
+        """Of W: fp32 [count, in]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +111,7 @@ def _affine(vectors: ModuleVectors, base: BaseLayers) -> Array:
     if Vector.B_BIASES in values:
         (pair,) = vectors.plan.parts
         shifts += pair.part.scale * values[Vector.B_BIASES]
+    shifts *= base.factor(module.name)
     return affine.astype(np.float32)
 
 

@@ -23,7 +23,7 @@ from gralora_runtime.adapters.checkpoint.file import (
     read_text,
 )
 from gralora_runtime.adapters.checkpoint.mending import name_instead, save_as_safetensors
-from gralora_runtime.adapters.checkpoint.naming import BIASES, Naming, naming_for, spelling, take_apart
+from gralora_runtime.adapters.checkpoint.naming import BASE_WEIGHT, BIASES, Naming, naming_for, spelling, take_apart
 from gralora_runtime.adapters.checkpoint.remembered import remembered
 from gralora_runtime.adapters.checkpoint.spec import (
     AdapterSpec,
@@ -86,6 +86,7 @@ class ModulePlan:
     module: ModuleShape
     parts: tuple[PartTensors, ...]
     vectors: tuple[VectorTensor, ...] = ()
+    base_weight: str = ""  # a tensor that may be there, and then has to be what the base model has
 
     @property
     def width(self) -> int:
@@ -144,7 +145,7 @@ class AdapterHeader:
         """The modules for which the checkpoint has tensors of a low-rank pair, by their paths where it was trained."""
         naming = self.naming()
         names = (name for name in map(take_apart, self.tensors) if name is not None)
-        found = (naming.module(name) for name in names if name.matrix not in BIASES)
+        found = (naming.module(name) for name in names if name.adapter is not None)
         return tuple(sorted({module for module in found if module is not None}))
 
     @property
@@ -310,7 +311,8 @@ def _plan(spec: AdapterSpec, modules: tuple[ModuleShape, ...], naming: Naming) -
         parts = tuple(_part_tensors(spec, module, path, naming, budget)) if targeted else ()
         vectors = tuple(_vector_tensors(spec, module, path, naming, targeted=targeted))
         if parts or vectors:
-            planned.append(ModulePlan(module=module, parts=parts, vectors=vectors))
+            weight = naming.tensor(path, BASE_WEIGHT) if parts else ""
+            planned.append(ModulePlan(module=module, parts=parts, vectors=vectors, base_weight=weight))
     return tuple(planned)
 
 
@@ -423,6 +425,8 @@ def _misfits(plan: Plan, tensors: Mapping[str, TensorInfo]) -> Iterator[str]:
             yield from _misfit(tensors, pair.b_name, pair.b_shape)
         for vector in module.vectors:
             yield from _misfit(tensors, vector.name, vector.shape)
+        if module.base_weight in tensors:
+            yield from _misfit(tensors, module.base_weight, (shape.out_features, shape.in_features))
 
 
 def _misfit(tensors: Mapping[str, TensorInfo], name: str, expected: tuple[int, ...]) -> Iterator[str]:
@@ -438,6 +442,7 @@ def _surplus(
 ) -> Iterator[str]:
     expected = {name for module in plan for pair in module.parts for name in (pair.a_name, pair.b_name)}
     expected |= {vector.name for module in plan for vector in module.vectors}
+    expected |= {module.base_weight for module in plan}
     known = {module.name for module in modules}
     targeted = {module.module.name for module in plan if module.parts}
     for name in tensors:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from gralora_kernels.packing import ROW_MAJOR, SHA256_BYTES, Array, Packing, place_a, place_b
 from gralora_runtime.adapters.checkpoint.affine import BaseLayers, affines_of, read_vectors
+from gralora_runtime.adapters.checkpoint.base_weights import other_weights
 from gralora_runtime.adapters.checkpoint.bounds import largest_magnitude, magnitudes_of, norm_bounds
 from gralora_runtime.adapters.checkpoint.file import MalformedError, open_regular, read_at_most
 from gralora_runtime.adapters.checkpoint.golden import has_golden
@@ -107,12 +108,15 @@ def load(
             packer = Packer(recipe, dtype, packing)
             facts = packer.pack(opened.fileno(), spread)
             vectors = read_vectors(opened.fileno(), plan, header.tensors)
+            others = list(other_weights(opened.fileno(), plan, header.tensors, base)) if base is not None else []
     except MalformedError as cause:
         raise rejected(name, [str(cause)]) from cause
     if (bad := np.flatnonzero(facts.magnitudes > torch.finfo(dtype).max)).size:
         kind = str(dtype).removeprefix("torch.")
         names = [recipe.matrices[position].name for position in bad]
         raise rejected(name, [f"tensor {tensor} has values that are not finite in {kind}" for tensor in names])
+    if others:
+        raise rejected(name, others)
     if vectors.modules:
         assert base is not None, "gains and shifts depend on the base layers"
         packer.put_affines(affines_of(name, vectors.modules, base))

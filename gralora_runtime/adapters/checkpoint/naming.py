@@ -28,11 +28,13 @@ _TENSOR = re.compile(
     r"|(?P<plain>gralora_[AB]_general|lora_[AB])(?:\.(?P<plain_of>[^.]+))?\.weight"
     r"|(?P<magnitudes>lora_magnitude_vector)(?:\.(?P<magnitudes_of>[^.]+))?"
     r"|(?P<b_biases>lora_B)(?:\.(?P<b_biases_of>[^.]+))?\.bias"
-    r"|(?P<biases>(?:base_layer\.)?bias))"
+    r"|(?P<base>(?:base_layer\.)?bias|base_layer\.weight))"
 )
 # How PEFT's names end behind the adapter's own, by what `_TENSOR` calls them.
 _ENDINGS = {"blocks": "", "plain": ".weight", "magnitudes": "", "b_biases": ".bias"}
 BIASES = ("base_layer.bias", "bias")  # of a module that has an adapter, and of others
+BASE_WEIGHT = "base_layer.weight"  # of a module that has an adapter: PEFT adds it where that is the output head
+_OF_THE_BASE = (*BIASES, BASE_WEIGHT)  # the adapter's own name is never in these
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +62,7 @@ class Naming:
     def tensor(self, path: str, matrix: str) -> str:
         """What the checkpoint calls a matrix, as PEFT calls it, of the module that has this path in training."""
         stem, dot, weight = matrix.partition(".")
-        own = f".{self.adapter}" if self.adapter and matrix not in BIASES else ""
+        own = f".{self.adapter}" if self.adapter and matrix not in _OF_THE_BASE else ""
         return f"{self.prefix}{path}.{stem}{own}{dot}{weight}"
 
     def module(self, name: TensorName) -> str | None:
@@ -90,7 +92,7 @@ def take_apart(tensor: str) -> TensorName | None:
     for kind, ending in _ENDINGS.items():
         if stem := match[kind]:
             return TensorName(match["path"], stem + ending, match[f"{kind}_of"] or "")
-    return TensorName(match["path"], match["biases"], None)
+    return TensorName(match["path"], match["base"], None)
 
 
 def as_peft_names(tensor: str) -> str:

@@ -55,6 +55,8 @@ class CpuRunner:
         bias = None if head.bias is None else head.bias.detach()
         packed = PackedWeight(head.weight.detach(), least_bits=served.least_bits)
         self._program.head(model.final_norm, model.eps, packed, bias)
+        self._layers.hold([served.head_name], packed, factor=model.logits_factor)
+        self._head = served.head
         for module in (head, served.base.model.get_input_embeddings()):  # which may be one and the same weight
             module.weight = _nothing_like(module.weight)
         logger.info(
@@ -83,6 +85,8 @@ class CpuRunner:
                 grouping=tensors.grouping,
             )
         )
+        if adapted := self._head.step(tensors):
+            adapted.apply(logits, self._program.normed[: len(logits)])
         return soft_capped(logits, self._logits_softcap)
 
     def _add_layer(self, model: Description, layer: LayerDescription, keys: Tensor, values: Tensor) -> None:

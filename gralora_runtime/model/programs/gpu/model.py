@@ -21,6 +21,7 @@ from gralora_runtime.model.base_layers import BaseLayers
 from gralora_runtime.model.description import Description, Joining, Projection, Rotary, soft_capped
 from gralora_runtime.model.kv_pool import KVPool
 from gralora_runtime.model.programs.gpu.inputs import DeviceStep
+from gralora_runtime.model.programs.head import HeadStep
 
 
 class Product(Protocol):
@@ -78,6 +79,7 @@ class Kernels:
     attention: PagedAttention
     adapters: TritonBackend | None  # None: no token of the step has an adapter
     side: torch.cuda.Stream | None = None  # shrinks run there, beside the products
+    head: HeadStep | None = None  # None: no row that wants logits has an adapter on the head
 
 
 class GpuModel:
@@ -92,6 +94,7 @@ class GpuModel:
         arena: Tensor,
         groups: Mapping[tuple[str, ...], GroupTable],
         layers: BaseLayers,
+        head_name: str,
         multiply: Product,
     ) -> None:
         self.dtype = model.embedding.dtype
@@ -124,6 +127,7 @@ class GpuModel:
         self._final_norm = model.final_norm.detach()
         self._head = model.head.weight.detach()
         self._head_bias = _detached(model.head.bias)
+        layers.hold([head_name], self._head, factor=model.logits_factor)
 
     def attention_shape(self, page_size: int) -> AttentionShape:
         """Of queries that lie beside their keys and values."""
@@ -156,6 +160,8 @@ class GpuModel:
         last = self._new(len(logits), residual.shape[1])
         rms_norm_rows(last, residual, step.logits_index, x=x, weight=self._final_norm, eps=model.eps)
         self._multiply(logits, last, self._head, self._head_bias)
+        if kernels.head is not None:
+            kernels.head.apply(logits, last)
         soft_capped(logits, model.logits_softcap)
 
     def _join(self, normed: Tensor, residual: Tensor, x: Tensor | None, norm: Tensor | None) -> Tensor:

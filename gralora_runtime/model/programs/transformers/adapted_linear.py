@@ -91,3 +91,19 @@ class AdaptedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [1, tokens, in] -> [1, tokens, out]."""
         return self.group.part(self.member, x)
+
+
+class AdaptedHead(nn.Module):
+    """The output head, which is given the rows that want logits."""
+
+    def __init__(self, base: nn.Module, context: StepContext) -> None:
+        super().__init__()
+        self.base = base
+        self._context = context
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [1, rows, hidden] -> [1, rows, vocab]."""
+        logits: Tensor = self.base(x)
+        if self._context.head is not None:
+            self._context.head.apply(logits[0], x[0])
+        return logits

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from gralora_runtime.model.programs.head import HeadStep
 from gralora_runtime.stepping.batch import StepTensors
 
 
@@ -13,6 +14,7 @@ class StepContext:
 
     def __init__(self) -> None:
         self._tensors: StepTensors | None = None
+        self.head: HeadStep | None = None
 
     @property
     def tensors(self) -> StepTensors:
@@ -20,11 +22,11 @@ class StepContext:
         return self._tensors
 
     @contextmanager
-    def running(self, tensors: StepTensors) -> Iterator[None]:
-        """Hold `tensors` for the body, and let go of them whatever happens in it."""
+    def running(self, tensors: StepTensors, head: HeadStep | None) -> Iterator[None]:
+        """Hold both for the body, and let go of them whatever happens in it."""
         assert self._tensors is None, "steps do not nest"
-        self._tensors = tensors
+        self._tensors, self.head = tensors, head
         try:
             yield
         finally:
-            self._tensors = None
+            self._tensors = self.head = None

@@ -13,6 +13,7 @@ from gralora_runtime.model.adaptable import joined_weight_and_bias, weight_and_b
 from gralora_runtime.model.programs.runner import Served
 from gralora_runtime.model.programs.transformers.adapted_linear import (
     AdaptedGroup,
+    AdaptedHead,
     AdaptedLinear,
     DenseLinear,
     PackedLinear,
@@ -52,6 +53,7 @@ class TransformersRunner:
         self._model.set_attn_implementation(ATTENTION_NAME)
         fused = fuse_rms_norms(self._model)
         self._backend = served.backend
+        self._head = served.head
         self._groups = tuple(groups.values())
         self._wrap_linears(served)
         logger.info(
@@ -64,6 +66,7 @@ class TransformersRunner:
     def execute(self, tensors: StepTensors, newest: Tensor | None = None) -> Tensor:
         """Logits of the tokens in `logits_index`, fp32 [sampling rows, vocab]."""
         self._attention.prepare(tensors)
+        head = self._head.step(tensors)
         tensors = tensors.to(self._model.device)
         input_ids = tensors.input_ids
         if newest is not None:
@@ -74,7 +77,7 @@ class TransformersRunner:
         wanted = index if len(index) else index.new_zeros(1)
         if tensors.grouping.num_adapted:
             self._backend.prepare(self._groups, tensors.grouping)
-        with torch.inference_mode(), self._context.running(tensors):
+        with torch.inference_mode(), self._context.running(tensors, head):
             output = self._model(
                 input_ids=input_ids,
                 position_ids=tensors.position_ids,
@@ -90,8 +93,9 @@ class TransformersRunner:
         """Group by group, so that at most one group's weights are held twice."""
         pack = self._model.device.type == "cpu"
         head = self._model.get_output_embeddings()
-        if pack and isinstance(head, nn.Linear):
-            self._model.set_output_embeddings(PackedLinear(*weight_and_bias(head), least_bits=served.least_bits))
+        base, weight = _base_product([head], pack=pack, least_bits=served.least_bits)
+        served.layers.hold([served.head_name], weight)
+        self._model.set_output_embeddings(AdaptedHead(base, self._context))
         for names, table in served.groups.items():
             modules = [self._model.get_submodule(name) for name in names]
             base, weight = _base_product(modules, pack=pack, least_bits=served.least_bits)

@@ -1,4 +1,4 @@
-"""Norms of a packed weight's rows once a low-rank pair is added to them: what DoRA's magnitudes are relative to.
+"""Rows of a packed weight, as they were, and their norms once a low-rank pair is added: what DoRA's magnitudes are of.
 
 One thread and no lock of the interpreter's: it runs when an adapter is loaded, beside steps.
 """
@@ -12,7 +12,7 @@ import numpy.typing as npt
 from numba import njit
 
 from gralora_kernels.cpu.blocks import BLOCK, BLOCKS_4, block_bytes, widen_panel
-from gralora_kernels.cpu.linear import PackedWeight
+from gralora_kernels.cpu.linear import FLOAT_BYTES, PackedWeight
 from gralora_kernels.cpu.microkernel import PANEL, element_bytes_of
 from gralora_kernels.cpu.rows import widen_into
 
@@ -35,6 +35,35 @@ def row_norms(weight: PackedWeight, first: int, a: Floats, b: Floats) -> Doubles
     return np.sqrt(squares[before:rows])
 
 
+def rows_of(weight: PackedWeight, first: int, count: int) -> Floats:
+    """`weight[first : first + count]`: [count, in]."""
+    panel = first // PANEL
+    panels = -(-(first + count) // PANEL) - panel
+    scratch = np.empty((panels, weight.in_features, PANEL), np.float32)
+    address = weight.panels[panel:].data_ptr()
+    _widen_all(panels, address, int(weight.storage), weight.in_features, scratch.ctypes.data)
+    before = first - panel * PANEL
+    rows: Floats = np.ascontiguousarray(scratch.transpose(0, 2, 1).reshape(-1, weight.in_features)[before:][:count])
+    return rows
+
+
+@njit(nogil=True)
+def _widen(panel: int, panels: int, storage: int, in_features: int, out: int) -> None:
+    """fp32 [in, PANEL]."""
+    if storage >= BLOCKS_4:
+        blocks = in_features // BLOCK
+        widen_panel(storage, panels + panel * blocks * block_bytes(storage), blocks, out)
+    else:
+        numel = in_features * PANEL
+        widen_into(storage, panels + panel * numel * element_bytes_of(storage), out, numel, 1.0)
+
+
+@njit(nogil=True, cache=True)
+def _widen_all(count: int, panels: int, storage: int, in_features: int, out: int) -> None:
+    for panel in range(count):
+        _widen(panel, panels, storage, in_features, out + panel * in_features * PANEL * FLOAT_BYTES)
+
+
 @njit(nogil=True, cache=True)
 def _add_squares(
     squares: Doubles, panels: int, storage: int, a: Floats, b: Floats, scratch: Floats, scratch_at: int
@@ -42,12 +71,7 @@ def _add_squares(
     """a [in, r], b [r, rows of whole panels]."""
     in_features, r = a.shape
     for panel in range(len(squares) // PANEL):
-        if storage >= BLOCKS_4:
-            blocks = in_features // BLOCK
-            widen_panel(storage, panels + panel * blocks * block_bytes(storage), blocks, scratch_at)
-        else:
-            numel = in_features * PANEL
-            widen_into(storage, panels + panel * numel * element_bytes_of(storage), scratch_at, numel, 1.0)
+        _widen(panel, panels, storage, in_features, scratch_at)
         for i in range(in_features):
             row = scratch[i]
             for q in range(r):
