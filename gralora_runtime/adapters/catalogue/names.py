@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
+
+import numpy as np
 
 from gralora_runtime.errors import InvalidRequestError
 
@@ -81,3 +84,24 @@ def split_revision(name: str) -> tuple[str, str]:
 def numbered(name: str, number: int) -> str:
     """How logs, metrics and lists call one version."""
     return f"{name}@{number}"
+
+
+def summed(parts: Iterable[tuple[str, float]]) -> str:
+    """How a mix is called: "pirate*0.7+poet". No adapter can have that name."""
+    return "+".join(name if weight == 1 else f"{name}*{_shortest(weight)}" for name, weight in parts)
+
+
+def account_of(label: str) -> str:
+    """Whose use it counts as that this served: the name without its version; "pirate+poet" for a mix, whatever the
+    weights, of which there may be any number."""
+    parts = (part.partition("*")[0] for part in label.split("+"))
+    return "+".join(dict.fromkeys(part.rpartition("@")[0] or part for part in parts))
+
+
+def is_mix(label: str) -> bool:
+    return "+" in label or "*" in label
+
+
+def _shortest(weight: float) -> str:
+    """As few digits as tell it from every other float32."""
+    return str(np.float32(weight)).removesuffix(".0")

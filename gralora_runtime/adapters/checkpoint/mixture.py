@@ -1,9 +1,9 @@
 """Several adapters as one: the sum of their updates, each times a weight, exactly. Knows packed blobs, and no names.
 
 Pairs of the same number of blocks k lie side by side in one: strip j of A[n] is that of the first and then that of the
-second, and so are the rows of B[j]. Nothing is added up, so nothing is rounded but scales that have to be multiplied into
-B, in float32, because pairs with different ones share an entry of the kernels' tables. Where pairs of more k meet in a
-module than it has entries, the smaller ones become plain ones.
+second, and so are the rows of B[j]. Nothing is added up, so nothing is rounded but scales that have to be multiplied
+into B, in float32, because pairs with different ones share an entry of the kernels' tables. Where pairs of more k meet
+in a module than it has entries, the smaller ones become plain ones.
 """
 
 from __future__ import annotations
