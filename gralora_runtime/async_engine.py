@@ -15,7 +15,7 @@ import time
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
-from gralora_runtime.adapters.catalogue.names import account_of, is_mix, numbered
+from gralora_runtime.adapters.catalogue.names import account_of, numbered, unweighted
 from gralora_runtime.adapters.checkpoint.golden import GoldenAnswer, GoldenCase
 from gralora_runtime.adapters.manager import AdapterManager
 from gralora_runtime.adapters.residency.lease import AdapterLease
@@ -147,8 +147,7 @@ class AsyncEngine:
         return entry.stream
 
     def _queue(self, entry: _Entry, sequence: Sequence) -> None:
-        served_by = entry.stream.served_by
-        entry.meter.admit(account_of(served_by) if is_mix(served_by) else served_by, sequence.num_prompt)
+        entry.meter.admit(unweighted(entry.stream.served_by), sequence.num_prompt)
         entry.queued = True
         self._thread.post(sequence.request_id, lambda scheduler: scheduler.add(sequence))
 

@@ -91,11 +91,14 @@ def summed(parts: Iterable[tuple[str, float]]) -> str:
     return "+".join(name if weight == 1 else f"{name}*{_shortest(weight)}" for name, weight in parts)
 
 
+def unweighted(label: str) -> str:
+    """The versions of a mix alone, "pirate@3+poet@1": anybody can think of another weight. Others stay as they are."""
+    return "+".join(dict.fromkeys(part.partition("*")[0] for part in label.split("+")))
+
+
 def account_of(label: str) -> str:
-    """Whose use it counts as that this served: the name without its version; "pirate+poet" for a mix, whatever the
-    weights, of which there may be any number."""
-    parts = (part.partition("*")[0] for part in label.split("+"))
-    return "+".join(dict.fromkeys(part.rpartition("@")[0] or part for part in parts))
+    """Whose use it counts as that this served: a name without its version, "pirate+poet" for a mix."""
+    return "+".join(dict.fromkeys(part.rpartition("@")[0] or part for part in unweighted(label).split("+")))
 
 
 def is_mix(label: str) -> bool:
