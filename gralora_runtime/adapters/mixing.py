@@ -9,7 +9,6 @@ Methods that take `Answers` are called with the manager's lock held; the others 
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
@@ -19,7 +18,7 @@ from typing import Protocol
 
 from gralora_kernels.packing import Packing
 from gralora_runtime.adapters.answers import Answers
-from gralora_runtime.adapters.catalogue.names import Reference
+from gralora_runtime.adapters.catalogue.names import Reference, as_float32
 from gralora_runtime.adapters.catalogue.store import AdapterStore, AdapterVersion, Mix, Parts, Waiter
 from gralora_runtime.adapters.checkpoint.loader import LoadedAdapter
 from gralora_runtime.adapters.checkpoint.mixture import Ingredient, mixed
@@ -304,9 +303,3 @@ class Mixing:
         del self._making[making.mix]
         if not self._closed:
             self._make_more(answers)
-
-
-def as_float32(weight: float) -> float:
-    """The nearest that it can be on a device."""
-    nearest: float = struct.unpack("f", struct.pack("f", weight))[0]
-    return nearest

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import re
+import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
-
-import numpy as np
 
 from gralora_runtime.errors import InvalidRequestError
 
@@ -105,6 +104,14 @@ def is_mix(label: str) -> bool:
     return "+" in label or "*" in label
 
 
+def as_float32(weight: float) -> float:
+    """The nearest that it can be on a device."""
+    nearest: float = struct.unpack("f", struct.pack("f", weight))[0]
+    return nearest
+
+
 def _shortest(weight: float) -> str:
-    """As few digits as tell it from every other float32."""
-    return str(np.float32(weight)).removesuffix(".0")
+    """As few digits as tell it from every other float32, of which none needs more than nine."""
+    shorter = (float(f"{weight:.{digits}g}") for digits in range(1, 10))
+    told = next(number for number in shorter if as_float32(number) == as_float32(weight))
+    return repr(told).removesuffix(".0")
