@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import random
-import shutil
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,12 +19,14 @@ from adapters.test_versions import write_version
 from support.checkpoints import MODULES, edit_config, write_lora
 
 from gralora_kernels.packing import ROW_MAJOR
+from gralora_runtime.adapters import mixing
 from gralora_runtime.adapters.catalogue.numerics import IN_A_ROW
 from gralora_runtime.adapters.checkpoint.loader import load
 from gralora_runtime.adapters.checkpoint.mixture import Ingredient, mixed, mixture_digest
 from gralora_runtime.adapters.manager import AdapterManager
 from gralora_runtime.adapters.mixing import MAX_FORGOTTEN
 from gralora_runtime.adapters.residency.lease import AdapterLease
+from gralora_runtime.adapters.residency.pool import AdapterPool
 from gralora_runtime.errors import (
     AdapterBusyError,
     AdapterNotFoundError,
@@ -303,6 +306,28 @@ def test_weights_that_anybody_can_think_of_leave_no_trace(tmp_path: Path) -> Non
         quiesce(manager)
 
 
+def test_parts_are_copied_and_added_up_in_the_threads_that_move_adapters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Never in the one that asks: it is the event loop's, and what steps wait for."""
+    threads: list[str] = []
+    add_up, read = mixing.mixed, AdapterPool.read
+
+    def noted(*args: Any, **options: Any) -> Any:
+        threads.append(threading.current_thread().name)
+        return add_up(*args, **options)
+
+    def noted_read(*args: Any) -> Any:
+        threads.append(threading.current_thread().name)
+        return read(*args)
+
+    monkeypatch.setattr(mixing, "mixed", noted)
+    monkeypatch.setattr(AdapterPool, "read", noted_read)
+    with two_units(tmp_path) as manager:
+        use_mix(manager, ("a", 0.5), ("b", 1.0))
+    assert [name.rpartition("_")[0] for name in threads] == ["adapter-placer", "adapter-placer", "adapter-reader"]
+
+
 def test_closing_tells_who_waits_for_a_mix(tmp_path: Path, gate: Gate) -> None:
     write_units(tmp_path, ["a", "b"])
     gate.shut()
@@ -358,4 +383,3 @@ def test_a_storm_of_mixes_gets_the_right_weights_and_leaves_the_books_in_order(t
         done = [threads.submit(request, seed) for seed in range(4)] + [threads.submit(operate)]
         assert all(future.result(10 * WAIT_S) for future in done)
         quiesce(manager)
-    shutil.rmtree(tmp_path)

@@ -102,11 +102,12 @@ def test_pefts_own_sum_is_the_one_by_hand(config: EngineConfig, merged: dict[str
     torch.testing.assert_close(logits(model.eval(), PROMPT), logits(merged[str(mix)], PROMPT), atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("chunk", [7, len(PROMPT)])
+@pytest.mark.parametrize(("backend", "chunk"), [("auto", 7), ("reference", len(PROMPT))])
 def test_logits_are_those_of_merged_weights_in_one_batch_with_everybody(
-    config: EngineConfig, merged: dict[str, PreTrainedModel], chunk: int
+    config: EngineConfig, merged: dict[str, PreTrainedModel], backend: str, chunk: int
 ) -> None:
-    parts = assemble(config)
+    """The reference's matrices lie as a GPU's do."""
+    parts = assemble(replace(config, kernel_backend=backend))
     served = Served(parts, config.model, adapters_of(config), "llama")
     asked = [
         *[parts.adapters.acquire("".join(mix)) for mix in ALONE],
