@@ -178,11 +178,11 @@ class Mixing:
 
     def _forget_some(self) -> None:
         """Anybody can think of new weights, so what is not in memory leaves no trace for long."""
-        if sum(1 for _ in self._store.mixes()) >= self._look_at:
+        if self._store.num_mixes >= self._look_at:
             for mix in self.unused():
                 if not self._household.holds(mix):
                     self._store.remove_mix(mix)
-            self._look_at = MAX_FORGOTTEN + 2 * sum(1 for _ in self._store.mixes())
+            self._look_at = MAX_FORGOTTEN + 2 * self._store.num_mixes
 
     def _on_found_out(self, request: _Request, at: int, found: Future[AdapterLease]) -> None:
         with self._answering() as answers:
@@ -262,8 +262,9 @@ class Mixing:
 
     def _add_up(self, making: _Making) -> LoadedAdapter:
         """In a reader."""
-        mix = making.mix
-        ingredients = [Ingredient(making.found[version], weight) for version, weight in mix.parts]
+        mix, found = making.mix, making.found
+        assert all(found[one].digest == one.digest for one in mix.members), f"{mix.label} would be of other content"
+        ingredients = [Ingredient(found[version], weight) for version, weight in mix.parts]
         try:
             return mixed(mix.name, ingredients, self._modules, packing=self._packing, max_width=self._max_width)
         except Exception as error:

@@ -64,7 +64,7 @@ def blob_of(root: Path, parts: Sequence[Named]) -> torch.Tensor:
 
 
 def num_mixes(manager: AdapterManager) -> int:
-    return len(tuple(manager._store.mixes()))
+    return manager._store.num_mixes
 
 
 @contextmanager

@@ -254,6 +254,10 @@ class AdapterStore:
     def versions(self) -> Iterator[AdapterVersion]:
         return (version for alias in self._aliases.values() for version in alias.versions.values())
 
+    @property
+    def num_mixes(self) -> int:
+        return len(self._mixes)
+
     def mixes(self) -> Iterator[Mix]:
         return iter(self._mixes.values())
 
