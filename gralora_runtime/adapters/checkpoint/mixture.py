@@ -12,7 +12,7 @@ import hashlib
 import json
 import struct
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, islice
 
@@ -69,12 +69,18 @@ def mixed(
     """The sum of adapters that were packed alike, or AdapterRejectedError. `name`: for the error."""
     # One order, so that one digest means one blob, to the last bit.
     ordered = sorted(ingredients, key=lambda one: (one.adapter.digest, struct.pack(">f", one.weight)))
-    width = max(_widths(ordered, modules))
+    layouts = [dict(one.adapter.layout.modules) for one in ordered]
+    of_modules = [
+        (module, [(one, layout.get(module.name, ())) for one, layout in zip(ordered, layouts, strict=True)])
+        for module in modules
+    ]
+    # Turning a pair into a plain one changes nothing of it.
+    width = max(sum(entry.width for _, entries in own for entry in entries) for _, own in of_modules)
     if width > max_width:
         problem = f"the ranks r * k + hybrid_r of its adapters are {width} together, this server takes at most"
         raise rejected(name, [f"{problem} {max_width}"])
     dtype = ordered[0].adapter.blob.dtype
-    found = [(module, _pairs_of(module, ordered, packing)) for module in modules]
+    found = [(module, _pairs_of(module, own, packing)) for module, own in of_modules]
     pairs = [(module, own) for module, own in found if own]
     blob, layout = _packed(pairs, dtype, packing)
     return LoadedAdapter(
@@ -89,21 +95,11 @@ def mixed(
     )
 
 
-def _widths(ingredients: Sequence[Ingredient], modules: Sequence[ModuleShape]) -> Iterator[int]:
-    """Columns of intermediate result that each module needs: turning a pair into a plain one changes nothing of it."""
-    layouts = [dict(one.adapter.layout.modules) for one in ingredients]
-    for module in modules:
-        yield sum(entry.width for layout in layouts for entry in layout.get(module.name, ()))
-
-
-def _pairs_of(module: ModuleShape, ingredients: Sequence[Ingredient], packing: Packing) -> list[Pair]:
+def _pairs_of(
+    module: ModuleShape, own: Sequence[tuple[Ingredient, Sequence[Entry]]], packing: Packing
+) -> Sequence[Pair]:
     """All that one module computes for a sum. What an adapter has of a module beside its pairs is to be summed here."""
-    pairs = [
-        _pair(module, entry, one, packing)
-        for one in ingredients
-        for entry in dict(one.adapter.layout.modules).get(module.name, ())
-    ]
-    return fitted(pairs)
+    return fitted([_pair(module, entry, one, packing) for one, entries in own for entry in entries])
 
 
 def _pair(module: ModuleShape, entry: Entry, of: Ingredient, packing: Packing) -> Pair:
@@ -124,7 +120,7 @@ def _pair(module: ModuleShape, entry: Entry, of: Ingredient, packing: Packing) -
     )
 
 
-def fitted(pairs: Sequence[Pair]) -> list[Pair]:
+def fitted(pairs: Sequence[Pair]) -> Sequence[Pair]:
     """At most as many as a module has entries, which compute the same sum; as they are where that is few enough."""
     if len(pairs) > ENTRIES:
         pairs = _joined_by(lambda pair: (pair.k, pair.scale, pair.dtype), pairs)
@@ -134,7 +130,7 @@ def fitted(pairs: Sequence[Pair]) -> list[Pair]:
         by_price = sorted(pairs, key=lambda pair: pair.r * (pair.k - 1), reverse=True)
         kept, others = by_price[: ENTRIES - 1], by_price[ENTRIES - 1 :]
         pairs = [*kept, _joined([_plain(pair) for pair in others])]
-    return list(pairs)
+    return pairs
 
 
 def _joined_by(key: Callable[[Pair], Hashable], pairs: Sequence[Pair]) -> list[Pair]:
