@@ -15,7 +15,7 @@ import time
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
-from gralora_runtime.adapters.catalogue.names import numbered
+from gralora_runtime.adapters.catalogue.names import account_of, numbered, unweighted
 from gralora_runtime.adapters.checkpoint.golden import GoldenAnswer, GoldenCase
 from gralora_runtime.adapters.manager import AdapterManager
 from gralora_runtime.adapters.residency.lease import AdapterLease
@@ -147,7 +147,7 @@ class AsyncEngine:
         return entry.stream
 
     def _queue(self, entry: _Entry, sequence: Sequence) -> None:
-        entry.meter.admit(entry.stream.served_by, sequence.num_prompt)
+        entry.meter.admit(unweighted(entry.stream.served_by), sequence.num_prompt)
         entry.queued = True
         self._thread.post(sequence.request_id, lambda scheduler: scheduler.add(sequence))
 
@@ -217,8 +217,9 @@ class AsyncEngine:
         """All that can be measured, from any thread, and without making the engine or the event loop wait."""
         engine, requests = self._parts.engine, self.requests.read()
         running, waiting = engine.scheduler.adapters()
-        coming = {entry.arrival.request.adapter for entry in self._entries.copy().values() if not entry.queued}
-        named = {label.rpartition("@")[0] for label in requests.adapters.keys() - {OTHER}}
+        entries = self._entries.copy().values()
+        coming = {"+".join(entry.arrival.request.named_adapters) for entry in entries if not entry.queued}
+        named = {account_of(label) for label in requests.adapters.keys() - {OTHER}}
         return EngineSnapshot(
             info=self.info(),
             load=self.load(),
@@ -392,12 +393,11 @@ class AsyncEngine:
     async def _acquire(self, entry: _Entry) -> AdapterLease:
         """Wait for the adapter, the deadline or an abort, whichever comes first; never lose a lease."""
         request = entry.arrival.request
-        future = self.adapters.acquire(
-            request.adapter,
-            request.canary_key or request.request_id,
-            tenant=request.tenant,
-            weight=request.weight,
-        )
+        key, tenant, weight = request.canary_key or request.request_id, request.tenant, request.weight
+        if request.adapters:
+            future = self.adapters.acquire_mix(request.adapters, key, tenant=tenant, weight=weight)
+        else:
+            future = self.adapters.acquire(request.adapter, key, tenant=tenant, weight=weight)
         was_there = future.done()
         waiter = asyncio.ensure_future(_settled(future))
         aborted = asyncio.ensure_future(entry.aborted.wait())
@@ -416,8 +416,8 @@ class AsyncEngine:
             lease = future.result()
             kept = True
             entry.loaded_bytes = 0 if was_there else lease.num_bytes
-            entry.stream.served_by = numbered(lease.name, lease.version) if lease.version else lease.name
-            if request.adapter:
+            entry.stream.served_by = lease.label
+            if request.named_adapters:
                 self.requests.adapter_wait.observe(time.monotonic() - asked_s)
         finally:
             waiter.cancel()

@@ -93,9 +93,17 @@ class Prompt:
     continues: bool = False  # the last turn, instead of asking for the next
 
 
+@dataclass(frozen=True, slots=True)
+class WeightedAdapter:
+    """One of several adapters whose updates are added up."""
+
+    adapter: str  # a name, or one version
+    weight: float = 1.0  # finite and not 0; rounded to float32
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationRequest:
-    """One request as it enters the engine. `adapter` "" is the base model.
+    """One request as it enters the engine. `adapter` "" is the base model, unless `adapters` says more.
 
     Tenants share what there is by their weights, and requests of one tenant are served by their priority.
     """
@@ -103,6 +111,7 @@ class GenerationRequest:
     request_id: str
     prompt: Prompt
     adapter: str = ""  # a name, or one version: see `adapters/catalogue/names.py`
+    adapters: tuple[WeightedAdapter, ...] = ()  # instead of `adapter`: the sum of these
     canary_key: str = ""  # requests of one key get the same version; "": drawn by request_id
     sampling: SamplingParams = field(default_factory=SamplingParams)
     stopping: StoppingParams = field(default_factory=StoppingParams)
@@ -115,6 +124,11 @@ class GenerationRequest:
     max_queued_tokens: int | None = None  # of their prompts
     priority: int = 0  # higher first, among those of the same tenant
     prefix_scope: str = ""  # prefixes are shared with requests of the same scope, for the same adapter, alone
+
+    @property
+    def named_adapters(self) -> tuple[str, ...]:
+        """All that it names, as it names them; none for the base model."""
+        return tuple(one.adapter for one in self.adapters) or ((self.adapter,) if self.adapter else ())
 
 
 class FinishReason(Enum):
@@ -141,6 +155,16 @@ class TokenLogprob:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ServedAdapter:
+    """One of the adapters whose sum serves a request."""
+
+    name: str
+    version: int
+    digest: str
+    weight: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Started:
     """On the first delta: what really serves this request."""
 
@@ -148,10 +172,11 @@ class Started:
     cached_tokens: int  # of the prompt, found in the prefix cache
     queue_time_s: float
     seed: int
-    adapter: str
+    adapter: str  # a mix is called like "pirate*0.7+poet"
     adapter_digest: str  # "" for the base model
     prompt_token_ids: tuple[int, ...] = ()
-    adapter_version: int = 0  # 0 for the base model
+    adapter_version: int = 0  # 0 for the base model, and for a mix
+    adapters: tuple[ServedAdapter, ...] = ()  # that a mix is the sum of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

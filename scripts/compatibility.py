@@ -25,6 +25,7 @@ Written by `python scripts/compatibility.py` from what the tests compare with PE
 
 """
 CPU, GPU = "../tests/model/test_exactness.py", "../tests/interpreted/test_program.py"
+SUMS = "../tests/engine/test_mixes.py"
 REFUSALS, CONFIGS = "../tests/model/test_start_refusals.py", "../tests/adapters/test_spec.py"
 SPECIALS = ("use_rslora", "rank_pattern", "layers_to_transform")  # of a config, that are worth a word
 
@@ -69,6 +70,7 @@ def _adapters() -> Iterator[str]:
         also = [key for key in SPECIALS if not is_off(getattr(config, key, None))]
         told = f"; {', '.join(also)}" if also else ""
         yield f"| {name} | {config.peft_type.value}, {parts}{hybrid}{told} |"
+    yield f"\nSeveral in one request, each times a weight: the exact sum of any kinds, on the CPU ([test]({SUMS}))."
 
 
 def _keys() -> Iterator[str]:

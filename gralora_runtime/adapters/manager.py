@@ -10,7 +10,7 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import partial
@@ -24,11 +24,11 @@ from gralora_runtime.adapters.admission import Admission, Examiner
 from gralora_runtime.adapters.answers import Answers
 from gralora_runtime.adapters.catalogue.catalogue import RETENTION, Catalogue, Retention
 from gralora_runtime.adapters.catalogue.changes import Changes, any_name
-from gralora_runtime.adapters.catalogue.names import Reference, check_name, parse_reference, version_of
+from gralora_runtime.adapters.catalogue.names import Reference, check_name, is_mix, parse_reference, version_of
 from gralora_runtime.adapters.catalogue.numerics import Numerics
 from gralora_runtime.adapters.catalogue.similar import similar_name
 from gralora_runtime.adapters.catalogue.sources.source import Source
-from gralora_runtime.adapters.catalogue.store import AdapterState, AdapterStore, AdapterVersion, Alias, Waiter
+from gralora_runtime.adapters.catalogue.store import AdapterState, AdapterStore, AdapterVersion, Alias, Mix, Waiter
 from gralora_runtime.adapters.catalogue.uploads import Uploads
 from gralora_runtime.adapters.checkpoint.affine import BaseLayers
 from gralora_runtime.adapters.checkpoint.loader import LoadedAdapter
@@ -37,6 +37,7 @@ from gralora_runtime.adapters.descriptions import Descriptions
 from gralora_runtime.adapters.discovery import Discovery
 from gralora_runtime.adapters.housekeeping import Housekeeping
 from gralora_runtime.adapters.info import AdapterInfo, AdapterPage, AdapterResidency, AdapterStats, UnloadResult
+from gralora_runtime.adapters.mixing import Mixing
 from gralora_runtime.adapters.oddities import Oddities
 from gralora_runtime.adapters.persistence import Persistence
 from gralora_runtime.adapters.residency.eviction import worth_after_use
@@ -48,6 +49,7 @@ from gralora_runtime.adapters.residency.share import ShareOf
 from gralora_runtime.adapters.residency.transfer import Transfer
 from gralora_runtime.adapters.watch import AdapterWatch
 from gralora_runtime.errors import AdapterBusyError, DrainingError, GraloraError, InvalidRequestError
+from gralora_runtime.request import ServedAdapter, WeightedAdapter
 
 log = logging.getLogger(__name__)
 
@@ -124,11 +126,22 @@ class AdapterManager:
             serve=self._serve,
             changed=self._on_files_changed,
             forget=self._forget_provisional,
-            moved=self._changes.touch,
+            moved=self._touch,
+            make=self._make,
             identified=self.identified,
             examine=self._examine,
             tries=vocab_size > 0,
             oddities=oddities,
+        )
+        self._mixing = Mixing(
+            store=self._store,
+            cache=self._cache,
+            mover=self._mover,
+            household=self,
+            answering=self._answering,
+            modules=modules,
+            max_width=max_width,
+            packing=self.pool.packing,
         )
         self._descriptions = Descriptions(self._lock, self._store, self.pool, self._cache, oddities)
         self._discovery = Discovery(
@@ -166,11 +179,26 @@ class AdapterManager:
         waiter.reference = parse_reference("adapter", adapter)
         with self._answering() as answers:
             self._refuse_when_closed()
-            alias = self._store.find(waiter.reference.name)
-            if alias is not None:
-                self._try_newest_again(alias, answers)
-                return self.enter(alias.select(waiter.reference, key), waiter, answers)
+            version = self.pick(waiter.reference, key, answers)
+            if version is not None:
+                return self.enter(version, waiter, answers)
         self._discovery.request(waiter.reference.name, key, waiter)
+        return waiter.future
+
+    def acquire_mix(
+        self, adapters: Sequence[WeightedAdapter], key: str = "", *, tenant: str = "", weight: float = 1.0
+    ) -> Future[AdapterLease]:
+        """A lease on the sum of adapters, each times its weight, as `acquire` gives one on one of them.
+
+        What each name stands for is picked now, or when somebody first finds it. One adapter named twice counts twice.
+        """
+        if len(adapters) == 1 and adapters[0].weight == 1:
+            return self.acquire(adapters[0].adapter, key, tenant=tenant, weight=weight)
+        wanted = [(parse_reference(f"adapters[{at}].name", one.adapter), one.weight) for at, one in enumerate(adapters)]
+        waiter = Waiter(future=Future(), wants_lease=True, tenant=tenant, weight=weight)
+        with self._answering() as answers:
+            self._refuse_when_closed()
+            self._mixing.request(wanted, key, waiter, answers)
         return waiter.future
 
     def release(self, lease: AdapterLease) -> None:
@@ -178,7 +206,7 @@ class AdapterManager:
         if lease.slot == BASE_LEASE.slot:
             return
         with self._answering() as answers:
-            self._take_back(lease, answers)
+            self.take_back(lease, answers)
 
     def abandon(self, acquired: Future[AdapterLease]) -> None:
         """Give up an `acquire`, answered or not. For a task that was cancelled and cannot know which of the two."""
@@ -192,11 +220,10 @@ class AdapterManager:
             self._mover.wake(answers)
 
     def note_answer(self, label: str, problem: str = "") -> None:
-        """How a request ended that this version served: well, or with logits that are no numbers, the `problem`."""
-        reference = parse_reference("adapter", label)
+        """How a request ended that this version, or mix, served: well, or with logits that are no numbers, the
+        `problem`."""
         with self._lock:
-            alias = self._store.find(reference.name)
-            version = alias.versions.get(reference.number or 0) if alias is not None else None
+            version = self._labelled(label)
             if version is None:
                 return  # removed since
             if not problem:
@@ -369,6 +396,8 @@ class AdapterManager:
                     self._give_back(answers)
             if alias.gone:
                 self._discovery.give_up_if_nothing_is_left(alias)
+        with self._answering() as answers:
+            self._forget_mixes(self._mixing.unused(), answers)
         if self.uploads is not None:
             self.uploads.prune(alias.name for alias in aliases)
 
@@ -391,7 +420,7 @@ class AdapterManager:
             return AdapterStats(
                 adapters=len(self._store),
                 leases=len(self._leases),
-                waiting=sum(len(version.waiters) for version in self._store.versions()),
+                waiting=sum(len(version.waiters) for version in self._contents()),
                 slots_used=self.pool.max_slots - self.pool.num_free_slots,
                 slots_total=self.pool.max_slots,
                 pool_bytes_used=self.pool.used_bytes,
@@ -411,14 +440,14 @@ class AdapterManager:
         with self._lock:
             self.pool.check_integrity()
             self._cache.check_integrity()
-            of_versions = sum(version.leases for version in self._store.versions())
+            of_versions = sum(version.leases for version in self._contents())
             assert self.pool.num_leases == of_versions == len(self._leases), "leases"
             assert not self._removed, "versions were removed and their memory kept"
             for version, resident in self._leases.values():
                 assert self.pool.find(version.digest) is resident, f"a lease on {version.label} lost its slot"
             for alias in self._store.aliases():
                 assert alias.promoted in alias.versions, f"{alias.name} stands for no version"
-            for version in self._store.versions():
+            for version in self._contents():
                 assert version.loading or not version.waiters, f"{version.label} has waiters and nobody loads it"
                 resident_or_none = self.pool.find(version.digest)
                 both = resident_or_none is not None and version.digest in self._cache
@@ -430,6 +459,7 @@ class AdapterManager:
         with self._answering() as answers:
             self._closed = True
             self._discovery.stop()
+            self._mixing.close()
             self._mover.close(answers)
         self._discovery.close()
         self._mover.join()
@@ -454,7 +484,7 @@ class AdapterManager:
 
     def enter(self, version: AdapterVersion, waiter: Waiter, answers: Answers) -> Future[Any]:
         """Serve the waiter at once, or let it wait for a load that is under way or begins now."""
-        if waiter.wants_lease and version.numerics is not None and (bad := version.numerics.error(version.label)):
+        if waiter.wants_lease and (bad := _unfit(version)):
             answers.error(waiter.future, bad)
             return waiter.future
         if version.untried and version.error is not None and version.quarantine.lasts:
@@ -473,11 +503,47 @@ class AdapterManager:
         elif not waiter.patient:
             self._mover.hurry(version, waiter)
             self._admission.hurry(version, waiter)
+            if isinstance(version, Mix):
+                self._mixing.hurry(version, waiter)
         return waiter.future
+
+    def pick(self, reference: Reference, key: str, answers: Answers) -> AdapterVersion | None:
+        """The version that a request gets now; None: nobody knows the name yet."""
+        alias = self._store.find(reference.name)
+        if alias is None:
+            return None
+        self._try_newest_again(alias, answers)
+        return alias.select(reference, key)
+
+    def find_out(self, reference: Reference, key: str, waiter: Waiter, answers: Answers) -> None:
+        answers.later(partial(self._discovery.request, reference.name, key, waiter))
+
+    def _make(self, mix: Mix, answers: Answers) -> None:
+        self._mixing.begin(mix, answers)
+
+    def _forget_mixes(self, mixes: Iterable[Mix], answers: Answers) -> None:
+        for mix in mixes:
+            self._store.remove_mix(mix)
+            self._removed.append(mix)
+        self._give_back(answers)
+
+    def _contents(self) -> Iterator[AdapterVersion]:
+        """Everything that somebody may have a lease on."""
+        return itertools.chain(self._store.versions(), self._store.mixes())
+
+    def _labelled(self, label: str) -> AdapterVersion | None:
+        """Unless it was removed since."""
+        if is_mix(label):
+            return next((mix for mix in self._store.mixes() if mix.label == label), None)
+        reference = parse_reference("adapter", label)
+        alias = self._store.find(reference.name)
+        return alias.versions.get(reference.number or 0) if alias is not None else None
 
     def _is_gone(self, version: AdapterVersion) -> bool:
         """There is nothing left to read it from. A look at a directory, for cold adapters only."""
         if version.loading or not version.digest or version.digest in self._cache or self.pool.find(version.digest):
+            return False
+        if isinstance(version, Mix):  # which is made again, of whatever is left of its parts
             return False
         return not version.place[0].is_dir()
 
@@ -493,14 +559,17 @@ class AdapterManager:
             self._admission.hurry(version, waiter)
 
     def _serve(self, version: AdapterVersion, resident: Resident, waiter: Waiter, answers: Answers) -> None:
+        resident.worth = worth_after_use(resident.worth, next(self._clock))
+        if isinstance(version, Mix):
+            self._note_use(version)
+            answers.result(waiter.future, self._grant(version, resident))
+            return
         alias = self._store.get(version.name)
         if waiter.reference is not None and not resident.layout.digest.startswith(waiter.reference.digest):
             answers.error(waiter.future, alias.lacks(waiter.reference))
             return
-        resident.worth = worth_after_use(resident.worth, next(self._clock))
         if waiter.wants_lease:
-            version.last_used_s = time.time()
-            self._persistence.used(version)
+            self._note_use(version)
         if waiter.pin:
             alias.pinned = True
             self._on_changed(alias)
@@ -509,6 +578,11 @@ class AdapterManager:
             answers.result(waiter.future, self._descriptions.info(alias))
             return
         answers.result(waiter.future, self._grant(version, resident))
+
+    def _note_use(self, version: AdapterVersion) -> None:
+        for used in version.members:
+            used.last_used_s = time.time()
+            self._persistence.used(used)
 
     def _grant(self, version: AdapterVersion, resident: Resident) -> AdapterLease:
         lease = AdapterLease(
@@ -520,21 +594,28 @@ class AdapterManager:
             width=resident.layout.width,
             serial=next(self._serials),
             num_bytes=self._pool_bytes(resident.layout.numel),
+            parts=_served(version),
         )
         self._leases[lease.serial] = (version, resident)
         version.leases += 1
         resident.leases += 1
-        self._changes.touch(version.name)
+        self._touch(version)
         return lease
 
-    def _take_back(self, lease: AdapterLease, answers: Answers) -> tuple[AdapterVersion, Resident]:
+    def held(self, lease: AdapterLease) -> tuple[AdapterVersion, Resident]:
+        """Of whom a lease is, and where it lies."""
+        return self._leases[lease.serial]
+
+    def take_back(self, lease: AdapterLease, answers: Answers) -> tuple[AdapterVersion, Resident]:
         held = self._leases.pop(lease.serial, None)
         if held is None:
             raise RuntimeError(f"{lease} is not held: it was released before")
         version, resident = held
         version.leases -= 1
         resident.leases -= 1
-        self._changes.touch(version.name)
+        self._touch(version)
+        if isinstance(version, Mix) and any(self._store.alias_of(one) is None for one in version.members):
+            self._forget_mixes([version] if self._mixing.is_unused(version) else [], answers)
         if resident.leases == 0 and self._mover.num_waiting:
             self._mover.wake(answers)
         return held
@@ -555,7 +636,7 @@ class AdapterManager:
         """In the thread of trials."""
         log_if_unexpected(version.name, error)
         with self._answering() as answers:
-            _, resident = self._take_back(held, answers)
+            _, resident = self.take_back(held, answers)
             alias = self._store.alias_of(version)
             if alias is None or self._closed:
                 return
@@ -605,6 +686,9 @@ class AdapterManager:
         Returns bytes of the pool, of the cache.
         """
         pool_bytes = host_bytes = 0
+        for mix in {mix for version in self._removed for mix in version.mixes if self._mixing.is_unused(mix)}:
+            self._store.remove_mix(mix)
+            self._removed.append(mix)
         self._persistence.drop_unused_copies(version.digest for version in self._removed if version.digest)
         for version in self._removed:
             resident = self.pool.find(version.digest)
@@ -624,6 +708,11 @@ class AdapterManager:
         self._removed.clear()
         return pool_bytes, host_bytes
 
+    def _touch(self, version: AdapterVersion) -> None:
+        """Something is different about its weights, or about who uses them."""
+        for one in version.members:
+            self._changes.touch(one.name)
+
     def _on_changed(self, alias: Alias) -> None:
         """What the catalogue says of a name is different now."""
         self._changes.touch(alias.name)
@@ -633,7 +722,7 @@ class AdapterManager:
     def _on_dropped(self, digest: str) -> None:
         """The host cache had no room for it any more."""
         for version in self._store.sharing(digest):
-            self._changes.touch(version.name)
+            self._touch(version)
 
     def bring(
         self, version: AdapterVersion, adapter: LoadedAdapter, waiters: Sequence[Waiter], answers: Answers
@@ -720,3 +809,20 @@ class AdapterManager:
     def _release_answer(self, acquired: Future[AdapterLease]) -> None:
         if not acquired.cancelled() and acquired.exception() is None:
             self.release(acquired.result())
+
+
+def _unfit(version: AdapterVersion) -> GraloraError | None:
+    """Why nobody gets it now, though its weights may be there: answers of late, its own and of what it is made of."""
+    for one in dict.fromkeys((version, *version.members)):
+        if one.numerics is not None and (bad := one.numerics.error(one.label)):
+            return bad
+    return version.refusal if isinstance(version, Mix) else None
+
+
+def _served(version: AdapterVersion) -> tuple[ServedAdapter, ...]:
+    if not isinstance(version, Mix):
+        return ()
+    return tuple(
+        ServedAdapter(name=one.name, version=one.number, digest=one.digest, weight=weight)
+        for one, weight in version.parts
+    )

@@ -167,5 +167,6 @@ class Entrance:
 
 
 def tenant_of(request: GenerationRequest) -> str:
-    """Whose share it is served from. An adapter that is nobody's is a tenant of its own, all its versions together."""
-    return request.tenant or f"adapter:{request.adapter.partition('@')[0]}"
+    """Whose share it is served from. An adapter that is nobody's is a tenant of its own, all its versions together; and
+    so is a mix, whatever its weights."""
+    return request.tenant or f"adapter:{'+'.join(name.partition('@')[0] for name in request.named_adapters)}"

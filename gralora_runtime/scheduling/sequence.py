@@ -100,6 +100,7 @@ class Sequence:
                 adapter=self.adapter_name,
                 adapter_digest=self.lease.digest,
                 adapter_version=self.lease.version,
+                adapters=self.lease.parts,
                 prompt_token_ids=tuple(self.tokens[: self.num_prompt]) if self.echo_prompt_token_ids else (),
             )
 

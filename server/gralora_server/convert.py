@@ -26,6 +26,7 @@ from gralora_runtime.request import (
     TokenLogprob,
     Tool,
     ToolCall,
+    WeightedAdapter,
 )
 from gralora_server.explanation import clip
 from gralora_server.tenants.usage import UsageRow
@@ -54,6 +55,7 @@ def from_generate_request(request: AnyGenerateRequest, *, timeout_s: float | Non
         request_id=request.request_id,
         prompt=from_prompt(request),
         adapter=request.adapter,
+        adapters=tuple(WeightedAdapter(one.name, weight_of(one)) for one in request.adapters),
         canary_key=request.canary_key,
         priority=request.priority,
         sampling=from_sampling(request.sampling),
@@ -62,6 +64,10 @@ def from_generate_request(request: AnyGenerateRequest, *, timeout_s: float | Non
         structured_output=from_structured_output(request.structured_output),
         timeout_s=timeout_s,
     )
+
+
+def weight_of(adapter: generation_pb2.WeightedAdapter) -> float:
+    return adapter.weight if adapter.HasField("weight") else 1.0
 
 
 def from_prompt(request: AnyGenerateRequest | server_pb2.TokenizeRequest) -> Prompt:

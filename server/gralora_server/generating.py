@@ -44,7 +44,7 @@ class Generating:
         """
         with self._gate.admit() as engine:
             validation.validate_generate(request)
-            self._rights.check_use(request.adapter)
+            self._rights.check_use(request.adapter, [one.name for one in request.adapters])
             asked = asked_for(request)
             # From here on the id is part of the request, for the log line as well.
             request.request_id = request.request_id or uuid.uuid4().hex

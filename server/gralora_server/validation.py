@@ -46,12 +46,15 @@ MAX_REPETITION_PENALTY = 10.0
 MAX_PENALTY = 2.0
 MAX_BIAS = 100.0
 MAX_PRIORITY = 100
+MAX_MIXED_ADAPTERS = 4  # each brings its ranks, and all of them are computed
+MAX_ADAPTER_WEIGHT = 100.0
 REQUEST_ID = re.compile(r"[!-~]*")
 
 
 def validate_generate(request: AnyGenerateRequest) -> None:
     validate_request_id(request.request_id)
     _validate_length("adapter", request.adapter, MAX_REFERENCE_CHARS)
+    _validate_adapters(request)
     _validate_length("canary_key", request.canary_key, MAX_NAME_CHARS)
     _validate_range("priority", request.priority, -MAX_PRIORITY, MAX_PRIORITY)
     _validate_prompt(request)
@@ -211,6 +214,21 @@ def validate_structured_output(wanted: generation_pb2.StructuredOutput) -> None:
             raise InvalidRequestError(
                 "structured_output", None, "set one of json_schema, regex, grammar, choice and json_object"
             )
+
+
+def _validate_adapters(request: AnyGenerateRequest) -> None:
+    if request.adapters and request.adapter:
+        raise InvalidRequestError("adapters", request.adapter, "set adapter or adapters, not both")
+    _validate_count("adapters", request.adapters, MAX_MIXED_ADAPTERS)
+    for index, one in enumerate(request.adapters):
+        place = f"adapters[{index}]"
+        if not one.name:
+            raise InvalidRequestError(f"{place}.name", one.name, "must not be empty")
+        _validate_length(f"{place}.name", one.name, MAX_REFERENCE_CHARS)
+        if one.HasField("weight"):
+            _validate_range(f"{place}.weight", one.weight, -MAX_ADAPTER_WEIGHT, MAX_ADAPTER_WEIGHT)
+            if one.weight == 0:
+                raise InvalidRequestError(f"{place}.weight", one.weight, "must not be 0")
 
 
 def _validate_choice(texts: Sequence[str]) -> None:

@@ -6,7 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from gralora_runtime.adapters.catalogue.names import Reference, check_name, parse_reference, split_revision
+from gralora_runtime.adapters.catalogue.names import (
+    Reference,
+    account_of,
+    as_float32,
+    check_name,
+    is_mix,
+    parse_reference,
+    split_revision,
+    summed,
+    unweighted,
+)
 from gralora_runtime.adapters.checkpoint.containment import resolve_inside
 from gralora_runtime.errors import InvalidRequestError
 
@@ -45,6 +55,21 @@ def test_a_version_can_be_asked_for_behind_every_name(name: str) -> None:
 def test_a_version_that_is_none_is_refused(text: str) -> None:
     with pytest.raises(InvalidRequestError):
         parse_reference("adapter", text)
+
+
+def test_a_mix_is_called_by_its_parts_and_counts_for_them_whatever_their_weights() -> None:
+    label = summed([("org/a@main@2", as_float32(0.7)), ("b@1", 1.0), ("b@3", -1e-8)])
+
+    assert label == "org/a@main@2*0.7+b@1+b@3*-1e-08"
+    assert summed([("a", 100.0), ("a", as_float32(0.5000001))]) == "a*100+a*0.5000001"
+    assert unweighted(label) == "org/a@main@2+b@1+b@3"
+    assert account_of(label) == "org/a@main+b"
+    assert is_mix(label)
+    assert is_mix(summed([("a@1", 0.5)]))
+    for alone in ("org/a@main@2", "a@1", ""):
+        assert not is_mix(alone)
+        assert unweighted(alone) == alone
+    assert (account_of("org/a@main@2"), account_of("")) == ("org/a@main", "")
 
 
 def test_a_revision_is_split_off() -> None:

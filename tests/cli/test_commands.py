@@ -21,7 +21,7 @@ from gralora_runtime.errors import (
     DrainingError,
     GraloraError,
 )
-from gralora_runtime.request import ChatMessage, Prompt, StructuredOutput
+from gralora_runtime.request import ChatMessage, Prompt, StructuredOutput, WeightedAdapter
 from gralora_server import model_fetch
 from gralora_server.cli.app import run
 from gralora_server.cli.output import ExitCode
@@ -53,6 +53,23 @@ async def test_generate_prints_the_text_and_nothing_else(capsys) -> None:
     assert "poet (aaaaaaaaaaaa), 2 tokens" in err
     assert s.engine.requests[0].adapter == "poet"
     assert s.engine.requests[0].prompt == Prompt(messages=(ChatMessage("user", "hi"),))
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["poet=0.5", "pirate@3"], (WeightedAdapter("poet", 0.5), WeightedAdapter("pirate@3"))),
+        (["poet=-2"], (WeightedAdapter("poet", -2.0),)),
+    ],
+)
+async def test_generate_adds_up_several_adapters(options: list[str], expected, capsys) -> None:
+    async with served() as s:
+        s.engine.script = [token(1), finished(output_tokens=1)]
+        asked = [argument for option in options for argument in ("--adapter", option)]
+        assert await gralora("generate", "hi", *asked, port=s.port) == ExitCode.OK
+
+    assert s.engine.requests[0].adapters == expected
+    assert options[0].replace("=", "*") in capsys.readouterr().err
 
 
 async def test_generate_without_streaming_prints_the_same(capsys) -> None:
@@ -301,6 +318,7 @@ async def test_a_token_from_the_environment_or_a_file_and_tls(tmp_path: Path, mo
         (["serve", "--tls-cert", "x"], "--tls-cert: tls_cert is given alone"),
         (["serve", "--log-level", "loud"], "--log-level"),
         (["frobnicate"], "frobnicate"),
+        (["generate", "hi", "--adapter", "poet=much"], "--adapter poet=much: 'much' is no weight"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

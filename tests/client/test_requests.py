@@ -27,7 +27,7 @@ def test_every_field_of_the_proto_is_an_option_and_nothing_else() -> None:
     wire = {field.name for part in PARTS for field in part.DESCRIPTOR.fields}
 
     assert (
-        wire | {"adapter", "request_id", "canary_key", "priority", "timeout_s"}
+        wire | {"adapter", "adapters", "request_id", "canary_key", "priority", "timeout_s"}
         == get_type_hints(GenerateOptions).keys()
     )
 
@@ -40,6 +40,13 @@ def test_what_is_left_out_or_none_is_not_set() -> None:
     )
     assert generation_pb2.SamplingParams() == fields["sampling"]
     assert generation_pb2.StoppingParams() == fields["stopping"]
+
+
+@pytest.mark.parametrize("adapters", [{"a": 0.5, "b@3": 1}, [("a", 0.5), ("b@3", 1.0)]])
+def test_adapters_are_sent_with_their_weights(adapters) -> None:
+    sent = generate_fields("hi", None, None, {"adapters": adapters})["adapters"]
+
+    assert [(one.name, one.weight) for one in sent] == [("a", 0.5), ("b@3", 1.0)]
 
 
 def test_zero_is_sent_where_it_is_not_the_default() -> None:

@@ -27,6 +27,22 @@ REQUESTS: dict[str, tuple[dict[str, Any], grpc.StatusCode, str]] = {
         grpc.StatusCode.NOT_FOUND,
         "no adapter named 'nobody' is registered",
     ),
+    "unknown adapter among several": (
+        {"prompt": "x", "adapters": {"a0": 0.5, "nobody": 1.0}},
+        grpc.StatusCode.NOT_FOUND,
+        "no adapter named 'nobody' is registered",
+    ),
+    "no name among several": (
+        {"prompt": "x", "adapters": {"a0": 0.5, "../a0": 1.0}},
+        INVALID,
+        f"adapters[1].name: {BAD_NAME} (got '../a0')",
+    ),
+    "weight 0": ({"prompt": "x", "adapters": {"a0": 0.0}}, INVALID, "adapters[0].weight: must not be 0 (got 0.0)"),
+    "one adapter and several": (
+        {"prompt": "x", "adapter": "a1", "adapters": {"a0": 1.0}},
+        INVALID,
+        "adapters: set adapter or adapters, not both (got 'a1')",
+    ),
     "traversal": ({"prompt": "x", "adapter": "../a0"}, INVALID, f"adapter: {BAD_NAME} (got '../a0')"),
     "absolute path": ({"prompt": "x", "adapter": "/etc/passwd"}, INVALID, f"adapter: {BAD_NAME} (got '/etc/passwd')"),
     "prompt longer than the model": (

@@ -15,12 +15,20 @@ from support.grpc_harness import ask, ask_once, failure, read_all
 from support.kserve import infer, said
 from support.tenants import as_, two_tenants
 
-from gralora.v1 import adapters_pb2, server_pb2
+from gralora.v1 import adapters_pb2, generation_pb2, server_pb2
 from gralora_runtime.errors import AdapterNotFoundError, QueueFullError
+from gralora_server.ray.affinity import wanted
 from gralora_server.ray.context import REMAINING_KEY, ReplicaContext
 from gralora_server.tenants.settings import Role
 
 Code = grpc.StatusCode
+
+
+def test_the_hint_is_the_adapter_s_name_and_of_several_the_first_one_s() -> None:
+    request = generation_pb2.StreamGenerateRequest
+    assert wanted(request(adapter="poet@3")) == "poet"
+    assert wanted(request(adapters=[{"name": "bard@2"}, {"name": "poet"}])) == "bard"
+    assert wanted(request(adapters=[{"name": "../x"}])) == wanted(request()) == ""
 
 
 async def test_a_stream_is_deltas_with_started_first_and_finished_last() -> None:

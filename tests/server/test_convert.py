@@ -19,10 +19,12 @@ from gralora_runtime.request import (
     Prompt,
     ResponseParams,
     SamplingParams,
+    ServedAdapter,
     Started,
     StoppingParams,
     StructuredOutput,
     TokenLogprob,
+    WeightedAdapter,
 )
 from gralora_server import convert
 
@@ -52,6 +54,13 @@ def test_what_an_answer_has_to_match_arrives(wire: dict[str, object], expected: 
     for message in (generation_pb2.GenerateRequest, generation_pb2.StreamGenerateRequest):
         request = message(text="hello", structured_output=wanted)
         assert expected == convert.from_generate_request(request, timeout_s=None).structured_output
+
+
+def test_a_weight_that_is_left_out_is_1() -> None:
+    wire = generation_pb2.GenerateRequest(text="hello", adapters=[{"name": "a", "weight": -0.5}, {"name": "b@3"}])
+
+    expected = (WeightedAdapter("a", -0.5), WeightedAdapter("b@3", 1.0))
+    assert expected == convert.from_generate_request(wire, timeout_s=None).adapters
 
 
 def test_an_explicit_zero_is_not_a_default() -> None:
@@ -126,6 +135,7 @@ def test_every_field_of_a_delta_arrives() -> None:
             adapter="poet",
             adapter_digest="abc",
             prompt_token_ids=(4, 5, 6),
+            adapters=(ServedAdapter(name="a", version=3, digest="def", weight=0.5),),
         ),
         finished=Finished(
             reason=FinishReason.STOP,

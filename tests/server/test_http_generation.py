@@ -17,7 +17,7 @@ from gralora_runtime.errors import (
     NumericalError,
     QueueFullError,
 )
-from gralora_runtime.request import ChatMessage, Delta, FinishReason, StructuredOutput, TokenLogprob
+from gralora_runtime.request import ChatMessage, Delta, FinishReason, StructuredOutput, TokenLogprob, WeightedAdapter
 
 
 async def test_a_chat_is_answered_at_once() -> None:
@@ -151,6 +151,40 @@ async def test_every_parameter_arrives_where_grpc_has_it() -> None:
     assert (stopping.max_tokens, stopping.min_tokens, stopping.stop) == (9, 2, ("a", "b"))
     assert (stopping.stop_token_ids, stopping.ignore_eos) == ((3,), True)
     assert (request.response.logprobs, request.response.top_logprobs) == (True, 2)
+
+
+async def test_several_adapters_are_asked_for_beside_the_base_model_s_name() -> None:
+    async with http_served() as s:
+        s.engine.script = [finished()]
+        adapters = [{"name": "poet", "weight": 0.5}, {"name": "pirate@3"}, {"name": "bard", "weight": None}]
+        answer = await s.client.post("/v1/completions", json=TEXT | {"adapters": adapters})
+
+    assert answer.json()["model"] == "poet@2*0.5+pirate@3@2+bard@2"
+    (request,) = s.engine.requests
+    assert request.adapter == ""
+    expected = (WeightedAdapter("poet", 0.5), WeightedAdapter("pirate@3"), WeightedAdapter("bard"))
+    assert request.adapters == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "param"),
+    [
+        ({"model": "poet", "adapters": [{"name": "pirate"}]}, "model"),
+        ({"adapters": [{"name": "pirate"}] * 5}, "adapters"),
+        ({"adapters": [{"name": "pirate"}, {"name": "poet", "weight": 0}]}, "adapters[1].weight"),
+        ({"adapters": [{"name": "pirate", "weight": 1e300}]}, "adapters[0].weight"),
+        ({"adapters": [{"name": "pirate", "weight": "1"}]}, "adapters[0].weight"),
+        ({"adapters": [{"name": "pirate"}, {"name": "poet", "scale": 0.5}]}, "adapters[1].scale"),
+        ({"adapters": [{"name": ""}]}, "adapters[0].name"),
+        ({"adapters": [{"weight": 1.0}]}, "adapters[0].name"),
+    ],
+)
+async def test_what_is_wrong_with_adapters_is_named_as_the_body_has_it(changes: dict[str, object], param: str) -> None:
+    async with http_served() as s:
+        error = error_of(await s.client.post("/v1/chat/completions", json=CHAT | changes))
+
+    assert (error["param"], error["code"]) == (param, "INVALID_REQUEST")
+    assert s.engine.requests == []
 
 
 async def test_a_model_s_name_is_the_base_s_or_an_adapter_s_and_the_answer_says_which_version_served() -> None:

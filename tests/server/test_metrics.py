@@ -180,6 +180,15 @@ async def test_the_page_stays_small_with_ten_thousand_adapters() -> None:
     }
 
 
+async def test_a_mix_has_the_names_and_versions_of_its_adapters_as_labels() -> None:
+    observed = RequestObservation(100)
+    for label in ("org/poet@main@3+pirate@12", "pirate@12", ""):
+        observed.accounts.use(label)
+    counted = samples(page_of(snapshot(observed)), "gralora_adapter_requests_total")
+
+    assert counted["org/poet@main+pirate", "3+12"] == counted["pirate", "12"] == counted["(base)", ""] == 1
+
+
 async def test_the_page_is_there_while_the_model_loads_while_it_drains_and_no_longer() -> None:
     loading, port = asyncio.Event(), asyncio.get_running_loop().create_future()
     serving = asyncio.Event()

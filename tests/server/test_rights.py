@@ -298,6 +298,46 @@ async def test_within_its_own_names_a_tenant_is_told_the_same_of_what_there_is_n
     assert inside.message.replace(RELATIONS["absent-own"], THEIRS) == outside.message
 
 
+# --- several adapters at once
+
+
+def mix_of(*names: str) -> generation_pb2.StreamGenerateRequest:
+    return generation_pb2.StreamGenerateRequest(text="hello", adapters=[{"name": n, "weight": 0.5} for n in names])
+
+
+@pytest.mark.parametrize("suffix", ["", "@3"], ids=["name", "version"])
+@pytest.mark.parametrize("place", [0, 1])
+async def test_each_adapter_of_a_mix_has_to_be_the_callers_to_use(place: int, suffix: str) -> None:
+    async with served(tenancy=two_tenants(public_base_model=False)) as s:
+        furnish(s)
+        s.engine.script = [finished()]
+        refusals = []
+        for name in (THEIRS, RELATIONS["absent"]):
+            names = [OWN, PUBLIC]
+            names[place] = name + suffix
+            refusals.append(
+                await failure(read_all(s.client.generation.StreamGenerate(mix_of(*names), metadata=as_("acme"))))
+            )
+        assert untouched(s.engine)
+        await read_all(s.client.generation.StreamGenerate(mix_of(OWN, PUBLIC + suffix), metadata=as_("acme")))
+
+    assert {failed.code for failed in refusals} == {ABSENT}
+    assert len({repr(anonymous(failed)) for failed in refusals}) == 1
+    (request,) = s.engine.requests
+    assert (request.tenant, request.prefix_scope) == ("acme", "acme")
+
+
+@pytest.mark.parametrize(("names", "scope"), [([PUBLIC, f"{PUBLIC}@3"], ""), ([PUBLIC, OWN], "acme"), ([OWN], "acme")])
+async def test_prefixes_of_a_mix_are_everybodys_if_all_its_adapters_are(names: list[str], scope: str) -> None:
+    async with served(tenancy=two_tenants()) as s:
+        furnish(s)
+        s.engine.script = [finished()]
+        await read_all(s.client.generation.StreamGenerate(mix_of(*names), metadata=as_("acme")))
+
+    (request,) = s.engine.requests
+    assert request.prefix_scope == scope
+
+
 # --- loading from a path
 
 

@@ -44,6 +44,10 @@ def response(**fields: object) -> generation_pb2.GenerateRequest:
     return request(response=ResponseParams(**fields))
 
 
+def mix(*adapters: tuple[str, float | None], **fields: object) -> generation_pb2.GenerateRequest:
+    return request(adapters=[{"name": name, "weight": weight} for name, weight in adapters], **fields)
+
+
 def structured(**format_: object) -> generation_pb2.GenerateRequest:
     return request(structured_output=generation_pb2.StructuredOutput(**format_))
 
@@ -71,6 +75,11 @@ WRONG = [
     ("request_id", request(request_id="é")),
     ("adapter", request(adapter="a" * 513)),
     ("canary_key", request(canary_key="a" * 257)),
+    ("adapters", mix(("a", 1.0), adapter="b")),
+    ("adapters", mix(*[("a", 1.0)] * 5)),
+    ("adapters[1].name", mix(("a", 1.0), ("", 1.0))),
+    ("adapters[0].name", mix(("a" * 513, 1.0))),
+    *(("adapters[1].weight", mix(("a", 1.0), ("b", value))) for value in (0.0, -0.0, 1e-60, 100.1, -1e300, NAN, INF)),
     *(("sampling.temperature", sampling(temperature=value)) for value in (-0.1, 3.5e38, 1e39, NAN, INF, -INF)),
     *(("sampling.top_p", sampling(top_p=value)) for value in (0, -0.5, 1.0001, NAN, INF)),
     ("sampling.top_k", sampling(top_k=-1)),
@@ -115,6 +124,7 @@ RIGHT = [
     request(messages=turns(("system", ""), ("user", "hi"))),
     request(text="x" * (4 << 20)),
     request(request_id="!~" * 64, adapter="a" * 512, canary_key="a" * 256),
+    mix(("a" * 512, 100.0), ("b", -100.0), ("a@3", 1e-30), ("b", None)),
     sampling(temperature=0, top_p=1, top_k=0, min_p=0, repetition_penalty=1),
     sampling(temperature=1e-30, top_p=1e-9, top_k=1 << 30, min_p=1, repetition_penalty=10),
     sampling(temperature=FLOAT32_MAX, top_p=SMALLEST, min_p=SMALLEST, repetition_penalty=1.2e-38),

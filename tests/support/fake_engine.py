@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 
 from gralora_runtime.adapters.catalogue.changes import Changes
+from gralora_runtime.adapters.catalogue.names import summed
 from gralora_runtime.adapters.catalogue.similar import similar_name
 from gralora_runtime.adapters.catalogue.store import AdapterState
 from gralora_runtime.adapters.catalogue.uploads import Uploads
@@ -39,6 +40,7 @@ from gralora_runtime.request import (
     FinishReason,
     GenerationRequest,
     Prompt,
+    ServedAdapter,
     Started,
 )
 from gralora_runtime.stream import RequestStream
@@ -126,14 +128,17 @@ def snapshot(observed: RequestObservation | None = None, **changes: object) -> E
 
 def started(request: GenerationRequest) -> Delta:
     """The delta that begins every generation."""
-    digest = "a" * 64 if request.adapter else ""
+    digest = "a" * 64 if request.named_adapters else ""
     facts = Started(
         prompt_tokens=3,
         cached_tokens=1,
         queue_time_s=0.25,
         seed=2**64 - 1 if request.sampling.seed is None else request.sampling.seed,
-        adapter=request.adapter,
+        adapter=request.adapter or summed((one.adapter, one.weight) for one in request.adapters),
         adapter_digest=digest,
+        adapters=tuple(
+            ServedAdapter(name=one.adapter, version=2, digest="b" * 64, weight=one.weight) for one in request.adapters
+        ),
         prompt_token_ids=(7, 8, 9) if request.response.echo_prompt_token_ids else (),
     )
     return Delta(started=facts)
@@ -254,12 +259,14 @@ class FakeEngine:
             raise self.refusals.pop(0)
         if self.draining.is_set():
             raise DrainingError
-        if request.adapter and not self.knows_any_adapter:
-            await asyncio.to_thread(self.adapters.get, request.adapter.partition("@")[0])
+        for name in request.named_adapters if not self.knows_any_adapter else ():
+            await asyncio.to_thread(self.adapters.get, name.partition("@")[0])
         if request.request_id in self.streams:
             raise InvalidRequestError("request_id", request.request_id, "a request of that id is already running")
         stream = RequestStream(request.request_id, self.abort)
         stream.served_by = f"{request.adapter}@2" if request.adapter else ""
+        if request.adapters:
+            stream.served_by = summed((f"{one.adapter}@2", one.weight) for one in request.adapters)
         self.streams[request.request_id] = stream
         if self.start_at_once:
             for delta in [started(request), *self.script]:

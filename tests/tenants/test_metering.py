@@ -6,7 +6,7 @@ import pytest
 from support.fake_engine import finished, token
 
 from gralora.v1 import generation_pb2
-from gralora_runtime.errors import SlowConsumerError
+from gralora_runtime.errors import QueueFullError, SlowConsumerError
 from gralora_runtime.request import Delta, Started
 from gralora_runtime.stream import RequestStream
 from gralora_server.tenants.caller import Caller
@@ -49,6 +49,22 @@ async def test_what_is_unread_when_a_stream_is_left_was_used_all_the_same(num_re
 
     assert aborted == ["r1"]
     assert everything(usage) == [UsageRow("acme", "org/poet@main", Counts(1, 30, 10, 2))]
+
+
+async def test_a_mix_counts_under_the_names_of_its_adapters_alone() -> None:
+    """Weights are anybody's to think of: rows are bounded, and whoever is refused finds the one of those served."""
+    usage, stream = Usage(), new_stream([])
+    stream.served_by = "org/poet@main@3*0.5+pirate@1"
+    wire = generation_pb2.GenerateRequest(text="hi", adapters=[{"name": "pirate"}, {"name": "org/poet@main"}])
+    metering = Metering(Quotas(), usage)
+    with metering.admit(ACME, wire) as meter:
+        metered = meter.take_on(stream)
+        stream.put(STARTED)
+        await metered.aclose()
+    with pytest.raises(QueueFullError), metering.admit(ACME, wire):
+        raise QueueFullError("too many wait", 1.0)
+
+    assert everything(usage) == [UsageRow("acme", "org/poet@main+pirate", Counts(1, 30, 10, refused=1))]
 
 
 async def test_a_stream_that_ended_by_itself_costs_what_it_said() -> None:

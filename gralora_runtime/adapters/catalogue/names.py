@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import struct
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from gralora_runtime.errors import InvalidRequestError
@@ -81,3 +83,35 @@ def split_revision(name: str) -> tuple[str, str]:
 def numbered(name: str, number: int) -> str:
     """How logs, metrics and lists call one version."""
     return f"{name}@{number}"
+
+
+def summed(parts: Iterable[tuple[str, float]]) -> str:
+    """How a mix is called: "pirate*0.7+poet". No adapter can have that name."""
+    return "+".join(name if weight == 1 else f"{name}*{_shortest(weight)}" for name, weight in parts)
+
+
+def unweighted(label: str) -> str:
+    """The versions of a mix alone, "pirate@3+poet@1": anybody can think of another weight. Others stay as they are."""
+    return "+".join(dict.fromkeys(part.partition("*")[0] for part in label.split("+")))
+
+
+def account_of(label: str) -> str:
+    """Whose use it counts as that this served: a name without its version, "pirate+poet" for a mix."""
+    return "+".join(dict.fromkeys(part.rpartition("@")[0] or part for part in unweighted(label).split("+")))
+
+
+def is_mix(label: str) -> bool:
+    return "+" in label or "*" in label
+
+
+def as_float32(weight: float) -> float:
+    """The nearest that it can be on a device."""
+    nearest: float = struct.unpack("f", struct.pack("f", weight))[0]
+    return nearest
+
+
+def _shortest(weight: float) -> str:
+    """As few digits as tell it from every other float32, of which none needs more than nine."""
+    shorter = (float(f"{weight:.{digits}g}") for digits in range(1, 10))
+    told = next(number for number in shorter if as_float32(number) == as_float32(weight))
+    return repr(told).removesuffix(".0")

@@ -9,14 +9,14 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from gralora_runtime.adapters.catalogue.names import Reference, numbered
+from gralora_runtime.adapters.catalogue.names import Reference, numbered, summed
 from gralora_runtime.adapters.catalogue.numerics import Numerics
 from gralora_runtime.adapters.catalogue.quarantine import Quarantine
 from gralora_runtime.adapters.checkpoint.header import AdapterSummary, files_stamp
@@ -25,6 +25,7 @@ from gralora_runtime.errors import AdapterNotFoundError, AdapterRejectedError, A
 log = logging.getLogger(__name__)
 
 GONE = "its files are gone"
+NO_FILES = Path()  # what a mix is read from
 MAX_SEEN = 8  # directories of one name whose stamps are remembered
 
 
@@ -50,6 +51,7 @@ class Waiter:
     weight: float = 1.0  # of the tenant
     reference: Reference | None = None  # of a request: what it asked for
     version: AdapterVersion | None = None  # in whose line it stands
+    again: Callable[[], None] | None = None  # picks anew, once, what it asked for: what was picked has other files now
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -79,10 +81,16 @@ class AdapterVersion:
     leases: int = 0
     waiters: list[Waiter] = field(default_factory=list)
     last_used_s: float = 0.0  # seconds since the epoch; 0: never
+    mixes: list[Mix] = field(default_factory=list)  # that it is a part of
 
     @property
     def in_flight(self) -> int:
-        return self.leases + len(self.waiters)
+        return self.leases + len(self.waiters) + sum(mix.in_flight for mix in self.mixes)
+
+    @property
+    def members(self) -> tuple[AdapterVersion, ...]:
+        """What is used when this is: itself, and of a mix what it is made of."""
+        return (self,)
 
     @property
     def label(self) -> str:
@@ -98,6 +106,30 @@ class AdapterVersion:
     def place(self) -> tuple[Path, tuple[Path, ...]]:
         """The directory to read it from, and where links in it may end."""
         return (self.source, self.roots) if self.copy is None else (self.copy, (self.copy,))
+
+
+Parts = tuple[tuple[AdapterVersion, float], ...]  # versions and their weights
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Mix(AdapterVersion):
+    """The weighted sum of versions: a content that is made and not read, and that no name stands for."""
+
+    parts: Parts
+
+    @property
+    def members(self) -> tuple[AdapterVersion, ...]:
+        return tuple(dict.fromkeys(version for version, _ in self.parts))
+
+    @property
+    def label(self) -> str:
+        return summed((version.label, weight) for version, weight in self.parts)
+
+    @property
+    def refusal(self) -> AdapterRejectedError | None:
+        """Why there can be no such sum, whoever asks again. What is wrong with a part may be mended."""
+        error = self.error
+        return error if isinstance(error, AdapterRejectedError) and error.name == self.name else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -207,6 +239,7 @@ class AdapterStore:
 
     def __init__(self) -> None:
         self._aliases: dict[str, Alias] = {}
+        self._mixes: dict[Parts, Mix] = {}
         self._by_digest: dict[str, dict[AdapterVersion, None]] = {}  # a dictionary keeps the order of arrival
 
     def __len__(self) -> int:
@@ -220,6 +253,30 @@ class AdapterStore:
 
     def versions(self) -> Iterator[AdapterVersion]:
         return (version for alias in self._aliases.values() for version in alias.versions.values())
+
+    @property
+    def num_mixes(self) -> int:
+        return len(self._mixes)
+
+    def mixes(self) -> Iterator[Mix]:
+        return iter(self._mixes.values())
+
+    def mix(self, parts: Parts) -> Mix:
+        """The one of these parts, whatever their order, which begins to be if there is none yet."""
+        parts = tuple(sorted(parts, key=lambda part: (part[0].name, part[0].number, part[1])))
+        mix = self._mixes.get(parts)
+        if mix is None:
+            name = summed((version.name, weight) for version, weight in parts)
+            mix = self._mixes[parts] = Mix(name=name, number=0, source=NO_FILES, roots=(), parts=parts)
+            for version in mix.members:
+                version.mixes.append(mix)
+        return mix
+
+    def remove_mix(self, mix: Mix) -> None:
+        del self._mixes[mix.parts]
+        for version in mix.members:
+            version.mixes.remove(mix)
+        self._unfile(mix)
 
     def find(self, name: str) -> Alias | None:
         return self._aliases.get(name)

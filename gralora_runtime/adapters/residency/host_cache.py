@@ -39,6 +39,10 @@ class HostCache:
         self._adapters[adapter.digest] = adapter
         self.used_bytes += adapter.num_bytes
 
+    def find(self, digest: str) -> LoadedAdapter | None:
+        """It stays here."""
+        return self._adapters.get(digest)
+
     def pop(self, digest: str) -> LoadedAdapter | None:
         adapter = self._adapters.pop(digest, None)
         if adapter is not None:

@@ -4,19 +4,30 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from gralora_runtime.adapters.catalogue.names import numbered, summed
+from gralora_runtime.request import ServedAdapter
+
 
 @dataclass(frozen=True, slots=True)
 class AdapterLease:
     """While it is held, `slot` holds the adapter with this digest and nothing else. Slot -1 is the base model."""
 
-    name: str
+    name: str  # of a mix, what `summed` calls it
     digest: str  # of the weights that really serve: the key for everything derived from them
     slot: int
     generation: int  # of the slot; a lease is stale when the pool has another one
     width: int  # columns of intermediate result: r * k + hybrid_r, the largest of its modules
     serial: int  # tells leases of one adapter apart, so that each is released exactly once
-    version: int = 0  # of the name; 0: the base model, which has none
+    version: int = 0  # of the name; 0: the base model and mixes, which have none
     num_bytes: int = 0  # of the pool
+    parts: tuple[ServedAdapter, ...] = ()  # of a mix
+
+    @property
+    def label(self) -> str:
+        """Exactly which content serves, for logs; "" for the base model."""
+        if self.parts:
+            return summed((numbered(part.name, part.version), part.weight) for part in self.parts)
+        return numbered(self.name, self.version) if self.version else self.name
 
 
 BASE_LEASE = AdapterLease(name="", digest="", slot=-1, generation=0, width=0, serial=0)

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from gralora_runtime.adapters.answers import Answers
-from gralora_runtime.adapters.catalogue.store import AdapterStore, AdapterVersion, Waiter
+from gralora_runtime.adapters.catalogue.store import AdapterStore, AdapterVersion, Mix, Waiter
 from gralora_runtime.adapters.checkpoint.affine import BaseLayers
 from gralora_runtime.adapters.checkpoint.header import files_stamp
 from gralora_runtime.adapters.checkpoint.loader import LoadedAdapter, load
@@ -74,7 +74,8 @@ class Mover:
         serve: Serve,
         changed: Changed,
         forget: Forget,
-        moved: Callable[[str], None],
+        moved: Callable[[AdapterVersion], None],
+        make: Callable[[Mix, Answers], None],
         identified: Callable[[AdapterVersion], None],
         examine: Examine,
         tries: bool,
@@ -95,13 +96,16 @@ class Mover:
         self._examine = examine  # a version is there that has to answer golden prompts first
         self._tries = tries  # golden prompts count
         self._identified = identified  # a version was read: what it is, is known
-        self._moved = moved  # something is different about where a name's weights are
+        self._moved = moved  # something is different about where a version's weights are
+        self._make = make  # a mix of parts, which brings it back by `end_read`
         self._oddities = oddities
         self._forget = forget  # a version that came with a load which failed
         self._to_read: Turns[AdapterVersion] = Turns()
         self._to_read_last: dict[AdapterVersion, None] = {}  # once nothing else is to be read
         self._reading: dict[AdapterVersion, int] = {}  # and the bytes that it will take
-        self.shares = Shares(pool, lambda digest: (version.name for version in store.sharing(digest)))
+        self.shares = Shares(
+            pool, lambda digest: (one.name for version in store.sharing(digest) for one in version.members)
+        )
         self._queue = PlacementQueue(pool, self.shares)
         self._is_awake = False
         self._called = threading.Event()  # the placer is wanted: it has nothing to prepare now
@@ -113,7 +117,7 @@ class Mover:
         """Fetch the adapter from wherever it is: the pool (on its way out), host memory or disk."""
         version.loading = True
         version.error = None
-        self._moved(version.name)
+        self._moved(version)
         if problem := self.capacity_problem(version):
             self.fail(version, problem, answers)
             return
@@ -123,6 +127,8 @@ class Mover:
             self._wait_for_room(version, cached, answers)
         elif resident is not None:
             self._join(version, Placement(digest=version.digest, numel=resident.layout.numel, adapter=None), answers)
+        elif isinstance(version, Mix):
+            self._make(version, answers)
         else:
             if all(waiter.patient for waiter in version.waiters):
                 self._to_read_last[version] = None
@@ -133,6 +139,15 @@ class Mover:
     def read(self, version: AdapterVersion, on_done: Callable[[Future[LoadedAdapter]], None], answers: Answers) -> None:
         """In a reader. `version` need not be anybody's: then it only says where to read."""
         answers.later(partial(self._readers.submit(self.fetch, version).add_done_callback, on_done))
+
+    def work(self, work: Callable[[], LoadedAdapter]) -> Future[LoadedAdapter]:
+        """In a reader. Not once this is closed."""
+        return self._readers.submit(work)
+
+    def copy(self, resident: Resident) -> Future[LoadedAdapter]:
+        """Of weights that somebody has a lease on, made by whoever else would move them. Not once this is closed."""
+        self._called.set()
+        return self._placer.submit(self._pool.read, resident)
 
     def hurry(self, version: AdapterVersion, waiter: Waiter) -> None:
         """Somebody more waits now for what is to be read or to be placed: its turn may come sooner than the others'."""
@@ -164,7 +179,7 @@ class Mover:
     def fail(self, version: AdapterVersion, error: BaseException, answers: Answers) -> None:
         """The load is over. Room and shutting down are not the adapter's fault, so they leave no mark on it."""
         version.loading = False
-        self._moved(version.name)
+        self._moved(version)
         if not isinstance(error, (AdapterCapacityError, QuotaExceededError, DrainingError, MemoryShortageError)):
             version.error = error
         waiters, version.waiters = version.waiters, []
@@ -204,7 +219,7 @@ class Mover:
         self._called.set()
         self._to_read.clear()
         self._to_read_last.clear()
-        for version in tuple(self._store.versions()):
+        for version in (*self._store.versions(), *self._store.mixes()):
             self.fail(version, DrainingError(), answers)
         for placement in self._queue:
             if not placement.moving:
@@ -305,7 +320,7 @@ class Mover:
         return next((version for version in light if self._has_room_ahead(version, BESIDE_OTHERS)), None)
 
     def _is_full(self, version: AdapterVersion, full: Collection[str]) -> bool:
-        share = self.shares.share_of(version.name) if full else None
+        share = self.shares.share_of_any(one.name for one in version.members) if full else None
         return share is not None and share.owner in full
 
     def _tenants_ahead(self) -> set[str]:
@@ -362,20 +377,21 @@ class Mover:
 
     def _moved_all(self, digest: str) -> None:
         for version in self._store.sharing(digest):
-            self._moved(version.name)
+            self._moved(version)
 
     def _never_fits(self, version: AdapterVersion, numel: int) -> GraloraError | None:
         """Not even if every lease ended now."""
         if not self._queue.possible(numel):
             return self._no_room(version, numel)
-        return self.shares.problem(version.name, numel)
+        problems = (self.shares.problem(one.name, numel) for one in version.members)
+        return next((problem for problem in problems if problem is not None), None)
 
     def _no_room(self, version: AdapterVersion, numel: int) -> AdapterCapacityError:
         return AdapterCapacityError(version.name, numel * self._pool.arena.element_size(), self._pool.total_bytes)
 
     def take_in(self, version: AdapterVersion, adapter: LoadedAdapter, answers: Answers) -> None:
-        """A version's weights came from disk. Another name may have brought the same ones already."""
-        self.loads += 1
+        """A version's weights came from disk, or were made. Another name may have brought the same ones already."""
+        self.loads += not isinstance(version, Mix)
         self._cache.pop(adapter.digest)  # read although it was there: whoever asked wanted to see the files
         self._store.identify(version, adapter.digest)
         version.summary = adapter.layout.summary
@@ -426,10 +442,11 @@ class Mover:
             if self._closed:
                 return
             if self._store.alias_of(version) is not None:
-                self._end_read(version, read, answers)
+                self.end_read(version, read, answers)
             self._read_more(answers)
 
-    def _end_read(self, version: AdapterVersion, read: Future[LoadedAdapter], answers: Answers) -> None:
+    def end_read(self, version: AdapterVersion, read: Future[LoadedAdapter], answers: Answers) -> None:
+        """Its weights are there, or never will be."""
         if (error := read.exception()) is not None:
             self.fail(version, error, answers)
             return

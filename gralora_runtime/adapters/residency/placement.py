@@ -41,9 +41,9 @@ class Placement:
     excess: int = 0  # elements of the owner's that have to leave for it
 
     @property
-    def name(self) -> str:
-        """Whose it is, of all the names that want it: that of the first."""
-        return self.versions[0].name
+    def names(self) -> Iterable[str]:
+        """Whose it is, of all who want it: that of the first, and of a mix those of its parts."""
+        return (member.name for member in self.versions[0].members)
 
 
 OwnersDrain = tuple[Placement, Sequence[Resident]]  # for whom, and who
@@ -117,7 +117,7 @@ class PlacementQueue:
 
     def _hold_back(self) -> Mapping[str, Sequence[Resident]]:
         """Who waits for adapters of its owner's, and which of these get no new leases; all that owners have."""
-        shares = [(placement, self._shares.share_of(placement.name)) for placement in self._ready()]
+        shares = [(placement, self._shares.share_of_any(placement.names)) for placement in self._ready()]
         holdings = self._shares.holdings() if any(share for _, share in shares) else {}
         before, self._owners_drains = self._owners_drains, {}
         waiting: set[str] = set()  # owners of which somebody waits for their share: those behind it wait, too

@@ -22,6 +22,10 @@ class Shares:
         self._pool = pool
         self._names_of = names_of
 
+    def share_of_any(self, names: Iterable[str]) -> PoolShare | None:
+        """Of the first of these that has a limit."""
+        return next((share for share in map(self.share_of, names) if share is not None), None)
+
     def holdings(self) -> defaultdict[str, list[Resident]]:
         """By owner, of those that have a limit: everything that takes room, also what is on its way in or out."""
         found: defaultdict[str, list[Resident]] = defaultdict(list)

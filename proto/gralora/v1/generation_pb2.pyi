@@ -501,6 +501,34 @@ class StructuredOutput(_message.Message):
 Global___StructuredOutput: _TypeAlias = StructuredOutput  # noqa: Y015
 
 @_typing.final
+class WeightedAdapter(_message.Message):
+    """One of several adapters whose updates are added up."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    WEIGHT_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """As in `adapter`: a name, or one version. Not empty."""
+    weight: _builtins.float
+    """What its update is multiplied by. -100 to 100, and not 0. Default 1."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        weight: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_weight", b"_weight", "weight", b"weight"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_weight", b"_weight", "name", b"name", "weight", b"weight"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__weight: _TypeAlias = _typing.Literal["weight"]  # noqa: Y015
+    _WhichOneofArgType__weight: _TypeAlias = _typing.Literal["_weight", b"_weight"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__weight) -> _WhichOneofReturnType__weight | None: ...
+
+Global___WeightedAdapter: _TypeAlias = WeightedAdapter  # noqa: Y015
+
+@_typing.final
 class GenerateRequest(_message.Message):
     """One generation."""
 
@@ -517,6 +545,7 @@ class GenerateRequest(_message.Message):
     CANARY_KEY_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
     STRUCTURED_OUTPUT_FIELD_NUMBER: _builtins.int
+    ADAPTERS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Names the request in logs and for AbortRequest. At most 128 printable ASCII characters, no spaces, unique among the
     requests of the tenant that are running. Empty: the server makes one. Sent again with the same fields while it runs, or within a
@@ -562,6 +591,12 @@ class GenerateRequest(_message.Message):
     def structured_output(self) -> Global___StructuredOutput:
         """What the answer has to match. Not set: nothing."""
 
+    @_builtins.property
+    def adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___WeightedAdapter]:
+        """Instead of `adapter`: the base model plus the sum of these adapters' updates, each times its weight, exactly. At
+        most 4. One that is named twice counts twice.
+        """
+
     def __init__(
         self,
         *,
@@ -576,10 +611,11 @@ class GenerateRequest(_message.Message):
         canary_key: _builtins.str = ...,
         priority: _builtins.int = ...,
         structured_output: Global___StructuredOutput | None = ...,
+        adapters: _abc.Iterable[Global___WeightedAdapter] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["messages", b"messages", "prompt", b"prompt", "response", b"response", "sampling", b"sampling", "stopping", b"stopping", "structured_output", b"structured_output", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "canary_key", b"canary_key", "messages", b"messages", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "response", b"response", "sampling", b"sampling", "stopping", b"stopping", "structured_output", b"structured_output", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "adapters", b"adapters", "canary_key", b"canary_key", "messages", b"messages", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "response", b"response", "sampling", b"sampling", "stopping", b"stopping", "structured_output", b"structured_output", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_prompt: _TypeAlias = _typing.Literal["text", "token_ids", "messages"]  # noqa: Y015
     _WhichOneofArgType_prompt: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015
@@ -604,6 +640,7 @@ class StreamGenerateRequest(_message.Message):
     CANARY_KEY_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
     STRUCTURED_OUTPUT_FIELD_NUMBER: _builtins.int
+    ADAPTERS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Names the request in logs and for AbortRequest. At most 128 printable ASCII characters, no spaces, unique among the
     requests of the tenant that are running. Empty: the server makes one. Sent again with the same fields while it runs, or within a
@@ -649,6 +686,12 @@ class StreamGenerateRequest(_message.Message):
     def structured_output(self) -> Global___StructuredOutput:
         """What the answer has to match. Not set: nothing."""
 
+    @_builtins.property
+    def adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___WeightedAdapter]:
+        """Instead of `adapter`: the base model plus the sum of these adapters' updates, each times its weight, exactly. At
+        most 4. One that is named twice counts twice.
+        """
+
     def __init__(
         self,
         *,
@@ -663,10 +706,11 @@ class StreamGenerateRequest(_message.Message):
         canary_key: _builtins.str = ...,
         priority: _builtins.int = ...,
         structured_output: Global___StructuredOutput | None = ...,
+        adapters: _abc.Iterable[Global___WeightedAdapter] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["messages", b"messages", "prompt", b"prompt", "response", b"response", "sampling", b"sampling", "stopping", b"stopping", "structured_output", b"structured_output", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "canary_key", b"canary_key", "messages", b"messages", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "response", b"response", "sampling", b"sampling", "stopping", b"stopping", "structured_output", b"structured_output", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "adapters", b"adapters", "canary_key", b"canary_key", "messages", b"messages", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "response", b"response", "sampling", b"sampling", "stopping", b"stopping", "structured_output", b"structured_output", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_prompt: _TypeAlias = _typing.Literal["text", "token_ids", "messages"]  # noqa: Y015
     _WhichOneofArgType_prompt: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015
@@ -733,6 +777,40 @@ class TokenLogprob(_message.Message):
 Global___TokenLogprob: _TypeAlias = TokenLogprob  # noqa: Y015
 
 @_typing.final
+class ServedAdapter(_message.Message):
+    """One of the adapters whose sum serves a request."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
+    WEIGHT_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """The adapter."""
+    version: _builtins.int
+    """Which version of it."""
+    digest: _builtins.str
+    """Identifies that version's content."""
+    weight: _builtins.float
+    """What its update is multiplied by."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        version: _builtins.int = ...,
+        digest: _builtins.str = ...,
+        weight: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "name", b"name", "version", b"version", "weight", b"weight"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ServedAdapter: _TypeAlias = ServedAdapter  # noqa: Y015
+
+@_typing.final
 class Started(_message.Message):
     """What really serves the request. Its seed is enough to repeat it."""
 
@@ -746,6 +824,7 @@ class Started(_message.Message):
     ADAPTER_DIGEST_FIELD_NUMBER: _builtins.int
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     ADAPTER_VERSION_FIELD_NUMBER: _builtins.int
+    ADAPTERS_FIELD_NUMBER: _builtins.int
     prompt_tokens: _builtins.int
     """Tokens of the prompt."""
     cached_tokens: _builtins.int
@@ -755,14 +834,18 @@ class Started(_message.Message):
     seed: _builtins.int
     """The seed that the request asked for, or the one that the server drew."""
     adapter: _builtins.str
-    """The adapter that serves the request. Empty: the base model."""
+    """The adapter that serves the request. Empty: the base model. A sum of several is called like "pirate*0.7+poet"."""
     adapter_digest: _builtins.str
-    """Identifies that adapter's content. Empty for the base model."""
+    """Identifies that adapter's content, or which contents the sum is of, and their weights. Empty for the base model."""
     adapter_version: _builtins.int
-    """Which version of the adapter that is. 0 for the base model."""
+    """Which version of the adapter that is. 0 for the base model, and for a sum of several."""
     @_builtins.property
     def prompt_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The prompt's token ids, when `echo_prompt_token_ids` asked for them."""
+
+    @_builtins.property
+    def adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___ServedAdapter]:
+        """What that sum is made of, by name. Empty where one adapter serves, or none."""
 
     def __init__(
         self,
@@ -775,10 +858,11 @@ class Started(_message.Message):
         adapter_digest: _builtins.str = ...,
         prompt_token_ids: _abc.Iterable[_builtins.int] | None = ...,
         adapter_version: _builtins.int = ...,
+        adapters: _abc.Iterable[Global___ServedAdapter] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "adapter_digest", b"adapter_digest", "adapter_version", b"adapter_version", "cached_tokens", b"cached_tokens", "prompt_token_ids", b"prompt_token_ids", "prompt_tokens", b"prompt_tokens", "queue_time_s", b"queue_time_s", "seed", b"seed"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "adapter_digest", b"adapter_digest", "adapter_version", b"adapter_version", "adapters", b"adapters", "cached_tokens", b"cached_tokens", "prompt_token_ids", b"prompt_token_ids", "prompt_tokens", b"prompt_tokens", "queue_time_s", b"queue_time_s", "seed", b"seed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -21,7 +21,14 @@ def generate(
     client: Client,
     *,
     prompt: Annotated[str, typer.Argument(help="What to say to the model; - reads standard input.")],
-    adapter: Annotated[str, typer.Option("--adapter", "-a", help="Default: the base model.")] = "",
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--adapter",
+            "-a",
+            help="Default: the base model. NAME=WEIGHT, or several: the sum of their updates.",
+        ),
+    ] = None,
     raw: Annotated[
         bool, typer.Option("--raw", help="Continue the prompt as it is, without the model's chat template.")
     ] = False,
@@ -55,7 +62,7 @@ def generate(
         raise CommandError(ExitCode.USAGE, "--system needs the chat template, which --raw switches off")
     arguments: dict[str, Any] = {
         **_prompt(sys.stdin.read() if prompt == "-" else prompt, raw=raw, system=system),
-        "adapter": adapter,
+        **_adapters(adapter or []),
         "max_tokens": max_tokens,
         "temperature": temperature,
         "top_p": top_p,
@@ -73,6 +80,21 @@ def generate(
         print_json(client.generate(**arguments))
         return
     _report(_streamed(client, arguments) if stream else _at_once(client, arguments))
+
+
+def _adapters(asked: list[str]) -> dict[str, Any]:
+    if len(asked) <= 1 and not any("=" in one for one in asked):
+        return {"adapter": "".join(asked)}
+    return {"adapters": [_weighted(one) for one in asked]}
+
+
+def _weighted(text: str) -> tuple[str, float]:
+    """No name has an equals sign in it."""
+    name, equals, weight = text.partition("=")
+    try:
+        return name, float(weight) if equals else 1.0
+    except ValueError as cause:
+        raise CommandError(ExitCode.USAGE, f"--adapter {text}: {weight!r} is no weight") from cause
 
 
 def _prompt(text: str, *, raw: bool, system: str | None) -> dict[str, Any]:

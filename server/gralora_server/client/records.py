@@ -7,7 +7,7 @@ from datetime import datetime
 
 from gralora_runtime.adapters.catalogue.store import AdapterState
 from gralora_runtime.info import EngineInfo
-from gralora_runtime.request import Delta, FinishReason, TokenLogprob
+from gralora_runtime.request import Delta, FinishReason, ServedAdapter, TokenLogprob
 
 StreamDelta = Delta
 
@@ -36,6 +36,7 @@ class Generation:
     adapter: str  # that really served it; "": the base model
     adapter_digest: str
     adapter_version: int
+    adapters: tuple[ServedAdapter, ...]  # of a sum of several: what it is made of
     seed: int  # asked for, or drawn by the server: repeats the generation
     prompt_token_ids: tuple[int, ...]  # empty unless asked for
     queue_time_s: float

@@ -30,6 +30,7 @@ class GenerateOptions(TypedDict, total=False):
     """Everything about a generation but its prompt. What is left out, or None, has the proto's default."""
 
     adapter: str  # a name, "name@3" or "name@sha256:..."
+    adapters: Mapping[str, float] | Sequence[tuple[str, float]] | None  # instead: the sum of these, by their weights
     request_id: str
     canary_key: str  # requests of one key get the same version while there is a canary
     priority: int  # higher first, among those of the same tenant
@@ -84,6 +85,8 @@ def generate_fields(
     for name, value in options.items():
         if name in ("adapter", "request_id", "canary_key", "priority"):
             fields[name] = value
+        elif name == "adapters":
+            fields[name] = _weighted(value)
         elif name in _PART_OF:
             if value is not None:
                 parts[_PART_OF[name]][name] = [value] if name == "stop" and isinstance(value, str) else value
@@ -95,6 +98,11 @@ def generate_fields(
     if formats:
         fields["structured_output"] = _structured_output(**formats)
     return fields | {part: _PARTS[part](**values) for part, values in parts.items()}
+
+
+def _weighted(adapters: Any) -> list[generation_pb2.WeightedAdapter]:
+    pairs = adapters.items() if isinstance(adapters, Mapping) else adapters or ()
+    return [generation_pb2.WeightedAdapter(name=name, weight=weight) for name, weight in pairs]
 
 
 def _structured_output(**formats: Any) -> generation_pb2.StructuredOutput:

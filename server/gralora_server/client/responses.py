@@ -12,7 +12,7 @@ from gralora.v1 import adapters_pb2, generation_pb2, server_pb2
 from gralora_runtime.adapters.catalogue.store import AdapterState
 from gralora_runtime.adapters.info import UnloadResult
 from gralora_runtime.info import EngineLoad, TokenizeResult
-from gralora_runtime.request import Delta, Finished, FinishReason, Started, TokenLogprob
+from gralora_runtime.request import Delta, Finished, FinishReason, ServedAdapter, Started, TokenLogprob
 from gralora_runtime.stream import merge_deltas
 from gralora_server.client.records import (
     Adapter,
@@ -175,7 +175,12 @@ def _logprob(message: generation_pb2.TokenLogprob) -> TokenLogprob:
 
 
 def _started(message: generation_pb2.Started) -> Started:
-    return _record(Started, message, prompt_token_ids=tuple(message.prompt_token_ids))
+    return _record(
+        Started,
+        message,
+        prompt_token_ids=tuple(message.prompt_token_ids),
+        adapters=tuple(_record(ServedAdapter, one) for one in message.adapters),
+    )
 
 
 def _finished(message: generation_pb2.Finished) -> Finished:
@@ -211,6 +216,7 @@ def _generation(request_id: str, joined: Delta, *, ttft_s: float | None, total_s
         adapter=started.adapter,
         adapter_digest=started.adapter_digest,
         adapter_version=started.adapter_version,
+        adapters=started.adapters,
         seed=started.seed,
         prompt_token_ids=started.prompt_token_ids,
         queue_time_s=started.queue_time_s,

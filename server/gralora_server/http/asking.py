@@ -35,6 +35,7 @@ FIELDS = (
     ("token_ids.ids", "prompt"),
     ("token_ids", "prompt"),
     ("text", "prompt"),
+    ("adapters", "adapters"),
     ("adapter", "model"),
     ("canary_key", "user"),
     ("structured_output.", "structured_outputs."),
@@ -113,6 +114,7 @@ def _common(body: Sampled, base: str) -> generation_pb2.StreamGenerateRequest:
     asked = generation_pb2.StreamGenerateRequest(
         adapter="" if body.model == base else body.model, canary_key=body.user or "", priority=body.priority
     )
+    asked.adapters.extend(_adapters(body, base))
     sampling, stopping = asked.sampling, asked.stopping
     for name in REALS:
         if (value := getattr(body, name)) is not None:
@@ -128,6 +130,15 @@ def _common(body: Sampled, base: str) -> generation_pb2.StreamGenerateRequest:
     stopping.ignore_eos = body.ignore_eos
     _structure(body, asked.structured_output)
     return asked
+
+
+def _adapters(body: Sampled, base: str) -> Iterator[generation_pb2.WeightedAdapter]:
+    """Raises InvalidRequestError where the body names one beside them."""
+    if body.adapters and body.model != base:
+        raise InvalidRequestError("model", body.model, f"must be {base!r}, the base model, where adapters are given")
+    for at, one in enumerate(body.adapters or ()):
+        one.checked(f"adapters[{at}]")
+        yield generation_pb2.WeightedAdapter(name=one.name, weight=one.weight)
 
 
 def _structure(body: Sampled, output: generation_pb2.StructuredOutput) -> None:

@@ -46,10 +46,18 @@ class SchemaFormat(Part):
     json_schema: NamedSchema
 
 
+class WeightedAdapter(Whole):
+    name: str
+    weight: float | None = Field(default=None, description="Not 0; null: 1.")
+
+
 class Sampled(Whole):
     """What both ways to ask for text share."""
 
     model: str = Field(min_length=1, description="The base model's name, an adapter's, or NAME@VERSION.")
+    adapters: List[WeightedAdapter] | None = Field(
+        default=None, description="The sum of several, of which each is multiplied by its weight; model is the base's."
+    )
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] = Field(default=1, description="Choices for each prompt.")
     stream: bool = Field(default=False, description="Server-sent events.")
     stream_options: StreamOptions | None = None

@@ -105,11 +105,12 @@ def _by_adapter(seen: EngineSnapshot) -> Iterator[Metric]:
 
 
 def _labels(account: str) -> tuple[str, str]:
-    """The adapter and its version; neither the base model nor the account of all others has one."""
+    """The adapter and its version, or those of a mix; neither the base model nor the account of all others has one."""
     if account == BASE:
         return BASE_LABEL, ""
-    name, _, version = account.rpartition("@")
-    return (name, version) if name else (account, "")
+    versions = [part.rpartition("@") for part in account.split("+")]
+    names = "+".join(name or version for name, _, version in versions)
+    return names, "+".join(version for name, _, version in versions if name)
 
 
 def _for_gateways(seen: EngineSnapshot) -> Iterator[Metric]:

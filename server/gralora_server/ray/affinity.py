@@ -11,8 +11,8 @@ MODEL_KEY = "multiplexed_model_id"  # Serve's, in a call's metadata
 
 
 def wanted(request: Any) -> str:
-    """The adapter's name without a version; "": none, or none that could be."""
-    text = getattr(request, "adapter", "")
+    """The adapter's name without a version, of several the first one's; "": none, or none that could be."""
+    text = getattr(request, "adapter", "") or next((one.name for one in getattr(request, "adapters", ())), "")
     try:
         return parse_reference("adapter", text).name if isinstance(text, str) and text else ""
     except InvalidRequestError:

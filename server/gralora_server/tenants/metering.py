@@ -6,11 +6,11 @@ what is unread when a stream is left was generated all the same.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
-from gralora_runtime.adapters.catalogue.names import parse_reference
+from gralora_runtime.adapters.catalogue.names import account_of, parse_reference
 from gralora_runtime.adapters.catalogue.uploads import Share
 from gralora_runtime.errors import GraloraError, InvalidRequestError, QueueFullError, QuotaExceededError, TooLateError
 from gralora_runtime.request import Delta
@@ -43,7 +43,8 @@ class Metering:
     @contextmanager
     def admit(self, caller: Caller, request: AnyGenerateRequest) -> Iterator[Meter]:
         """A generation while it lasts. Raises `QuotaExceededError`."""
-        asked_for = request.adapter  # which is written over with what served it
+        # The field `adapter` is written over with what served the request.
+        asked_for = [one.name for one in request.adapters] or [request.adapter]
         try:
             with self._quotas.admit(caller.tenant, estimated_tokens(request)) as tab:
                 yield Meter(tab, self._usage, caller.tenant)
@@ -76,7 +77,7 @@ class Meter:
 
     def take_on(self, stream: RequestStream) -> MeteredStream:
         """The engine serves it. What is read from the answer is charged and counted."""
-        self._adapter = stream.served_by.rpartition("@")[0]  # without the version
+        self._adapter = account_of(stream.served_by)
         self._tab.take_on()
         self._add(Counts(requests=1))
         return MeteredStream(stream, self)
@@ -134,9 +135,10 @@ def estimated_tokens(request: AnyGenerateRequest) -> int:
             return -(-sum(len(turn.content) for turn in request.messages.messages) // BYTES_OF_A_TOKEN)
 
 
-def _name(reference: str) -> str:
-    """Of the adapter that a request asks for, without the version; of one that can be none, that of all others."""
+def _name(references: Sequence[str]) -> str:
+    """Whose use it would have been, see `account_of`; of what can be no adapter, that of all others."""
     try:
-        return parse_reference("adapter", reference).name if reference else ""
+        names = {parse_reference("adapter", reference).name if reference else "" for reference in references}
+        return "+".join(sorted(names))
     except InvalidRequestError:
         return OTHERS

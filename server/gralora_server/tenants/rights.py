@@ -5,7 +5,7 @@ Another tenant's adapter and one that does not exist are refused by the same lin
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from gralora_runtime.adapters.catalogue.changes import any_name
@@ -38,8 +38,12 @@ class Rights:
     def __init__(self, tenancy: Tenancy) -> None:
         self._tenancy = tenancy
 
-    def check_use(self, adapter: str) -> None:
-        """`adapter`: a name or one version of it, "" for the base model."""
+    def check_use(self, adapter: str, adapters: Sequence[str] = ()) -> None:
+        """`adapter`: a name or one version of it, "" for the base model. `adapters`: instead of it, those of a sum."""
+        for at, part in enumerate(adapters):
+            self._check_seen(f"adapters[{at}].name", part)
+        if adapters:
+            return
         if adapter:
             self._check_seen("adapter", adapter)
         elif not self._ownership.may_use_base_model(current()):
@@ -81,13 +85,14 @@ class Rights:
         return View(caller=caller, ownership=self._ownership)
 
     def owned(self, request: GenerationRequest) -> GenerationRequest:
-        """The caller's. Prefixes of a tenant are its own, but for adapters that are everybody's."""
+        """The caller's. Prefixes of a tenant are its own, but for adapters that are everybody's, and sums of such."""
         caller = current()
         if not caller.tenant:
             return request
         tenant = self._tenancy.current.settings.tenants.get(caller.tenant)
         limits = LimitSettings() if tenant is None else tenant.limits
-        is_shared = request.adapter and self._ownership.is_public(parse_reference("adapter", request.adapter).name)
+        named = [parse_reference("adapter", reference).name for reference in request.named_adapters]
+        is_shared = bool(named) and all(map(self._ownership.is_public, named))
         return replace(
             request,
             request_id=scoped(caller.tenant, request.request_id),

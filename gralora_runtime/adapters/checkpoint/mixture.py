@@ -1,0 +1,251 @@
+"""Several adapters as one: the sum of their updates, each times a weight, exactly. Knows packed blobs, and no names.
+
+Pairs of the same number of blocks k lie side by side in one: strip j of A[n] is that of the first and then that of the
+second, and so are the rows of B[j]. Nothing is added up, so nothing is rounded but scales that have to be multiplied
+into B, in float32, because pairs with different ones share an entry of the kernels' tables. Where pairs of more k meet
+in a module than it has entries, the smaller ones become plain ones.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate, islice
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from gralora_kernels.packing import Array, Packing, blocks_a, blocks_b, place_a, place_b
+from gralora_kernels.tables import ENTRIES, Entry, Storage
+from gralora_runtime.adapters.checkpoint.header import AdapterSummary, aligned
+from gralora_runtime.adapters.checkpoint.loader import AdapterLayout, LoadedAdapter
+from gralora_runtime.adapters.checkpoint.recipe import Layout
+from gralora_runtime.adapters.checkpoint.spec import ModuleShape, rejected
+from gralora_runtime.adapters.checkpoint.stored import held
+
+HELD = {Storage.FLOAT16: torch.float16, Storage.BFLOAT16: torch.bfloat16}  # what is not as the blob says
+STORAGES = {dtype: storage for storage, dtype in HELD.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Ingredient:
+    """One adapter of a sum."""
+
+    adapter: LoadedAdapter
+    weight: float  # that a float32 holds
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pair:
+    """One pair of a module."""
+
+    r: int
+    k: int
+    scale: float
+    dtype: torch.dtype  # of its elements
+    a: Array  # [k, in/k, r]; elements of 16 bits as bits
+    b: Array  # [k, r, out/k]
+
+
+def mixture_digest(ingredients: Iterable[tuple[str, float]]) -> str:
+    """SHA-256 of what a sum computes, whatever its order: of each adapter's digest and the bits of its weight."""
+    parts = sorted((digest, struct.pack(">f", weight).hex()) for digest, weight in ingredients)
+    return hashlib.sha256(b"sum of adapters " + json.dumps(parts).encode()).hexdigest()
+
+
+def mixed(
+    name: str,
+    ingredients: Sequence[Ingredient],
+    modules: Sequence[ModuleShape],
+    *,
+    packing: Packing,
+    max_width: int,
+) -> LoadedAdapter:
+    """The sum of adapters that were packed alike, or AdapterRejectedError. `name`: for the error."""
+    # One order, so that one digest means one blob, to the last bit.
+    ordered = sorted(ingredients, key=lambda one: (one.adapter.digest, struct.pack(">f", one.weight)))
+    layouts = [dict(one.adapter.layout.modules) for one in ordered]
+    of_modules = [
+        (module, [(one, layout.get(module.name, ())) for one, layout in zip(ordered, layouts, strict=True)])
+        for module in modules
+    ]
+    # Turning a pair into a plain one changes nothing of it.
+    width = max(sum(entry.width for _, entries in own for entry in entries) for _, own in of_modules)
+    if width > max_width:
+        problem = f"the ranks r * k + hybrid_r of its adapters are {width} together, this server takes at most"
+        raise rejected(name, [f"{problem} {max_width}"])
+    dtype = ordered[0].adapter.blob.dtype
+    found = [(module, _pairs_of(module, own, packing)) for module, own in of_modules]
+    pairs = [(module, own) for module, own in found if own]
+    blob, layout = _packed(pairs, dtype, packing)
+    return LoadedAdapter(
+        AdapterLayout(
+            digest=mixture_digest((one.adapter.digest, one.weight) for one in ordered),
+            numel=blob.numel(),
+            width=width,
+            modules=layout,
+            summary=_summary(ordered, width=width, num_modules=len(layout), numel=blob.numel()),
+        ),
+        blob,
+    )
+
+
+def _pairs_of(
+    module: ModuleShape, own: Sequence[tuple[Ingredient, Sequence[Entry]]], packing: Packing
+) -> Sequence[Pair]:
+    """All that one module computes for a sum. What an adapter has of a module beside its pairs is to be summed here."""
+    return fitted([_pair(module, entry, one, packing) for one, entries in own for entry in entries])
+
+
+def _pair(module: ModuleShape, entry: Entry, of: Ingredient, packing: Packing) -> Pair:
+    blob = of.adapter.blob
+    dtype = HELD.get(entry.storage, blob.dtype)
+
+    def elements(offset: int, features: int) -> Array:
+        cells: Array = blob[offset:].view(torch.uint8).numpy()
+        return cells[: entry.r * features * dtype.itemsize].view(_array_dtype(dtype))
+
+    return Pair(
+        r=entry.r,
+        k=entry.k,
+        scale=entry.scale * of.weight,
+        dtype=dtype,
+        a=blocks_a(elements(entry.a_offset, module.in_features), entry.k, entry.r, packing.panel),
+        b=blocks_b(elements(entry.b_offset, module.out_features), entry.k, entry.r, packing.panel),
+    )
+
+
+def fitted(pairs: Sequence[Pair]) -> Sequence[Pair]:
+    """At most as many as a module has entries, which compute the same sum; as they are where that is few enough."""
+    if len(pairs) > ENTRIES:
+        pairs = _joined_by(lambda pair: (pair.k, pair.scale, pair.dtype), pairs)
+    if len(pairs) > ENTRIES:
+        pairs = _joined_by(lambda pair: pair.k, pairs)
+    if len(pairs) > ENTRIES:  # the ranks that a plain pair needs more are r * (k - 1)
+        by_price = sorted(pairs, key=lambda pair: pair.r * (pair.k - 1), reverse=True)
+        kept, others = by_price[: ENTRIES - 1], by_price[ENTRIES - 1 :]
+        pairs = [*kept, _joined([_plain(pair) for pair in others])]
+    return pairs
+
+
+def _joined_by(key: Callable[[Pair], Hashable], pairs: Sequence[Pair]) -> list[Pair]:
+    alike: defaultdict[Hashable, list[Pair]] = defaultdict(list)
+    for pair in pairs:
+        alike[key(pair)].append(pair)
+    return [_joined(group) for group in alike.values()]
+
+
+def _joined(pairs: Sequence[Pair]) -> Pair:
+    """Pairs of one k as one, side by side."""
+    if len(pairs) == 1:
+        return pairs[0]
+    if len({(pair.scale, pair.dtype) for pair in pairs}) > 1:
+        pairs = [_with_scale_in_b(pair) for pair in pairs]
+    k, r = pairs[0].k, sum(pair.r for pair in pairs)
+    a = np.concatenate([pair.a.reshape(k, -1, k, pair.r // k) for pair in pairs], axis=3)  # [k, in/k, k, s]
+    b = np.concatenate([pair.b.reshape(k, k, pair.r // k, -1) for pair in pairs], axis=2)  # [k, k, s, out/k]
+    return replace(pairs[0], r=r, a=a.reshape(k, -1, r), b=b.reshape(k, r, -1))
+
+
+def _with_scale_in_b(pair: Pair) -> Pair:
+    a, b = (_widened(elements, pair.dtype) for elements in (pair.a, pair.b))
+    return replace(pair, scale=1.0, dtype=torch.float32, a=a, b=b * np.float32(pair.scale))
+
+
+def _plain(pair: Pair) -> Pair:
+    """The same with k = 1: row j*r + n*s + c carries inputs n to outputs j. Only places change; zeros are elsewhere."""
+    if pair.k == 1:
+        return pair
+    return replace(pair, k=1, r=pair.k * pair.r, a=plain_a(pair.a), b=plain_b(pair.b))
+
+
+def plain_a(a: Array) -> Array:
+    """A [k, in/k, r] as that of a plain pair, [1, in, k*r]."""
+    k, width, r = a.shape
+    plain: Array = np.zeros((k, width, k, k, r // k), a.dtype)  # [inputs n, i, j, n, c]
+    for n in range(k):
+        plain[n, :, :, n] = a[n].reshape(width, k, r // k)
+    return plain.reshape(1, k * width, k * r)
+
+
+def plain_b(b: Array) -> Array:
+    """B [k, r, out/k] as that of a plain pair, [1, k*r, out]."""
+    k, r, width = b.shape
+    plain: Array = np.zeros((k, r, k, width), b.dtype)  # [j, n*s + c, outputs j, o]
+    for j in range(k):
+        plain[j, :, j] = b[j]
+    return plain.reshape(1, k * r, k * width)
+
+
+def _widened(elements: Array, dtype: torch.dtype) -> Array:
+    """Exactly."""
+    if dtype == torch.float32:
+        return elements
+    if dtype == torch.float16:
+        return elements.view(np.float16).astype(np.float32)
+    return (elements.astype(np.uint32) << 16).view(np.float32)
+
+
+def _packed(
+    modules: Sequence[tuple[ModuleShape, Sequence[Pair]]], dtype: torch.dtype, packing: Packing
+) -> tuple[Tensor, Layout]:
+    """A blob of `dtype`, first all A and then all B, as `Recipe` has it."""
+    pairs = [_storable(pair, dtype, packing) for _, own in modules for pair in own]
+    a_starts = list(accumulate((_numel(pair.a, dtype) for pair in pairs), initial=0))
+    b_starts = list(accumulate((_numel(pair.b, dtype) for pair in pairs), initial=a_starts[-1]))
+    cells: Array = np.zeros(b_starts[-1], _array_dtype(dtype))
+    entries = []
+    for pair, a_offset, b_offset in zip(pairs, a_starts[:-1], b_starts[:-1], strict=True):
+        place_a(_room(cells, a_offset, pair.a), pair.a, packing.panel)
+        place_b(_room(cells, b_offset, pair.b), pair.b, packing.panel)
+        storage = Storage.NATIVE if pair.dtype == dtype else STORAGES[pair.dtype]
+        entries.append(
+            Entry(a_offset=a_offset, b_offset=b_offset, r=pair.r, k=pair.k, scale=pair.scale, storage=storage)
+        )
+    in_order = iter(entries)
+    layout = tuple((module.name, tuple(islice(in_order, len(own)))) for module, own in modules)
+    return torch.from_numpy(cells).view(dtype), layout
+
+
+def _storable(pair: Pair, dtype: torch.dtype, packing: Packing) -> Pair:
+    """What was multiplied is rounded where a pool of 16 bits has to hold it."""
+    if pair.dtype == dtype or (packing.keeps_16_bit and pair.dtype in STORAGES):
+        return pair
+    a, b = (held(each.reshape(-1), "F32", dtype).reshape(each.shape) for each in (pair.a, pair.b))
+    return replace(pair, dtype=dtype, a=a, b=b)
+
+
+def _numel(elements: Array, dtype: torch.dtype) -> int:
+    """Cells of a blob of `dtype` that they take."""
+    return aligned(-(-elements.nbytes // dtype.itemsize))
+
+
+def _room(cells: Array, offset: int, elements: Array) -> Array:
+    return cells[offset:].view(elements.dtype)[: elements.size]
+
+
+def _array_dtype(dtype: torch.dtype) -> npt.DTypeLike:
+    """How numpy holds elements: 16 bits as bits."""
+    return np.float32 if dtype == torch.float32 else np.uint16
+
+
+def _summary(ingredients: Sequence[Ingredient], *, width: int, num_modules: int, numel: int) -> AdapterSummary:
+    """In the words of its first adapter, where a sum has none of its own."""
+    summaries = [one.adapter.layout.summary for one in ingredients]
+    return replace(
+        summaries[0],
+        rank=sum(summary.rank for summary in summaries),
+        blocks=max(summary.blocks for summary in summaries),
+        hybrid_rank=sum(summary.hybrid_rank for summary in summaries),
+        equivalent_rank=width,
+        num_modules=num_modules,
+        tensor_bytes=sum(summary.tensor_bytes for summary in summaries),
+        packed_numel=numel,
+        notes=(),
+    )
