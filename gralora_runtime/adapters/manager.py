@@ -79,8 +79,8 @@ class AdapterManager:
     ) -> None:
         """`watch`, `state_dir`, `copies_bytes`: see `EngineConfig`. Raises CatalogueError.
 
-        `base_norms`: see `Oddities`. `allowed_keys`: see `parse_config`. `vocab_size`: the base model's, if golden
-        prompts count; then somebody has to call `examine_with`.
+        `base_norms`: see `Oddities`. `allowed_keys`: see `parse_config`. `vocab_size`: the base model's, or 0. If
+        there is one, golden prompts count, and somebody has to call `examine_with`.
         """
         self.pool = AdapterPool(
             modules=modules,
@@ -123,7 +123,7 @@ class AdapterManager:
             moved=self._changes.touch,
             identified=self.identified,
             examine=self._examine,
-            tries=vocab_size > 0,
+            vocab_size=vocab_size,
             oddities=oddities,
         )
         self._descriptions = Descriptions(self._lock, self._store, self.pool, self._cache, oddities)
@@ -138,6 +138,7 @@ class AdapterManager:
             modules=modules,
             max_width=max_width,
             allowed_keys=allowed_keys,
+            vocab_size=vocab_size,
             keeps_16_bit=self.pool.packing.keeps_16_bit,
             watch=watch,
         )
@@ -515,6 +516,7 @@ class AdapterManager:
             width=resident.layout.width,
             serial=next(self._serials),
             num_bytes=self._pool_bytes(resident.layout.numel),
+            invocation=resident.layout.summary.invocation,
         )
         self._leases[lease.serial] = (version, resident)
         version.leases += 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from gralora_runtime.adapters.checkpoint.config_keys import INVOCATION
 from gralora_runtime.adapters.checkpoint.loader import LoadedAdapter
 from gralora_runtime.adapters.checkpoint.spec import rejected
 from gralora_runtime.adapters.checkpoint.unpacking import updates_in
@@ -39,6 +40,7 @@ def write_merged(adapter: Path, model: Path, out: Path, report: Report) -> Merge
     Raises AdapterRejectedError, ModelUnsupportedError, or ConfigError if a directory cannot be read or written.
     """
     whole = read_whole(adapter, module_shapes(model))
+    _check_mergeable(whole.header.name, whole.header.spec.invocation)
     with new_directory(out) as fresh:
         report("Reading the model", 0, None)
         merged, tokenizer = load_as_stored(model), load_tokenizer(model)
@@ -62,7 +64,11 @@ def write_merged(adapter: Path, model: Path, out: Path, report: Report) -> Merge
 
 
 def merge_adapter(model: PreTrainedModel, adapter: LoadedAdapter) -> None:
-    """Add every update to its weight, in place. `adapter` is packed row-major, in one dtype (`ROW_MAJOR`)."""
+    """Add every update to its weight, in place. `adapter` is packed row-major, in one dtype (`ROW_MAJOR`).
+
+    Raises AdapterRejectedError for one that is not applied to all tokens.
+    """
+    _check_mergeable(f"sha256:{adapter.digest[:12]}", adapter.layout.summary.invocation)
     updates = updates_in(adapter, [shape for shape, _ in adaptable_modules(model)])
     for _, update, weight in _updated(model, updates):
         add(weight, update)
@@ -75,6 +81,12 @@ def add(weight: Tensor, update: Update) -> None:
     for pair in update[1:]:
         total += dense(pair)
     weight += total
+
+
+def _check_mergeable(name: str, invocation: Sequence[int]) -> None:
+    if invocation:
+        problem = "leaves the tokens before them to the base model, and merged weights would not"
+        raise rejected(name, [f"{INVOCATION}: {list(invocation)} {problem}"])
 
 
 def _updated(model: PreTrainedModel, updates: dict[str, Update]) -> Iterable[tuple[str, Update, Tensor]]:

@@ -88,7 +88,7 @@ class BatchBuilder:
             max_query_len=int(counts.max()),
             max_context_len=int(lengths.max()),
             logits_index=torch.from_numpy(starts[1:][[row.samples for row in rows]].astype(np.int64) - 1),
-            grouping=self._group(rows, row_of),
+            grouping=self._group(rows, row_of, positions),
         )
 
     def _check_slots(self, rows: Sequence[RowPlan]) -> None:
@@ -97,10 +97,12 @@ class BatchBuilder:
             if slot >= 0 and self._slot_generation(slot) != generation:
                 raise StaleAdapterError(f"adapter slot {slot} does not hold generation {generation}")
 
-    def _group(self, rows: Sequence[RowPlan], row_of: IntRow) -> Grouping:
+    def _group(self, rows: Sequence[RowPlan], row_of: IntRow, positions: IntRow) -> Grouping:
         self._groupings = grouping, _ = self._groupings[::-1]
-        slots = np.array([row.adapter.slot for row in rows], np.int32)
-        grouping.fill(slots[row_of], {row.adapter.slot: row.adapter.width for row in rows})
+        slots = np.array([row.adapter.slot for row in rows], np.int32)[row_of]
+        if any(row.start < row.adapted_from for row in rows):
+            slots[positions < np.array([row.adapted_from for row in rows])[row_of]] = -1
+        grouping.fill(slots, {row.adapter.slot: row.adapter.width for row in rows})
         return grouping
 
 

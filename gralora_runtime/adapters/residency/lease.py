@@ -17,6 +17,7 @@ class AdapterLease:
     serial: int  # tells leases of one adapter apart, so that each is released exactly once
     version: int = 0  # of the name; 0: the base model, which has none
     num_bytes: int = 0  # of the pool
+    invocation: tuple[int, ...] = ()  # see `AdapterSpec`
 
 
 BASE_LEASE = AdapterLease(name="", digest="", slot=-1, generation=0, width=0, serial=0)
