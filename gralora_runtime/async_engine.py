@@ -392,7 +392,7 @@ class AsyncEngine:
             tenant=arrival.tenant,
             weight=request.weight,
             priority=request.priority,
-            prefix_scope=request.prefix_scope,
+            prefix_scope=request.base_prefix_scope if adapted_from else request.prefix_scope,
             adapted_from=adapted_from,
             loaded_bytes=entry.loaded_bytes,
             echo_prompt_token_ids=request.response.echo_prompt_token_ids,

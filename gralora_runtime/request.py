@@ -114,9 +114,8 @@ class GenerationRequest:
     max_queued_requests: int | None = None  # of the tenant, that wait for their first token
     max_queued_tokens: int | None = None  # of their prompts
     priority: int = 0  # higher first, among those of the same tenant
-    # Prefixes are shared with requests of the same scope, for the same adapter, alone; tokens before an adapter's
-    # invocation count as the base model's.
-    prefix_scope: str = ""
+    prefix_scope: str = ""  # prefixes are shared with requests of the same scope, for the same adapter, alone
+    base_prefix_scope: str = ""  # instead, where the adapter leaves what comes first to the base model
 
 
 class FinishReason(Enum):

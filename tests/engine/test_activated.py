@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -116,14 +116,21 @@ def engine_of(config: EngineConfig) -> Iterator[tuple[AsyncEngine, asyncio.Runne
 
 
 async def ask(
-    engine: AsyncEngine, adapter: str, prompt: Sequence[int], *, num_tokens: int = NUM_TOKENS, **sampling: object
+    engine: AsyncEngine,
+    adapter: str,
+    prompt: Sequence[int],
+    *,
+    num_tokens: int = NUM_TOKENS,
+    logit_bias: Mapping[int, float] | None = None,
+    **scopes: str,
 ) -> Delta:
     request = GenerationRequest(
         request_id=f"{adapter}-{hash(tuple(prompt))}",
         prompt=Prompt(token_ids=tuple(prompt)),
         adapter=adapter,
-        sampling=SamplingParams(temperature=0.0, **sampling),
+        sampling=SamplingParams(temperature=0.0, logit_bias=logit_bias or {}),
         stopping=StoppingParams(max_tokens=num_tokens, ignore_eos=True),
+        **scopes,
     )
     return merge_deltas([delta async for delta in await engine.submit(request)])
 
@@ -247,6 +254,18 @@ def test_one_page_s_tokens_are_another_page_where_the_invocation_is_later_in_it(
 
     assert answer.token_ids == expected
     assert cached(answer) == 0
+
+
+def test_a_prefix_is_shared_in_the_base_models_scope_whatever_the_adapters_is(config: EngineConfig) -> None:
+    """Tenants share the prefixes of an adapter that is everybody's, and those of the base model with nobody."""
+    prompt, whole = PROMPTS["inside-a-page"], 24
+    with engine_of(config) as (engine, runner):
+        base = runner.run(ask(engine, "", prompt, prefix_scope="acme"))
+        own = runner.run(ask(engine, "lora", prompt, base_prefix_scope="acme"))
+        others = runner.run(ask(engine, "lora", prompt, base_prefix_scope="other"))
+        plain = [runner.run(ask(engine, "plain", prompt, base_prefix_scope=name)) for name in ("acme", "other")]
+
+    assert [cached(answer) for answer in (base, own, others, *plain)] == [0, 16, 0, 0, whole]
 
 
 def test_a_second_turn_finds_the_first_one_s_answer(config: EngineConfig, workspace: Path) -> None:

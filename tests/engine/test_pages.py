@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
 
+from gralora_runtime.plan import NEVER
 from gralora_runtime.scheduling.pages import PageChain, PagePool
 
 
@@ -43,6 +45,31 @@ def test_another_adapter_never_matches_the_same_tokens() -> None:
 
     assert pool.match(PageChain("digest-of-b"), [1, 2, 3, 4, 5])[0] == []
     assert pool.match(PageChain(""), [1, 2, 3, 4, 5])[0] == []
+
+
+def test_pages_have_one_name_if_and_only_if_all_up_to_their_end_is_the_same() -> None:
+    """Each token together with whose it is: the base model's, or an adapter's. Of two letters, so that many agree."""
+    names, contents = set(), set()
+    for digest, adapted_from in [("", 0), *((digest, at) for digest in ("a", "b") for at in (*range(8), NEVER))]:
+        chain = PageChain(digest, adapted_from=adapted_from)
+        for tokens in itertools.product((5, 6), repeat=6):
+            whose = [digest if at >= adapted_from else "" for at in range(6)]
+            key = None
+            for start in range(0, 6, 2):
+                key = chain.key(key, start, tokens[start : start + 2])
+                content = tuple(zip(tokens, whose, strict=True))[: start + 2]
+                names.add((key, content))
+                contents.add(content)
+
+    assert len({key for key, _ in names}) == len(names) == len(contents)
+
+
+def test_tenants_do_not_meet_in_pages_before_an_invocation_either() -> None:
+    pool = PagePool(8, 2)
+    pool.release(published(pool, PageChain("a", "acme", adapted_from=3), [1, 2, 3, 4]))
+
+    assert len(pool.match(PageChain("", "acme"), [1, 2, 3, 4, 5])[0]) == 1
+    assert pool.match(PageChain("", "other"), [1, 2, 3, 4, 5])[0] == []
 
 
 def test_the_same_page_after_another_prefix_is_another_page() -> None:
