@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from support.peft_adapters import gralora_config, lora_config
 from support.tiny_models import tiny_model
 from support.workspaces import save_workspace
 
+from gralora_runtime.adapters.checkpoint.golden import Golden, GoldenCase, write_golden
 from gralora_runtime.async_engine import AsyncEngine
 from gralora_runtime.config import EngineConfig, in_directory
 from gralora_runtime.errors import AdapterRejectedError
@@ -318,6 +319,22 @@ def test_the_same_weights_with_another_invocation_are_another_adapter(config: En
     assert a.started.adapter_digest != b.started.adapter_digest
     assert cached(b) == 4
     assert b.token_ids == expected != a.token_ids
+
+
+@pytest.mark.parametrize("made_with", [INVOCATION, None], ids=["activated", "on-all-tokens"])
+def test_golden_prompts_are_answered_as_requests_are(
+    config: EngineConfig, tmp_path: Path, made_with: list[int] | None
+) -> None:
+    save_workspace(tmp_path, {"a": CONFIGS["lora"]})
+    folder, prompt = edit_config(tmp_path / "adapters" / "a", **{KEY: made_with}), PROMPTS["inside-a-page"]
+    with adapted(tiny_model("llama"), folder, prompt) as model:
+        answer = generated(model, prompt)
+    edit_config(folder, **{KEY: INVOCATION})
+    golden = Golden(model="", cases=(GoldenCase(prompt_token_ids=tuple(prompt), expected_token_ids=answer),))
+    write_golden(folder, golden, vocab_size=320)
+    refused = nullcontext() if made_with else pytest.raises(AdapterRejectedError, match=r"golden\.json: cases\[0\]")
+    with engine_of(replace(config, adapters=in_directory(tmp_path / "adapters"))) as (engine, runner), refused:
+        assert runner.run(ask(engine, "a", prompt)).token_ids == answer
 
 
 def test_an_invocation_that_the_model_has_no_tokens_for_is_refused(config: EngineConfig, tmp_path: Path) -> None:
