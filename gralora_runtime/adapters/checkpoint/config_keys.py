@@ -53,7 +53,7 @@ class Key:
 _READ = Key(neutral=_anything)  # by `spec`, which judges its value
 _TRAINING = Key(neutral=_anything)  # or where it comes from, or what matters with an initialisation alone
 _STAMP = Key(neutral=_anything, told="the mark of the program that trained it, which changes nothing")
-_INVOCATION = (
+_ACTIVATED = (  # `spec` reads it
     "from whose last place in a prompt on it is applied: tokens before them, and prompts without them, are the base "
     "model's"
 )
@@ -101,7 +101,7 @@ _COMMON = {
     "velora_config": Key(),
 }
 _OF_LORA = {
-    INVOCATION: Key(neutral=_anything, told=_INVOCATION),  # read by `spec`, as are those after it
+    INVOCATION: Key(neutral=_anything, told=_ACTIVATED),
     "lora_alpha": _READ,
     "use_rslora": _READ,
     "rank_pattern": _READ,
@@ -126,7 +126,7 @@ _OF_LORA = {
     "runtime_config": _TRAINING,
 }
 _OF_GRALORA = {
-    INVOCATION: Key(neutral=_anything, told=f"{_INVOCATION} (PEFT does not know this of a GraLoRA)"),
+    INVOCATION: Key(neutral=_anything, told=f"{_ACTIVATED} (PEFT does not know this of a GraLoRA)"),
     "alpha": _READ,
     "gralora_alpha": _READ,
     "gralora_k": _READ,
