@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import logging
 import math
 import os
 import secrets
@@ -33,11 +34,13 @@ from gralora_runtime.errors import (
 from gralora_runtime.failure import request_failed
 from gralora_runtime.info import EngineInfo, EngineLoad, TokenizeResult
 from gralora_runtime.intake.entrance import Arrival, Entrance
+from gralora_runtime.intake.invocation import first_adapted
 from gralora_runtime.intake.rules import check_fits, rules_of
 from gralora_runtime.intake.tokenizing import Tokenizing
 from gralora_runtime.observation.requests import RequestMeter, RequestObservation, outcome_of
 from gralora_runtime.observation.snapshot import EngineSnapshot
 from gralora_runtime.observation.usage import OTHER
+from gralora_runtime.plan import NEVER
 from gralora_runtime.request import (
     GenerationRequest,
     Prompt,
@@ -52,6 +55,8 @@ from gralora_runtime.stepping.engine_thread import EngineThread
 from gralora_runtime.stream import RequestStream, merge_deltas
 from gralora_runtime.structured.compiler import Compiler
 from gralora_runtime.structured.vocabulary import Vocabulary
+
+logger = logging.getLogger(__name__)
 
 # How far behind the likeliest token one may be, by its log probability, and have been chosen where sums are rounded
 # otherwise: logits agree to 1e-3 in float32; 16 bits leave logits of 16 to 32 an eighth between two values.
@@ -368,6 +373,9 @@ class AsyncEngine:
         # Last, because from here on nothing may fail: the lease has to reach the scheduler, which releases it.
         if lease is None:
             lease = await self._acquire(entry)
+        adapted_from = first_adapted(lease.invocation, tokens)
+        if adapted_from == NEVER:
+            logger.debug("%s: answered by the base model, as %r is not invoked", request.request_id, lease.name)
         return Sequence(
             request_id=request.request_id,
             adapter_name=lease.name,
@@ -385,7 +393,8 @@ class AsyncEngine:
             tenant=arrival.tenant,
             weight=request.weight,
             priority=request.priority,
-            prefix_scope=request.prefix_scope,
+            prefix_scope=request.base_prefix_scope if adapted_from else request.prefix_scope,
+            adapted_from=adapted_from,
             loaded_bytes=entry.loaded_bytes,
             echo_prompt_token_ids=request.response.echo_prompt_token_ids,
         )

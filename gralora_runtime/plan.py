@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -27,12 +28,14 @@ class RowPlan(NamedTuple):
     seat: int  # a number below `max_num_seqs` that no other running sequence has
     stay: int = 0  # the sequence's admission that this row belongs to: its pages are others after the next one
     follows: int = -1  # its one token is what this sampling row of the step before chose, unknown as yet; -1: no
+    adapted_from: int = 0  # of the sequence: its tokens before this one are the base model's, whatever `adapter` says
 
     @property
     def context_len(self) -> int:
         return self.start + len(self.token_ids)
 
 
+NEVER = sys.maxsize  # of `adapted_from`: all its tokens are the base model's
 UNKNOWN = (0,)  # the tokens of a row that follows: any valid one, which the program replaces
 
 

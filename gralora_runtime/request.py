@@ -124,6 +124,7 @@ class GenerationRequest:
     max_queued_tokens: int | None = None  # of their prompts
     priority: int = 0  # higher first, among those of the same tenant
     prefix_scope: str = ""  # prefixes are shared with requests of the same scope, for the same adapter, alone
+    base_prefix_scope: str = ""  # instead, where the adapter leaves what comes first to the base model
 
     @property
     def named_adapters(self) -> tuple[str, ...]:

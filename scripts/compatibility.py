@@ -27,7 +27,8 @@ Written by `python scripts/compatibility.py` from what the tests compare with PE
 CPU, GPU = "../tests/model/test_exactness.py", "../tests/interpreted/test_program.py"
 SUMS = "../tests/engine/test_mixes.py"
 REFUSALS, CONFIGS = "../tests/model/test_start_refusals.py", "../tests/adapters/test_spec.py"
-SPECIALS = ("use_rslora", "rank_pattern", "layers_to_transform")  # of a config, that are worth a word
+# Of a config, that are worth a word.
+SPECIALS = ("use_rslora", "rank_pattern", "layers_to_transform", "alora_invocation_tokens")
 
 
 def main() -> None:

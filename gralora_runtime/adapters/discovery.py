@@ -26,7 +26,7 @@ from gralora_runtime.adapters.catalogue.store import GONE, AdapterStore, Adapter
 from gralora_runtime.adapters.catalogue.uploads import Uploads
 from gralora_runtime.adapters.catalogue.watcher import Watcher
 from gralora_runtime.adapters.checkpoint.header import CONFIG_FILE, AdapterSummary, inspect
-from gralora_runtime.adapters.checkpoint.loader import LoadedAdapter, check_width
+from gralora_runtime.adapters.checkpoint.loader import LoadedAdapter, check_invocation, check_width
 from gralora_runtime.adapters.checkpoint.spec import ModuleShape, to_keep
 from gralora_runtime.adapters.persistence import Persistence
 from gralora_runtime.adapters.residency.mover import log_if_unexpected
@@ -92,6 +92,7 @@ class Discovery:
         modules: Sequence[ModuleShape],
         max_width: int,
         allowed_keys: Collection[str],
+        vocab_size: int,
         keeps_16_bit: bool,
         element_bytes: int,
         watch: str,
@@ -107,6 +108,7 @@ class Discovery:
         self._modules = tuple(modules)
         self._max_width = max_width
         self._allowed_keys = allowed_keys
+        self._vocab_size = vocab_size
         self._keeps_16_bit = keeps_16_bit
         self._element_bytes = element_bytes
         # By an operator, so that no request brings them back; and the last number that each has given to a version.
@@ -543,6 +545,7 @@ class Discovery:
         header.fitting_plan(self._modules)
         summary = header.summary(self._modules, keeps_16_bit=self._keeps_16_bit, element_bytes=self._element_bytes)
         check_width(version.name, summary.equivalent_rank, self._max_width)
+        check_invocation(version.name, summary.invocation, self._vocab_size)
         return summary
 
     def _on_looked_into(self, version: AdapterVersion, seen: Seen) -> None:

@@ -84,8 +84,8 @@ class AdapterManager:
         """`watch`, `state_dir`, `copies_bytes`: see `EngineConfig`. Raises CatalogueError.
 
         `base_norms`: see `Oddities`. `base_layers`: for adapters with magnitudes or biases. `allowed_keys`: see
-        `parse_config`. `vocab_size`: the base model's, if golden prompts count; then somebody has to call
-        `examine_with`.
+        `parse_config`. `vocab_size`: the base model's, or 0. If there is one, golden prompts count, and somebody has to
+        call `examine_with`.
         """
         self.pool = AdapterPool(
             modules=modules,
@@ -130,7 +130,7 @@ class AdapterManager:
             make=self._make,
             identified=self.identified,
             examine=self._examine,
-            tries=vocab_size > 0,
+            vocab_size=vocab_size,
             oddities=oddities,
         )
         self._mixing = Mixing(
@@ -155,6 +155,7 @@ class AdapterManager:
             modules=modules,
             max_width=max_width,
             allowed_keys=allowed_keys,
+            vocab_size=vocab_size,
             keeps_16_bit=self.pool.packing.keeps_16_bit,
             element_bytes=dtype.itemsize,
             watch=watch,
@@ -595,6 +596,7 @@ class AdapterManager:
             serial=next(self._serials),
             num_bytes=self._pool_bytes(resident.layout.numel),
             parts=_served(version),
+            invocation=resident.layout.summary.invocation,
         )
         self._leases[lease.serial] = (version, resident)
         version.leases += 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from gralora_kernels.packing import Array
 from gralora_runtime.adapters.checkpoint.affine import ModuleVectors, affines_of, vectors_in
+from gralora_runtime.adapters.checkpoint.config_keys import INVOCATION
 from gralora_runtime.adapters.checkpoint.header import Vector
 from gralora_runtime.adapters.checkpoint.loader import LoadedAdapter
 from gralora_runtime.adapters.checkpoint.spec import rejected
@@ -42,6 +43,7 @@ def write_merged(adapter: Path, model: Path, out: Path, report: Report) -> Merge
     Raises AdapterRejectedError, ModelUnsupportedError, or ConfigError if a directory cannot be read or written.
     """
     whole = read_whole(adapter, module_shapes(model))
+    _check_mergeable(whole.header.name, whole.header.spec.invocation)
     with new_directory(out) as fresh:
         report("Reading the model", 0, None)
         merged, tokenizer = load_as_stored(model), load_tokenizer(model)
@@ -123,12 +125,22 @@ class _Layer:
 
 @torch.no_grad()
 def merge_adapter(model: PreTrainedModel, adapter: LoadedAdapter) -> None:
-    """Add every update to its weight, in place. `adapter` has matrices alone, packed row-major (`ROW_MAJOR`)."""
+    """Add every update to its weight, in place. `adapter` has matrices alone, packed row-major (`ROW_MAJOR`).
+
+    Raises AdapterRejectedError for one that is not applied to all tokens.
+    """
+    _check_mergeable(f"sha256:{adapter.digest[:12]}", adapter.layout.summary.invocation)
     modules = dict(adaptable_modules(model))
     names = {shape.name: shape for shape in modules}
     for name, update in updates_in(adapter, list(modules)).items():
         weight, _ = weight_and_bias(modules[names[name]])
         weight.copy_(_sum(weight, update))
+
+
+def _check_mergeable(name: str, invocation: Sequence[int]) -> None:
+    if invocation:
+        problem = "leaves the tokens before them to the base model, and merged weights would not"
+        raise rejected(name, [f"{INVOCATION}: {list(invocation)} {problem}"])
 
 
 def _sum(weight: Tensor, update: Update) -> Tensor:

@@ -24,6 +24,13 @@ def module_shapes(model_dir: Path) -> list[ModuleShape]:
     return [shape for shape, _ in adaptable_modules(model)]
 
 
+def vocab_size(model_dir: Path) -> int:
+    """How many tokens the model in `model_dir` knows."""
+    with _unsupported(model_dir):
+        size: int = _config(model_dir).get_text_config().vocab_size
+    return size
+
+
 def kv_token_numel(model_dir: Path) -> int:
     """Elements of the keys and values of one token, in all layers."""
     with _unsupported(model_dir):

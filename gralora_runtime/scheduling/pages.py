@@ -42,6 +42,32 @@ def root_key(adapter_digest: str, scope: str = "") -> PageKey:
     return hashlib.sha256(b"adapter:" + adapter_digest.encode() + b" scope:" + scope.encode()).digest()
 
 
+def turning_key(parent: PageKey, adapter_digest: str, adapted_from: int) -> PageKey:
+    """What takes the place of `parent` before the page in which a chain goes over from the base model to an adapter.
+
+    The token is a part of it: of the same tokens some may be the base model's in one page and not in the other.
+    """
+    return hashlib.sha256(b"adapter:" + adapter_digest.encode() + b" from:%d after:" % adapted_from + parent).digest()
+
+
+@dataclass(frozen=True, slots=True)
+class PageChain:
+    """Names of one sequence's full pages. Its tokens before `adapted_from` are the base model's, and so is a page that
+    has no others. The first one that has some, and with it all after it, is of this adapter from that token on.
+    """
+
+    adapter_digest: str = ""
+    scope: str = ""
+    adapted_from: int = 0
+
+    def key(self, before: PageKey | None, start: int, token_ids: Sequence[int]) -> PageKey:
+        """Of the page that begins with token `start`; `before`: of the page before it, None where it is the first."""
+        parent = before or root_key("" if self.adapted_from else self.adapter_digest, self.scope)
+        if self.adapted_from and start <= self.adapted_from < start + len(token_ids):
+            parent = turning_key(parent, self.adapter_digest, self.adapted_from)
+        return page_key(parent, token_ids)
+
+
 class PagePool:
     """Leases pages, shares those whose key is known, and reuses the oldest cached page when none is free."""
 
@@ -63,7 +89,7 @@ class PagePool:
         """Pages that `allocate` can hand out now."""
         return len(self._free) + len(self._cached)
 
-    def match(self, parent: PageKey, token_ids: Sequence[int]) -> tuple[list[int], list[PageKey]]:
+    def match(self, chain: PageChain, token_ids: Sequence[int]) -> tuple[list[int], list[PageKey]]:
         """Lease the pages of the longest cached prefix of `token_ids`; the caller must release them.
 
         The last token is never matched: its logits have to be computed.
@@ -73,12 +99,12 @@ class PagePool:
         if not self.enable_prefix_cache:
             return pages, keys
         for start in range(0, len(token_ids) - self.page_size, self.page_size):
-            parent = page_key(parent, token_ids[start : start + self.page_size])
-            page = self._by_key.get(parent)
+            key = chain.key(keys[-1] if keys else None, start, token_ids[start : start + self.page_size])
+            page = self._by_key.get(key)
             if page is None:
                 break
             pages.append(page)
-            keys.append(parent)
+            keys.append(key)
         for page in pages:
             self._lease(page)
         return pages, keys

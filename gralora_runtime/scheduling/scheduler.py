@@ -25,7 +25,7 @@ from gralora_runtime.plan import UNKNOWN, RowPlan, StepPlan
 from gralora_runtime.request import Delta, FinishReason
 from gralora_runtime.sampling.outcome import MatchingFailure, RowFailure, Sampled, SamplingFailure
 from gralora_runtime.scheduling.fairness import CPU_PRICES, SHARE_BESIDE_OTHERS, Account, Ledger, Prices
-from gralora_runtime.scheduling.pages import PagePool, page_key
+from gralora_runtime.scheduling.pages import PagePool
 from gralora_runtime.scheduling.preemption import giver_among, giver_of_row, givers_of_pages
 from gralora_runtime.scheduling.roster import Roster
 from gralora_runtime.scheduling.sequence import Sequence, SequenceStatus
@@ -322,7 +322,7 @@ class Scheduler:
         """
         if not self.roster.has_seat and not self._free_a_row(sequence, rows):
             return 0
-        matched, keys = self.pages.match(sequence.parent_key, sequence.tokens)
+        matched, keys = self.pages.match(sequence.chain, sequence.tokens)
         num_fresh = self._pages_for(len(sequence.tokens)) - len(matched)
         if num_fresh > self.pages.num_available:
             self._free_pages_for(sequence, num_fresh, rows)
@@ -399,6 +399,7 @@ class Scheduler:
             sequence.seat,
             sequence.stay,
             sequence.sampled_at if is_pending else -1,
+            sequence.adapted_from,
         )
 
     def _count_tokens(self, sequence: Sequence, row: RowPlan) -> None:
@@ -435,9 +436,11 @@ class Scheduler:
 
     def _publish_full_pages(self, sequence: Sequence, num_computed: int) -> None:
         size = self.pages.page_size
-        for index in range(len(sequence.page_keys), num_computed // size):
-            key = page_key(sequence.parent_key, sequence.tokens[index * size : (index + 1) * size])
-            sequence.page_keys.append(key)
+        keys = sequence.page_keys
+        for index in range(len(keys), num_computed // size):
+            start = index * size
+            key = sequence.chain.key(keys[-1] if keys else None, start, sequence.tokens[start : start + size])
+            keys.append(key)
             self.pages.publish(sequence.pages[index], key)
 
     def _pages_for(self, num_tokens: int) -> int:

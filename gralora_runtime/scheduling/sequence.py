@@ -13,7 +13,7 @@ from gralora_runtime.plan import AdapterUse
 from gralora_runtime.request import Delta, Finished, FinishReason, Started, StoppingParams
 from gralora_runtime.sampling.outcome import SampledToken
 from gralora_runtime.sampling.state import SamplerState
-from gralora_runtime.scheduling.pages import PageKey, root_key
+from gralora_runtime.scheduling.pages import PageChain, PageKey
 
 
 class SequenceStatus(Enum):
@@ -50,6 +50,7 @@ class Sequence:
     weight: float = 1.0  # of the tenant
     priority: int = 0  # higher first, among the tenant's own
     prefix_scope: str = ""
+    adapted_from: int = 0  # the first token that its adapter is applied to, see `RowPlan`
     loaded_bytes: int = 0  # of its adapter, if that had to be loaded for this request
     echo_prompt_token_ids: bool = False
     status: SequenceStatus = SequenceStatus.WAITING
@@ -63,12 +64,14 @@ class Sequence:
     page_keys: list[PageKey] = field(default_factory=list)  # of the full pages, in order
     started: Started | None = None
     adapter: AdapterUse = field(init=False)
+    chain: PageChain = field(init=False)
     seat: int = -1  # while it runs, see `RowPlan`
     stay: int = -1
     sampled_at: int = -1  # its place among the sampling rows of the step that computes the pending token
 
     def __post_init__(self) -> None:
         self.adapter = AdapterUse(self.lease.slot, self.lease.generation, self.lease.width)
+        self.chain = PageChain(self.lease.digest, self.prefix_scope, self.adapted_from)
 
     @property
     def num_output(self) -> int:
@@ -82,11 +85,6 @@ class Sequence:
     def has_all_tokens(self) -> bool:
         """With what is pending it has as many as it may have."""
         return self.num_output + self.num_pending >= self.max_tokens
-
-    @property
-    def parent_key(self) -> PageKey:
-        """Key that the next full page's key is chained to."""
-        return self.page_keys[-1] if self.page_keys else root_key(self.lease.digest, self.prefix_scope)
 
     def begin(self, now_s: float) -> None:
         """Record what the first admission found; reported with the first delta."""

@@ -79,6 +79,8 @@ class BatchBuilder:
         pages = table[row_of, positions // self._page_size].astype(np.int64)
         lengths = begins + counts
         token_slots = np.array([row.adapter.slot for row in rows], np.int32)[row_of]
+        if any(row.start < row.adapted_from for row in rows):
+            token_slots[positions < np.array([row.adapted_from for row in rows])[row_of]] = -1
         return StepTensors(
             input_ids=torch.tensor([[token for row in rows for token in row.token_ids]]),
             follows=torch.from_numpy(np.array([row.follows for row in rows])[row_of]),

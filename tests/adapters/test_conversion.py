@@ -145,6 +145,18 @@ def test_between_the_dialects_and_back_is_the_same_checkpoint(
     assert changed == set()
 
 
+def test_an_invocation_is_kept_in_every_dialect(tmp_path: Path) -> None:
+    """It would be another adapter without it."""
+    blocks = write_gralora(tmp_path / "a", alora_invocation_tokens=[5, 6])
+    plain = write_lora(tmp_path / "b", alora_invocation_tokens=[5, 6])
+
+    for source, to in ((blocks, AUTHORS), (blocks, LORA), (plain, PEFT), (plain, AUTHORS)):
+        written = read_whole(converted(source, to, tmp_path / f"{source.name}-{to}"))
+
+        assert written.header.spec.invocation == (5, 6)
+        assert (written.digest == read_whole(source).digest) == (to is AUTHORS and source is blocks)
+
+
 def test_what_is_written_has_peft_s_names_whatever_they_were(tmp_path: Path) -> None:
     source = write_gralora(tmp_path / "a", hybrid_r=3)
     expected = tensors_of(source)

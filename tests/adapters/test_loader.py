@@ -303,6 +303,28 @@ def test_the_same_content_has_one_digest_under_any_name_and_training_setting(tmp
     assert len(first.digest) == 64
 
 
+def test_an_invocation_that_is_switched_off_leaves_no_trace_in_the_digest(tmp_path: Path) -> None:
+    first = load(write_lora(tmp_path / "a", alora_invocation_tokens=None))
+    config = lora_config(alora_invocation_tokens=[])
+    del config["alora_invocation_tokens"]
+    absent = load(write_checkpoint(tmp_path / "b", config, lora_tensors()))
+
+    assert first.digest == absent.digest == load(write_lora(tmp_path / "c", alora_invocation_tokens=[])).digest
+    assert first.layout.summary.invocation == ()
+
+
+def test_an_invocation_is_held_against_the_vocabulary_where_that_is_known(tmp_path: Path) -> None:
+    path = write_lora(tmp_path / "a", alora_invocation_tokens=[5, 320, 7, 400])
+
+    assert (
+        load(path).layout.summary.invocation == load(path, vocab_size=401).layout.summary.invocation == (5, 320, 7, 400)
+    )
+    assert rejection(path, vocab_size=320) == (
+        "alora_invocation_tokens[1]: 320 is not a token id of this model (0 to 319)",
+        "alora_invocation_tokens[3]: 400 is not a token id of this model (0 to 319)",
+    )
+
+
 def test_both_dialects_of_the_same_adapter_have_one_digest(tmp_path: Path) -> None:
     peft = load(write_gralora(tmp_path / "peft", r=8, hybrid_r=4))
     authors = load(write_gralora(tmp_path / "authors", r=8, hybrid_r=4, authors=True))
@@ -334,6 +356,9 @@ def test_whatever_changes_the_answer_changes_the_digest(tmp_path: Path) -> None:
         write_gralora(tmp_path / "seed", seed=1),
         write_gralora(tmp_path / "k", k=4),
         write_gralora(tmp_path / "rank", r=4),
+        write_gralora(tmp_path / "invocation", alora_invocation_tokens=[5, 6]),
+        write_gralora(tmp_path / "another", alora_invocation_tokens=[6, 5]),
+        write_gralora(tmp_path / "a third", alora_invocation_tokens=[56]),
         write_gralora(tmp_path / "module", MODULES[:-1], target_modules=[module.name for module in MODULES[:-1]]),
     ]
 

@@ -100,6 +100,39 @@ def test_patterns_choose_rank_and_alpha_of_each_module() -> None:
     assert (Part(r=4, k=1, scale=6 / 4),) == parts(config, "model.layers.1.mlp.down_proj")
 
 
+def test_an_invocation_is_read_and_told_of() -> None:
+    for make, told in ((lora_config, "base model's"), (gralora_config, "(PEFT does not know this of a GraLoRA)")):
+        spec = parse_config("a", make(alora_invocation_tokens=[5, 0, 5]))
+        (note,) = spec.notes
+
+        assert spec.invocation == (5, 0, 5)
+        assert note.startswith("its config has alora_invocation_tokens: [5, 0, 5], from whose last place in a prompt")
+        assert note.endswith(told)
+
+
+@pytest.mark.parametrize("off", [None, [], False], ids=repr)
+def test_without_an_invocation_it_is_a_plain_lora_as_to_peft(off: object) -> None:
+    assert parse_config("a", lora_config(alora_invocation_tokens=off)) == parse_config("a", lora_config())
+
+
+INVOCATIONS = [
+    (5, "alora_invocation_tokens: 5 is not a list of 1 to 1024 token ids"),
+    ("assistant", "alora_invocation_tokens: 'assistant' is not a list"),
+    ([1] * 1025, "alora_invocation_tokens: [1, 1, "),
+    ([5, -1], "alora_invocation_tokens[1]: -1 is not a token id"),
+    ([5.0], "alora_invocation_tokens[0]: 5.0 is not a token id"),
+    ([1, True], "alora_invocation_tokens[1]: True is not a token id"),
+    ([1 << 40], f"alora_invocation_tokens[0]: {1 << 40} is not a token id"),
+    ([[5]], "alora_invocation_tokens[0]: [5] is not a token id"),
+]
+
+
+@pytest.mark.parametrize(("value", "told"), INVOCATIONS, ids=[told for _, told in INVOCATIONS])
+def test_an_invocation_that_is_none_is_refused_with_its_value(value: object, told: str) -> None:
+    for make in (lora_config, gralora_config):
+        assert problems(make(alora_invocation_tokens=value)).startswith(told)
+
+
 def test_the_first_pattern_that_matches_wins() -> None:
     config = lora_config(rank_pattern={"self_attn.q_proj": 2, "q_proj": 3})
 
@@ -113,7 +146,6 @@ REFUSED = {
     "megatron_config": {"a": 1},
     "trainable_token_indices": [5],
     "target_parameters": ["experts.down_proj"],
-    "alora_invocation_tokens": [1, 2],
     "use_qalora": True,
     "use_bdlora": {"nblocks": 2},
     "arrow_config": {"top_k": 3},
@@ -284,6 +316,20 @@ def test_gralora_values_are_validated(changes: dict[str, Any], told: str) -> Non
 
 def test_dora_has_no_biases_of_b_beside_it() -> None:
     assert "lora_bias: True is not supported beside use_dora" in problems(lora_config(use_dora=True, lora_bias=True))
+
+
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        (lora_config(use_dora=True), "alora_invocation_tokens: [1, 2] has no meaning beside use_dora"),
+        (lora_config(bias="lora_only"), "bias: 'lora_only' is not supported beside alora_invocation_tokens"),
+        (gralora_config(bias="all"), "bias: 'all' is not supported beside alora_invocation_tokens"),
+    ],
+    ids=["dora", "lora", "gralora"],
+)
+def test_what_tokens_before_the_invocation_would_have_too_is_refused(config: dict[str, Any], told: str) -> None:
+    assert told in problems(config | {"alora_invocation_tokens": [1, 2]})
+    parse_config("a", config)
 
 
 def test_the_authors_hybrid_rank_must_leave_room_for_blocks() -> None:

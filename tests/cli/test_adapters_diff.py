@@ -93,6 +93,18 @@ def test_configs_differ_in_our_words_and_norms_are_of_the_dense_update(tmp_path:
     assert {(module["relative"], module["module"][:14]) for module in only_in_a} == {(1.0, "model.layers.1")}
 
 
+def test_the_same_weights_that_begin_at_other_tokens_differ(tmp_path: Path, capsys) -> None:
+    a, b = (write_lora(tmp_path / name, alora_invocation_tokens=[5, len(name)]) for name in ("a", "bb"))
+
+    code, found = diff(a, b, capsys)
+
+    assert code == ExitCode.DIFFERENT
+    assert found["config"] == {"invocation": {"a": [5, 1], "b": [5, 2]}}
+    assert max(module["relative"] for module in found["modules"]) <= 1e-12
+    assert run(["adapters", "diff", str(a), str(b)]) == ExitCode.DIFFERENT
+    assert "5, 2" in capsys.readouterr().out
+
+
 def test_targets_are_shown_as_patterns(tmp_path: Path, capsys) -> None:
     a, b = write_lora(tmp_path / "a", MODULES[:2]), write_lora(tmp_path / "b", MODULES[:1])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,9 @@ from support.peft_adapters import gralora_config, in_authors_dialect, lora_confi
 from support.tiny_models import CHAT_TEMPLATE, save_tiny_model, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from gralora_runtime.adapters.checkpoint.loader import load
+from gralora_runtime.errors import AdapterRejectedError
+from gralora_runtime.model.merging import merge_adapter
 from gralora_runtime.model.module_shapes import module_shapes
 from gralora_server.cli.app import run
 from gralora_server.cli.output import ExitCode
@@ -95,6 +99,20 @@ def test_the_directory_is_whole(tmp_path: Path, capsys) -> None:
     assert tokenizers[0].get_vocab() == tokenizers[1].get_vocab()
     assert tokenizers[1].chat_template == CHAT_TEMPLATE
     assert tokenizers[1].eos_token_id == tokenizers[0].eos_token_id
+
+
+def test_an_activated_adapter_is_refused_because_its_weights_are_not_for_all_tokens(tmp_path: Path, capsys) -> None:
+    model = save_tiny_model("llama", tmp_path / "model")
+    config = lora_config("llama", 4, alora_invocation_tokens=[5, 6])
+    adapter = save_adapter(tiny_model("llama"), config, tmp_path / "adapter")
+    loaded = load("adapter", adapter, module_shapes(model), torch.float32, max_width=64)
+    told = "alora_invocation_tokens: [5, 6] leaves the tokens before them to the base model"
+
+    assert merge(adapter, model, tmp_path / "out") == ExitCode.UNFIT_ADAPTER
+    assert told in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(AdapterRejectedError, match=re.escape(told)):
+        merge_adapter(tiny_model("llama"), loaded)
 
 
 def test_nothing_is_written_over_what_is_there(tmp_path: Path, capsys) -> None:

@@ -110,6 +110,25 @@ def test_an_adapter_that_does_not_fit_is_exit_code_4_with_every_reason(tmp_path:
     assert len(err.splitlines()) == 1
 
 
+def test_where_an_activated_adapter_begins_is_told_and_held_against_the_model(tmp_path: Path, capsys) -> None:
+    model = config_dir("llama", tmp_path / "model")
+    modules = [shape for shape in module_shapes(model) if shape.name.endswith("q_proj")]
+    options = {"target_modules": ["q_proj"], "alora_invocation_tokens": [5, 319]}
+    fits = write_lora(tmp_path / "a", modules, **options)
+    does_not = write_lora(tmp_path / "b", modules, **options | {"alora_invocation_tokens": [5, 320]})
+
+    assert run(["adapters", "inspect", str(fits), "--model", str(model), "--json"]) == ExitCode.OK
+    facts = inspected(capsys)
+    assert facts["invocation"] == [5, 319]
+    assert [warning[:58] for warning in facts["warnings"]] == [
+        "its config has alora_invocation_tokens: [5, 319], from who"
+    ]
+
+    assert run(["adapters", "inspect", str(does_not), "--model", str(model), "--json"]) == ExitCode.UNFIT_ADAPTER
+    (problem,) = inspected(capsys)["problems"]
+    assert problem == "alora_invocation_tokens[1]: 320 is not a token id of this model (0 to 319)"
+
+
 def test_a_broken_adapter_is_exit_code_4(tmp_path: Path, capsys) -> None:
     adapter = write_gralora(tmp_path / "a", use_dora=True, modules_to_save=["lm_head"])
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from gralora_runtime.plan import AdapterUse, RowPlan, StepPlan
+from gralora_runtime.plan import NEVER, AdapterUse, RowPlan, StepPlan
 from gralora_runtime.stepping.batch import BatchBuilder, StaleAdapterError
 
 BASE = AdapterUse(slot=-1, generation=0, width=0)
@@ -49,6 +49,28 @@ def test_every_token_goes_to_its_row_position_page_and_adapter(builder: BatchBui
     assert tensors.grouping.slots.tolist() == [0, 5]
     assert tensors.grouping.order.tolist() == [2, 3, 4, 0, 5, 6]
     assert tensors.grouping.max_width == 24
+
+
+def test_tokens_before_an_invocation_are_the_base_models_and_the_slot_is_checked_all_the_same(
+    builder: BatchBuilder,
+) -> None:
+    adapter, stale = AdapterUse(slot=0, generation=3, width=24), AdapterUse(slot=0, generation=2, width=24)
+    decoding = row("decode", (7,), 5, (9, 2), AdapterUse(slot=5, generation=1, width=16))
+    before = row("unfinished", (10, 11), 3, (1, 6), adapter)._replace(adapted_from=5)
+    prompt = row("prompt", (20, 21, 22), 1, (3,), adapter)._replace(adapted_from=2)
+    after = row("a", (8,), 9, (4, 5, 7), adapter)._replace(adapted_from=9)
+    never = row("b", (8, 8), 0, (8,), adapter)._replace(adapted_from=NEVER)
+
+    grouping = builder.build(StepPlan((decoding, after, before, prompt, never), 2)).grouping
+    assert grouping.slots.tolist() == [0, 5]
+    assert grouping.order.tolist() == [1, 5, 6, 0]
+    assert grouping.num_tokens == 9
+
+    grouping = builder.build(StepPlan((before, never), 0)).grouping
+    assert (grouping.num_adapted, grouping.max_width) == (0, 0)
+
+    with pytest.raises(StaleAdapterError):
+        builder.build(StepPlan((never._replace(adapter=stale),), 0))
 
 
 def test_a_step_of_base_rows_alone_has_no_adapted_token_after_one_that_had(builder: BatchBuilder) -> None:

@@ -263,9 +263,8 @@ def test_prefixes_are_not_shared_between_scopes() -> None:
     scopes = {"a": "acme", "b": "other", "c": "acme", "d": ""}
     cached = {}
     for name, scope in scopes.items():
-        sequence = fake_sequence(name, list(range(10)), max_tokens=1, lease=fake_lease("digest", 0))
-        sequence.prefix_scope = scope
-        harness.scheduler.add(sequence)
+        lease = fake_lease("digest", 0)
+        harness.scheduler.add(fake_sequence(name, list(range(10)), max_tokens=1, lease=lease, prefix_scope=scope))
         harness.run()
         cached[name] = harness.outputs[name][0].delta.started.cached_tokens
 

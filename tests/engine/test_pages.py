@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
 
-from gralora_runtime.scheduling.pages import PagePool, page_key, root_key
+from gralora_runtime.plan import NEVER
+from gralora_runtime.scheduling.pages import PageChain, PagePool
 
 
-def published(pool: PagePool, root: bytes, tokens: list[int]) -> list[int]:
+def published(pool: PagePool, chain: PageChain, tokens: list[int]) -> list[int]:
     """Compute and publish all full pages of `tokens` as one sequence would; returns its leased pages."""
     pages = pool.allocate(len(tokens) // pool.page_size) or []
-    key = root
+    key = None
     for index, page in enumerate(pages):
-        key = page_key(key, tokens[index * pool.page_size : (index + 1) * pool.page_size])
+        start = index * pool.page_size
+        key = chain.key(key, start, tokens[start : start + pool.page_size])
         pool.publish(page, key)
     return pages
 
@@ -28,44 +31,69 @@ def test_allocation_is_all_or_nothing() -> None:
 
 def test_a_released_prefix_is_found_again_and_its_last_token_is_left_to_compute() -> None:
     pool = PagePool(8, 2)
-    pages = published(pool, root_key("a"), [1, 2, 3, 4])
+    pages = published(pool, PageChain("a"), [1, 2, 3, 4])
     pool.release(pages)
 
-    assert pool.match(root_key("a"), [1, 2, 3, 4])[0] == pages[:1]
-    assert pool.match(root_key("a"), [1, 2, 3, 4, 5])[0] == pages
+    assert pool.match(PageChain("a"), [1, 2, 3, 4])[0] == pages[:1]
+    assert pool.match(PageChain("a"), [1, 2, 3, 4, 5])[0] == pages
 
 
 def test_another_adapter_never_matches_the_same_tokens() -> None:
     """vLLM keyed prefixes by name once: a reloaded adapter was answered from its predecessor's pages."""
     pool = PagePool(8, 2)
-    pool.release(published(pool, root_key("digest-of-a"), [1, 2, 3, 4]))
+    pool.release(published(pool, PageChain("digest-of-a"), [1, 2, 3, 4]))
 
-    assert pool.match(root_key("digest-of-b"), [1, 2, 3, 4, 5])[0] == []
-    assert pool.match(root_key(""), [1, 2, 3, 4, 5])[0] == []
+    assert pool.match(PageChain("digest-of-b"), [1, 2, 3, 4, 5])[0] == []
+    assert pool.match(PageChain(""), [1, 2, 3, 4, 5])[0] == []
+
+
+def test_pages_have_one_name_if_and_only_if_all_up_to_their_end_is_the_same() -> None:
+    """Each token together with whose it is: the base model's, or an adapter's. Of two letters, so that many agree."""
+    names, contents = set(), set()
+    for digest, adapted_from in [("", 0), *((digest, at) for digest in ("a", "b") for at in (*range(8), NEVER))]:
+        chain = PageChain(digest, adapted_from=adapted_from)
+        for tokens in itertools.product((5, 6), repeat=6):
+            whose = [digest if at >= adapted_from else "" for at in range(6)]
+            key = None
+            for start in range(0, 6, 2):
+                key = chain.key(key, start, tokens[start : start + 2])
+                content = tuple(zip(tokens, whose, strict=True))[: start + 2]
+                names.add((key, content))
+                contents.add(content)
+
+    assert len({key for key, _ in names}) == len(names) == len(contents)
+
+
+def test_tenants_do_not_meet_in_pages_before_an_invocation_either() -> None:
+    pool = PagePool(8, 2)
+    pool.release(published(pool, PageChain("a", "acme", adapted_from=3), [1, 2, 3, 4]))
+
+    assert len(pool.match(PageChain("", "acme"), [1, 2, 3, 4, 5])[0]) == 1
+    assert pool.match(PageChain("", "other"), [1, 2, 3, 4, 5])[0] == []
 
 
 def test_the_same_page_after_another_prefix_is_another_page() -> None:
     pool = PagePool(8, 2)
-    pool.release(published(pool, root_key(""), [1, 2, 3, 4]))
+    pool.release(published(pool, PageChain(""), [1, 2, 3, 4]))
 
-    assert pool.match(root_key(""), [9, 9, 3, 4, 5])[0] == []
+    assert pool.match(PageChain(""), [9, 9, 3, 4, 5])[0] == []
 
 
 def test_cached_pages_are_reused_oldest_first_and_deepest_first() -> None:
     pool = PagePool(4, 1)
-    first = published(pool, root_key(""), [1, 2])
-    second = published(pool, root_key(""), [7, 8])
+    first = published(pool, PageChain(""), [1, 2])
+    second = published(pool, PageChain(""), [7, 8])
     pool.release(first)
     pool.release(second)
 
     assert pool.allocate(1) == [first[1]]
-    assert pool.match(root_key(""), [1, 2, 3])[0] == [first[0]]
+    assert pool.match(PageChain(""), [1, 2, 3])[0] == [first[0]]
 
 
 def test_a_page_in_use_is_never_reused() -> None:
     pool = PagePool(2, 1)
-    pages = published(pool, root_key(""), [1, 2])
-    pool.match(root_key(""), [1, 2, 3])
+    pages = published(pool, PageChain(""), [1, 2])
+    pool.match(PageChain(""), [1, 2, 3])
     pool.release(pages)
 
     assert pool.allocate(1) is None
@@ -91,9 +119,9 @@ def test_integrity_check_sees_a_leak() -> None:
 
 def test_switched_off_prefix_cache_matches_nothing() -> None:
     pool = PagePool(4, 1, enable_prefix_cache=False)
-    pool.release(published(pool, root_key(""), [1, 2]))
+    pool.release(published(pool, PageChain(""), [1, 2]))
 
-    assert pool.match(root_key(""), [1, 2, 3]) == ([], [])
+    assert pool.match(PageChain(""), [1, 2, 3]) == ([], [])
     assert pool.counts().free == 4
 
 
@@ -105,15 +133,15 @@ def test_a_thousand_random_sequences_leave_every_page_accounted_for() -> None:
         if held and rng.random() < 0.5:
             pool.release(held.pop(rng.randrange(len(held))))
         else:
-            root, tokens = root_key(rng.choice("ab")), [rng.randrange(2) for _ in range(rng.randrange(1, 9))]
-            matched, _ = pool.match(root, tokens)
+            chain, tokens = PageChain(rng.choice("ab")), [rng.randrange(2) for _ in range(rng.randrange(1, 9))]
+            matched, _ = pool.match(chain, tokens)
             fresh = pool.allocate(-(-len(tokens) // 2) - len(matched))
             if fresh is None:
                 pool.release(matched)
                 continue
-            key = root
+            key = None
             for index in range(len(tokens) // 2):
-                key = page_key(key, tokens[2 * index : 2 * index + 2])
+                key = chain.key(key, 2 * index, tokens[2 * index : 2 * index + 2])
                 pool.publish((matched + fresh)[index], key)
             held.append(matched + fresh)
         pool.check_integrity(page for pages in held for page in pages)
@@ -121,10 +149,10 @@ def test_a_thousand_random_sequences_leave_every_page_accounted_for() -> None:
 
 def test_reclaiming_leaves_leases_to_who_holds_them_and_everything_else_idle() -> None:
     pool = PagePool(8, 2)
-    kept = published(pool, root_key("a"), [1, 2, 3, 4])
-    cached = published(pool, root_key("b"), [5, 6])
+    kept = published(pool, PageChain("a"), [1, 2, 3, 4])
+    cached = published(pool, PageChain("b"), [5, 6])
     pool.release(cached)
-    pool.match(root_key("a"), [1, 2, 3, 4, 5])  # leased, and then forgotten by an interrupted admission
+    pool.match(PageChain("a"), [1, 2, 3, 4, 5])  # leased, and then forgotten by an interrupted admission
     assert pool.allocate(3) is not None
 
     pool.reclaim(kept)
@@ -132,13 +160,13 @@ def test_reclaiming_leaves_leases_to_who_holds_them_and_everything_else_idle() -
     pool.check_integrity(kept)
     counts = pool.counts()
     assert (counts.leased, counts.cached, counts.free) == (2, 1, 5)
-    assert pool.match(root_key("b"), [5, 6, 7])[0] == cached
+    assert pool.match(PageChain("b"), [5, 6, 7])[0] == cached
 
 
 @pytest.mark.parametrize("interrupted", ["publish", "unpublish", "release"])
 def test_reclaiming_mends_what_was_interrupted_half_way(interrupted: str) -> None:
     pool = PagePool(4, 2)
-    held = published(pool, root_key("a"), [1, 2, 3, 4])
+    held = published(pool, PageChain("a"), [1, 2, 3, 4])
     if interrupted == "publish":
         pool._keys[pool._free[-1]] = b"nobody finds it by this"
     elif interrupted == "unpublish":

@@ -9,10 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from support.checkpoints import write_lora
 from support.peft_adapters import gralora_config, lora_config
 from support.workspaces import save_workspace
 
-from gralora_runtime.errors import AdapterRejectedError
+from gralora_runtime.errors import AdapterRejectedError, ConfigError
 from gralora_server.cli.app import run
 from gralora_server.cli.environment import offline_environment
 from gralora_server.cli.output import ExitCode
@@ -22,7 +23,7 @@ from gralora_server.loadtest.record import RequestRecord
 from gralora_server.loadtest.result import LoadTestResult
 from gralora_server.planner.check import Check
 from gralora_server.planner.measure import Subject, measure
-from gralora_server.planner.mix import adapter_bytes, kv_token_bytes
+from gralora_server.planner.mix import adapter_bytes, applied_to_any_prompt, kv_token_bytes
 from gralora_server.planner.profile import Profile
 from gralora_server.planner.waves import steady_gaps_s
 
@@ -71,6 +72,15 @@ def test_an_adapter_that_does_not_fit_is_refused(workspace: Path, tmp_path: Path
 
     with pytest.raises(AdapterRejectedError, match="shape"):
         adapter_bytes(workspace / "model", tmp_path, ["g"])
+
+
+def test_what_drawn_prompts_do_not_invoke_is_not_measured(tmp_path: Path) -> None:
+    write_lora(tmp_path / "a", alora_invocation_tokens=[5, 6])
+    write_lora(tmp_path / "b")
+
+    assert applied_to_any_prompt(tmp_path, ["a", "b"]) == ["b"]
+    with pytest.raises(ConfigError, match=r"all adapters of .* have alora_invocation_tokens"):
+        applied_to_any_prompt(tmp_path, ["a"])
 
 
 def test_a_measured_profile_has_every_cost(profile: Profile) -> None:

@@ -56,6 +56,7 @@ def fake_sequence(
     tenant: str = "",
     weight: float = 1.0,
     priority: int = 0,
+    prefix_scope: str = "",
 ) -> Sequence:
     return Sequence(
         request_id=request_id,
@@ -74,6 +75,7 @@ def fake_sequence(
         tenant=tenant,
         weight=weight,
         priority=priority,
+        prefix_scope=prefix_scope,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,20 @@ ALL_LINEAR = {
 LLAMA_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
+@dataclass
+class ActivatedGraloraConfig(GraloraConfig):
+    """With a key that PEFT knows of a LoRA alone."""
+
+    alora_invocation_tokens: list[int] | None = None
+
+
 def all_linear(architecture: str) -> list[str]:
     return ALL_LINEAR.get(architecture, LLAMA_LINEAR)
 
 
 def gralora_config(architecture: str, r: int, k: int, *, hybrid_r: int = 0, **options: Any) -> GraloraConfig:
-    return GraloraConfig(
+    kind = ActivatedGraloraConfig if "alora_invocation_tokens" in options else GraloraConfig
+    return kind(
         r=r,
         gralora_k=k,
         hybrid_r=hybrid_r,

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from peft import PeftConfig, PeftModel
-from peft_oracle import peft_readable
+from peft import PeftConfig
+from support.activated import adapted
 from support.device import DEVICE, ON_GPU
 from support.peft_adapters import all_linear, gralora_config, in_authors_dialect, lora_config, save_adapter
 from support.tiny_models import save_tiny_model, tiny_model
@@ -17,6 +17,7 @@ from support.tiny_models import save_tiny_model, tiny_model
 from gralora_runtime.adapters.residency.lease import AdapterLease
 from gralora_runtime.assemble import EngineParts, assemble
 from gralora_runtime.config import EngineConfig, in_directory
+from gralora_runtime.intake.invocation import first_adapted
 from gralora_runtime.plan import AdapterUse, RowPlan, StepPlan
 
 PROMPT = [5, 250, 17, 99, 3, 280, 41, 8, 120, 77, 301, 12, 64, 200, 9, 33, 150, 71, 222, 18, 90, 45, 263, 31, 7, 180]
@@ -36,6 +37,9 @@ def adapter_configs(architecture: str, *, all_ranks: bool = True) -> dict[str, P
         "gralora-authors": gralora_config(architecture, 12, 4, alpha=5),
         "lora": lora_config(architecture, 5),
         "rslora": lora_config(architecture, 9, use_rslora=True, alpha=3),
+        # Both are found in every beginning of PROMPT that a test may ask for.
+        "activated": lora_config(architecture, 6, alora_invocation_tokens=PROMPT[2:4]),
+        "activated-gralora": gralora_config(architecture, 8, 2, hybrid_r=2, alora_invocation_tokens=PROMPT[1:4]),
     }
     first = all_linear(architecture)[0]
     if architecture in ("llama", "granite", "gemma2", "gpt2"):  # untied, scaled logits, soft-capped ones, tied
@@ -83,7 +87,9 @@ class Served:
                 adapter = AdapterUse(lease.slot, lease.generation, lease.width)
                 if part:
                     is_last = start + chunk >= len(tokens)
-                    plans.append(RowPlan(str(index), part, start, pages, adapter, samples=is_last, seat=index))
+                    place = first_adapted(lease.invocation, tokens)
+                    row = RowPlan(str(index), part, start, pages, adapter, samples=is_last, seat=index)
+                    plans.append(row._replace(adapted_from=place))
             plans.sort(key=lambda row: len(row.token_ids) > 1)
             plan = StepPlan(tuple(plans), sum(len(row.token_ids) == 1 for row in plans))
             engine = self.parts.engine
@@ -128,8 +134,8 @@ def serving(
 
 
 def peft_logits(served: Served, name: str, tokens: list[int]) -> torch.Tensor:
-    with peft_readable(served.adapters_dir / name) as folder, torch.inference_mode():
-        model = PeftModel.from_pretrained(tiny_model(served.architecture), folder).eval()
+    """Of the last token."""
+    with torch.inference_mode(), adapted(tiny_model(served.architecture), served.adapters_dir / name, tokens) as model:
         return model(torch.tensor([tokens])).logits[0, -1]
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 OPTION = "--allow-unknown-config-key"
+INVOCATION = "alora_invocation_tokens"
 _OTHER_HEADS = ("classifier", "qa_outputs", "score")  # what PEFT saves for tasks that are no causal LM's
 _MAX_CHARS = 200  # of a stranger's key in a command that is told
 
@@ -52,6 +53,10 @@ class Key:
 _READ = Key(neutral=_anything)  # by `spec`, which judges its value
 _TRAINING = Key(neutral=_anything)  # or where it comes from, or what matters with an initialisation alone
 _STAMP = Key(neutral=_anything, told="the mark of the program that trained it, which changes nothing")
+_ACTIVATED = (  # `spec` reads it
+    "from whose last place in a prompt on it is applied: tokens before them, and prompts without them, are the base "
+    "model's"
+)
 
 _COMMON = {
     "peft_type": _READ,
@@ -81,7 +86,6 @@ _COMMON = {
     "transformers_version": _STAMP,
     "unsloth_fixed": _STAMP,
     "unsloth_version": _STAMP,
-    "alora_invocation_tokens": Key(otherwise="is not supported: aLoRA begins at these tokens of the prompt"),
     "arrow_config": Key(otherwise="is not supported: Arrow routes each token between adapters"),
     "ensure_weight_tying": Key(),
     "kasa_config": Key(otherwise="is not supported: KaSA cuts off parts of the base weights"),
@@ -95,6 +99,7 @@ _COMMON = {
     "velora_config": Key(),
 }
 _OF_LORA = {
+    INVOCATION: Key(neutral=_anything, told=_ACTIVATED),
     "lora_alpha": _READ,
     "use_rslora": _READ,
     "use_dora": _READ,
@@ -121,6 +126,7 @@ _OF_LORA = {
     "runtime_config": _TRAINING,
 }
 _OF_GRALORA = {
+    INVOCATION: Key(neutral=_anything, told=f"{_ACTIVATED} (PEFT does not know this of a GraLoRA)"),
     "alpha": _READ,
     "gralora_alpha": _READ,
     "gralora_k": _READ,

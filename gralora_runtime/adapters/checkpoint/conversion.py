@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gralora_runtime.adapters.checkpoint.config_keys import INVOCATION
 from gralora_runtime.adapters.checkpoint.header import ModulePlan, PartTensors
 from gralora_runtime.adapters.checkpoint.naming import Naming, as_peft_names
 from gralora_runtime.adapters.checkpoint.spec import MAX_RANK, Dialect
@@ -117,6 +118,8 @@ def _common(adapter: WholeAdapter) -> dict[str, Any]:
     kept = {key: adapter.config[key] for key in _KEPT if key in adapter.config}
     if adapter.config.get("exclude_modules"):  # which GraLoRA has not: a whole path in the list stands for itself alone
         kept |= {"target_modules": list(adapter.header.targets), "layers_pattern": None, "layers_to_transform": None}
+    if adapter.header.spec.invocation:  # to our reader it means the same in all dialects
+        kept[INVOCATION] = list(adapter.header.spec.invocation)
     return {**kept, "bias": "none", "modules_to_save": None}
 
 

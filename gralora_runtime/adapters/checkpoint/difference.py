@@ -10,7 +10,7 @@ from gralora_runtime.adapters.checkpoint.header import Vector
 from gralora_runtime.adapters.checkpoint.update import Update, minus, norm
 from gralora_runtime.adapters.checkpoint.whole import WholeAdapter
 
-Fact = str | int | float | list[str]
+Fact = str | int | float | list[str] | list[int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +66,7 @@ def _facts(adapter: WholeAdapter) -> dict[str, Fact]:
         "hybrid_r": summary.hybrid_rank,
         "scale": summary.scale,
         "base_model": summary.base_model,
+        "invocation": list(summary.invocation),
         "dtypes": sorted({tensor.dtype for tensor in adapter.header.tensors.values()}),
         "targets": list(adapter.header.targets),
         "vectors": [f"{kind} {_digest(adapter, kind)}" for kind in adapter.vectors],

@@ -112,6 +112,7 @@ class AdapterSummary:
     packed_numel: int  # elements of a pool
     base_model: str
     notes: tuple[str, ...] = ()  # see `AdapterSpec`
+    invocation: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -170,7 +171,9 @@ class AdapterHeader:
         """What the config puts on which of these modules, whether or not the tensors are there."""
         try:
             plan = _plan_once if self.config_bytes <= MAX_KEPT_CONFIG_BYTES else _plan
-            return plan(replace(self.spec, base_model="", notes=()), tuple(modules), self.naming(modules))
+            return plan(
+                replace(self.spec, base_model="", notes=(), invocation=()), tuple(modules), self.naming(modules)
+            )
         except SlowPatternError as cause:
             problem = f"its patterns take more than {MATCHING_BUDGET_S:.0f} s to match"
             raise rejected(self.name, [problem]) from cause
@@ -383,6 +386,7 @@ def _summary(
         packed_numel=_packed_numel(plan, tensors, keeps_16_bit=keeps_16_bit, element_bytes=element_bytes),
         base_model=spec.base_model,
         notes=spec.notes,
+        invocation=spec.invocation,
     )
 
 

@@ -9,6 +9,7 @@ of OpenMP threads in whichever thread calls it, and those would spin against the
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -35,7 +36,7 @@ from gralora_runtime.adapters.checkpoint.recipe import (
     Recipe,
     recipe_of,
 )
-from gralora_runtime.adapters.checkpoint.spec import ModuleShape, rejected
+from gralora_runtime.adapters.checkpoint.spec import ModuleShape, not_in_vocabulary, rejected
 from gralora_runtime.adapters.checkpoint.stored import ARRAYS, changed, held, read_range
 from gralora_runtime.adapters.checkpoint.tensors import DTYPES, WEIGHTS_FILE
 from gralora_runtime.adapters.residency.transfer import Spread, serially
@@ -86,6 +87,7 @@ def load(
     max_width: int,
     roots: Sequence[Path] = (),
     allowed_keys: Collection[str] = (),
+    vocab_size: int = 0,
     packing: Packing = ROW_MAJOR,
     spread: Spread = serially,
     base: BaseLayers | None = None,
@@ -94,13 +96,15 @@ def load(
 
     `packing` is how the kernels want matrices to lie. The digest depends neither on it nor on `dtype`.
 
-    `allowed_keys`: see `parse_config`. `base`: of an adapter that has vectors; what it needs to know of these modules.
+    `allowed_keys`: see `parse_config`. `vocab_size`: see `not_in_vocabulary`. `base`: of an adapter that has vectors;
+    what it needs to know of these modules.
     """
     assert dtype == torch.float32 or not packing.keeps_16_bit, "only an fp32 pool holds matrices of 16 bits as they are"
     header = inspect(path, name=name, roots=roots, allowed_keys=allowed_keys)
     plan = header.fitting_plan(modules)
     summary = header.summary(modules, keeps_16_bit=packing.keeps_16_bit, element_bytes=dtype.itemsize)
     check_width(name, summary.equivalent_rank, max_width)
+    check_invocation(name, summary.invocation, vocab_size)
     recipe = recipe_of(plan, header.tensors, dtype, keeps_16_bit=packing.keeps_16_bit, piece_bytes=PIECE_BYTES)
     try:
         with open_regular(path, WEIGHTS_FILE, roots) as opened:
@@ -121,7 +125,7 @@ def load(
         assert base is not None, "gains and shifts depend on the base layers"
         packer.put_affines(affines_of(name, vectors.modules, base))
     layout = AdapterLayout(
-        digest=digest_of(recipe.description, [facts.digests.tobytes(), *vectors.digests]),
+        digest=digest_of(recipe.description, [facts.digests.tobytes(), *vectors.digests], header.spec.invocation),
         numel=recipe.numel,
         width=summary.equivalent_rank,
         modules=recipe.layout,
@@ -138,11 +142,20 @@ def check_width(name: str, width: int, max_width: int) -> None:
         raise rejected(name, [f"its rank r * k + hybrid_r is {width}, this server takes at most {max_width}"])
 
 
-def digest_of(description: bytes, digests: Iterable[bytes]) -> str:
-    """SHA-256 of what the adapter computes, with its weights as they are stored: of `describe`, and of the SHA-256 of
-    each tensor's bytes, A before B, in the order of modules. Those can be had in any order, and beside one another.
+def check_invocation(name: str, invocation: Sequence[int], vocab_size: int) -> None:
+    """An adapter that no prompt could invoke is one of another model."""
+    if problems := not_in_vocabulary(invocation, vocab_size):
+        raise rejected(name, problems)
+
+
+def digest_of(description: bytes, digests: Iterable[bytes], invocation: Sequence[int]) -> str:
+    """SHA-256 of what the adapter computes, with its weights as they are stored: of `describe`, of where it begins if
+    that is not the start, and of the SHA-256 of each tensor's bytes, A before B, in the order of modules. Those can be
+    had in any order, and beside one another.
     """
     digest = hashlib.sha256(description)
+    if invocation:
+        digest.update(json.dumps(list(invocation)).encode())
     for of_tensor in digests:
         digest.update(of_tensor)
     return digest.hexdigest()

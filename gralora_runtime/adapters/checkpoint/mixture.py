@@ -4,6 +4,9 @@ Pairs of the same number of blocks k lie side by side in one: strip j of A[n] is
 second, and so are the rows of B[j]. Nothing is added up, so nothing is rounded but scales that have to be multiplied
 into B, in float32, because pairs with different ones share an entry of the kernels' tables. Where pairs of more k meet
 in a module than it has entries, the smaller ones become plain ones.
+
+An adapter with gains g and shifts c adds (g - 1) * y + g * update + c to what a layer gives. So a sum's gains are
+G = 1 + sum w * (g - 1) and its shifts sum w * c, and its updates are multiplied by w * g / G.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ import hashlib
 import json
 import struct
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, islice
 
@@ -23,13 +26,14 @@ from torch import Tensor
 
 from gralora_kernels.packing import Array, Packing, blocks_a, blocks_b, place_a, place_b
 from gralora_kernels.tables import ENTRIES, Entry, Storage
-from gralora_runtime.adapters.checkpoint.header import AdapterSummary, aligned
+from gralora_runtime.adapters.checkpoint.header import AFFINE_BYTES, AdapterSummary, aligned
 from gralora_runtime.adapters.checkpoint.loader import AdapterLayout, LoadedAdapter
-from gralora_runtime.adapters.checkpoint.recipe import Layout
+from gralora_runtime.adapters.checkpoint.recipe import Affines, Layout
 from gralora_runtime.adapters.checkpoint.spec import ModuleShape, rejected
 from gralora_runtime.adapters.checkpoint.stored import held
 
 HELD = {Storage.FLOAT16: torch.float16, Storage.BFLOAT16: torch.bfloat16}  # what is not as the blob says
+LARGEST_FACTOR = 1e4  # what float32 has left of a number that is multiplied by it and then divided again
 STORAGES = {dtype: storage for storage, dtype in HELD.items()}
 
 
@@ -81,9 +85,12 @@ def mixed(
         problem = f"the ranks r * k + hybrid_r of its adapters are {width} together, this server takes at most"
         raise rejected(name, [f"{problem} {max_width}"])
     dtype = ordered[0].adapter.blob.dtype
-    found = [(module, _pairs_of(module, own, packing)) for module, own in of_modules]
+    affines = {module: affine for module in modules if (affine := _affine_of(module, ordered)) is not None}
+    if problems := list(_problems(ordered, affines)):
+        raise rejected(name, problems)
+    found = [(module, _pairs_of(module, own, affines.get(module), packing)) for module, own in of_modules]
     pairs = [(module, own) for module, own in found if own]
-    blob, layout = _packed(pairs, dtype, packing)
+    blob, layout, places = _packed(pairs, affines, dtype, packing)
     return LoadedAdapter(
         AdapterLayout(
             digest=mixture_digest((one.adapter.digest, one.weight) for one in ordered),
@@ -91,16 +98,84 @@ def mixed(
             width=width,
             modules=layout,
             summary=_summary(ordered, width=width, num_modules=len(layout), numel=blob.numel()),
+            affines=places,
         ),
         blob,
     )
 
 
+def _problems(ingredients: Sequence[Ingredient], affines: Mapping[ModuleShape, _Affine]) -> Iterator[str]:
+    for invocation in (one.adapter.layout.summary.invocation for one in ingredients):
+        if invocation:
+            yield f"one of its adapters begins at the tokens {list(invocation)} of a prompt: a sum has no such place"
+    for module, affine in affines.items():
+        if affine.vanishes:
+            yield f"module {module.name}: with these weights some outputs all but vanish"
+
+
+@dataclass(frozen=True, slots=True)
+class _Affine:
+    """One module's gains and shifts, and what each ingredient's updates are multiplied by beside its weight."""
+
+    gains: Array  # fp32 [out]
+    shifts: Array
+    factors: Sequence[Array | None]  # None: 1
+
+    @property
+    def vanishes(self) -> bool:
+        """Updates would have to be divided by next to nothing."""
+        return any(factor is not None and not (np.abs(factor) < LARGEST_FACTOR).all() for factor in self.factors)
+
+
+def _affine_of(module: ModuleShape, ingredients: Sequence[Ingredient]) -> _Affine | None:
+    """None: no adapter has any."""
+    found = [_gains_and_shifts(module, one.adapter) for one in ingredients]
+    if all(affine is None for affine in found):
+        return None
+    total: Array = np.zeros((2, module.out_features))
+    total[0] = 1.0
+    for one, affine in zip(ingredients, found, strict=True):
+        if affine is not None:
+            total += one.weight * (affine - [[1.0], [0.0]])
+    gains = total[0]
+    if (gains == 1).all():  # biases alone
+        factors: list[Array | None] = [None] * len(found)
+    else:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            factors = [(1.0 if affine is None else affine[0]) / gains for affine in found]
+    return _Affine(gains.astype(np.float32), total[1].astype(np.float32), factors)
+
+
+def _gains_and_shifts(module: ModuleShape, adapter: LoadedAdapter) -> Array | None:
+    """float64 [2, out]."""
+    for name, offset in adapter.layout.affines:
+        if name == module.name:
+            cells: Array = adapter.blob[offset:].view(torch.uint8).numpy()[: AFFINE_BYTES * module.out_features]
+            return cells.view(np.float32).reshape(2, -1).astype(np.float64)
+    return None
+
+
 def _pairs_of(
-    module: ModuleShape, own: Sequence[tuple[Ingredient, Sequence[Entry]]], packing: Packing
+    module: ModuleShape, own: Sequence[tuple[Ingredient, Sequence[Entry]]], affine: _Affine | None, packing: Packing
 ) -> Sequence[Pair]:
-    """All that one module computes for a sum. What an adapter has of a module beside its pairs is to be summed here."""
-    return fitted([_pair(module, entry, one, packing) for one, entries in own for entry in entries])
+    """All that one module's matrices compute for a sum."""
+    factors = [None] * len(own) if affine is None else affine.factors
+    return fitted(
+        [
+            _with_columns_of_b(_pair(module, entry, one, packing), factor)
+            for (one, entries), factor in zip(own, factors, strict=True)
+            for entry in entries
+        ]
+    )
+
+
+def _with_columns_of_b(pair: Pair, factor: Array | None) -> Pair:
+    """Each output's multiplied by a number of its own, [out]; None: by 1."""
+    if factor is None:
+        return pair
+    a, b = (_widened(elements, pair.dtype) for elements in (pair.a, pair.b))
+    columns = factor.astype(np.float32).reshape(pair.k, 1, -1)
+    return replace(pair, dtype=torch.float32, a=a, b=b * columns)
 
 
 def _pair(module: ModuleShape, entry: Entry, of: Ingredient, packing: Packing) -> Pair:
@@ -193,13 +268,20 @@ def _widened(elements: Array, dtype: torch.dtype) -> Array:
 
 
 def _packed(
-    modules: Sequence[tuple[ModuleShape, Sequence[Pair]]], dtype: torch.dtype, packing: Packing
-) -> tuple[Tensor, Layout]:
-    """A blob of `dtype`, first all A and then all B, as `Recipe` has it."""
+    modules: Sequence[tuple[ModuleShape, Sequence[Pair]]],
+    affines: Mapping[ModuleShape, _Affine],
+    dtype: torch.dtype,
+    packing: Packing,
+) -> tuple[Tensor, Layout, Affines]:
+    """A blob of `dtype`, first all A, then all B, then gains and shifts, as `Recipe` has it."""
     pairs = [_storable(pair, dtype, packing) for _, own in modules for pair in own]
     a_starts = list(accumulate((_numel(pair.a, dtype) for pair in pairs), initial=0))
     b_starts = list(accumulate((_numel(pair.b, dtype) for pair in pairs), initial=a_starts[-1]))
-    cells: Array = np.zeros(b_starts[-1], _array_dtype(dtype))
+    vectors = [np.concatenate([affine.gains, affine.shifts]) for affine in affines.values()]
+    starts = list(accumulate((_numel(vector, dtype) for vector in vectors), initial=b_starts[-1]))
+    cells: Array = np.zeros(starts[-1], _array_dtype(dtype))
+    for vector, offset in zip(vectors, starts[:-1], strict=True):
+        cells[offset:].view(np.uint8)[: vector.nbytes] = vector.view(np.uint8)
     entries = []
     for pair, a_offset, b_offset in zip(pairs, a_starts[:-1], b_starts[:-1], strict=True):
         place_a(_room(cells, a_offset, pair.a), pair.a, packing.panel)
@@ -210,7 +292,8 @@ def _packed(
         )
     in_order = iter(entries)
     layout = tuple((module.name, tuple(islice(in_order, len(own)))) for module, own in modules)
-    return torch.from_numpy(cells).view(dtype), layout
+    places = tuple((module.name, offset) for module, offset in zip(affines, starts[:-1], strict=True))
+    return torch.from_numpy(cells).view(dtype), layout, places
 
 
 def _storable(pair: Pair, dtype: torch.dtype, packing: Packing) -> Pair:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 import reprlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, TypeVar
 
 from gralora_runtime.adapters.checkpoint.config_keys import (
     GRALORA_KEYS,
+    INVOCATION,
     LORA_KEYS,
     PASSED_OVER,
     Key,
@@ -41,6 +42,8 @@ Error = TypeVar("Error", bound=BaseException)
 MAX_PROBLEMS = 20  # in one message; the rest is counted
 MAX_PROBLEM_CHARS = 1500  # the name of a tensor may have 1,024
 MAX_RANK = 1 << 20
+MAX_INVOCATION = 1024
+_MAX_TOKEN_ID = (1 << 31) - 1  # of any model
 _MAX_FLOAT32 = 3.4e38
 
 
@@ -95,6 +98,8 @@ class AdapterSpec:
     biases: Biases = Biases.NONE
     use_dora: bool = False  # each output is scaled to a trained magnitude
     lora_bias: bool = False  # B has biases
+    # The tokens of a prompt from whose last place on it is applied (aLoRA); none: from the start.
+    invocation: tuple[int, ...] = ()
     alpha: float = 0.0  # LoRA only, as are the three below: its scale can differ from module to module
     use_rslora: bool = False
     rank_pattern: PatternTable = field(default_factory=PatternTable)
@@ -130,6 +135,15 @@ def parse_config(name: str, config: Mapping[str, Any], allowed_keys: Collection[
     if reader.problems or spec is None:
         raise rejected(name, reader.problems)
     return spec
+
+
+def not_in_vocabulary(invocation: Sequence[int], vocab_size: int) -> list[str]:
+    """What is wrong with an invocation that no prompt of this model could have. `vocab_size` 0: that is not known."""
+    return [
+        f"{INVOCATION}[{at}]: {token} is not a token id of this model (0 to {vocab_size - 1})"
+        for at, token in enumerate(invocation)
+        if 0 < vocab_size <= token
+    ]
 
 
 def rejected(name: str, problems: list[str]) -> AdapterRejectedError:
@@ -184,6 +198,7 @@ class _ConfigReader:
             base_model=self._base_model(),
             notes=notes,
             biases=self._biases("gralora_only"),
+            invocation=self._invocation(),
         )
 
     def lora(self) -> AdapterSpec:
@@ -202,6 +217,7 @@ class _ConfigReader:
             biases=self._biases("lora_only"),
             use_dora=self._flag("use_dora"),
             lora_bias=self._flag("lora_bias"),
+            invocation=self._invocation(),
             alpha=alpha,
             use_rslora=use_rslora,
             rank_pattern=self._pattern_table("rank_pattern"),
@@ -209,6 +225,10 @@ class _ConfigReader:
         )
         if spec.use_dora and spec.lora_bias:
             self.problems.append("lora_bias: True is not supported beside use_dora, in PEFT either")
+        if spec.use_dora and spec.invocation:
+            self.problems.append(
+                f"{INVOCATION}: {_shown(list(spec.invocation))} has no meaning beside use_dora, in PEFT either"
+            )
         return spec
 
     def _judge(self, keys: Mapping[str, Key]) -> tuple[str, ...]:
@@ -265,6 +285,9 @@ class _ConfigReader:
         if value is None:
             return Biases.NONE
         if isinstance(value, str) and value in known:
+            if known[value] is not Biases.NONE and not is_off(self.config.get(INVOCATION)):
+                # PEFT's are there from the first token on, whose pages are shared with the base model.
+                self.problems.append(f"bias: {value!r} is not supported beside {INVOCATION}")
             return known[value]
         self.problems.append(f"bias: {_shown(value)} is not supported ({', '.join(known)} are)")
         return Biases.NONE
@@ -272,6 +295,19 @@ class _ConfigReader:
     def _base_model(self) -> str:
         value = self.config.get("base_model_name_or_path")
         return value[:256] if isinstance(value, str) else ""
+
+    def _invocation(self) -> tuple[int, ...]:
+        value = self.config.get(INVOCATION)
+        if is_off(value):  # a plain LoRA, to PEFT too
+            return ()
+        if not isinstance(value, list) or len(value) > MAX_INVOCATION:
+            self.problems.append(f"{INVOCATION}: {_shown(value)} is not a list of 1 to {MAX_INVOCATION} token ids")
+            return ()
+        for at, token in enumerate(value):
+            if type(token) is not int or not 0 <= token <= _MAX_TOKEN_ID:
+                self.problems.append(f"{INVOCATION}[{at}]: {_shown(token)} is not a token id")
+                return ()
+        return tuple(value)
 
     def _pattern_table(self, key: str) -> PatternTable:
         table = self.config.get(key) or {}

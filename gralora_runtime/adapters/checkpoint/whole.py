@@ -79,7 +79,11 @@ def read_whole(
         if largest_magnitude(values, header.tensors[name].dtype) > largest
     ]:
         raise rejected(header.name, problems)
-    digest = digest_of(describe(plan, header.tensors), [hashlib.sha256(arrays[name].data).digest() for name in names])
+    digest = digest_of(
+        describe(plan, header.tensors),
+        [hashlib.sha256(arrays[name].data).digest() for name in names],
+        header.spec.invocation,
+    )
     tensors = {name: _tensor(values, header.tensors[name]) for name, values in arrays.items()}
     return WholeAdapter(header=header, config=config, plan=plan, tensors=tensors, digest=digest)
 

@@ -20,6 +20,7 @@ class AdapterLease:
     serial: int  # tells leases of one adapter apart, so that each is released exactly once
     version: int = 0  # of the name; 0: the base model and mixes, which have none
     num_bytes: int = 0  # of the pool
+    invocation: tuple[int, ...] = ()  # see `AdapterSpec`
     parts: tuple[ServedAdapter, ...] = ()  # of a mix
 
     @property

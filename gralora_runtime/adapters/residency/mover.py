@@ -78,7 +78,7 @@ class Mover:
         make: Callable[[Mix, Answers], None],
         identified: Callable[[AdapterVersion], None],
         examine: Examine,
-        tries: bool,
+        vocab_size: int,
         oddities: Oddities,
     ) -> None:
         self.loads = self.load_failures = self.placements = self.evictions = self.moves = 0
@@ -94,7 +94,7 @@ class Mover:
         self._serve = serve  # what a waiter gets once its adapter is there
         self._changed = changed  # a version's files hold other content than it had
         self._examine = examine  # a version is there that has to answer golden prompts first
-        self._tries = tries  # golden prompts count
+        self._vocab_size = vocab_size  # 0: it is not known, and golden prompts do not count
         self._identified = identified  # a version was read: what it is, is known
         self._moved = moved  # something is different about where a version's weights are
         self._make = make  # a mix of parts, which brings it back by `end_read`
@@ -257,6 +257,7 @@ class Mover:
                 max_width=self._max_width,
                 roots=roots,
                 allowed_keys=self._allowed_keys,
+                vocab_size=self._vocab_size,
                 packing=self._pool.packing,
                 spread=self._pool.spread,
                 base=self._base_layers,
@@ -277,7 +278,7 @@ class Mover:
                 self.load_failures += failures
         return replace(
             adapter,
-            has_golden=adapter.has_golden and self._tries,
+            has_golden=adapter.has_golden and self._vocab_size > 0,
             warnings=self._warnings(version, adapter, source, roots),
         )
 

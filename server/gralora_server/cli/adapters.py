@@ -221,7 +221,7 @@ def inspect(
 
     header = read_header(path, allowed_keys=allow_unknown_config_key or ())
     modules = None if model is None else _module_shapes(model)
-    problems = [] if modules is None else header.fits(modules)
+    problems = [] if model is None or modules is None else [*header.fits(modules), *_not_invoked(header, model)]
     warnings = [] if problems else _doubts_of_names(header, model)
     if weights and not problems:
         warnings += _doubts_of_weights(path, model, modules, allow_unknown_config_key or ())
@@ -238,6 +238,13 @@ def _module_shapes(model: Path) -> list[ModuleShape]:
     from gralora_runtime.model.module_shapes import module_shapes
 
     return module_shapes(model)
+
+
+def _not_invoked(header: AdapterHeader, model: Path) -> list[str]:
+    from gralora_runtime.adapters.checkpoint.spec import not_in_vocabulary
+    from gralora_runtime.model.module_shapes import vocab_size
+
+    return not_in_vocabulary(header.spec.invocation, vocab_size(model)) if header.spec.invocation else []
 
 
 def _doubts_of_names(header: AdapterHeader, model: Path | None) -> list[str]:
@@ -278,6 +285,7 @@ def _facts(
         "num_modules": len(header.targets),
         "tensor_bytes": header.tensor_bytes,
         "base_model": header.spec.base_model,
+        "invocation": list(header.spec.invocation),
         "tensor_names": header.naming(modules or ()).told(),
         "fits": None,
         "problems": list(problems),

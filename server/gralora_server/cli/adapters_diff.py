@@ -96,5 +96,7 @@ def _numbers(module: ModuleDifference) -> list[str]:
 def _shown(key: str, fact: Any) -> str:
     if key == "targets":
         fact = [f"{pattern} ({count})" for pattern, count in patterns(fact).items()]
-    text = f"{fact:g}" if isinstance(fact, float) else ", ".join(fact) if isinstance(fact, list) else str(fact)
+    if isinstance(fact, list):
+        fact = ", ".join(map(str, fact))
+    text = f"{fact:g}" if isinstance(fact, float) else str(fact)
     return text if len(text) <= MAX_CHARS else text[: MAX_CHARS - 3] + "..."

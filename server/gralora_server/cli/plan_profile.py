@@ -44,14 +44,14 @@ def profile_of(path: Path | None, model: Path, folder: Path, names: Sequence[str
 
 def _measure(model: Path, folder: Path, names: Sequence[str], max_num_seqs: int) -> Profile:
     from gralora_server.planner.measure import Subject, measure
-    from gralora_server.planner.mix import adapter_bytes, kv_token_bytes
+    from gralora_server.planner.mix import adapter_bytes, applied_to_any_prompt, kv_token_bytes
 
     with stages() as on_progress:
         return measure(
             Subject(
                 model=model,
                 adapters=folder,
-                adapter_bytes=adapter_bytes(model, folder, names),
+                adapter_bytes=adapter_bytes(model, folder, applied_to_any_prompt(folder, names)),
                 described=folder.name,
                 settings={"max_num_seqs": max_num_seqs, **{name: default_of(EngineConfig, name) for name in SETTINGS}},
                 kv_token_bytes=kv_token_bytes(model),

@@ -101,6 +101,7 @@ class Rights:
             max_queued_requests=limits.queued_requests,
             max_queued_tokens=limits.queued_tokens,
             prefix_scope="" if is_shared else caller.tenant,
+            base_prefix_scope=caller.tenant,
         )
 
     def ids_of(self, request_id: str) -> tuple[str, ...]:
