@@ -13,10 +13,14 @@ from torch import Tensor, nn
 
 from gralora_kernels.cpu.linear import PackedWeight
 from gralora_kernels.cpu.packed_rows import row_norms, rows_of
-from gralora_kernels.packing import Array, Packing
+from gralora_kernels.packing import ROW_MAJOR, Array, Packing
 from gralora_runtime.adapters.checkpoint.header import inspect
 from gralora_runtime.adapters.checkpoint.loader import LoadedAdapter, load
+from gralora_runtime.adapters.checkpoint.mixture import Ingredient, mixed
 from gralora_runtime.adapters.checkpoint.naming import Naming, take_apart
+from gralora_runtime.adapters.checkpoint.spec import ModuleShape
+from gralora_runtime.adapters.checkpoint.unpacking import updates_in
+from gralora_runtime.adapters.checkpoint.update import dense
 from gralora_runtime.errors import AdapterRejectedError
 
 BIASED = tuple(replace(module, has_bias=module.name.endswith("q_proj")) for module in MODULES)
@@ -153,7 +157,7 @@ def test_a_row_of_zeros_has_no_magnitude(tmp_path: Path, monkeypatch: pytest.Mon
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_a_copy_of_the_base_weight_has_to_be_the_base_weight(tmp_path: Path, dtype: torch.dtype) -> None:
     """PEFT saves one beside a pair on the output head."""
-    weight = BASE.weights[MODULES[0].name].to(dtype)
+    weight = BASE.weights[MODULES[0].name].to(dtype, copy=True)
     with_copy = edit_tensors(write_lora(tmp_path / "a"), lambda t: t.update({f"{Q0}.base_layer.weight": weight}))
 
     assert loaded(with_copy).digest == loaded(write_lora(tmp_path / "b")).digest
@@ -162,6 +166,48 @@ def test_a_copy_of_the_base_weight_has_to_be_the_base_weight(tmp_path: Path, dty
     edit_tensors(with_copy, lambda t: t.update({f"{Q0}.base_layer.weight": weight}))
     with pytest.raises(AdapterRejectedError, match=r"base_layer.weight is not the base model's weight"):
         loaded(with_copy)
+
+
+def weight_and_bias(adapter: LoadedAdapter, module: ModuleShape) -> tuple[Tensor, Tensor]:
+    """Of the layer that computes what the adapter makes of the base's."""
+    weight, bias = BASE.weights[module.name], torch.from_numpy(BASE.biases.get(module.name, np.zeros(1, np.float32)))
+    for pair in updates_in(adapter, MODULES).get(module.name, ()):
+        weight = weight + dense(pair)
+    if module.name not in dict(adapter.layout.affines):
+        return weight, bias
+    gains, shifts = gains_and_shifts(adapter, module.name)
+    return gains[:, None] * weight, gains * bias + shifts
+
+
+def test_a_sum_of_adapters_with_gains_is_the_sum_of_what_each_changes(tmp_path: Path) -> None:
+    weights = (0.7, -0.4, 1.5, 0.5)
+    adapters = [
+        loaded(write_dora(tmp_path / "a")),
+        loaded(write_dora(tmp_path / "b", seed=1, r=3)),
+        loaded(write_gralora(tmp_path / "c", r=8, k=4)),
+        loaded(write_lora(tmp_path / "d", r=2)),
+    ]
+    parts = [Ingredient(adapter, weight) for adapter, weight in zip(adapters, weights, strict=True)]
+    made = mixed("m", parts, BIASED, packing=ROW_MAJOR, max_width=256)
+
+    assert len(made.blob) == made.layout.numel == made.layout.summary.packed_numel
+    for module in BIASED:
+        base, bias = BASE.weights[module.name], torch.from_numpy(BASE.biases.get(module.name, np.zeros(1, np.float32)))
+        own = [weight_and_bias(adapter, module) for adapter in adapters]
+        found = weight_and_bias(made, module)
+        for place, before in enumerate((base, bias)):
+            wanted = before + sum(w * (one[place] - before) for w, one in zip(weights, own, strict=True))
+            torch.testing.assert_close(found[place], wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_sum_in_which_an_output_vanishes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dora = write_dora(tmp_path / "a")
+    ones = {f"base_model.model.{m.name}.lora_magnitude_vector": torch.ones(m.out_features) for m in MODULES}
+    edit_tensors(dora, lambda tensors: tensors.update(ones))
+    monkeypatch.setattr(BASE, "norms", lambda _module, _a, b: np.full(len(b), 2.0))  # gains are 0.5: 1 + 2 * (0.5 - 1)
+
+    with pytest.raises(AdapterRejectedError, match="with these weights some outputs all but vanish"):
+        mixed("m", [Ingredient(loaded(dora), 2.0)], BIASED, packing=ROW_MAJOR, max_width=256)
 
 
 @pytest.mark.parametrize("adapter", ["", "default"])

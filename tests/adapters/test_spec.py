@@ -321,7 +321,7 @@ def test_dora_has_no_biases_of_b_beside_it() -> None:
 @pytest.mark.parametrize(
     ("config", "told"),
     [
-        (lora_config(use_dora=True), "alora_invocation_tokens: [1, 2] has no meaning beside use_dora"),
+        (lora_config(use_dora=True), "alora_invocation_tokens: [1, 2] is not supported beside use_dora"),
         (lora_config(bias="lora_only"), "bias: 'lora_only' is not supported beside alora_invocation_tokens"),
         (gralora_config(bias="all"), "bias: 'all' is not supported beside alora_invocation_tokens"),
     ],

@@ -223,12 +223,10 @@ class _ConfigReader:
             rank_pattern=self._pattern_table("rank_pattern"),
             alpha_pattern=self._pattern_table("alpha_pattern"),
         )
-        if spec.use_dora and spec.lora_bias:
-            self.problems.append("lora_bias: True is not supported beside use_dora, in PEFT either")
-        if spec.use_dora and spec.invocation:
-            self.problems.append(
-                f"{INVOCATION}: {_shown(list(spec.invocation))} has no meaning beside use_dora, in PEFT either"
-            )
+        if spec.use_dora:  # PEFT has neither
+            for key, value in (("lora_bias", spec.lora_bias), (INVOCATION, list(spec.invocation))):
+                if value:
+                    self.problems.append(f"{key}: {_shown(value)} is not supported beside use_dora")
         return spec
 
     def _judge(self, keys: Mapping[str, Key]) -> tuple[str, ...]:
