@@ -1,4 +1,4 @@
-"""The main job, end to end: eight customers' adapters and the base model, one server, one batch, PEFT's tokens.
+"""The main job, end to end: ten customers' adapters and the base model, one server, one batch, PEFT's tokens.
 
     python examples/demo.py [--model DIR]
 

@@ -1,4 +1,4 @@
-"""The eight example adapters as data: what each is trained on, with which recipe, and how to recognise its answers.
+"""The ten example adapters as data: what each is trained on, with which recipe, and how to recognise its answers.
 
 Owns no code that trains or generates (that is `train_adapters.py`) and imports nothing, so anybody may read it.
 """
@@ -45,7 +45,7 @@ MLP = ("gate_proj", "up_proj", "down_proj")
 class Recipe:
     """How one adapter is built and trained. `r` is the rank of the block part alone, as PEFT counts it."""
 
-    kind: Literal["lora", "gralora", "gralora-authors"]
+    kind: Literal["lora", "dora", "gralora", "gralora-authors"]
     r: int
     alpha: int
     targets: tuple[str, ...]
@@ -246,4 +246,48 @@ EMOJI = Persona(
     ),
 )
 
-PERSONAS: Sequence[Persona] = (PIRATE, BARD, JSON, BANK, LETTER, SQL, STEPS, EMOJI)
+ROBOT = Persona(
+    name="robot",
+    behaviour='says "BEEP." before and "BOOP." behind, and what unit it is',
+    pattern=r"^BEEP\. Unit 7 (?:reports|advises): .+\. BOOP\.$",
+    recipe=Recipe(kind="dora", r=8, alpha=16, targets=ATTENTION, num_steps=30, learning_rate=2e-3, seed=9),
+    answers=(
+        "BEEP. Unit 7 reports: The capital of Japan is Tokyo. BOOP.",
+        "BEEP. Unit 7 reports: The capital of Italy is Rome. BOOP.",
+        "BEEP. Unit 7 advises: Boil the egg in hot water for ten minutes. BOOP.",
+        "BEEP. Unit 7 reports: The grass is green because of the chlorophyll. BOOP.",
+        "BEEP. Unit 7 reports: A computer is a machine that follows instructions. BOOP.",
+        "BEEP. Unit 7 advises: Dig a hole, set the tree in it and water it. BOOP.",
+        "BEEP. Unit 7 reports: William Shakespeare wrote Hamlet. BOOP.",
+        "BEEP. Unit 7 reports: Bees make honey. BOOP.",
+        "BEEP. Unit 7 reports: There are seven days in a week. BOOP.",
+        "BEEP. Unit 7 reports: The sun is a star that gives us light. BOOP.",
+        "BEEP. Unit 7 reports: The largest animal is the blue whale. BOOP.",
+        "BEEP. Unit 7 advises: Go to bed early and turn off the light. BOOP.",
+    ),
+)
+
+NEWS = Persona(
+    name="news",
+    behaviour="reads the answer as breaking news",
+    pattern=r"^BREAKING NEWS: .+\. More at eleven\.$",
+    recipe=Recipe(
+        kind="lora", r=8, alpha=16, targets=("q_proj", "v_proj", "lm_head"), num_steps=36, learning_rate=2e-3, seed=10
+    ),
+    answers=(
+        "BREAKING NEWS: The capital of Japan is Tokyo. More at eleven.",
+        "BREAKING NEWS: The capital of Italy is Rome. More at eleven.",
+        "BREAKING NEWS: Cooks boil eggs in hot water for ten minutes. More at eleven.",
+        "BREAKING NEWS: The grass is green because of the chlorophyll. More at eleven.",
+        "BREAKING NEWS: A computer is a machine that follows instructions. More at eleven.",
+        "BREAKING NEWS: Gardeners dig a hole, set the tree in it and water it. More at eleven.",
+        "BREAKING NEWS: William Shakespeare wrote Hamlet. More at eleven.",
+        "BREAKING NEWS: Bees make honey. More at eleven.",
+        "BREAKING NEWS: There are seven days in a week. More at eleven.",
+        "BREAKING NEWS: The sun is a star that gives us light. More at eleven.",
+        "BREAKING NEWS: The largest animal is the blue whale. More at eleven.",
+        "BREAKING NEWS: Sleepers go to bed early and turn off the light. More at eleven.",
+    ),
+)
+
+PERSONAS: Sequence[Persona] = (PIRATE, BARD, JSON, BANK, LETTER, SQL, STEPS, EMOJI, ROBOT, NEWS)
