@@ -41,6 +41,7 @@ class Build:
     logits_factor: Factor = _one
     softcap: Factor = _none  # of attention scores; 0: there is none
     rotary_by_layer_type: bool = False
+    window_of_config: bool = False  # all layers have the configuration's; else each has its own, or none
 
 
 _GEMMA = Build(norm_offset=1.0, embedding_factor=_root_of_hidden)
@@ -59,10 +60,10 @@ _OLMO = Build(
 BUILDS: Mapping[str, Build] = MappingProxyType(
     {
         "LlamaForCausalLM": Build(),
-        "MistralForCausalLM": Build(),
+        "MistralForCausalLM": Build(window_of_config=True),
         "Qwen2ForCausalLM": Build(),
         "Qwen3ForCausalLM": Build(),
-        "Phi3ForCausalLM": Build(),
+        "Phi3ForCausalLM": Build(window_of_config=True),
         "SmolLM3ForCausalLM": Build(),
         "GraniteForCausalLM": Build(
             embedding_factor=lambda config: config.embedding_multiplier,

@@ -161,7 +161,7 @@ def _layer(layer: Any, names: dict[nn.Module, str], config: Any, build: Build) -
         q_norm=norm(attention, "q_norm"),
         k_norm=norm(attention, "k_norm"),
         rotary=_rotary(attention, config, build),
-        window=getattr(attention, "sliding_window", getattr(config, "sliding_window", None)) or 0,
+        window=getattr(config if build.window_of_config else attention, "sliding_window", None) or 0,
         o=projection(attention, "o_proj"),
         attention_joining=Joining(norm(layer, build.after_attention), factor),
         mlp_norm=norm(layer, build.before_mlp),

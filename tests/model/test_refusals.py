@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from support.tiny_models import save_tiny_model
-from transformers import LlamaConfig, MambaConfig, PreTrainedModel, T5Config
+from support.tiny_models import save_tiny_model, tiny_config
+from transformers import AutoModelForCausalLM, Llama4Config, LlamaConfig, MambaConfig, PreTrainedModel, T5Config
 
 from gralora_runtime.assemble import assemble
 from gralora_runtime.config import EngineConfig
@@ -32,11 +32,15 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> EngineConfig:
         (T5Config(), "encoder-decoder models are not served, got True"),
         (MambaConfig(), "no multi-head attention (num_attention_heads), got True"),
         (
+            Llama4Config(),
+            "multimodal models are not served, but for the language models of gemma3, got 'llama4'",
+        ),
+        (
             LlamaConfig(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}),
             "rotary angles that depend on the batch (rope_type), got ['dynamic']",
         ),
     ],
-    ids=["encoder-decoder", "state-space", "dynamic-rope"],
+    ids=["encoder-decoder", "state-space", "multimodal", "dynamic-rope"],
 )
 def test_a_model_that_cannot_be_served_exactly_is_named_with_its_reason(model_config: Any, reason: str) -> None:
     assert reason in unsupported_features(model_config)
@@ -81,6 +85,17 @@ def test_the_check_at_start_refuses_a_model_whose_attention_is_computed_wrongly(
         assemble(config)
 
 
+@pytest.mark.parametrize(("architecture", "window"), [("llama", 0), ("mistral", 24)])
+def test_a_window_counts_where_transformers_looks_at_it(architecture: str, window: int) -> None:
+    """Models that were Mistral's once still have its key; it took effect here beyond what the check at start sees."""
+    config = tiny_config(architecture)
+    config.sliding_window = 24
+
+    description = describe(AutoModelForCausalLM.from_config(config))
+
+    assert [layer.window for layer in description.layers] == [window, window]
+
+
 SMALL_STEPS = {"max_num_seqs": 1, "max_num_batched_tokens": 1}
 SHORT_SEQUENCES = {"max_model_len": 9, "page_size": 4}
 
@@ -105,7 +120,7 @@ def test_attention_that_asks_for_what_we_do_not_compute_is_refused_by_name(argum
     query = torch.zeros(1, 1, 1, 4)
 
     with pytest.raises(ModelUnsupportedError, match=f"its attention uses {argument}$"):
-        attention._attention_function(torch.nn.Identity(), query, query, query, **asked, paged_attention=None)
+        attention._attention_function(torch.nn.Identity(), query, query, query, **asked)
 
 
 @pytest.mark.parametrize(

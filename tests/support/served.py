@@ -12,7 +12,7 @@ from peft import PeftConfig, PeftModel
 from peft_oracle import peft_readable
 from support.device import DEVICE, ON_GPU
 from support.peft_adapters import gralora_config, in_authors_dialect, lora_config, save_adapter
-from support.tiny_models import save_tiny_model, tiny_model
+from support.tiny_models import OTHER_BUILDS, save_tiny_model, tiny_model
 
 from gralora_runtime.adapters.residency.lease import AdapterLease
 from gralora_runtime.assemble import EngineParts, assemble
@@ -21,7 +21,7 @@ from gralora_runtime.plan import AdapterUse, RowPlan, StepPlan
 
 PROMPT = [5, 250, 17, 99, 3, 280, 41, 8, 120, 77, 301, 12, 64, 200, 9, 33, 150, 71, 222, 18, 90, 45, 263, 31, 7, 180]
 MAX_DIFFERENCE = 1e-3  # of a logit, fp32
-WITHOUT_PROGRAM = ("gpt2",)  # computed by transformers' own forward pass
+WITHOUT_PROGRAM = ("gpt2", *OTHER_BUILDS)  # computed by transformers' own forward pass
 
 RANKS_AND_BLOCKS = [(r, k) for r in (1, 2, 3, 4, 8, 12, 16, 24, 32, 64) for k in (1, 2, 4, 8) if r % k == 0]
 
