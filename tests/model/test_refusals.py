@@ -79,7 +79,7 @@ def test_the_check_at_start_refuses_a_model_whose_attention_is_computed_wrongly(
 
     exact = attention.paged_attention
     monkeypatch.setattr(choice, "describe", other_build)
-    monkeypatch.setattr(attention, "paged_attention", lambda *args: exact(*args[:-2], 8, args[-1]))
+    monkeypatch.setattr(attention, "paged_attention", lambda *args: exact(*args[:-3], 8, *args[-2:]))
 
     with pytest.raises(ModelUnsupportedError, match="paged logits differ from transformers' by"):
         assemble(config)
@@ -113,7 +113,7 @@ def test_the_check_at_start_fits_into_what_is_served_and_still_checks(
         assemble(small)
 
 
-@pytest.mark.parametrize("argument", ["s_aux", "position_bias", "attention_mask"])
+@pytest.mark.parametrize("argument", ["position_bias", "attention_mask"])
 def test_attention_that_asks_for_what_we_do_not_compute_is_refused_by_name(argument: str) -> None:
     """The configuration did not tell of it, the model's own call does."""
     asked: dict[str, Any] = {"attention_mask": None} | {argument: torch.ones(1)}

@@ -17,7 +17,6 @@ from transformers import (
     BloomConfig,
     DeepseekV3Config,
     FalconConfig,
-    GptOssConfig,
     Llama4TextConfig,
     MambaConfig,
     MiniCPM3Config,
@@ -49,10 +48,6 @@ EXPERTS = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_
 FALCON = SIZES | {"num_kv_heads": 2}
 COMPUTE_THEMSELVES = r"model 'FalconForCausalLM' cannot be served exactly: its layers compute attention by themselves"
 OTHERS: dict[str, tuple[Callable[[], PreTrainedConfig], str]] = {
-    "gpt-oss": (
-        lambda: GptOssConfig(**SIZES, head_dim=16, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2),
-        "model 'GptOssAttention' cannot be served exactly: its attention uses s_aux$",
-    ),
     "deepseek": (
         lambda: DeepseekV3Config(**SIZES, **LATENT, **EXPERTS),
         r"keys and values are compressed \(kv_lora_rank\), got 16$",

@@ -18,6 +18,7 @@ from transformers import (
     GlmConfig,
     GPT2Config,
     GPTNeoXConfig,
+    GptOssConfig,
     GraniteConfig,
     LlamaConfig,
     MistralConfig,
@@ -61,12 +62,12 @@ EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
 # Served by a program of our own, all but the last one.
 ARCHITECTURES = (
     "llama", "llama-biased", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3", "phi3", "granite", "smollm3",
-    "olmo2", "olmo3", "gpt2",
+    "olmo2", "olmo3", "glm", "glm4", "stablelm", "stablelm-parallel", "nemotron", "starcoder2", "phi", "cohere",
+    "cohere2", "gpt2",
 )  # fmt: skip
 # Of other builds, served by transformers' own forward pass as GPT-2 is.
 OTHER_BUILDS = (
-    "stablelm", "stablelm-parallel", "nemotron", "gpt-neox", "opt", "opt-350m", "starcoder2", "phi", "cohere",
-    "cohere2", "glm", "glm4", "qwen2-moe", "qwen3-moe", "mixtral",
+    "stablelm-normed", "cohere-normed", "gpt-neox", "opt", "opt-350m", "qwen2-moe", "qwen3-moe", "mixtral", "gpt-oss",
 )  # fmt: skip
 
 
@@ -123,22 +124,28 @@ def tiny_config(architecture: str) -> PreTrainedConfig:
         "olmo2": (Olmo2Config, {}),
         "olmo3": (Olmo3Config, WINDOWS),
         "stablelm": (StableLmConfig, {}),
-        "stablelm-parallel": (
-            StableLmConfig,
-            {"use_parallel_residual": True, "qk_layernorm": True, "use_qkv_bias": True},
-        ),
+        "stablelm-parallel": (StableLmConfig, {"use_parallel_residual": True, "use_qkv_bias": True}),
+        "stablelm-normed": (StableLmConfig, {"qk_layernorm": True}),
         "nemotron": (NemotronConfig, {}),
         "gpt-neox": (GPTNeoXConfig, ALL_HEADS),
         "opt": (OPTConfig, {"ffn_dim": 128} | ALL_HEADS),
         "opt-350m": (OPTConfig, {"ffn_dim": 128, "word_embed_proj_dim": 32, "do_layer_norm_before": False} | ALL_HEADS),
         "starcoder2": (Starcoder2Config, {"sliding_window": 24}),
         "phi": (PhiConfig, {}),
-        "cohere": (CohereConfig, {"use_qk_norm": True}),
-        "cohere2": (Cohere2Config, {"sliding_window": 24, "layer_types": WINDOWS["layer_types"]}),
+        "cohere": (CohereConfig, {"logit_scale": 0.5}),
+        "cohere-normed": (CohereConfig, {"logit_scale": 0.5, "use_qk_norm": True}),
+        "cohere2": (
+            Cohere2Config,
+            {"logit_scale": 0.5, "sliding_window": 24, "layer_types": WINDOWS["layer_types"]},
+        ),
         "glm": (GlmConfig, {"head_dim": 16}),
         "glm4": (Glm4Config, {"head_dim": 16}),
         "qwen2-moe": (Qwen2MoeConfig, {"num_experts": 4, "shared_expert_intermediate_size": 48} | EXPERTS),
         "qwen3-moe": (Qwen3MoeConfig, {"num_experts": 4, "head_dim": 16} | EXPERTS),
+        "gpt-oss": (
+            GptOssConfig,
+            {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16, "sliding_window": 24},
+        ),
         "mixtral": (MixtralConfig, {"num_local_experts": 4, "num_experts_per_tok": 2}),
     }
     kind, extra = kinds[architecture]

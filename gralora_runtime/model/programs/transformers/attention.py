@@ -19,17 +19,19 @@ from gralora_runtime.model.programs.transformers.context import StepContext
 from gralora_runtime.stepping.batch import StepTensors
 
 ATTENTION_NAME = "gralora_paged"
-UNSUPPORTED = ("s_aux", "position_bias")  # arguments of attention functions
+UNSUPPORTED = ("position_bias",)  # arguments of attention functions
 UNTOLD = -1  # a window that an attention function was not told of
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a layer does to its scores. Window 0: the whole context; softcap 0: there is none."""
+    """What a layer does to its scores. Window 0: the whole context; softcap 0: there is none. `sinks` [heads]: a score
+    of each head that has no value."""
 
     scale: float
     window: int
     softcap: float
+    sinks: Tensor | None
 
 
 class PagedAttention(ABC):
@@ -84,7 +86,7 @@ class CpuPagedAttention(PagedAttention):
         keys, values = self._pool.keys[layer], self._pool.values[layer]
         paged_attention(
             out, query, keys, values, step.page_table, step.query_starts, step.context_lens, limits.scale,
-            limits.window, limits.softcap,
+            limits.window, limits.softcap, limits.sinks,
         )  # fmt: skip
         return out
 
@@ -112,7 +114,7 @@ class GpuPagedAttention(PagedAttention):
         self._kernels.attend(
             out.flatten(1), query.flatten(1), self._pool.keys[layer], self._pool.values[layer],
             page_table=step.page_table, query_starts=step.query_starts, context_lens=step.context_lens,
-            scale=limits.scale, window=limits.window, softcap=limits.softcap,
+            scale=limits.scale, window=limits.window, softcap=limits.softcap, sinks=limits.sinks,
         )  # fmt: skip
         return out
 
@@ -141,6 +143,7 @@ def _attention_function(
     scaling: float | None = None,
     sliding_window: int | None = UNTOLD,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **unsupported: Any,
 ) -> tuple[Tensor, None]:
     """What transformers calls in each layer. `key` and `value` are in the pool already."""
@@ -157,7 +160,7 @@ def _attention_function(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     layer: int = module.layer_idx  # type: ignore[assignment]
     attention: PagedAttention = module.paged_attention  # type: ignore[assignment]
-    return attention.attend(layer, query, Limits(scale, sliding_window or 0, softcap or 0.0)), None
+    return attention.attend(layer, query, Limits(scale, sliding_window or 0, softcap or 0.0, s_aux)), None
 
 
 def _has_window(module: nn.Module) -> bool:
