@@ -38,14 +38,13 @@ def activation_kernel(
     c = tl.program_id(1) * BLOCK + tl.max_contiguous(tl.multiple_of(tl.arange(0, BLOCK), ALIGN), ALIGN)
     mask = c < width
     p_gate = x + token * (1 + GATED) * width + c
-    b_gate = tl.load(p_gate, mask=mask, other=0.0)
-    gate = b_gate.to(tl.float32)
+    b_gate = tl.load(p_gate, mask=mask, other=0.0).to(tl.float32)
     if KIND == "silu":
-        b_out = gate * tl.sigmoid(gate)
+        b_out = b_gate * tl.sigmoid(b_gate)
     elif KIND == "squared_relu":
-        b_out = tl.maximum(gate, 0.0) * tl.maximum(gate, 0.0)
+        b_out = tl.maximum(b_gate, 0.0) * tl.maximum(b_gate, 0.0)
     else:  # 0.5 * (1 + tanh(z)) = sigmoid(2 * z), with z = sqrt(2 / pi) * (gate + 0.044715 * gate^3)
-        b_out = gate * tl.sigmoid(1.5957691216057308 * (gate + 0.044715 * gate * gate * gate))
+        b_out = b_gate * tl.sigmoid(1.5957691216057308 * (b_gate + 0.044715 * b_gate * b_gate * b_gate))
     if GATED:
         b_up = tl.load(p_gate + width, mask=mask, other=0.0)
         b_out *= b_up.to(tl.float32)
