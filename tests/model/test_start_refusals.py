@@ -46,47 +46,51 @@ SIZES = {
 LATENT = {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16}
 EXPERTS = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 32}
 FALCON = SIZES | {"num_kv_heads": 2}
-COMPUTE_THEMSELVES = r"model 'FalconForCausalLM' cannot be served exactly: its layers compute attention by themselves"
+COMPUTE_THEMSELVES = "its layers compute attention by themselves, which lets nobody else do it"
+NO_ATTENTION = (
+    "layers of unknown attention types (layer_types), got ['linear_attention']; no multi-head attention "
+    "(num_attention_heads), got True; no number of positions (max_position_embeddings), got True"
+)
+# What the refusal ends with.
 OTHERS: dict[str, tuple[Callable[[], PreTrainedConfig], str]] = {
     "deepseek": (
         lambda: DeepseekV3Config(**SIZES, **LATENT, **EXPERTS),
-        r"keys and values are compressed \(kv_lora_rank\), got 16$",
+        "keys and values are compressed (kv_lora_rank), got 16",
     ),
-    "minicpm3": (
-        lambda: MiniCPM3Config(**SIZES, **LATENT),
-        r"keys and values are compressed \(kv_lora_rank\), got 16$",
-    ),
+    "minicpm3": (lambda: MiniCPM3Config(**SIZES, **LATENT), "keys and values are compressed (kv_lora_rank), got 16"),
     "llama4": (
         lambda: Llama4TextConfig(**SIZES, num_key_value_heads=2, head_dim=16, num_local_experts=4),
-        r"layers of unknown attention types \(layer_types\), got \['chunked_attention'\]$",
+        "layers of unknown attention types (layer_types), got ['chunked_attention']",
     ),
     "qwen3-next": (
         lambda: Qwen3NextConfig(**SIZES, num_key_value_heads=2, head_dim=16, num_experts=4, num_experts_per_tok=2),
-        r"layers of unknown attention types \(layer_types\), got \['linear_attention'\]$",
+        "layers of unknown attention types (layer_types), got ['linear_attention']",
     ),
     "mamba": (
         lambda: MambaConfig(hidden_size=64, num_hidden_layers=2, vocab_size=VOCAB_SIZE),
-        r"no multi-head attention \(num_attention_heads\)",
+        NO_ATTENTION,
     ),
     "falcon": (lambda: FalconConfig(**FALCON), COMPUTE_THEMSELVES),
     "falcon-new": (lambda: FalconConfig(**FALCON, new_decoder_architecture=True), COMPUTE_THEMSELVES),
     "falcon-rw": (
         lambda: FalconConfig(**FALCON, alibi=True, multi_query=False, parallel_attn=False),
-        r"positions are told by biases of scores \(alibi\), got True$",
+        "positions are told by biases of scores (alibi), got True",
     ),
     "bloom": (
         lambda: BloomConfig(hidden_size=64, n_layer=2, n_head=4, vocab_size=VOCAB_SIZE),
-        r"no number of positions \(max_position_embeddings\), got True$",
+        "no number of positions (max_position_embeddings), got True",
     ),
     # Whose layers see their window in their mask alone; beyond the prompt of the check, too.
     "qwen2-moe with windows": (
         lambda: Qwen2MoeConfig(
             **SIZES, num_key_value_heads=2, num_experts=4, use_sliding_window=True, sliding_window=256
         ),
-        r"model 'Qwen2MoeAttention' cannot be .*: its attention is not told of its window \(sliding_window\)$",
+        "its attention is not told of its window (sliding_window)",
     ),
-    # AttributeError
-    "bert": (lambda: BertConfig(**SIZES), r"BertLMHeadModel cannot be set up \(AttributeError: .*bias'\)"),
+    "bert": (
+        lambda: BertConfig(**SIZES),
+        "BertLMHeadModel cannot be set up (AttributeError: 'BertLMPredictionHead' object has no attribute 'bias')",
+    ),
 }
 
 
@@ -106,8 +110,9 @@ def config(tmp_path: Path) -> EngineConfig:
 def test_a_model_that_fails_when_it_is_checked_is_refused_in_a_sentence(name: str, config: EngineConfig) -> None:
     save_other(name, config.model)
 
-    with pytest.raises(ModelUnsupportedError, match=OTHERS[name][1]) as caught:
+    with pytest.raises(ModelUnsupportedError) as caught:
         asyncio.run(AsyncEngine.start(config))
+    assert str(caught.value).endswith(OTHERS[name][1])
     assert "\n" not in str(caught.value)
 
 

@@ -57,6 +57,14 @@ CHAT_TEMPLATE = (
     "{% endif %}<|start|>{{ m.role }}\n{{ m.content }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
 )
+YARN = {
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "rope_theta": 1e4,
+        "factor": 4.0,
+        "original_max_position_embeddings": 128,
+    }
+}
 ALL_HEADS = {"num_key_value_heads": 4}  # have keys of their own
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
 # Served by a program of our own, all but the last one.
@@ -144,7 +152,7 @@ def tiny_config(architecture: str) -> PreTrainedConfig:
         "qwen3-moe": (Qwen3MoeConfig, {"num_experts": 4, "head_dim": 16} | EXPERTS),
         "gpt-oss": (
             GptOssConfig,
-            {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16, "sliding_window": 24},
+            {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16, "sliding_window": 24} | YARN,
         ),
         "mixtral": (MixtralConfig, {"num_local_experts": 4, "num_experts_per_tok": 2}),
     }
