@@ -274,9 +274,9 @@ def _norms(hidden: int, dtype: torch.dtype, *, centres: bool) -> float:
     results = []
     for add, gather in ((twins.add_norm, twins.norm_rows), (add_norm, norm_rows)):
         last, own, y = _nan(2, hidden, dtype=dtype), residual.clone(), _nan(5, hidden, dtype=dtype)
-        options = {"bias": weight.flip(0) if centres else None, "centres": centres}
-        gather(last, own, index, x=x, weight=weight, eps=EPS, **options)
-        add(y, own, x, weight, EPS, **options)
+        bias = weight.flip(0) if centres else None
+        gather(last, own, index, x=x, weight=weight, eps=EPS, bias=bias, centres=centres)
+        add(y, own, x, weight, EPS, bias=bias, centres=centres)
         results.append((last, own, y))
     return max(_error(expected, actual, dtype) for expected, actual in zip(*results, strict=True))
 

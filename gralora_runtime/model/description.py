@@ -19,10 +19,7 @@ ACTIVATIONS = {
     "gelu_new": "gelu_tanh",
     "relu2": "squared_relu",
 }
-OF_ANOTHER_BUILD = (
-    "qk_layernorm",
-    "use_qk_norm",
-)  # switches of configurations: norms of queries and keys of other kinds
+OF_ANOTHER_BUILD = ("qk_layernorm", "use_qk_norm")  # switches of configurations: queries and keys have other norms
 UNTURNED = "unturned"  # the rotary table of layers whose attention does not see positions
 
 Rotary = tuple[Tensor, Tensor]  # cosines and sines, fp32 [positions, rotary_dim] each
@@ -186,7 +183,7 @@ def _layer(layer: Any, names: dict[nn.Module, str], config: Any, build: Build) -
         return Projection(tuple(names[module] for module in modules), modules)
 
     def norm(parent: Any, name: str | None) -> Norm | None:
-        module = getattr(parent, name or "", None)
+        module = None if name is None else getattr(parent, name, None)
         return None if module is None else _norm(module, build)
 
     def norm_of_heads(name: str) -> Tensor | None:
