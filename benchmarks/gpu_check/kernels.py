@@ -83,7 +83,7 @@ def checks(dtype: torch.dtype) -> Iterator[Check]:
     for heads in _heads(dtype):
         yield f"attention {kind} {heads}", partial(_attention, heads, dtype, (0, 300), 0.0)
     for heads in WELL_KNOWN if on_gpu else ():
-        yield f"attention {kind} {heads}, soft cap", partial(_attention, heads, dtype, (0, 5), 30.0)
+        yield f"attention {kind} {heads}, soft cap and sinks", partial(_attention, heads, dtype, (0, 5), 30.0)
     yield f"norm, rotary, activation {kind}", partial(_rows, dtype)
     yield f"batch-invariant product {kind}", partial(_product, dtype)
     for vocab in (128256, 50257) if on_gpu else (257,):
@@ -186,6 +186,7 @@ class AttentionCase:
         pool = (self.table.numel(), sizes.page_size, sizes.kv_heads, sizes.head_dim)
         self.keys, self.values = (self._pool(pool) for _ in range(2))
         self.q = _random(sum(self.queries), self.shape.q_row * sizes.head_dim, dtype=dtype)
+        self.sinks = torch.linspace(-2, 4, sizes.heads, device=device()).to(dtype)  # beside a soft cap
 
     def _pool(self, shape: tuple[int, ...]) -> Tensor:
         pool = _nan(*shape, dtype=self.dtype)
@@ -216,7 +217,7 @@ class AttentionCase:
         attention.attend(
             out, q, self.keys, self.values, page_table=self.table[rows].to(device()),
             query_starts=torch.from_numpy(starts).to(device()), context_lens=torch.from_numpy(lengths).to(device()),
-            scale=self.shape.head_dim**-0.5, window=window, softcap=cap,
+            scale=self.shape.head_dim**-0.5, window=window, softcap=cap, sinks=self.sinks if cap else None,
         )  # fmt: skip
         return out
 
@@ -227,7 +228,7 @@ class AttentionCase:
         starts, lengths = torch.tensor([0, *np.cumsum(self.queries).tolist()]), torch.tensor(self.contexts)
         attention_in_rows(
             out, by_head, self.keys.float().cpu(), self.values.float().cpu(), self.table, starts, lengths,
-            self.shape.head_dim**-0.5, window, cap,
+            self.shape.head_dim**-0.5, window, cap, self.sinks.float().cpu() if cap else None,
         )  # fmt: skip
         return out.flatten(1)
 

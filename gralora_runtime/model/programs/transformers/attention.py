@@ -129,6 +129,8 @@ def take_attention_over(model: PreTrainedModel, attention: PagedAttention) -> No
             type(model).__name__, ["its layers compute attention by themselves, which lets nobody else do it"]
         )
     for module in model.modules():  # not by an argument, which some models' layers do not hand on
+        if not getattr(module, "is_causal", True):
+            raise ModelUnsupportedError(type(model).__name__, ["its attention is not causal (is_causal)"])
         if hasattr(module, "layer_idx"):
             module.paged_attention = attention
 
