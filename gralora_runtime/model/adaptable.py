@@ -18,7 +18,7 @@ def adaptable_modules(model: PreTrainedModel) -> Iterator[tuple[ModuleShape, nn.
     for name, module in model.named_modules():
         if module is head:
             continue
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:  # Phi-MoE's routers are others
             yield ModuleShape(name, module.in_features, module.out_features, transposed=False), module
         elif isinstance(module, Conv1D):
             yield ModuleShape(name, module.nx, module.nf, transposed=True), module

@@ -25,6 +25,7 @@ ALL_LINEAR: dict[str, list[str] | str] = {
     "glm4": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"],
     "qwen3-moe": ["q_proj", "k_proj", "v_proj", "o_proj"],  # experts are no linear layers
     "gpt-oss": ["q_proj", "k_proj", "v_proj", "o_proj"],
+    "phimoe": ["q_proj", "k_proj", "v_proj", "o_proj"],
     "mixtral": ["q_proj", "k_proj", "v_proj", "o_proj"],
 }
 LLAMA_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -29,6 +29,7 @@ from transformers import (
     OPTConfig,
     Phi3Config,
     PhiConfig,
+    PhimoeConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -75,7 +76,8 @@ ARCHITECTURES = (
 )  # fmt: skip
 # Of other builds, served by transformers' own forward pass as GPT-2 is.
 OTHER_BUILDS = (
-    "stablelm-normed", "cohere-normed", "gpt-neox", "opt", "opt-350m", "qwen2-moe", "qwen3-moe", "mixtral", "gpt-oss",
+    "stablelm-normed", "cohere-normed", "gpt-neox", "opt", "opt-350m", "qwen2-moe", "qwen3-moe", "mixtral", "phimoe",
+    "gpt-oss",
 )  # fmt: skip
 
 
@@ -150,6 +152,7 @@ def tiny_config(architecture: str) -> PreTrainedConfig:
         "glm4": (Glm4Config, {"head_dim": 16}),
         "qwen2-moe": (Qwen2MoeConfig, {"num_experts": 4, "shared_expert_intermediate_size": 48} | EXPERTS),
         "qwen3-moe": (Qwen3MoeConfig, {"num_experts": 4, "head_dim": 16} | EXPERTS),
+        "phimoe": (PhimoeConfig, {"num_local_experts": 4, "num_experts_per_tok": 2}),
         "gpt-oss": (
             GptOssConfig,
             {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16, "sliding_window": 24} | YARN,
