@@ -25,6 +25,7 @@ _BEGINNINGS: Mapping[str, str] = MappingProxyType(
 )
 # Multimodal types whose language model is one of its own, which needs nothing of the rest.
 SEPARABLE = ("gemma3",)
+OF_THE_WHOLE = ("tie_word_embeddings", "dtype", "eos_token_id", "quantization_config")  # what counts for its parts
 
 
 def read_config(path: Path) -> Any:
@@ -58,6 +59,6 @@ def _language_config(config: Any) -> Any:
     if config.model_type not in SEPARABLE:
         return config
     inner = config.get_text_config()
-    # What is said of the whole counts for its parts.
-    inner.update({name: getattr(config, name) for name in ("tie_word_embeddings", "dtype")})
+    said = {name: getattr(config, name, None) for name in OF_THE_WHOLE}
+    inner.update({name: value for name, value in said.items() if value is not None})
     return inner

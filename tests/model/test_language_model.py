@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from support.served import check_against_peft, serving
 from support.tiny_models import save_tiny_model, tiny_model
 
+from gralora_runtime.errors import ModelUnsupportedError
 from gralora_runtime.model.loading import load_as_stored, load_base_model
 from gralora_runtime.model.module_shapes import kv_token_numel, module_shapes
 from gralora_runtime.model.programs.cpu import CpuRunner
@@ -45,6 +47,19 @@ def test_weights_are_found_however_they_are_spelled(spelling: str, saved: Path, 
         for name, weight in model.state_dict().items():
             inside = name if name.startswith("lm_head") else TODAY + name.removeprefix("model.")
             assert torch.equal(weight, whole[inside]), name
+
+
+def test_what_is_said_of_the_whole_counts_for_its_language_model(saved: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(saved, tmp_path / "model"))
+    written = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(written | {"eos_token_id": [1, 106]}))
+
+    assert load_base_model(folder, device=torch.device("cpu"), dtype="auto").eos_token_ids == {1, 106}
+
+    quantized = {"quant_method": "gptq", "bits": 4}
+    (folder / "config.json").write_text(json.dumps(written | {"quantization_config": quantized}))
+    with pytest.raises(ModelUnsupportedError, match="quantized checkpoints are not served"):
+        load_base_model(folder, device=torch.device("cpu"), dtype="auto")
 
 
 def _respelled(name: str, spelling: str) -> str:
