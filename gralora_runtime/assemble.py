@@ -107,14 +107,14 @@ def assemble(config: EngineConfig, base: BaseModel | None = None) -> EngineParts
             config, base, _free_bytes(device) - reserved, in_panels=kv_in_panels(backend, device)
         )
         num_pages = len(kv_pool.keys[0])
-        head, groups = head_name(base.model), dict(adapters.pool.groups)
-        head_adapters = HeadAdapters(
-            groups.pop((head,)),
-            arena=adapters.pool.arena,
-            backend=build_backend(backend.name, device),
-            max_rows=config.max_num_batched_tokens,
-        )
         with refusing(base.name, base.model.config, "set up"):
+            head, groups = head_name(base.model), dict(adapters.pool.groups)
+            head_adapters = HeadAdapters(
+                groups.pop((head,)),
+                arena=adapters.pool.arena,
+                backend=build_backend(backend.name, device),
+                max_rows=config.max_num_batched_tokens,
+            )
             runner = make_runner(
                 Served(
                     base=base,

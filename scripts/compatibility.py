@@ -10,9 +10,10 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "examples")]
 
 from interpreted.test_program import BUILDS  # noqa: E402
+from model.test_language_model import MULTIMODAL  # noqa: E402
 from model.test_start_refusals import OTHERS  # noqa: E402
 from support.served import WITHOUT_PROGRAM, adapter_configs  # noqa: E402
-from support.tiny_models import ARCHITECTURES, tiny_model  # noqa: E402
+from support.tiny_models import ARCHITECTURES, OTHER_BUILDS, tiny_model  # noqa: E402
 
 from gralora_runtime.adapters.checkpoint.config_keys import GRALORA_KEYS, LORA_KEYS, OF_THE_OTHER, Key, is_off  # noqa: E402
 from gralora_runtime.adapters.checkpoint.spec import parse_config  # noqa: E402
@@ -26,9 +27,22 @@ Written by `python scripts/compatibility.py` from what the tests compare with PE
 """
 CPU, GPU = "../tests/model/test_exactness.py", "../tests/interpreted/test_program.py"
 SUMS = "../tests/engine/test_mixes.py"
+OTHERS_TEST, INNER = "../tests/model/test_other_builds.py", "../tests/model/test_language_model.py"
+PARTS = "../tests/interpreted/test_rows.py"
 REFUSALS, CONFIGS = "../tests/model/test_start_refusals.py", "../tests/adapters/test_spec.py"
+ON_GPU_TOO = "gpt2"  # of those without a program the one that is tested there
+NOTES = {
+    "llama-biased": "with biases",
+    "stablelm-parallel": "with parallel blocks",
+    "stablelm-normed": "with norms of queries and keys",
+    "cohere-normed": "with norms of queries and keys",
+    "opt-350m": "with norms behind its blocks",
+    MULTIMODAL: "of which the language model is read",
+}
 # Of a config, that are worth a word.
-SPECIALS = ("use_rslora", "rank_pattern", "layers_to_transform", "alora_invocation_tokens")
+SPECIALS = (
+    "use_rslora", "rank_pattern", "layers_to_transform", "alora_invocation_tokens", "use_dora", "lora_bias", "bias",
+)  # fmt: skip
 
 
 def main() -> None:
@@ -41,21 +55,34 @@ def page() -> str:
 
 def _models() -> Iterator[str]:
     yield "## Base models\n"
-    yield f"Each with every kind of adapter at once: logits are PEFT's, on the CPU ([test]({CPU})) and through the"
-    yield f"GPU's kernels in Triton's interpreter ([test]({GPU})). Any other model of transformers with ordinary causal"
-    yield "attention runs transformers' own forward pass, if it passes the comparison at start.\n"
+    yield "Each with every kind of adapter at once: logits are PEFT's, on the CPU, and through the GPU's kernels in"
+    yield "Triton's interpreter. Behind each path is its test. A program is ours; transformers is its own forward pass"
+    yield "with our layers in it. Any other model of transformers with ordinary causal attention runs so, if it"
+    yield "passes the comparison at start.\n"
     yield "| | CPU | GPU |"
     yield "|---|---|---|"
-    for architecture in ARCHITECTURES:
+    for architecture in (*ARCHITECTURES, MULTIMODAL, *OTHER_BUILDS):
         name = type(tiny_model(architecture)).__name__
-        also = ", with biases" if architecture.endswith("-biased") else ""
-        slow = architecture in WITHOUT_PROGRAM
-        gpu = "program" if architecture in BUILDS else "transformers" if slow else "program, untested"
-        yield f"| `{name}`{also} | {'transformers' if slow else 'program'} | {gpu} |"
-    yield (
-        "\nRefused at start, in a sentence and with exit code 2 ([test](" + REFUSALS + ")): " + ", ".join(OTHERS) + ";"
-    )
-    yield "encoder-decoders, quantized checkpoints, rotary angles that depend on the batch."
+        note = f", {NOTES[architecture]}" if architecture in NOTES else ""
+        yield f"| `{name}`{note} | {_on_cpu(architecture)} | {_on_gpu(architecture)} |"
+    yield "\nRefused at start, in a sentence and with exit code 2, as encoder-decoders are, quantized checkpoints,"
+    yield "rotary angles that depend on the batch, and multimodal models whose language model is not one of its own:\n"
+    yield "| | |"
+    yield "|---|---|"
+    for name, (_, reason) in OTHERS.items():
+        yield f"| [{name}]({REFUSALS}) | {reason} |"
+
+
+def _on_cpu(architecture: str) -> str:
+    path = "transformers" if architecture in WITHOUT_PROGRAM else "program"
+    test = OTHERS_TEST if architecture in OTHER_BUILDS else INNER if architecture == MULTIMODAL else CPU
+    return f"[{path}]({test})"
+
+
+def _on_gpu(architecture: str) -> str:
+    if architecture in WITHOUT_PROGRAM:
+        return f"[transformers]({GPU})" if architecture == ON_GPU_TOO else "transformers"
+    return f"[program]({GPU})" if architecture in BUILDS else f"program of [these parts]({PARTS})"
 
 
 def _adapters() -> Iterator[str]:

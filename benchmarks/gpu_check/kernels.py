@@ -25,10 +25,10 @@ from gralora_kernels.reference.attention import attention_in_rows
 from gralora_kernels.sampling_rules import Rules, SamplingRules, rule, with_biases
 from gralora_kernels.tables import ALIGNMENT, ARENA_SLACK, Entry, GroupTable
 from gralora_kernels.triton_ops import attention_launch
-from gralora_kernels.triton_ops.activation import gated_activation
+from gralora_kernels.triton_ops.activation import activate
 from gralora_kernels.triton_ops.adapters.launch import BLOCKING, TritonBackend
 from gralora_kernels.triton_ops.attention_launch import AttentionShape, PagedAttention
-from gralora_kernels.triton_ops.norm import add_rms_norm, rms_norm_rows
+from gralora_kernels.triton_ops.norm import add_norm, norm_rows
 from gralora_kernels.triton_ops.product import linear
 from gralora_kernels.triton_ops.rotary import rotate_and_store
 from gralora_kernels.triton_ops.sampling_launch import RowSampler
@@ -83,7 +83,7 @@ def checks(dtype: torch.dtype) -> Iterator[Check]:
     for heads in _heads(dtype):
         yield f"attention {kind} {heads}", partial(_attention, heads, dtype, (0, 300), 0.0)
     for heads in WELL_KNOWN if on_gpu else ():
-        yield f"attention {kind} {heads}, soft cap", partial(_attention, heads, dtype, (0, 5), 30.0)
+        yield f"attention {kind} {heads}, soft cap and sinks", partial(_attention, heads, dtype, (0, 5), 30.0)
     yield f"norm, rotary, activation {kind}", partial(_rows, dtype)
     yield f"batch-invariant product {kind}", partial(_product, dtype)
     for vocab in (128256, 50257) if on_gpu else (257,):
@@ -186,6 +186,7 @@ class AttentionCase:
         pool = (self.table.numel(), sizes.page_size, sizes.kv_heads, sizes.head_dim)
         self.keys, self.values = (self._pool(pool) for _ in range(2))
         self.q = _random(sum(self.queries), self.shape.q_row * sizes.head_dim, dtype=dtype)
+        self.sinks = torch.linspace(-2, 4, sizes.heads, device=device()).to(dtype)  # beside a soft cap
 
     def _pool(self, shape: tuple[int, ...]) -> Tensor:
         pool = _nan(*shape, dtype=self.dtype)
@@ -216,7 +217,7 @@ class AttentionCase:
         attention.attend(
             out, q, self.keys, self.values, page_table=self.table[rows].to(device()),
             query_starts=torch.from_numpy(starts).to(device()), context_lens=torch.from_numpy(lengths).to(device()),
-            scale=self.shape.head_dim**-0.5, window=window, softcap=cap,
+            scale=self.shape.head_dim**-0.5, window=window, softcap=cap, sinks=self.sinks if cap else None,
         )  # fmt: skip
         return out
 
@@ -227,7 +228,7 @@ class AttentionCase:
         starts, lengths = torch.tensor([0, *np.cumsum(self.queries).tolist()]), torch.tensor(self.contexts)
         attention_in_rows(
             out, by_head, self.keys.float().cpu(), self.values.float().cpu(), self.table, starts, lengths,
-            self.shape.head_dim**-0.5, window, cap,
+            self.shape.head_dim**-0.5, window, cap, self.sinks.float().cpu() if cap else None,
         )  # fmt: skip
         return out.flatten(1)
 
@@ -252,32 +253,36 @@ def _attention(sizes: Heads, dtype: torch.dtype, windows: Sequence[int], cap: fl
 
 
 def _rows(dtype: torch.dtype) -> str:
-    worst = max(_norms(hidden, dtype) for hidden in ((4096, 576, 72) if torch.cuda.is_available() else (72,)))
+    widths = (4096, 576, 72) if torch.cuda.is_available() else (72,)
+    worst = max(_norms(hidden, dtype, centres=centres) for hidden in widths for centres in (False, True))
     for width in (1536, 4100) if torch.cuda.is_available() else (72,):
         both = _random(5, 2 * width, dtype=dtype)
-        for kind in ("silu", "gelu_tanh"):
+        for kind, gated in (("silu", True), ("gelu_tanh", True), ("squared_relu", False)):
             expected, out = (_nan(5, width, dtype=dtype) for _ in range(2))
-            twins.gated_activation(expected, both, kind)
-            gated_activation(out, both, kind)
+            x = both if gated else both[:, :width].contiguous()
+            twins.activate(expected, x, kind, gated=gated)
+            activate(out, x, kind, gated=gated)
             worst = max(worst, _error(expected, out, dtype))
     for head_dim, rotary_dim, norms in ((128, 128, False), (128, 96, True), (72, 72, False)):
-        worst = max(worst, _rotary(head_dim, rotary_dim, dtype, norms=norms))
+        for neighbours in (False, True):
+            worst = max(worst, _rotary(head_dim, rotary_dim, dtype, norms=norms, neighbours=neighbours))
     return f"RMS error {worst:.1e}"
 
 
-def _norms(hidden: int, dtype: torch.dtype) -> float:
+def _norms(hidden: int, dtype: torch.dtype, *, centres: bool) -> float:
     residual, x, weight = (_random(*shape, dtype=dtype) for shape in ((5, hidden), (5, hidden), (hidden,)))
     index = torch.tensor([4, 0], device=device())
     results = []
-    for add, gather in ((twins.add_rms_norm, twins.rms_norm_rows), (add_rms_norm, rms_norm_rows)):
+    for add, gather in ((twins.add_norm, twins.norm_rows), (add_norm, norm_rows)):
         last, own, y = _nan(2, hidden, dtype=dtype), residual.clone(), _nan(5, hidden, dtype=dtype)
-        gather(last, own, index, x=x, weight=weight, eps=EPS)
-        add(y, own, x, weight, EPS)
+        bias = weight.flip(0) if centres else None
+        gather(last, own, index, x=x, weight=weight, eps=EPS, bias=bias, centres=centres)
+        add(y, own, x, weight, EPS, bias=bias, centres=centres)
         results.append((last, own, y))
     return max(_error(expected, actual, dtype) for expected, actual in zip(*results, strict=True))
 
 
-def _rotary(head_dim: int, rotary_dim: int, dtype: torch.dtype, *, norms: bool) -> float:
+def _rotary(head_dim: int, rotary_dim: int, dtype: torch.dtype, *, norms: bool, neighbours: bool) -> float:
     heads, kv_heads = 4, 2
     qkv = _random(3, (heads + 2 * kv_heads) * head_dim, dtype=dtype)
     pools = [_random(4, 2, kv_heads, head_dim, dtype=dtype) for _ in range(2)]
@@ -289,7 +294,7 @@ def _rotary(head_dim: int, rotary_dim: int, dtype: torch.dtype, *, norms: bool) 
         own = q, k, v = [tensor.clone() for tensor in (qkv, *pools)]
         rotate(
             q, k, v, positions, slots, cos=angles.cos(), sin=angles.sin(), heads=heads, kv_heads=kv_heads,
-            head_dim=head_dim, q_norm=weights[0], k_norm=weights[1], eps=EPS,
+            head_dim=head_dim, q_norm=weights[0], k_norm=weights[1], eps=EPS, neighbours=neighbours,
         )  # fmt: skip
         results.append(own)
     return max(_error(expected, actual, dtype) for expected, actual in zip(*results, strict=True))

@@ -15,7 +15,7 @@ from gralora_runtime.adapters.checkpoint.spec import ModuleShape
 def adaptable_modules(model: PreTrainedModel) -> Iterator[tuple[ModuleShape, nn.Module]]:
     """Every linear layer, by the dotted name that PEFT gives it."""
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:  # Phi-MoE's routers are others
             has_bias = module.bias is not None
             yield ModuleShape(name, module.in_features, module.out_features, has_bias=has_bias), module
         elif isinstance(module, Conv1D):

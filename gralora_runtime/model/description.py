@@ -12,10 +12,25 @@ from transformers import PreTrainedModel
 
 from gralora_runtime.model.builds import BUILDS, Build
 
-ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "relu2": "squared_relu",
+}
+OF_ANOTHER_BUILD = ("qk_layernorm", "use_qk_norm")  # switches of configurations: queries and keys have other norms
 UNTURNED = "unturned"  # the rotary table of layers whose attention does not see positions
 
 Rotary = tuple[Tensor, Tensor]  # cosines and sines, fp32 [positions, rotary_dim] each
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """Of a stream's rows, by the description's `eps` and `centres`."""
+
+    weight: Tensor
+    bias: Tensor | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +45,7 @@ class Projection:
 class Joining:
     """How what a block computes joins the stream of residuals."""
 
-    norm: Tensor | None
+    norm: Norm | None
     factor: float
 
     @property
@@ -43,7 +58,7 @@ class Joining:
 class LayerDescription:
     """One layer, in the order in which it is computed. Norms' weights are fp32 where they are not the model's own."""
 
-    attention_norm: Tensor | None
+    attention_norm: Norm | None
     qkv: Projection
     q_norm: Tensor | None  # [head_dim], or [heads * head_dim]: of all heads together
     k_norm: Tensor | None
@@ -51,7 +66,8 @@ class LayerDescription:
     window: int  # 0: the whole context
     o: Projection
     attention_joining: Joining
-    mlp_norm: Tensor | None
+    is_parallel: bool  # the feed-forward block reads what attention read
+    mlp_norm: Norm | None
     gate_up: Projection
     down: Projection
     mlp_joining: Joining
@@ -68,7 +84,7 @@ class Description:
     embedding: Tensor  # [vocab, hidden]
     embedding_factor: float
     layers: tuple[LayerDescription, ...]
-    final_norm: Tensor  # scales logits, too, where they are scaled
+    final_norm: Norm  # scales logits, too, where they are scaled
     head: nn.Linear
     heads: int
     kv_heads: int
@@ -78,7 +94,10 @@ class Description:
     logits_factor: float  # the one that `final_norm` has in it
     logits_softcap: float  # 0: there is none
     eps: float
-    activation: str  # "silu" or "gelu_tanh"
+    centres: bool  # norms subtract the mean
+    turns_neighbours: bool  # of the dimensions that rotate together, one is beside the other
+    is_gated: bool  # the activation is of gates, by which the other half of the product is multiplied
+    activation: str  # one of `ACTIVATIONS`
 
     @property
     def intermediate(self) -> int:
@@ -105,14 +124,18 @@ def describe(model: PreTrainedModel) -> Description:
     activation = ACTIVATIONS.get(named)
     if activation is None:
         raise OtherBuildError(f"its activation is {named}, not one of {', '.join(ACTIVATIONS)}")
+    others = [switch for switch in OF_ANOTHER_BUILD if getattr(config, switch, False)]
+    if others:
+        raise OtherBuildError(f"it has {', '.join(others)}")
     names = {module: name for name, module in model.named_modules()}
+    final_norm = _named(model.model, "norm", "final_layernorm")
     attention = model.model.layers[0].self_attn
     heads = config.num_attention_heads
     return Description(
         embedding=model.get_input_embeddings().weight,
         embedding_factor=build.embedding_factor(config),
         layers=tuple(_layer(layer, names, config, build) for layer in model.model.layers),
-        final_norm=_norm(model.model.norm, build, build.logits_factor(config)),
+        final_norm=_norm(final_norm, build, build.logits_factor(config)),
         head=model.get_output_embeddings(),
         heads=heads,
         kv_heads=getattr(config, "num_key_value_heads", None) or heads,
@@ -121,22 +144,25 @@ def describe(model: PreTrainedModel) -> Description:
         softcap=build.softcap(config),
         logits_factor=build.logits_factor(config),
         logits_softcap=getattr(config, "final_logit_softcapping", None) or 0.0,
-        eps=config.rms_norm_eps,
+        eps=_eps(final_norm),
+        centres=build.centres,
+        turns_neighbours=build.turns_neighbours,
+        is_gated=build.gated,
         activation=activation,
     )
 
 
 def rotary_tables(model: PreTrainedModel, description: Description, positions: int) -> Mapping[str, Rotary]:
-    """The model's own cosines and sines, by what layers call theirs. All are of one width."""
+    """The model's own cosines and sines, by what layers call theirs. All are of one width, and halves are alike."""
     ids = torch.arange(positions, device=model.device)[None]
     like = torch.zeros(1, dtype=torch.float32, device=model.device)
-    by_type = BUILDS[type(model).__name__].rotary_by_layer_type
+    build = BUILDS[type(model).__name__]
     wanted = {layer.rotary for layer in description.layers} - {UNTURNED}
     tables = {}
     with torch.inference_mode():
         for name in wanted or {""}:
-            cos, sin = model.model.rotary_emb(like, ids, *([name] if by_type else []))
-            tables[name] = cos[0].contiguous(), sin[0].contiguous()
+            cos, sin = model.model.rotary_emb(like, ids, *([name] if build.rotary_by_layer_type else []))
+            tables[name] = _in_halves(cos[0], build), _in_halves(sin[0], build)
     cos, sin = next(iter(tables.values()))
     return tables | {UNTURNED: (torch.ones_like(cos), torch.zeros_like(sin))}
 
@@ -144,6 +170,10 @@ def rotary_tables(model: PreTrainedModel, description: Description, positions: i
 def soft_capped(logits: Tensor, cap: float) -> Tensor:
     """cap * tanh(logits / cap), written over them; cap 0: as they are."""
     return logits if cap == 0 else logits.div_(cap).tanh_().mul_(cap)
+
+
+def _in_halves(table: Tensor, build: Build) -> Tensor:
+    return table[:, ::2].repeat(1, 2) if build.angles_beside else table.contiguous()
 
 
 def _layer(layer: Any, names: dict[nn.Module, str], config: Any, build: Build) -> LayerDescription:
@@ -154,33 +184,51 @@ def _layer(layer: Any, names: dict[nn.Module, str], config: Any, build: Build) -
         modules = tuple(getattr(parent, name) for name in candidates if hasattr(parent, name))
         return Projection(tuple(names[module] for module in modules), modules)
 
-    def norm(parent: Any, name: str | None) -> Tensor | None:
-        return _norm(getattr(parent, name), build) if name is not None and hasattr(parent, name) else None
+    def norm(parent: Any, name: str | None) -> Norm | None:
+        module = None if name is None else getattr(parent, name, None)
+        return None if module is None else _norm(module, build)
+
+    def norm_of_heads(name: str) -> Tensor | None:
+        found = norm(attention, name)
+        return None if found is None else found.weight
 
     return LayerDescription(
         attention_norm=norm(layer, build.before_attention),
         qkv=projection(attention, "qkv_proj", "q_proj", "k_proj", "v_proj"),
-        q_norm=norm(attention, "q_norm"),
-        k_norm=norm(attention, "k_norm"),
+        q_norm=norm_of_heads("q_norm"),
+        k_norm=norm_of_heads("k_norm"),
         rotary=_rotary(attention, config, build),
-        window=getattr(attention, "sliding_window", getattr(config, "sliding_window", None)) or 0,
-        o=projection(attention, "o_proj"),
+        window=getattr(config if build.window_of_config else attention, "sliding_window", None) or 0,
+        o=projection(attention, "o_proj", "dense"),
         attention_joining=Joining(norm(layer, build.after_attention), factor),
+        is_parallel=build.parallel(config),
         mlp_norm=norm(layer, build.before_mlp),
-        gate_up=projection(mlp, "gate_up_proj", "gate_proj", "up_proj"),
-        down=projection(mlp, "down_proj"),
+        gate_up=projection(mlp, "gate_up_proj", "gate_proj", "up_proj", "c_fc", "fc1"),
+        down=projection(mlp, "down_proj", "c_proj", "fc2"),
         mlp_joining=Joining(norm(layer, build.after_mlp), factor),
     )
 
 
 def _rotary(attention: Any, config: Any, build: Build) -> str:
-    if not getattr(attention, "use_rope", True):
+    if not build.turns(attention):
         return UNTURNED
     return str(config.layer_types[attention.layer_idx]) if build.rotary_by_layer_type else ""
 
 
-def _norm(module: Any, build: Build, factor: float = 1.0) -> Tensor:
+def _norm(module: Any, build: Build, factor: float = 1.0) -> Norm:
     weight: Tensor = module.weight.detach()
-    if build.norm_offset == 0 and factor == 1:
-        return weight
-    return (weight.float() + build.norm_offset) * factor
+    bias: Tensor | None = getattr(module, "bias", None)
+    if build.norm_offset != 0 or factor != 1:
+        weight = (weight.float() + build.norm_offset) * factor
+    if bias is not None:
+        bias = bias.detach() if factor == 1 else bias.detach().float() * factor
+    return Norm(weight, bias)
+
+
+def _eps(norm: Any) -> float:
+    """All norms of a model have the same."""
+    return float(norm.eps if hasattr(norm, "eps") else norm.variance_epsilon)
+
+
+def _named(parent: Any, *candidates: str) -> Any:
+    return next(getattr(parent, name) for name in candidates if hasattr(parent, name))

@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from gralora_runtime.errors import ConfigError, ModelUnsupportedError
 from gralora_runtime.model.kv_pool import kv_shape
+from gralora_runtime.model.language_model import SEPARABLE, read_config, read_model
 from gralora_runtime.model.refusal import refusing
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -46,15 +47,14 @@ def load_base_model(path: Path, *, device: torch.device, dtype: str) -> BaseMode
         raise ConfigError(f"{path} is not a Hugging Face model directory: it has no config.json")
     transformers_logging.disable_progress_bar()  # a server's log is no place for one
     with _readable(path):
-        config = AutoConfig.from_pretrained(path, local_files_only=True)
+        config = read_config(path)
     problems = unsupported_features(config)
     if problems:
         raise ModelUnsupportedError(str(path), problems)
     chosen = _choose_dtype(dtype, config, device)
     with refusing(str(path), config, "read"):
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=chosen, local_files_only=True, attn_implementation=_attention(config)
-        )
+        # As they are written down, for the check: torch's own attention knows no soft caps and no sinks.
+        model = read_model(path, dtype=chosen, attn_implementation="eager")
         chat_tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
         return BaseModel(
             model=model.to(device).eval(),
@@ -75,10 +75,9 @@ def load_as_stored(path: Path) -> PreTrainedModel:
     """
     transformers_logging.disable_progress_bar()
     with _readable(path):
-        if getattr(AutoConfig.from_pretrained(path, local_files_only=True), "quantization_config", None):
+        if getattr(read_config(path), "quantization_config", None):
             raise ModelUnsupportedError(str(path), ["its weights are quantized"])
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, dtype="auto", local_files_only=True)
-    return model
+        return read_model(path, dtype="auto")
 
 
 def load_tokenizer(path: Path) -> Any:
@@ -99,6 +98,9 @@ def unsupported_features(config: Any) -> list[str]:
     """Why a model of this configuration cannot be served exactly; empty if it can."""
     checks = {
         "encoder-decoder models are not served": getattr(config, "is_encoder_decoder", False),
+        f"multimodal models are not served, but for the language models of {', '.join(SEPARABLE)}": (
+            hasattr(config, "text_config") and config.model_type
+        ),
         "quantized checkpoints are not served": getattr(config, "quantization_config", None),
         "attention is not causal (is_causal)": not getattr(config, "is_causal", True),
         "layers of unknown attention types (layer_types)": sorted(
@@ -111,13 +113,10 @@ def unsupported_features(config: Any) -> list[str]:
         ),
         "keys and values are compressed (kv_lora_rank)": getattr(config, "kv_lora_rank", None),
         "no multi-head attention (num_attention_heads)": not hasattr(config, "num_attention_heads"),
+        "no number of positions (max_position_embeddings)": not hasattr(config, "max_position_embeddings"),
+        "positions are told by biases of scores (alibi)": getattr(config, "alibi", False),
     }
     return [f"{problem}, got {value!r}" for problem, value in checks.items() if value]
-
-
-def _attention(config: Any) -> str:
-    """Which of transformers' own the untouched model has. torch's knows no soft caps."""
-    return "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"
 
 
 def _rope_types(config: Any) -> set[str]:

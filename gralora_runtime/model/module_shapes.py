@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from gralora_runtime.adapters.checkpoint.spec import ModuleShape
 from gralora_runtime.errors import ModelUnsupportedError
 from gralora_runtime.model.adaptable import adaptable_modules
 from gralora_runtime.model.kv_pool import kv_shape
+from gralora_runtime.model.language_model import read_config
 
 
 def module_shapes(model_dir: Path) -> list[ModuleShape]:
@@ -40,7 +41,7 @@ def kv_token_numel(model_dir: Path) -> int:
 def _config(model_dir: Path) -> Any:
     if not (model_dir / "config.json").is_file():
         raise ModelUnsupportedError(str(model_dir), ["it has no config.json"])
-    return AutoConfig.from_pretrained(model_dir, local_files_only=True)
+    return read_config(model_dir)
 
 
 @contextmanager

@@ -23,7 +23,7 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def poisoned(*args: object, **kwargs: object) -> torch.Tensor:
         tensor = empty(*args, **kwargs)
-        tensor.view(torch.uint8).fill_(255) if tensor.is_contiguous() and tensor.numel() else None
+        tensor.view(-1).view(torch.uint8).fill_(255) if tensor.is_contiguous() and tensor.numel() else None
         return tensor
 
     monkeypatch.setattr(torch, "empty", poisoned)

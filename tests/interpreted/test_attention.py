@@ -39,7 +39,7 @@ class Case:
                     pool[page, :used] = torch.randn(used, kv_heads, head_dim, generator=generator)
         self.q = [torch.randn(length, self.shape.q_row * head_dim, generator=generator) for length in contexts]
 
-    def run(self, steps, *, window=0, softcap=0.0, attention=None, twin=False):
+    def run(self, steps, *, window=0, softcap=0.0, sinks=None, attention=None, twin=False):
         """`steps`: (row, number of queries, context) each; returns [tokens, heads, head_dim] of each row."""
         attention = attention or PagedAttention(self.shape, torch.float32, CPU, invariant=False)
         starts = np.cumsum([0, *(count for _, count, _ in steps)]).astype(np.int32)
@@ -58,10 +58,11 @@ class Case:
         by_head = out.view(len(q), self.shape.heads, self.shape.head_dim)
         if twin:
             heads = q.view(len(q), -1, self.shape.head_dim)[:, : self.shape.heads]
-            attention_in_rows(by_head, heads, self.keys, self.values, *step.values(), scale, window, softcap)
+            attention_in_rows(by_head, heads, self.keys, self.values, *step.values(), scale, window, softcap, sinks)
         else:
             attention.prepare(starts, lengths)
-            attention.attend(out, q, self.keys, self.values, scale=scale, window=window, softcap=softcap, **step)
+            options = {"scale": scale, "window": window, "softcap": softcap, "sinks": sinks}
+            attention.attend(out, q, self.keys, self.values, **options, **step)
         return by_head.split([count for _, count, _ in steps])
 
     def error(self, steps, **options):
@@ -94,6 +95,14 @@ def test_groups_of_any_size(heads, kv_heads):
 @pytest.mark.parametrize("window", [0, 1, SPLIT, SPLIT + 20])
 def test_a_soft_cap(window):
     assert_right(Case([LONG, 20]), [(0, 1, LONG), (1, 4, 20)], window=window, softcap=0.8)
+
+
+@pytest.mark.parametrize("window", [0, SPLIT + 20])
+def test_sinks(window):
+    """Of a context in parts, too; one that takes all, one that takes nothing, and two among the scores."""
+    sinks = torch.tensor([90.0, -90.0, 0.5, 3.0])
+
+    assert_right(Case([LONG, 20]), [(0, 1, LONG), (1, 4, 20)], window=window, sinks=sinks)
 
 
 def test_contexts_around_the_ends_of_stretches():

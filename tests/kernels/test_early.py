@@ -23,7 +23,7 @@ for variant in {variant.function: variant for variant in kernel_binary.variants(
     print("KERNEL", variant.function.__name__)
     print(compiled.asm["ptx"])
 """
-EARLY = {"norm_kernel", "rotate_and_store_kernel", "attention_kernel", "merge_kernel", "gated_activation_kernel"}
+EARLY = {"norm_kernel", "rotate_and_store_kernel", "attention_kernel", "merge_kernel", "activation_kernel"}
 EARLY |= {"scan_kernel", "weigh_kernel", "gather_kernel", "choose_kernel", "tops_kernel", "report_kernel"}
 
 

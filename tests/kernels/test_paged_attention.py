@@ -37,13 +37,14 @@ class PagedCase:
             self.k_pages[pages, :, :, positions % page_size] = self.keys[row]
             self.v_pages[pages, :, positions % page_size] = self.values[row]
 
-    def run(self, kernel, window, rows=slice(None), softcap=0.0):
+    def run(self, kernel, window, rows=slice(None), softcap=0.0, sinks=None):
         q = self.q[rows].contiguous()
         out = torch.full_like(q, NAN)
         scale = 0.7 * q.shape[-1] ** -0.5
         starts = torch.arange(len(q) + 1, dtype=torch.int32)
         lengths = self.context_lens[rows]
-        kernel(out, q, self.k_pages, self.v_pages, self.page_table[rows], starts, lengths, scale, window, softcap)
+        step = self.page_table[rows], starts, lengths
+        kernel(out, q, self.k_pages, self.v_pages, *step, scale, window, softcap, sinks)
         return out
 
     def expected(self, window):
@@ -81,6 +82,21 @@ def test_scores_may_be_capped(kernel, window):
         expected.append(torch.einsum("ht,thd->hd", torch.softmax(0.3 * torch.tanh(scores / 0.3), dim=1), seen_v))
 
     assert_close(torch.stack(expected), case.run(kernel, window, softcap=0.3))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("window", [0, 40])
+def test_sinks_take_their_share_of_the_weights(kernel, window):
+    """One takes all, one nothing, two are among the scores."""
+    case = PagedCase([97, 1, 16, 31], 4, 2, 72)
+    sinks, expected = torch.tensor([200.0, -200.0, 0.5, 3.0]), []
+    for q, k, v in zip(case.q, case.keys, case.values, strict=True):
+        seen_k, seen_v = (one[-window:].repeat_interleave(2, dim=1) for one in (k, v))
+        scores = torch.einsum("hd,thd->ht", q, seen_k) * 0.7 * 72**-0.5
+        weights = torch.softmax(torch.cat([sinks[:, None], scores], dim=1), dim=1)[:, 1:]
+        expected.append(torch.einsum("ht,thd->hd", weights, seen_v))
+
+    assert_close(torch.stack(expected), case.run(kernel, window, sinks=sinks))
 
 
 def prompt_in_chunks(kernel, case, q, chunks, window):

@@ -32,7 +32,7 @@ def layers(context):
 
 
 def step():
-    return SimpleNamespace(grouping=SimpleNamespace(num_adapted=0))
+    return SimpleNamespace(grouping=SimpleNamespace(num_adapted=0, num_tokens=3))
 
 
 def test_siblings_share_one_product_and_get_their_own_columns():

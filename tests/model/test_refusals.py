@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from support.tiny_models import save_tiny_model
-from transformers import LlamaConfig, MambaConfig, PreTrainedModel, T5Config
+from support.tiny_models import save_tiny_model, tiny_config
+from transformers import AutoModelForCausalLM, Llama4Config, LlamaConfig, MambaConfig, PreTrainedModel, T5Config
 
 from gralora_runtime.assemble import assemble
 from gralora_runtime.config import EngineConfig
@@ -32,11 +32,15 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> EngineConfig:
         (T5Config(), "encoder-decoder models are not served, got True"),
         (MambaConfig(), "no multi-head attention (num_attention_heads), got True"),
         (
+            Llama4Config(),
+            "multimodal models are not served, but for the language models of gemma3, got 'llama4'",
+        ),
+        (
             LlamaConfig(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}),
             "rotary angles that depend on the batch (rope_type), got ['dynamic']",
         ),
     ],
-    ids=["encoder-decoder", "state-space", "dynamic-rope"],
+    ids=["encoder-decoder", "state-space", "multimodal", "dynamic-rope"],
 )
 def test_a_model_that_cannot_be_served_exactly_is_named_with_its_reason(model_config: Any, reason: str) -> None:
     assert reason in unsupported_features(model_config)
@@ -75,10 +79,21 @@ def test_the_check_at_start_refuses_a_model_whose_attention_is_computed_wrongly(
 
     exact = attention.paged_attention
     monkeypatch.setattr(choice, "describe", other_build)
-    monkeypatch.setattr(attention, "paged_attention", lambda *args: exact(*args[:-2], 8, args[-1]))
+    monkeypatch.setattr(attention, "paged_attention", lambda *args: exact(*args[:-3], 8, *args[-2:]))
 
     with pytest.raises(ModelUnsupportedError, match="paged logits differ from transformers' by"):
         assemble(config)
+
+
+@pytest.mark.parametrize(("architecture", "window"), [("llama", 0), ("mistral", 24)])
+def test_a_window_counts_where_transformers_looks_at_it(architecture: str, window: int) -> None:
+    """Models that were Mistral's once still have its key; it took effect here beyond what the check at start sees."""
+    config = tiny_config(architecture)
+    config.sliding_window = 24
+
+    description = describe(AutoModelForCausalLM.from_config(config))
+
+    assert [layer.window for layer in description.layers] == [window, window]
 
 
 SMALL_STEPS = {"max_num_seqs": 1, "max_num_batched_tokens": 1}
@@ -98,14 +113,14 @@ def test_the_check_at_start_fits_into_what_is_served_and_still_checks(
         assemble(small)
 
 
-@pytest.mark.parametrize("argument", ["s_aux", "position_bias", "attention_mask"])
+@pytest.mark.parametrize("argument", ["position_bias", "attention_mask"])
 def test_attention_that_asks_for_what_we_do_not_compute_is_refused_by_name(argument: str) -> None:
     """The configuration did not tell of it, the model's own call does."""
     asked: dict[str, Any] = {"attention_mask": None} | {argument: torch.ones(1)}
     query = torch.zeros(1, 1, 1, 4)
 
     with pytest.raises(ModelUnsupportedError, match=f"its attention uses {argument}$"):
-        attention._attention_function(torch.nn.Identity(), query, query, query, **asked, paged_attention=None)
+        attention._attention_function(torch.nn.Identity(), query, query, query, **asked)
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,22 @@ from peft import GraloraConfig, LoraConfig, PeftConfig, PeftModel, get_peft_mode
 from transformers import PreTrainedModel
 
 # What "every linear layer" is called in each architecture of `tiny_models`.
-ALL_LINEAR = {
+ALL_LINEAR: dict[str, list[str] | str] = {
+    "gemma3-multimodal": r".*language_model.*_proj",
     "gpt2": ["c_attn", "c_proj", "c_fc"],
     "phi3": ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"],
+    "nemotron": ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"],
+    "gpt-neox": ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"],
+    "opt": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
+    "opt-350m": ["project_in", "project_out", "q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
+    "starcoder2": ["q_proj", "k_proj", "v_proj", "o_proj", "c_fc", "c_proj"],
+    "phi": ["q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"],
+    "glm": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"],
+    "glm4": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"],
+    "qwen3-moe": ["q_proj", "k_proj", "v_proj", "o_proj"],  # experts are no linear layers
+    "gpt-oss": ["q_proj", "k_proj", "v_proj", "o_proj"],
+    "phimoe": ["q_proj", "k_proj", "v_proj", "o_proj"],
+    "mixtral": ["q_proj", "k_proj", "v_proj", "o_proj"],
 }
 LLAMA_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -28,7 +41,7 @@ class ActivatedGraloraConfig(GraloraConfig):
     alora_invocation_tokens: list[int] | None = None
 
 
-def all_linear(architecture: str) -> list[str]:
+def all_linear(architecture: str) -> list[str] | str:
     return ALL_LINEAR.get(architecture, LLAMA_LINEAR)
 
 

@@ -12,7 +12,7 @@ from peft import PeftConfig
 from support.activated import adapted
 from support.device import DEVICE, ON_GPU
 from support.peft_adapters import all_linear, gralora_config, in_authors_dialect, lora_config, save_adapter
-from support.tiny_models import save_tiny_model, tiny_model
+from support.tiny_models import OTHER_BUILDS, save_tiny_model, tiny_model
 
 from gralora_runtime.adapters.residency.lease import AdapterLease
 from gralora_runtime.assemble import EngineParts, assemble
@@ -23,7 +23,7 @@ from gralora_runtime.plan import AdapterUse, RowPlan, StepPlan
 PROMPT = [5, 250, 17, 99, 3, 280, 41, 8, 120, 77, 301, 12, 64, 200, 9, 33, 150, 71, 222, 18, 90, 45, 263, 31, 7, 180]
 MAX_DIFFERENCE = 1e-3  # of a logit, fp32
 BIASED = ("gpt2", "llama-biased", "qwen2")  # their linear layers, or some of them
-WITHOUT_PROGRAM = ("gpt2",)  # computed by transformers' own forward pass
+WITHOUT_PROGRAM = ("gpt2", *OTHER_BUILDS)  # computed by transformers' own forward pass
 
 RANKS_AND_BLOCKS = [(r, k) for r in (1, 2, 3, 4, 8, 12, 16, 24, 32, 64) for k in (1, 2, 4, 8) if r % k == 0]
 
@@ -41,19 +41,19 @@ def adapter_configs(architecture: str, *, all_ranks: bool = True) -> dict[str, P
         "activated": lora_config(architecture, 6, alora_invocation_tokens=PROMPT[2:4]),
         "activated-gralora": gralora_config(architecture, 8, 2, hybrid_r=2, alora_invocation_tokens=PROMPT[1:4]),
     }
-    first = all_linear(architecture)[0]
+    linear = all_linear(architecture)
     if architecture in ("llama", "granite", "gemma2", "gpt2"):  # untied, scaled logits, soft-capped ones, tied
-        modules = [*all_linear(architecture), "lm_head"]
+        modules = [*linear, "lm_head"]
         configs["head"] = lora_config(architecture, 4, target_modules=modules)
         configs["head-bias"] = lora_config(architecture, 2, target_modules=modules, lora_bias=True)
     if architecture == "llama":
         configs["gralora-head"] = gralora_config(architecture, 4, 2, target_modules=["lm_head"])
-        configs["dora-head"] = lora_config(architecture, 4, use_dora=True, target_modules=["lm_head", first])
+        configs["dora-head"] = lora_config(architecture, 4, use_dora=True, target_modules=["lm_head", "q_proj"])
     configs["dora"] = lora_config(architecture, 6, use_dora=True)
     if architecture in BIASED:
         configs["dora-biases"] = lora_config(architecture, 4, use_dora=True, bias="lora_only")
         if architecture != "gpt2":  # whose norms have biases too, and those are not served
-            configs["gralora-all-biases"] = gralora_config(architecture, 4, 2, bias="all", target_modules=[first])
+            configs["gralora-all-biases"] = gralora_config(architecture, 4, 2, bias="all", target_modules=linear[:1])
     if architecture == "llama":
         configs["lora-bias"] = lora_config(architecture, 3, lora_bias=True)
         if all_ranks:

@@ -8,22 +8,39 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
+    Cohere2Config,
+    CohereConfig,
     Gemma2Config,
+    Gemma3Config,
     Gemma3TextConfig,
     GemmaConfig,
+    Glm4Config,
+    GlmConfig,
     GPT2Config,
+    GPTNeoXConfig,
+    GptOssConfig,
     GraniteConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
+    NemotronConfig,
     Olmo2Config,
     Olmo3Config,
+    OPTConfig,
     Phi3Config,
+    PhiConfig,
+    PhimoeConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
+    SiglipVisionConfig,
     SmolLM3Config,
+    StableLmConfig,
+    Starcoder2Config,
 )
 
 VOCAB_SIZE = 320
@@ -41,10 +58,26 @@ CHAT_TEMPLATE = (
     "{% endif %}<|start|>{{ m.role }}\n{{ m.content }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
 )
+YARN = {
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "rope_theta": 1e4,
+        "factor": 4.0,
+        "original_max_position_embeddings": 128,
+    }
+}
+ALL_HEADS = {"num_key_value_heads": 4}  # have keys of their own
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
 # Served by a program of our own, all but the last one.
 ARCHITECTURES = (
     "llama", "llama-biased", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3", "phi3", "granite", "smollm3",
-    "olmo2", "olmo3", "gpt2",
+    "olmo2", "olmo3", "glm", "glm4", "stablelm", "stablelm-parallel", "nemotron", "starcoder2", "phi", "cohere",
+    "cohere2", "gpt2",
+)  # fmt: skip
+# Of other builds, served by transformers' own forward pass as GPT-2 is.
+OTHER_BUILDS = (
+    "stablelm-normed", "cohere-normed", "gpt-neox", "opt", "opt-350m", "qwen2-moe", "qwen3-moe", "mixtral", "phimoe",
+    "gpt-oss",
 )  # fmt: skip
 
 
@@ -60,6 +93,13 @@ def tiny_config(architecture: str) -> PreTrainedConfig:
         "max_position_embeddings": 512,
         "tie_word_embeddings": False,
     }
+    if architecture == "gemma3-multimodal":
+        vision = SiglipVisionConfig(
+            hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=28
+        )
+        return Gemma3Config(
+            text_config=tiny_config("gemma3"), vision_config=vision, mm_tokens_per_image=1, tie_word_embeddings=False
+        )
     if architecture == "gpt2":
         return GPT2Config(n_embd=64, n_layer=2, n_head=4, n_positions=512, **ids)
     kinds = {
@@ -93,9 +133,34 @@ def tiny_config(architecture: str) -> PreTrainedConfig:
         "smollm3": (SmolLM3Config, {"no_rope_layers": [1, 0]}),
         "olmo2": (Olmo2Config, {}),
         "olmo3": (Olmo3Config, WINDOWS),
+        "stablelm": (StableLmConfig, {}),
+        "stablelm-parallel": (StableLmConfig, {"use_parallel_residual": True, "use_qkv_bias": True}),
+        "stablelm-normed": (StableLmConfig, {"qk_layernorm": True}),
+        "nemotron": (NemotronConfig, {}),
+        "gpt-neox": (GPTNeoXConfig, ALL_HEADS),
+        "opt": (OPTConfig, {"ffn_dim": 128} | ALL_HEADS),
+        "opt-350m": (OPTConfig, {"ffn_dim": 128, "word_embed_proj_dim": 32, "do_layer_norm_before": False} | ALL_HEADS),
+        "starcoder2": (Starcoder2Config, {"sliding_window": 24}),
+        "phi": (PhiConfig, {}),
+        "cohere": (CohereConfig, {"logit_scale": 0.5}),
+        "cohere-normed": (CohereConfig, {"logit_scale": 0.5, "use_qk_norm": True}),
+        "cohere2": (
+            Cohere2Config,
+            {"logit_scale": 0.5, "sliding_window": 24, "layer_types": WINDOWS["layer_types"]},
+        ),
+        "glm": (GlmConfig, {"head_dim": 16}),
+        "glm4": (Glm4Config, {"head_dim": 16}),
+        "qwen2-moe": (Qwen2MoeConfig, {"num_experts": 4, "shared_expert_intermediate_size": 48} | EXPERTS),
+        "qwen3-moe": (Qwen3MoeConfig, {"num_experts": 4, "head_dim": 16} | EXPERTS),
+        "phimoe": (PhimoeConfig, {"num_local_experts": 4, "num_experts_per_tok": 2}),
+        "gpt-oss": (
+            GptOssConfig,
+            {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16, "sliding_window": 24} | YARN,
+        ),
+        "mixtral": (MixtralConfig, {"num_local_experts": 4, "num_experts_per_tok": 2}),
     }
     kind, extra = kinds[architecture]
-    return kind(**sizes, **ids, **extra)
+    return kind(**(sizes | ids | extra))
 
 
 def tiny_model(architecture: str, seed: int = 0) -> PreTrainedModel:

@@ -9,19 +9,22 @@ from torch import Tensor, nn
 from gralora_kernels.cpu.attention import attention_pieces
 from gralora_kernels.cpu.linear import PackedWeight
 from gralora_kernels.cpu.program import DecoderShape, Program, Step
-from gralora_kernels.cpu.rows import GELU_TANH, SILU
+from gralora_kernels.cpu.rows import GELU_TANH, SILU, SQUARED_RELU
 from gralora_runtime.model.adaptable import joined_weight_and_bias
 from gralora_runtime.model.description import (
     UNTURNED,
     Description,
     Joining,
     LayerDescription,
+    Norm,
     Projection,
     rotary_tables,
     soft_capped,
 )
 from gralora_runtime.model.programs.runner import Served
 from gralora_runtime.stepping.batch import StepTensors
+
+ACTIVATIONS = {"silu": SILU, "gelu_tanh": GELU_TANH, "squared_relu": SQUARED_RELU}
 
 logger = logging.getLogger(__name__)
 
@@ -42,9 +45,12 @@ class CpuRunner:
             kv_heads=model.kv_heads,
             head_dim=model.head_dim,
             page_size=served.page_size,
-            activation={"silu": SILU, "gelu_tanh": GELU_TANH}[model.activation],
+            activation=ACTIVATIONS[model.activation],
             rotary_dim=self._rotary[UNTURNED][0].shape[1],
             norms_whole_heads=model.norms_whole_heads,
+            turns_neighbours=model.turns_neighbours,
+            centres=model.centres,
+            is_gated=model.is_gated,
         )
         self._program = Program(shape, max_tokens=served.max_num_tokens, arena=served.arena)
         self._least_bits = served.least_bits
@@ -54,7 +60,8 @@ class CpuRunner:
         head = model.head
         bias = None if head.bias is None else head.bias.detach()
         packed = PackedWeight(head.weight.detach(), least_bits=served.least_bits)
-        self._program.head(model.final_norm, model.eps, packed, bias)
+        self._program.norm_last(model.final_norm.weight, model.final_norm.bias, model.eps)
+        self._program.head(packed, bias)
         self._layers.hold([served.head_name], packed, factor=model.logits_factor)
         self._head = served.head
         for module in (head, served.base.model.get_input_embeddings()):  # which may be one and the same weight
@@ -91,23 +98,26 @@ class CpuRunner:
 
     def _add_layer(self, model: Description, layer: LayerDescription, keys: Tensor, values: Tensor) -> None:
         program = self._program
-        self._linear(self._normed(layer.attention_norm, model.eps), program.qkv, layer.qkv)
+        block_input = self._normed(layer.attention_norm, model.eps)
+        self._linear(block_input, program.qkv, layer.qkv)
         program.attend(
             keys, values, rotary=self._rotary[layer.rotary], scale=model.scale, softcap=model.softcap,
             window=layer.window, q_norm=layer.q_norm, k_norm=layer.k_norm, eps=model.eps,
         )  # fmt: skip
         self._join(program.attended, layer.o, layer.attention_joining, model.eps)
-        self._linear(self._normed(layer.mlp_norm, model.eps), program.gates_and_ups, layer.gate_up)
+        if not layer.is_parallel:
+            block_input = self._normed(layer.mlp_norm, model.eps)
+        self._linear(block_input, program.gates_and_ups, layer.gate_up)
         program.gate()
         self._join(program.gated, layer.down, layer.mlp_joining, model.eps)
         for projection in layer.projections:
             _free(projection)
 
-    def _normed(self, norm: Tensor | None, eps: float) -> Tensor:
+    def _normed(self, norm: Norm | None, eps: float) -> Tensor:
         """What a block reads: the stream, or its norm."""
         if norm is None:
             return self._program.hidden
-        self._program.norm(norm, eps)
+        self._program.norm(norm.weight, norm.bias, eps)
         return self._program.normed
 
     def _join(self, x: Tensor, projection: Projection, joining: Joining, eps: float) -> None:
@@ -116,7 +126,9 @@ class CpuRunner:
             self._linear(x, self._program.hidden, projection, accumulate=True)
             return
         self._linear(x, self._program.joining, projection)
-        self._program.join(joining.norm, joining.factor, eps)
+        norm = joining.norm
+        weight, bias = (None, None) if norm is None else (norm.weight, norm.bias)
+        self._program.join(weight, bias, joining.factor, eps)
 
     def _linear(self, x: Tensor, y: Tensor, projection: Projection, *, accumulate: bool = False) -> None:
         weight, bias = joined_weight_and_bias(projection.modules)

@@ -119,6 +119,15 @@ def _weigh(scores: int, low: int, high: int, positions: int, scale: float, softc
 
 
 @njit(nogil=True)
+def _inverse_weight(state: int, sinks: int, head: int) -> float:
+    """What a query's sums are multiplied by in the end: its weights, and its head's sink's, are one together."""
+    weight = load_scalar(state, 1)
+    if sinks:
+        weight += np.float32(math.exp(load_scalar(sinks, head) - load_scalar(state, 0)))
+    return np.float32(1.0) / weight
+
+
+@njit(nogil=True)
 def _fetch(address: int, count: int) -> None:
     """Ask for `count` numbers, so that they are there when they are read: a page is too short for the processor to see
     that it will be read to its end."""
@@ -130,12 +139,12 @@ def _fetch(address: int, count: int) -> None:
 def attend_piece(
     first: int, tokens: int, start: int, kv_head: int, pages: int, q: int, q_width: int, out: int, heads: int,
     kv_heads: int, head_dim: int, keys: int, values: int, page_size: int, scale: float, softcap: float, window: int,
-    scratch: int, iota: int,
+    sinks: int, scratch: int, iota: int,
 ) -> None:  # fmt: skip
     """All queries of one key head, for `tokens` tokens from `first` on, which stand at positions from `start` on.
 
     q is [tokens, q_width heads, head_dim], out [tokens, heads, head_dim]; `pages` int32, of this sequence; softcap
-    and window 0: no limit.
+    and window 0: no limit. `sinks` [heads]: a score of each head that has no value; 0: there is none.
     """
     group = heads // kv_heads
     rows = tokens * group
@@ -191,7 +200,7 @@ def attend_piece(
                 )  # fmt: skip
     for row in range(rows):
         target = out + load_int32(out_index, row) * head_dim * FLOAT_BYTES
-        inverse = np.float32(1.0) / load_scalar(state, 2 * row + 1)
+        inverse = _inverse_weight(state + 2 * row * FLOAT_BYTES, sinks, kv_head * group + row % group)
         scale_into(sums + row * head_dim * FLOAT_BYTES, target, head_dim, inverse)
 
 
@@ -211,7 +220,7 @@ def attention_pieces(query_starts: Int32s, context_lens: Int32s, group: int) -> 
 @njit(nogil=True, parallel=True, cache=True)
 def _attend(
     parts: int, pieces: Int64s, page_table: Int32s, q: int, out: int, heads: int, kv_heads: int, head_dim: int,
-    keys: int, values: int, page_size: int, scale: float, softcap: float, window: int, scratch: int,
+    keys: int, values: int, page_size: int, scale: float, softcap: float, window: int, sinks: int, scratch: int,
     scratch_size: int, iota: int,
 ) -> None:  # fmt: skip
     count = pieces.shape[0] * kv_heads
@@ -221,7 +230,7 @@ def _attend(
             pages = page_table.ctypes.data + 4 * page_table.shape[1] * piece[0]
             attend_piece(
                 piece[1], piece[2], piece[3], i % kv_heads, pages, q, heads, out, heads, kv_heads, head_dim, keys,
-                values, page_size, scale, softcap, window, scratch + part * scratch_size, iota,
+                values, page_size, scale, softcap, window, sinks, scratch + part * scratch_size, iota,
             )  # fmt: skip
 
 
@@ -236,12 +245,13 @@ def paged_attention(
     scale: float,
     window: int,
     softcap: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> None:
     """q, out [tokens, heads, head_dim]: row i has tokens query_starts[i] .. query_starts[i + 1], the last of its
     context of context_lens[i]; window and softcap 0: no limit. keys [pages, kv_heads, head_dim, page_size], values
-    [pages, kv_heads, page_size, head_dim]; page_table int32 [rows, max_pages].
+    [pages, kv_heads, page_size, head_dim]; page_table int32 [rows, max_pages]; sinks [heads]: scores without a value.
     """
-    for tensor in (out, q, keys, values):
+    for tensor in (out, q, keys, values, *([] if sinks is None else [sinks])):
         if tensor.dtype != torch.float32 or not tensor.is_contiguous():
             raise ValueError(f"paged attention needs contiguous float32, got {tensor.dtype} {tuple(tensor.shape)}")
     heads, head_dim = q.shape[1:]
@@ -249,6 +259,8 @@ def paged_attention(
     rows, longest = len(context_lens), int(context_lens.max())
     if out.shape != q.shape or heads % kv_heads or keys.shape[1:] != (kv_heads, head_dim, page_size):
         raise ValueError(f"shapes do not fit: out {out.shape}, q {q.shape}, k {keys.shape}, v {values.shape}")
+    if sinks is not None and len(sinks) != heads:
+        raise ValueError(f"{len(sinks)} sinks for {heads} heads")
     if len(query_starts) != rows + 1 or len(page_table) != rows or longest > page_table.shape[1] * page_size:
         raise ValueError(f"{rows} rows, longest context {longest}, but the page table is {tuple(page_table.shape)}")
     group = heads // kv_heads
@@ -259,5 +271,6 @@ def paged_attention(
         _attend(
             parts, attention_pieces(query_starts.numpy(), context_lens.numpy(), group), page_table.numpy(),
             q.data_ptr(), out.data_ptr(), heads, kv_heads, head_dim, keys.data_ptr(), values.data_ptr(), page_size,
-            scale, softcap, window, scratch.ctypes.data, size, row_numbers(attention_rows(group)),
+            scale, softcap, window, 0 if sinks is None else sinks.data_ptr(), scratch.ctypes.data, size,
+            row_numbers(attention_rows(group)),
         )  # fmt: skip

@@ -22,7 +22,17 @@ from gralora_kernels.cpu.attention import attend_piece
 from gralora_kernels.cpu.blocks import BLOCK, BLOCKS_8, ROW_EIGHTS_BYTES, widen_row
 from gralora_kernels.cpu.linear import FLOAT_BYTES, linear_piece, num_pieces
 from gralora_kernels.cpu.microkernel import element_bytes_of
-from gralora_kernels.cpu.rows import add_scaled, gate, rms_norm, rotate, scale_into, scatter, widen_into
+from gralora_kernels.cpu.rows import (
+    add_scaled,
+    gate,
+    layer_norm,
+    rms_norm,
+    rotate,
+    rotate_neighbours,
+    scale_into,
+    scatter,
+    widen_into,
+)
 from gralora_kernels.cpu.simd import load_int64
 from gralora_kernels.cpu.team import LINE, fetch_add, wait_for
 from gralora_kernels.grouping import Grouping
@@ -44,7 +54,8 @@ INDEX, SCALES, STORAGES, AFFINES, COLUMN, OUT_FEATURES, NUM_MODULE_FIELDS = rang
 (NUM_TOKENS, NUM_LAST, NUM_ITEMS, NUM_ATTENTION, TOKEN_IDS, POSITIONS, KV_SLOTS, LAST, ORDER, ITEMS, U, U_WIDTH, ARENA,
  MAX_PAGES, PIECES, PAGE_TABLE, HAS_AFFINE, NUM_STEP_FIELDS) = range(18)  # fmt: skip
 # What `shape` holds: what is the same for all layers and steps.
-HEADS, KV_HEADS, HEAD_DIM, ROTARY_DIM, PAGE_SIZE, ACTIVATION, NORMS_WHOLE_HEADS, NUM_SHAPE_FIELDS = range(8)
+(HEADS, KV_HEADS, HEAD_DIM, ROTARY_DIM, PAGE_SIZE, ACTIVATION, NORMS_WHOLE_HEADS, TURNS_NEIGHBOURS, CENTRES, UNGATED,
+ NUM_SHAPE_FIELDS) = range(11)  # fmt: skip
 
 TOKENS_PER_PIECE = 4  # of an operation on rows
 ITEMS_PER_PIECE = 4  # of what comes before and after a product whose sums begin at the stream
@@ -161,7 +172,10 @@ def _rotate(token: int, op: Int64s, step: Int64s, shape: Int64s, eps: float) -> 
         norm = op[WEIGHT] if head < heads else op[EXTRA]
         if norm and not whole:
             rms_norm(at, norm, at, head_dim, eps)
-        rotate(at, op[COS] + shift, op[SIN] + shift, shape[ROTARY_DIM])
+        if shape[TURNS_NEIGHBOURS]:
+            rotate_neighbours(at, op[COS] + shift, op[SIN] + shift, shape[ROTARY_DIM])
+        else:
+            rotate(at, op[COS] + shift, op[SIN] + shift, shape[ROTARY_DIM])
     slot = load_int64(step[KV_SLOTS], token)
     page, offset = slot // page_size, slot % page_size
     for head in range(kv_heads):
@@ -180,8 +194,17 @@ def _attend(
     attend_piece(
         load_int64(work, 1), load_int64(work, 2), load_int64(work, 3), piece % shape[KV_HEADS], pages, op[X],
         shape[HEADS] + 2 * shape[KV_HEADS], op[Y], shape[HEADS], shape[KV_HEADS], shape[HEAD_DIM], op[KEYS],
-        op[VALUES], shape[PAGE_SIZE], scale, softcap, op[EXTRA], scratch, iota,
+        op[VALUES], shape[PAGE_SIZE], scale, softcap, op[EXTRA], 0, scratch, iota,
     )  # fmt: skip
+
+
+@njit(nogil=True)
+def _norm(x: int, out: int, op: Int64s, shape: Int64s, eps: float) -> None:
+    """Of a whole row. WEIGHT is the norm's weight, EXTRA its bias, 0: none."""
+    if shape[CENTRES]:
+        layer_norm(x, op[WEIGHT], op[EXTRA], out, op[DEPTH], eps)
+    else:
+        rms_norm(x, op[WEIGHT], out, op[DEPTH], eps)
 
 
 @njit(nogil=True)
@@ -196,20 +219,24 @@ def _row(kind: int, token: int, op: Int64s, step: Int64s, shape: Int64s, real: f
             widen_into(op[STORAGE], op[X] + row * depth * element_bytes_of(op[STORAGE]), out, depth, real)
     elif kind == NORM:
         shift = token * depth * FLOAT_BYTES
-        rms_norm(op[X] + shift, op[WEIGHT], op[Y] + shift, depth, real)
+        _norm(op[X] + shift, op[Y] + shift, op, shape, real)
     elif kind == NORM_LAST:
         source = op[X] + load_int64(step[LAST], token) * depth * FLOAT_BYTES
-        rms_norm(source, op[WEIGHT], op[Y] + token * depth * FLOAT_BYTES, depth, real)
+        _norm(source, op[Y] + token * depth * FLOAT_BYTES, op, shape, real)
     elif kind == ROTATE:
         _rotate(token, op, step, shape, real)
     elif kind == JOIN:
         shift = token * depth * FLOAT_BYTES
         if op[WEIGHT]:
-            rms_norm(op[X] + shift, op[WEIGHT], op[X] + shift, depth, real)
+            _norm(op[X] + shift, op[X] + shift, op, shape, real)
         add_scaled(op[X] + shift, op[Y] + shift, depth, factor)
     else:
-        gates = op[X] + 2 * token * depth * FLOAT_BYTES
-        gate(gates, gates + depth * FLOAT_BYTES, op[Y] + token * depth * FLOAT_BYTES, depth, shape[ACTIVATION])
+        shift = token * depth * FLOAT_BYTES
+        if shape[UNGATED]:
+            gate(op[X] + shift, 0, op[Y] + shift, depth, shape[ACTIVATION])
+        else:
+            gates = op[X] + 2 * shift
+            gate(gates, gates + depth * FLOAT_BYTES, op[Y] + shift, depth, shape[ACTIVATION])
 
 
 @njit(nogil=True)

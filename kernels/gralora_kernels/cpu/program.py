@@ -22,6 +22,7 @@ from gralora_kernels.cpu.operations import (
     ACTIVATION,
     ADD_KEPT,
     ATTEND,
+    CENTRES,
     EMBED,
     EXPAND,
     GATE,
@@ -53,6 +54,8 @@ from gralora_kernels.cpu.operations import (
     ROTATE,
     SET_ASIDE,
     TOKEN_IDS,
+    TURNS_NEIGHBOURS,
+    UNGATED,
     Y,
     group_rows,
     new_counters,
@@ -71,7 +74,12 @@ STORED = {EMBED: "X"} | dict.fromkeys((LINEAR, EXPAND, SET_ASIDE, ADD_KEPT, HEAD
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecoderShape:
-    """What is the same for all layers. `norms_whole_heads`: a norm of queries or keys is of all heads together."""
+    """What is the same for all layers.
+
+    `norms_whole_heads`: a norm of queries or keys is of all heads together; `turns_neighbours`: of the dimensions that
+    rotate together one is beside the other, not half of them away; `centres`: norms subtract the mean; `is_gated`: half
+    of what the first product of a feed-forward block gives are gates.
+    """
 
     hidden: int
     intermediate: int
@@ -82,6 +90,9 @@ class DecoderShape:
     activation: int
     rotary_dim: int
     norms_whole_heads: bool = False
+    turns_neighbours: bool = False
+    centres: bool = False
+    is_gated: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,7 +118,7 @@ class Program:
         self.joining = torch.zeros(max_tokens, shape.hidden)
         self.qkv = torch.zeros(max_tokens, attention)
         self.attended = torch.zeros(max_tokens, shape.heads * shape.head_dim)
-        self.gates_and_ups = torch.zeros(max_tokens, 2 * shape.intermediate)
+        self.gates_and_ups = torch.zeros(max_tokens, (1 + shape.is_gated) * shape.intermediate)
         self.gated = torch.zeros(max_tokens, shape.intermediate)
         self._arena = arena
         self._u = torch.zeros(0)
@@ -120,7 +131,8 @@ class Program:
         self._shape[[HEADS, KV_HEADS]] = shape.heads, shape.kv_heads
         self._shape[[HEAD_DIM, PAGE_SIZE]] = shape.head_dim, shape.page_size
         self._shape[[ROTARY_DIM, NORMS_WHOLE_HEADS]] = shape.rotary_dim, shape.norms_whole_heads
-        self._shape[ACTIVATION] = shape.activation
+        self._shape[[TURNS_NEIGHBOURS, CENTRES]] = shape.turns_neighbours, shape.centres
+        self._shape[[UNGATED, ACTIVATION]] = not shape.is_gated, shape.activation
         attend_scratch = scratch_bytes(shape.heads // shape.kv_heads, shape.head_dim, shape.page_size)
         self._scratch_size = -(-max(attend_scratch, SCRATCH_BYTES, WIDE_BYTES) // LINE) * LINE
         self._parts = get_num_threads()
@@ -140,9 +152,9 @@ class Program:
         self.weight_bytes += kept.nbytes
         self._add(EMBED, kept, self.hidden, table.shape[1], STORAGE=int(storage), real=factor)
 
-    def norm(self, weight: Tensor, eps: float) -> None:
-        """normed = RMS norm of hidden."""
-        self._add(NORM, self.hidden, self.normed, len(weight), WEIGHT=weight, real=eps)
+    def norm(self, weight: Tensor, bias: Tensor | None, eps: float) -> None:
+        """normed = norm of hidden."""
+        self._add(NORM, self.hidden, self.normed, len(weight), WEIGHT=weight, EXTRA=_or_none(bias), real=eps)
 
     def linear(
         self, x: Tensor, y: Tensor, weight: PackedWeight, group: GroupTable, *, bias: Tensor | None = None,
@@ -160,10 +172,12 @@ class Program:
                 COLUMNS_OUT=weight.out_features, START=start, GROUP=len(self._groups) - 1, EXTRA=self.joining,
             )  # fmt: skip
 
-    def join(self, norm: Tensor | None, factor: float, eps: float) -> None:
-        """hidden += factor * joining, or factor * RMS norm of joining."""
-        weight = 0 if norm is None else norm
-        self._add(JOIN, self.joining, self.hidden, self.hidden.shape[1], WEIGHT=weight, real=eps, factor=factor)
+    def join(self, norm: Tensor | None, bias: Tensor | None, factor: float, eps: float) -> None:
+        """hidden += factor * joining, or factor * norm of joining."""
+        self._add(
+            JOIN, self.joining, self.hidden, self.hidden.shape[1], WEIGHT=_or_none(norm), EXTRA=_or_none(bias),
+            real=eps, factor=factor,
+        )  # fmt: skip
 
     def attend(
         self, keys: Tensor, values: Tensor, *, rotary: tuple[Tensor, Tensor], scale: float, softcap: float,
@@ -175,7 +189,7 @@ class Program:
         cos, sin = rotary
         self._add(
             ROTATE, self.qkv, self.attended, 0, real=eps, COS=cos, SIN=sin, KEYS=keys, VALUES=values,
-            WEIGHT=0 if q_norm is None else q_norm, EXTRA=0 if k_norm is None else k_norm,
+            WEIGHT=_or_none(q_norm), EXTRA=_or_none(k_norm),
         )  # fmt: skip
         self._add(
             ATTEND, self.qkv, self.attended, 0, real=scale, factor=softcap, KEYS=keys, VALUES=values, EXTRA=window
@@ -185,10 +199,13 @@ class Program:
         """gates_and_ups -> gated."""
         self._add(GATE, self.gates_and_ups, self.gated, self.gated.shape[1])
 
-    def head(self, norm: Tensor, eps: float, weight: PackedWeight, bias: Tensor | None) -> None:
-        """The logits of the last tokens: `run` says where they go."""
+    def norm_last(self, weight: Tensor, bias: Tensor | None, eps: float) -> None:
+        """normed = norm of hidden, of the last tokens."""
+        self._add(NORM_LAST, self.hidden, self.normed, len(weight), WEIGHT=weight, EXTRA=_or_none(bias), real=eps)
+
+    def head(self, weight: PackedWeight, bias: Tensor | None) -> None:
+        """The logits of the last tokens, of which `normed` is: `run` says where they go."""
         self._vocab_size = weight.out_features
-        self._add(NORM_LAST, self.hidden, self.normed, len(norm), WEIGHT=norm, real=eps)
         self._add(
             HEAD, self.normed, 0, weight.in_features, WEIGHT=weight.panels, STORAGE=int(weight.storage),
             COLUMNS_OUT=weight.out_features, START=FROM_ZERO if bias is None else bias,
@@ -248,6 +265,11 @@ class Program:
             row[getattr(operations, name)] = value.data_ptr() if isinstance(value, Tensor) else value
         self._ops.append(row)
         self._reals.append((real, factor))
+
+
+def _or_none(tensor: Tensor | None) -> Tensor | int:
+    """Address 0 is none."""
+    return 0 if tensor is None else tensor
 
 
 def _check(name: str, tensor: Tensor, dtype: torch.dtype) -> None:

@@ -1,10 +1,11 @@
 """What a decoder layer does to one token alone: norm, rotary embedding, activation. Addresses are integers."""
 
-# Numba takes arguments by position
+# ruff: noqa: PLR0917  # Numba takes arguments by position
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 from numba import njit
@@ -20,6 +21,7 @@ from gralora_kernels.cpu.simd import (
     load_float16,
     load_part,
     load_scalar,
+    maximum,
     silu,
     splat,
     store,
@@ -31,7 +33,7 @@ from gralora_kernels.cpu.simd import (
     multiply as times,
 )
 
-SILU, GELU_TANH = 0, 1
+SILU, GELU_TANH, SQUARED_RELU = 0, 1, 2
 
 
 @njit(nogil=True)
@@ -55,6 +57,43 @@ def rms_norm(x: int, weight: int, out: int, features: int, eps: float) -> None:
 
 
 @njit(nogil=True)
+def layer_norm(x: int, weight: int, bias: int, out: int, features: int, eps: float) -> None:
+    """out = weight * (x - mean(x)) / sqrt(variance(x) + eps) + bias, bias 0: none; out may be x."""
+    whole = features - features % LANES
+    rest = features - whole
+    sums, squares = splat(np.float32(0.0)), splat(np.float32(0.0))
+    for i in range(0, whole, LANES):
+        sums = add(sums, load(x, i))
+    if rest:
+        sums = add(sums, load_part(x, whole, rest))
+    mean = np.float32(total(sums) / features)
+    lowered = splat(-mean)
+    for i in range(0, whole, LANES):
+        value = add(load(x, i), lowered)
+        squares = fma(value, value, squares)
+    last = np.float32(0.0)  # number by number: what a vector has beyond a part of it is zero, and not the mean
+    for i in range(whole, features):
+        last += (load_scalar(x, i) - mean) * (load_scalar(x, i) - mean)
+    factor = splat(np.float32(1.0 / math.sqrt((total(squares) + last) / features + eps)))
+    for i in range(0, whole, LANES):
+        value = times(load(weight, i), times(add(load(x, i), lowered), factor))
+        store(out, i, add(value, load(bias, i)) if bias else value)
+    if rest:
+        value = times(load_part(weight, whole, rest), times(add(load_part(x, whole, rest), lowered), factor))
+        store_part(out, whole, add(value, load_part(bias, whole, rest)) if bias else value, rest)
+
+
+@njit(nogil=True)
+def rotate_neighbours(head: int, cos: int, sin: int, rotary_dim: int) -> None:
+    """As `rotate`, of dimensions that are paired as GLM does it: (2 i, 2 i + 1). cos, sin are the same tables."""
+    for i in range(rotary_dim // 2):
+        a, b = load_scalar(head, 2 * i), load_scalar(head, 2 * i + 1)
+        c, s = load_scalar(cos, i), load_scalar(sin, i)
+        store_scalar(head, 2 * i, a * c - b * s)
+        store_scalar(head, 2 * i + 1, b * c + a * s)
+
+
+@njit(nogil=True)
 def rotate(head: int, cos: int, sin: int, rotary_dim: int) -> None:
     """Rotary embedding in place, as Llama pairs its dimensions: (i, i + rotary_dim / 2). cos, sin [rotary_dim]."""
     half = rotary_dim // 2
@@ -75,18 +114,27 @@ def rotate(head: int, cos: int, sin: int, rotary_dim: int) -> None:
 
 
 @njit(nogil=True)
+def _activated(value: Any, activation: int) -> Any:
+    """Of a vector, lane by lane."""
+    if activation == GELU_TANH:
+        return gelu_tanh(value)
+    if activation == SQUARED_RELU:
+        value = maximum(value, splat(np.float32(0.0)))
+        return times(value, value)
+    return silu(value)
+
+
+@njit(nogil=True)
 def gate(gates: int, ups: int, out: int, features: int, activation: int) -> None:
-    """out = activation(gates) * ups."""
+    """out = activation(gates) * ups; ups 0: of the gates alone."""
     whole = features - features % LANES
     for i in range(0, whole, LANES):
-        value = load(gates, i)
-        value = gelu_tanh(value) if activation == GELU_TANH else silu(value)
-        store(out, i, times(value, load(ups, i)))
+        value = _activated(load(gates, i), activation)
+        store(out, i, times(value, load(ups, i)) if ups else value)
     if whole < features:
         rest = features - whole
-        value = load_part(gates, whole, rest)
-        value = gelu_tanh(value) if activation == GELU_TANH else silu(value)
-        store_part(out, whole, times(value, load_part(ups, whole, rest)), rest)
+        value = _activated(load_part(gates, whole, rest), activation)
+        store_part(out, whole, times(value, load_part(ups, whole, rest)) if ups else value, rest)
 
 
 @njit(nogil=True)

@@ -25,6 +25,7 @@ def paged_attention(
     scale: float,
     window: int,
     softcap: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> None:
     """As `cpu.attention.paged_attention`, whose pages are panels: keys [pages, kv_heads, head_dim, page_size], values
     [pages, kv_heads, page_size, head_dim]."""
@@ -32,7 +33,7 @@ def paged_attention(
     def gather(pages: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
         return keys[pages, :, :, offsets], values[pages, :, offsets]
 
-    _attend(out, q, gather, values.shape[2], page_table, query_starts, context_lens, scale, window, softcap)
+    _attend(out, q, gather, values.shape[2], page_table, query_starts, context_lens, scale, window, softcap, sinks)
 
 
 def attention_in_rows(
@@ -46,13 +47,14 @@ def attention_in_rows(
     scale: float,
     window: int,
     softcap: float,
+    sinks: Tensor | None = None,
 ) -> None:
     """As the GPU's: keys and values [pages, page_size, kv_heads, head_dim]; a row of context 0 is padding."""
 
     def gather(pages: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
         return keys[pages, offsets], values[pages, offsets]
 
-    _attend(out, q, gather, keys.shape[1], page_table, query_starts, context_lens, scale, window, softcap)
+    _attend(out, q, gather, keys.shape[1], page_table, query_starts, context_lens, scale, window, softcap, sinks)
 
 
 def _attend(
@@ -66,6 +68,7 @@ def _attend(
     scale: float,
     window: int,
     softcap: float,
+    sinks: Tensor | None,
 ) -> None:
     """Token by token: out, q [tokens, heads, head_dim]."""
     for row, length in enumerate(context_lens.tolist()):
@@ -78,5 +81,7 @@ def _attend(
             scores = torch.einsum("hd,thd->ht", q[token], k.repeat_interleave(group, dim=1)) * scale
             if softcap:
                 scores = softcap * torch.tanh(scores / softcap)
-            weights = torch.softmax(scores, dim=1)
+            if sinks is not None:  # takes its share of the weights, and gives nothing
+                scores = torch.cat([scores, sinks[:, None]], dim=1)
+            weights = torch.softmax(scores, dim=1)[:, : len(positions)]
             out[token] = torch.einsum("ht,thd->hd", weights, v.repeat_interleave(group, dim=1))

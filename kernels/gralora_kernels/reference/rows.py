@@ -2,28 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
-from torch.nn.functional import gelu, silu
+from torch.nn.functional import gelu, relu, silu
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": silu,
+    "gelu_tanh": lambda x: gelu(x, approximate="tanh"),
+    "squared_relu": lambda x: relu(x).square(),
+}
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x [..., hidden] / RMS(x) * weight, rounded once."""
+def norm(x: Tensor, weight: Tensor, eps: float, *, bias: Tensor | None = None, centres: bool = False) -> Tensor:
+    """x [..., hidden] / RMS(x) * weight + bias, rounded once; `centres`: of x without its mean."""
     wide = x.float()
+    if centres:
+        wide = wide - wide.mean(-1, keepdim=True)
     scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return (wide * scale * weight.float()).to(x.dtype)
+    normed = wide * scale * weight.float()
+    return (normed if bias is None else normed + bias.float()).to(x.dtype)
 
 
-def add_rms_norm(y: Tensor, residual: Tensor, x: Tensor | None, weight: Tensor, eps: float) -> None:
+def add_norm(
+    y: Tensor, residual: Tensor, x: Tensor | None, weight: Tensor, eps: float, *, bias: Tensor | None = None,
+    centres: bool = False,
+) -> None:  # fmt: skip
     """residual += x, y = norm(residual), all [tokens, hidden]; without x the residual is only read."""
     if x is not None:
         residual.copy_(residual.float() + x.float())
-    y.copy_(rms_norm(residual, weight, eps))
+    y.copy_(norm(residual, weight, eps, bias=bias, centres=centres))
 
 
-def rms_norm_rows(y: Tensor, residual: Tensor, index: Tensor, *, x: Tensor | None, weight: Tensor, eps: float) -> None:
+def norm_rows(
+    y: Tensor, residual: Tensor, index: Tensor, *, x: Tensor | None, weight: Tensor, eps: float,
+    bias: Tensor | None = None, centres: bool = False,
+) -> None:  # fmt: skip
     """y [n, hidden] = norm(residual + x) of the rows in `index` int64 [n], the residual being left as it was."""
-    add_rms_norm(y, residual[index], None if x is None else x[index], weight, eps)
+    add_norm(y, residual[index], None if x is None else x[index], weight, eps, bias=bias, centres=centres)
 
 
 def rotate_and_store(
@@ -41,32 +58,49 @@ def rotate_and_store(
     q_norm: Tensor | None,
     k_norm: Tensor | None,
     eps: float,
+    neighbours: bool = False,
 ) -> None:
     """Queries in place, keys and values to their slots, -1 being none; keys and values stay in qkv as they were.
 
     qkv [tokens, (heads + 2 * kv_heads) * head_dim]; keys, values [pages, page_size, kv_heads, head_dim]; positions
     (int32 or int64) and kv_slots (int64) [tokens]; cos, sin fp32 [positions, rotary_dim], whose second half is as the
-    first; q_norm, k_norm [head_dim].
+    first; q_norm, k_norm [head_dim]; `neighbours`: column 2 i turns with 2 i + 1, else i with half + i.
     """
     rows = qkv.view(len(qkv), heads + 2 * kv_heads, head_dim)
     q, k, v = rows[:, :heads], rows[:, heads : heads + kv_heads], rows[:, heads + kv_heads :]
     at = positions.long()
     stored = kv_slots >= 0
-    q.copy_(_turn(q, q_norm, cos[at], sin[at], eps))
-    keys.view(-1, kv_heads, head_dim)[kv_slots[stored]] = _turn(k, k_norm, cos[at], sin[at], eps)[stored]
+    angles = cos[at][:, None], sin[at][:, None]
+    turn = _turn_neighbours if neighbours else _turn_halves
+    q.copy_(_turned(_normed(q, q_norm, eps), *angles, turn))
+    turned = _turned(_normed(k, k_norm, eps), *angles, turn).to(k.dtype)
+    keys.view(-1, kv_heads, head_dim)[kv_slots[stored]] = turned[stored]
     values.view(-1, kv_heads, head_dim)[kv_slots[stored]] = v[stored]
 
 
-def _turn(x: Tensor, norm: Tensor | None, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
-    """x [tokens, heads, head_dim], the first rotary_dim columns turned by cos and sin [tokens, rotary_dim]."""
-    wide = x.float() if norm is None else rms_norm(x.float(), norm, eps)
-    turned, kept = wide[..., : cos.shape[1]], wide[..., cos.shape[1] :]
-    first, second = turned.chunk(2, -1)
-    turned = turned * cos[:, None] + torch.cat([-second, first], -1) * sin[:, None]
-    return torch.cat([turned, kept], -1).to(x.dtype)
+def _normed(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    return x.float() if weight is None else norm(x.float(), weight, eps)
 
 
-def gated_activation(out: Tensor, gates_and_ups: Tensor, kind: str) -> None:
-    """out [tokens, width] = act(gate) * up, where gates_and_ups [tokens, 2 * width] has the gates first."""
-    gate, up = gates_and_ups.float().chunk(2, -1)
-    out.copy_((silu(gate) if kind == "silu" else gelu(gate, approximate="tanh")) * up)
+def _turned(x: Tensor, cos: Tensor, sin: Tensor, turn: Callable[..., Tensor]) -> Tensor:
+    """x [tokens, heads, head_dim], the first rotary_dim columns turned by cos and sin [tokens, 1, rotary_dim]."""
+    width = cos.shape[-1]
+    return torch.cat([turn(x[..., :width], cos, sin), x[..., width:]], -1)
+
+
+def _turn_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat([-second, first], -1) * sin
+
+
+def _turn_neighbours(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    half = x.shape[-1] // 2
+    first, second = x[..., ::2], x[..., 1::2]
+    cos, sin = cos[..., :half], sin[..., :half]
+    return torch.stack([first * cos - second * sin, second * cos + first * sin], -1).flatten(-2)
+
+
+def activate(out: Tensor, x: Tensor, kind: str, *, gated: bool = True) -> None:
+    """out [tokens, width] = act(gate) * up, where x [tokens, 2 * width] has the gates first; not gated: act(x)."""
+    gate, up = x.float().chunk(2, -1) if gated else (x.float(), 1.0)
+    out.copy_(ACTIVATIONS[kind](gate) * up)

@@ -6,7 +6,7 @@ whose bits may depend on it are summed up in one go, with half of the registers.
 """
 
 # Triton reads annotations as code and knows only its own.
-# ruff: noqa: ANN001, ANN201, PLR0915, PLR0917
+# ruff: noqa: ANN001, ANN201, ANN202, PLR0915, PLR0917
 # mypy: disable-error-code="no-untyped-def"
 
 from __future__ import annotations
@@ -19,6 +19,15 @@ from gralora_kernels.triton_ops.early import wait_for_others
 NOTHING = tl.constexpr(-1e30)  # a score that is not seen: finite, so that differences are no NaN
 LOG2_E = tl.constexpr(1.4426950408889634)
 PARTS = tl.constexpr(8)
+
+
+@triton.jit
+def _with_sink(total, weight, largest, sink):
+    """Sums and weights, and a sink among the weights."""
+    score = sink.to(tl.float32) * LOG2_E
+    new = tl.maximum(largest, score)
+    factor = tl.exp2(largest - new)
+    return total * factor[:, None], weight * factor + tl.exp2(score - new)
 
 
 @triton.jit(do_not_specialize=["window", "table_stride"])
@@ -34,6 +43,7 @@ def attention_kernel(
     counts,  # int32: number of items, number of merges
     partial_sums,  # fp32 [partials, heads, D]
     partial_stats,  # fp32 [partials, heads, 2]: largest score, sum of weights
+    sinks,  # [heads]: a score of each head that has no value; or None
     table_stride,
     window,  # positions that a query sees, its own included; 0: all
     scale,
@@ -115,6 +125,9 @@ def attention_kernel(
             total, weight, largest = s_total, s_weight, s_largest
         result = head if partial < 0 else partial * HEADS + head
         if partial < 0:
+            if sinks is not None:
+                b_sink = tl.load(sinks + head, mask=of_group < group, other=0.0)
+                total, weight = _with_sink(total, weight, largest, b_sink)
             p_out = out + ((token * HEADS + head) * D)[:, None] + d[None, :]
             tl.store(p_out, (total / weight[:, None]).to(out.dtype.element_ty), mask=m_m[:, None] & m_d[None, :])
         else:
@@ -132,6 +145,7 @@ def merge_kernel(
     context_lens,  # int32 [rows]
     partial_sums,  # fp32 [partials, heads, D]
     partial_stats,  # fp32 [partials, heads, 2]
+    sinks,  # [heads] or None
     window,
     HEADS: tl.constexpr,
     D: tl.constexpr,
@@ -163,6 +177,8 @@ def merge_kernel(
                 factor, s_factor = tl.exp2(largest - new), tl.exp2(s_largest - new)
                 total = tl.fma(total, tl.broadcast_to(factor[:, None], total.shape), s_total * s_factor[:, None])
                 weight, largest = tl.fma(weight, factor, s_weight * s_factor), new
+        if sinks is not None:
+            total, weight = _with_sink(total, weight, largest, tl.load(sinks + head))
         b_out = total / weight[:, None]
         p_out = out + (token * HEADS + head) * D + d[None, :]
         tl.store(p_out, b_out.to(out.dtype.element_ty), mask=m_d[None, :])

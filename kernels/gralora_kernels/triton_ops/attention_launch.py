@@ -130,13 +130,13 @@ class PagedAttention:
 
     def attend(
         self, out: Tensor, q: Tensor, keys: Tensor, values: Tensor, *, page_table: Tensor, query_starts: Tensor,
-        context_lens: Tensor, scale: float, window: int, softcap: float = 0.0,
+        context_lens: Tensor, scale: float, window: int, softcap: float = 0.0, sinks: Tensor | None = None,
     ) -> None:  # fmt: skip
         """out [tokens, heads * head_dim] of q [tokens, q_row * head_dim], whose first heads are the queries.
 
         keys, values [pages, page_size, kv_heads, head_dim]; page_table int32 [rows, pages]; query_starts int32 [rows +
         1]; context_lens int32 [rows], the step's own tokens included, 0: padding. Window 0: the whole context, else so
-        many positions. Softcap 0: none.
+        many positions. Softcap 0: none. sinks [heads]: scores without a value.
         """
         shape = self._shape
         items, merges = self._programs(len(context_lens))
@@ -146,15 +146,15 @@ class PagedAttention:
         tile = self._tile()
         attention_kernel[(items, shape.kv_heads * tile.programs_per_group(shape.group))](
             out, q, keys, values, page_table, query_starts, context_lens, self._words[COUNTS:], self._words,
-            self._sums, self._stats, page_table.stride(0), window, scale, softcap,
+            self._sums, self._stats, sinks, page_table.stride(0), window, scale, softcap,
             **constants_for(shape, tile, self._dtype, has_softcap=softcap > 0), **options_for(tile, gpu_kind()),
             **EARLY_OPTIONS,
         )  # fmt: skip
         if merges:
             merge_kernel[(merges, shape.heads)](
-                out, self._words[self._first_merge :], self._words, context_lens, self._sums, self._stats, window,
-                HEADS=shape.heads, D=shape.head_dim, SPLIT=SPLIT, BLOCK_D=_padded(shape.head_dim), **MERGE_OPTIONS,
-                **EARLY_OPTIONS,
+                out, self._words[self._first_merge :], self._words, context_lens, self._sums, self._stats, sinks,
+                window, HEADS=shape.heads, D=shape.head_dim, SPLIT=SPLIT, BLOCK_D=_padded(shape.head_dim),
+                **MERGE_OPTIONS, **EARLY_OPTIONS,
             )  # fmt: skip
 
     def _reserve(self, num_items: int, num_merges: int, num_partials: int) -> None:
@@ -178,6 +178,7 @@ class PagedAttention:
 
 
 MERGE_OPTIONS = {"num_warps": 1, "num_stages": 3}
+NO_SINKS = {"sinks": None}  # those are read once, behind all loops
 
 
 def tile_for(shape: AttentionShape, dtype: torch.dtype, gpu_kind: str, *, has_prompts: bool) -> Tile:
@@ -242,7 +243,7 @@ def variants(dtype: torch.dtype) -> list[Variant]:
                     name=f"attention, {tile.rows} rows, heads of {head_dim}{what}",
                     function=attention_kernel,
                     dtype=dtype,
-                    constants=constants_for(shape, tile, dtype, has_softcap=has_softcap),
+                    constants=constants_for(shape, tile, dtype, has_softcap=has_softcap) | NO_SINKS,
                     pointers={name: to for name, to in pointers.items() if name in attention_kernel.arg_names},
                     floats=("scale", "softcap"),
                     options={kind: options_for(tile, kind) for kind in of_kinds},
@@ -250,7 +251,7 @@ def variants(dtype: torch.dtype) -> list[Variant]:
                     is_product=True,
                 )
             )
-    merge = {"HEADS": 32, "D": 128, "SPLIT": SPLIT, "BLOCK_D": 128}
+    merge = {"HEADS": 32, "D": 128, "SPLIT": SPLIT, "BLOCK_D": 128} | NO_SINKS
     found.append(
         Variant(
             name="attention, merge",

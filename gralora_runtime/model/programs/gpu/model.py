@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 from gralora_kernels.tables import GroupTable
 from gralora_kernels.triton_ops import product
-from gralora_kernels.triton_ops.activation import gated_activation
+from gralora_kernels.triton_ops.activation import activate
 from gralora_kernels.triton_ops.adapters.launch import TritonBackend
 from gralora_kernels.triton_ops.attention_launch import AttentionShape, PagedAttention
-from gralora_kernels.triton_ops.norm import add_rms_norm, rms_norm_rows
+from gralora_kernels.triton_ops.norm import add_norm, norm_rows
 from gralora_kernels.triton_ops.rotary import rotate_and_store
 from gralora_runtime.model.adaptable import joined_weight_and_bias
 from gralora_runtime.model.base_layers import BaseLayers
-from gralora_runtime.model.description import Description, Joining, Projection, Rotary, soft_capped
+from gralora_runtime.model.description import Description, Joining, Norm, Projection, Rotary, soft_capped
 from gralora_runtime.model.kv_pool import KVPool
 from gralora_runtime.model.programs.gpu.inputs import DeviceStep
 from gralora_runtime.model.programs.head import HeadStep
@@ -56,7 +56,7 @@ class Linear:
 class Layer:
     """One layer's weights and pages."""
 
-    attention_norm: Tensor | None
+    attention_norm: Norm | None
     qkv: Linear
     q_norm: Tensor | None
     k_norm: Tensor | None
@@ -66,7 +66,8 @@ class Layer:
     window: int
     o: Linear
     attention_joining: Joining
-    mlp_norm: Tensor | None
+    is_parallel: bool
+    mlp_norm: Norm | None
     gate_up: Linear
     down: Linear
     mlp_joining: Joining
@@ -107,24 +108,24 @@ class GpuModel:
         self._factor = torch.tensor(model.embedding_factor, dtype=self.dtype).item()
         self.layers = [
             Layer(
-                attention_norm=_detached(layer.attention_norm),
+                attention_norm=layer.attention_norm,
                 qkv=_linear(layer.qkv, groups, layers),
-                q_norm=_detached(layer.q_norm),
-                k_norm=_detached(layer.k_norm),
+                q_norm=layer.q_norm,
+                k_norm=layer.k_norm,
                 rotary=rotary[layer.rotary],
                 keys=kv_pool.keys[index],
                 values=kv_pool.values[index],
                 window=layer.window,
                 o=_linear(layer.o, groups, layers),
                 attention_joining=layer.attention_joining,
-                mlp_norm=_detached(layer.mlp_norm),
+                is_parallel=layer.is_parallel,
+                mlp_norm=layer.mlp_norm,
                 gate_up=_linear(layer.gate_up, groups, layers),
                 down=_linear(layer.down, groups, layers),
                 mlp_joining=layer.mlp_joining,
             )
             for index, layer in enumerate(model.layers)
         ]
-        self._final_norm = model.final_norm.detach()
         self._head = model.head.weight.detach()
         self._head_bias = _detached(model.head.bias)
         layers.hold([head_name], self._head, factor=model.logits_factor)
@@ -152,22 +153,28 @@ class GpuModel:
             block_input = self._join(normed, residual, x, layer.attention_norm)
             attended = self._attend(layer, self._linear(layer.qkv, block_input, kernels), step, kernels.attention)
             x = self._before_joining(self._linear(layer.o, attended, kernels), layer.attention_joining)
-            block_input = self._join(normed, residual, x, layer.mlp_norm)
+            if layer.is_parallel:
+                residual += x
+            else:
+                block_input = self._join(normed, residual, x, layer.mlp_norm)
             gates_and_ups = self._linear(layer.gate_up, block_input, kernels)
             gated = self._new(len(normed), model.intermediate)
-            gated_activation(gated, gates_and_ups, model.activation)
+            activate(gated, gates_and_ups, model.activation, gated=model.is_gated)
             x = self._before_joining(self._linear(layer.down, gated, kernels), layer.mlp_joining)
         last = self._new(len(logits), residual.shape[1])
-        rms_norm_rows(last, residual, step.logits_index, x=x, weight=self._final_norm, eps=model.eps)
+        norm_rows(
+            last, residual, step.logits_index, x=x, weight=model.final_norm.weight, bias=model.final_norm.bias,
+            eps=model.eps, centres=model.centres,
+        )  # fmt: skip
         self._multiply(logits, last, self._head, self._head_bias)
         if kernels.head is not None:
             kernels.head.apply(logits, last)
         soft_capped(logits, model.logits_softcap)
 
-    def _join(self, normed: Tensor, residual: Tensor, x: Tensor | None, norm: Tensor | None) -> Tensor:
+    def _join(self, normed: Tensor, residual: Tensor, x: Tensor | None, norm: Norm | None) -> Tensor:
         """residual += x. What the next block reads: its norm, in `normed`, or itself."""
         if norm is not None:
-            add_rms_norm(normed, residual, x, norm, self._model.eps)
+            self._norm(normed, residual, x, norm)
             return normed
         if x is not None:
             residual += x
@@ -177,9 +184,12 @@ class GpuModel:
         """What is added to the residual: x, which may be written over, or its norm."""
         if joining.norm is not None:
             normed = torch.empty_like(x)
-            add_rms_norm(normed, x, None, joining.norm.detach(), self._model.eps)
+            self._norm(normed, x, None, joining.norm)
             x = normed
         return x if joining.factor == 1 else x.mul_(joining.factor)
+
+    def _norm(self, normed: Tensor, residual: Tensor, x: Tensor | None, norm: Norm) -> None:
+        add_norm(normed, residual, x, norm.weight, self._model.eps, bias=norm.bias, centres=self._model.centres)
 
     def _attend(self, layer: Layer, qkv: Tensor, step: DeviceStep, attention: PagedAttention) -> Tensor:
         model = self._model
@@ -191,6 +201,7 @@ class GpuModel:
         rotate_and_store(
             qkv, layer.keys, layer.values, step.positions, step.kv_slots, cos=cos, sin=sin, heads=model.heads,
             kv_heads=model.kv_heads, head_dim=model.head_dim, q_norm=q_norm, k_norm=k_norm, eps=model.eps,
+            neighbours=model.turns_neighbours,
         )  # fmt: skip
         out = self._new(len(qkv), model.heads * model.head_dim)
         attention.attend(

@@ -59,11 +59,15 @@ class AdaptedGroup(nn.Module):
         self._parts: dict[int, Tensor] = {}
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [1, tokens, in] -> [1, tokens, sum(out)]; rows without an adapter are the base product, bit for bit."""
+        """x [1, tokens, in] -> [1, tokens, sum(out)], or both without the 1; rows without an adapter are the base
+        product, bit for bit."""
         y: Tensor = self.base(x)
         grouping = self._context.tensors.grouping
+        rows = x.reshape(-1, x.shape[-1]).contiguous()
+        if len(rows) != grouping.num_tokens:  # then nobody knows whose they are: at start, such a model is refused
+            raise ValueError(f"a linear layer reads {len(rows)} rows in a step of {grouping.num_tokens} tokens")
         if grouping.num_adapted:
-            self._backend.apply(y[0], x[0].contiguous(), self._arena, self._table, grouping)
+            self._backend.apply(y.view(len(rows), -1), rows, self._arena, self._table, grouping)
         return y
 
     def part(self, member: int, x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 
 from gralora_kernels.cpu.attention import paged_attention
 from gralora_runtime.errors import ModelUnsupportedError
@@ -19,16 +19,19 @@ from gralora_runtime.model.programs.transformers.context import StepContext
 from gralora_runtime.stepping.batch import StepTensors
 
 ATTENTION_NAME = "gralora_paged"
-UNSUPPORTED = ("s_aux", "position_bias")  # arguments of attention functions
+UNSUPPORTED = ("position_bias",)  # arguments of attention functions
+UNTOLD = -1  # a window that an attention function was not told of
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a layer does to its scores. Window 0: the whole context; softcap 0: there is none."""
+    """What a layer does to its scores. Window 0: the whole context; softcap 0: there is none. `sinks` [heads]: a score
+    of each head that has no value."""
 
     scale: float
     window: int
     softcap: float
+    sinks: Tensor | None
 
 
 class PagedAttention(ABC):
@@ -83,7 +86,7 @@ class CpuPagedAttention(PagedAttention):
         keys, values = self._pool.keys[layer], self._pool.values[layer]
         paged_attention(
             out, query, keys, values, step.page_table, step.query_starts, step.context_lens, limits.scale,
-            limits.window, limits.softcap,
+            limits.window, limits.softcap, limits.sinks,
         )  # fmt: skip
         return out
 
@@ -111,15 +114,25 @@ class GpuPagedAttention(PagedAttention):
         self._kernels.attend(
             out.flatten(1), query.flatten(1), self._pool.keys[layer], self._pool.values[layer],
             page_table=step.page_table, query_starts=step.query_starts, context_lens=step.context_lens,
-            scale=limits.scale, window=limits.window, softcap=limits.softcap,
+            scale=limits.scale, window=limits.window, softcap=limits.softcap, sinks=limits.sinks,
         )  # fmt: skip
         return out
 
 
-def register_attention() -> None:
-    """Make `ATTENTION_NAME` a value of `attn_implementation`. Without a mask function of that name transformers builds
-    no mask at all, which is right: the page table is the mask."""
+def take_attention_over(model: PreTrainedModel, attention: PagedAttention) -> None:
+    """Each layer of the model attends by way of `attention` from now on. Without a mask function of our name
+    transformers builds no mask at all, which is right: the page table is the mask."""
     AttentionInterface.register(ATTENTION_NAME, _attention_function)
+    model.set_attn_implementation(ATTENTION_NAME)
+    if model.config._attn_implementation != ATTENTION_NAME:  # noqa: SLF001  # transformers logs it, and goes on
+        raise ModelUnsupportedError(
+            type(model).__name__, ["its layers compute attention by themselves, which lets nobody else do it"]
+        )
+    for module in model.modules():  # not by an argument, which some models' layers do not hand on
+        if not getattr(module, "is_causal", True):
+            raise ModelUnsupportedError(type(model).__name__, ["its attention is not causal (is_causal)"])
+        if hasattr(module, "layer_idx"):
+            module.paged_attention = attention
 
 
 def _attention_function(
@@ -129,10 +142,10 @@ def _attention_function(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    paged_attention: PagedAttention | None = None,
     scaling: float | None = None,
-    sliding_window: int | None = None,
+    sliding_window: int | None = UNTOLD,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **unsupported: Any,
 ) -> tuple[Tensor, None]:
     """What transformers calls in each layer. `key` and `value` are in the pool already."""
@@ -140,10 +153,22 @@ def _attention_function(
     # Each would change the result. The check at start calls this, so such a model is refused before it serves.
     asked_for = {"attention_mask": attention_mask} | {name: unsupported.get(name) for name in UNSUPPORTED}
     problems = [f"its attention uses {name}" for name, value in asked_for.items() if value is not None]
+    if sliding_window == UNTOLD:
+        sliding_window = None
+        if _has_window(module):  # in its mask alone, of which we see nothing
+            problems.append("its attention is not told of its window (sliding_window)")
     if problems:
         raise ModelUnsupportedError(type(module).__name__, problems)
-    if paged_attention is None:  # the model is given it with each step
-        raise ModelUnsupportedError(type(module).__name__, ["its layers do not hand arguments on to their attention"])
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     layer: int = module.layer_idx  # type: ignore[assignment]
-    return paged_attention.attend(layer, query, Limits(scale, sliding_window or 0, softcap or 0.0)), None
+    attention: PagedAttention = module.paged_attention  # type: ignore[assignment]
+    return attention.attend(layer, query, Limits(scale, sliding_window or 0, softcap or 0.0, s_aux)), None
+
+
+def _has_window(module: nn.Module) -> bool:
+    """By its configuration. Layers of several types have theirs where their type says so."""
+    config: Any = getattr(module, "config", None)
+    if not getattr(config, "sliding_window", None):
+        return False
+    types = getattr(config, "layer_types", None)
+    return types is None or types[module.layer_idx] == "sliding_attention"

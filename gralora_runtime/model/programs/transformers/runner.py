@@ -19,11 +19,10 @@ from gralora_runtime.model.programs.transformers.adapted_linear import (
     PackedLinear,
 )
 from gralora_runtime.model.programs.transformers.attention import (
-    ATTENTION_NAME,
     CpuPagedAttention,
     GpuPagedAttention,
     PagedAttention,
-    register_attention,
+    take_attention_over,
 )
 from gralora_runtime.model.programs.transformers.context import StepContext
 from gralora_runtime.model.programs.transformers.norms import fuse_rms_norms
@@ -49,8 +48,7 @@ class TransformersRunner:
             if kv_pool.in_panels
             else GpuPagedAttention(kv_pool, self._context, heads)
         )
-        register_attention()
-        self._model.set_attn_implementation(ATTENTION_NAME)
+        take_attention_over(self._model, self._attention)
         fused = fuse_rms_norms(self._model)
         self._backend = served.backend
         self._head = served.head
@@ -84,7 +82,6 @@ class TransformersRunner:
                 past_key_values=self._attention,
                 use_cache=True,
                 logits_to_keep=wanted,
-                paged_attention=self._attention,
             )
         logits: Tensor = output.logits[0, : len(index)].float()
         return logits
