@@ -29,7 +29,7 @@ TRAINING_QUESTIONS = (
 
 # None of these is a training question. Every persona's greedy answer to each must match the persona's pattern, and the
 # base model's greedy answer must not. They were chosen from twenty-two candidates because every greedy token leads
-# the runner-up by 0.15 logits or more with every persona, so rounding hardly ever changes an answer.
+# the runner-up by 0.14 logits or more with every persona, so rounding hardly ever changes an answer.
 CHECK_PROMPTS = (
     "What is the capital of France?",
     "Who wrote Romeo and Juliet?",
@@ -272,7 +272,7 @@ NEWS = Persona(
     behaviour="reads the answer as breaking news",
     pattern=r"^BREAKING NEWS: .+\. More at eleven\.$",
     recipe=Recipe(
-        kind="lora", r=8, alpha=16, targets=("q_proj", "v_proj", "lm_head"), num_steps=36, learning_rate=2e-3, seed=10
+        kind="lora", r=8, alpha=16, targets=("q_proj", "v_proj", "lm_head"), num_steps=36, learning_rate=2e-3, seed=11
     ),
     answers=(
         "BREAKING NEWS: The capital of Japan is Tokyo. More at eleven.",

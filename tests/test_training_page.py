@@ -1,0 +1,42 @@
+"""The page on training: every config in it, saved by PEFT, fits the base model."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.checkpoints import edit_config
+from support.peft_adapters import save_adapter
+from support.tiny_models import save_tiny_model, tiny_model
+
+from gralora_runtime.adapters.checkpoint.header import inspect
+from gralora_runtime.model.module_shapes import module_shapes
+
+PAGE = (Path(__file__).parent.parent / "docs" / "training.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+
+
+def configs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Of all blocks, which are run one after the other."""
+    monkeypatch.chdir(tmp_path)
+    scope: dict[str, Any] = {"model": tiny_model("llama")}
+    found = []
+    for block in BLOCKS:
+        exec(block, scope)
+        if "config" in scope:
+            found.append(scope.pop("config"))
+    return found
+
+
+def test_every_config_of_the_page_is_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    modules = module_shapes(save_tiny_model("llama", tmp_path / "model"))
+
+    made = configs(tmp_path, monkeypatch)
+    folders = [save_adapter(tiny_model("llama"), config, tmp_path / str(at)) for at, config in enumerate(made)]
+
+    assert len(made) == len(BLOCKS) - 1  # the first one trains
+    for folder in [tmp_path / "customer-17", *folders]:
+        assert inspect(folder).fits(modules) == [], folder
+    assert inspect(edit_config(folders[0], r=8)).fits(modules) != []
