@@ -90,12 +90,15 @@ def _adapters() -> Iterator[str]:
     yield "Alone and mixed in one batch, through the reference, CPU and Triton kernels.\n"
     yield "| as the tests call it | what it is |"
     yield "|---|---|"
-    for name, config in adapter_configs("llama", all_ranks=False).items():
+    kinds = adapter_configs("llama-biased") | adapter_configs("llama", all_ranks=False)
+    for name, config in kinds.items():
         written = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
         spec = parse_config(name, written)
         parts = f"r {spec.rank}, {spec.blocks} blocks" if spec.blocks > 1 else f"r {spec.rank}"
         hybrid = f", hybrid r {spec.hybrid_rank}" if spec.hybrid_rank else ""
-        also = [key for key in SPECIALS if not is_off(getattr(config, key, None))]
+        values = {key: getattr(config, key, None) for key in SPECIALS}
+        also = [key for key, value in values.items() if not is_off(value) and value != "none"]
+        also += ["on the output head"] if "lm_head" in config.target_modules else []
         told = f"; {', '.join(also)}" if also else ""
         yield f"| {name} | {config.peft_type.value}, {parts}{hybrid}{told} |"
     yield f"\nSeveral in one request, each times a weight: the exact sum of any kinds, on the CPU ([test]({SUMS}))."

@@ -21,7 +21,7 @@ BUILDS = {
     "llama": 8, "llama-biased": 6, "qwen2": 8, "qwen3": 8, "mistral": 26, "gemma": 8, "gemma2": 26, "gemma3": 6,
     "phi3": 8, "granite": 6, "smollm3": 6, "olmo3": 6, "glm4": 6, "nemotron": 6, "phi": 6, "cohere2": 6,
 }  # fmt: skip
-SIZES = {"all_ranks": False, "kernel_backend": "triton", "max_num_seqs": 16, "max_num_batched_tokens": 512}
+SIZES = {"all_ranks": False, "kernel_backend": "triton", "max_num_seqs": 24, "max_num_batched_tokens": 512}
 
 
 @pytest.mark.parametrize(("build", "length"), BUILDS.items())
