@@ -48,6 +48,10 @@ ALIGNMENT = 16  # elements between the starts of two packed matrices
 MAX_EXAMPLES = 2  # names of each side, where no name of one is the other's
 MAX_EXAMPLE_CHARS = 200
 _FIRST_MATRICES = ("gralora_A", "lora_A.weight")
+_NOT_SERVED = {
+    ".lora_embedding_": "is of an adapter on an embedding, which is not served",
+    ".trainable_tokens_": "has trained rows of an embedding, which are not served",
+}
 AFFINE_BYTES = 2 * DTYPES["F32"]  # of an output: a gain and a shift
 
 
@@ -455,7 +459,8 @@ def _surplus(
         taken = take_apart(name)
         module = naming.module(taken) if taken else None
         if taken is None:
-            yield f"tensor {name} is not part of a LoRA or GraLoRA"
+            reasons = (told for part, told in _NOT_SERVED.items() if part in name)
+            yield f"tensor {name} {next(reasons, 'is not part of a LoRA or GraLoRA')}"
         elif module is None or (module in known and naming.tensor(naming.path(module), taken.matrix) != name):
             yield f"tensor {name} is spelled in another way than the others"
         elif module not in known:
