@@ -312,8 +312,10 @@ def test_missing_surplus_and_misshapen_tensors_are_told_together(tmp_path: Path)
         f"tensor {Q0}.lora_magnitude_vector is surplus: the config asks for no such tensor",
         "tensor base_model.model.lm_head.gralora_A: the base model has no linear layer lm_head",
         "tensor base_model.model.model.embed_tokens.weight is not part of a LoRA or GraLoRA",
-        "tensor base_model.model.model.embed_tokens.lora_embedding_A is of an adapter on an embedding, "
-        "which is not served",
+        (
+            "tensor base_model.model.model.embed_tokens.lora_embedding_A is of an adapter on an embedding, "
+            "which is not served"
+        ),
     ]
 
     assert sorted(expected) == sorted(told)
