@@ -27,7 +27,8 @@ PUSHED, NUM_PUSHED = "pushed-", 8  # names of uploads: few, so that calls get in
 # Fields that take a text of a certain kind; each is drawn anew for each request.
 _WORDS = {"text": "w3 w4 w5", "content": "w6 w7", "role": "user", "version": "1", "canary_key": "somebody"}
 _WORDS |= {"json_schema": '{"type": "boolean"}', "regex": "w[0-9]", "grammar": 'start: "w"'}
-_SELDOM = {"structured_output": 0.25}  # refused whatever it says: the stand's model has words, which are no bytes
+# The first is refused whatever it says: the stand's model has words, which are no bytes.
+_SELDOM = {"structured_output": 0.25, "adapters": 0.25}
 _NAMED = frozenset({"adapter", "name", "prefix", "path", "model_name", "lora_name", "source_path"})
 _EMPTY = frozenset({"page_token", "tenant", "repository_name"})  # what else they may be, a server says
 _SAMPLING = {
@@ -109,6 +110,8 @@ class Seeds:
             is_drawn = field.name not in _SELDOM or rng.random() < _SELDOM[field.name]
             if is_drawn and (field.containing_oneof is None or field.name in chosen):
                 self._fill_field(rng, message, field)
+        if getattr(message, "adapters", None) and hasattr(message, "adapter"):
+            message.ClearField("adapter")  # several stand in the place of one
 
     def _fill_field(self, rng: random.Random, message: Message, field: FieldDescriptor) -> None:
         there = getattr(message, field.name)

@@ -66,7 +66,7 @@ def test_merged_weights_are_those_of_peft(architecture: str, kind: str, tmp_path
     changed = {name for name, weight in merged.items() if not torch.equal(weight, before[name])}
 
     biases = {f"{shape.name}.bias" for shape in module_shapes(model) if shape.has_bias and kind == "biases"}
-    assert changed == {f"{shape.name}.weight" for shape in module_shapes(model)} | biases
+    assert changed == {f"{shape.name}.weight" for shape in module_shapes(model) if shape.name != "lm_head"} | biases
     assert merged.keys() == expected.keys()
     assert max(float((weight - expected[name]).abs().max()) for name, weight in merged.items()) <= TOLERANCE
 

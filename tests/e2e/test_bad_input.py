@@ -75,7 +75,7 @@ PROBLEMS = {
     "unknown-type": "peft_type: 'IA3' is not supported (GRALORA and LORA are)",
     "other-base": "it was trained for the base model 'meta/some-other-model'; "
     f"tensor {A_WEIGHT} has shape [2, 96, 8], the base model needs [2, 32, 8]",
-    "unsupported": "bias: 'all' is not supported (none is); modules_to_save: ['lm_head'] is not supported",
+    "unsupported": "modules_to_save: ['lm_head'] is not supported",
     "no-weights": "adapter_model.safetensors is missing",
     "not-json": "adapter_config.json is not JSON",
 }

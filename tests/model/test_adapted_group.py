@@ -40,7 +40,7 @@ def test_siblings_share_one_product_and_get_their_own_columns():
     linears, base, group, members = layers(context)
     x = torch.randn(1, 3, 8)
 
-    with torch.inference_mode(), context.running(step()):
+    with torch.inference_mode(), context.running(step(), None):
         outputs = [member(x) for member in members]
 
     assert base.calls == 1
@@ -54,7 +54,7 @@ def test_another_input_is_never_answered_with_what_is_kept():
     linears, base, _, (first, second, _) = layers(context)
     x, other = torch.randn(1, 3, 8), torch.randn(1, 3, 8)
 
-    with torch.inference_mode(), context.running(step()):
+    with torch.inference_mode(), context.running(step(), None):
         first(x)
         torch.testing.assert_close(linears[1](other), second(other))
 
@@ -68,12 +68,12 @@ def test_a_part_is_handed_out_once_and_in_its_own_step():
     x = torch.randn(1, 3, 8)
 
     with torch.inference_mode():
-        with context.running(step()):
+        with context.running(step(), None):
             first(x)
             x += 1
             torch.testing.assert_close(linears[0](x), first(x))
             x += 1
-        with context.running(step()):
+        with context.running(step(), None):
             torch.testing.assert_close(linears[1](x), second(x))
 
 

@@ -14,6 +14,7 @@ from numba import njit
 from gralora_kernels.cpu.linear import FLOAT_BYTES
 from gralora_kernels.cpu.microkernel import (
     AHEAD,
+    BFLOAT16,
     FETCHES,
     FLOAT16,
     FROM_OUTPUT,
@@ -42,6 +43,7 @@ from gralora_kernels.cpu.simd import (
     store_scalar,
 )
 from gralora_kernels.cpu.team import LINE
+from gralora_kernels.cpu.variant import variant
 from gralora_kernels.grouping import TILE_TOKENS
 from gralora_kernels.tables import ENTRIES
 
@@ -51,10 +53,12 @@ SCRATCH_BYTES = TILE_TOKENS * PANEL * FLOAT_BYTES  # that a shrink needs
 FEW_TOKENS = 2  # of one adapter: so few are expanded one by one
 
 
-def _expander(load_weights: Any, element_bytes: int) -> Any:
+def _expander(load_weights: Any, storage: int) -> Any:
+    element_bytes = element_bytes_of.py_func(storage)
     lines = max(1, 2 * PANEL * element_bytes // LINE)  # of two panels, per row
 
     @njit(nogil=True)
+    @variant(storage)
     def expand_token(panels: int, u: int, r: int, w: int, y: int) -> None:
         """y += u [r] @ w for whole panels that lie side by side: two at a time, for one waits for its own sums."""
         for p in range(0, panels - panels % 2, 2):
@@ -89,8 +93,8 @@ def _expander(load_weights: Any, element_bytes: int) -> Any:
 
 
 _expand_native, _expand_float16, _expand_bfloat16 = (
-    _expander(load_weights, element_bytes)
-    for load_weights, element_bytes in ((load, FLOAT_BYTES), (load_float16, 2), (load_bfloat16, 2))
+    _expander(load_weights, storage)
+    for load_weights, storage in ((load, NATIVE), (load_float16, FLOAT16), (load_bfloat16, BFLOAT16))
 )
 
 

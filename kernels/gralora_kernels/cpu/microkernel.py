@@ -25,6 +25,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from gralora_kernels.cpu.simd import LANES, ask_for, call, constant, load_widened, pointer_to, splat_value
+from gralora_kernels.cpu.variant import variant
 from gralora_kernels.tables import Storage
 
 VECTORS = 2  # per row of a panel
@@ -265,6 +266,7 @@ def _by_rows(vectors: int, *, masked: bool, storage: Storage) -> Any:
     t8, t12 = (_tile(m, vectors, masked, storage) if m <= MAX_ROWS else t6 for m in (8, 12))
 
     @njit(nogil=True)
+    @variant(vectors, int(masked), int(storage))
     def run(
         rows: int, x: int, x_stride: int, x_rows: int, y: int, y_stride: int, y_rows: int, w: int, w_stride: int,
         depth: int, start: int, columns: int, fetch: int, fetch_step: int,
@@ -332,6 +334,7 @@ def _multiply_16_bit(storage: Storage) -> Any:
     wide, narrow = (_by_rows(vectors, masked=False, storage=storage) for vectors in (VECTORS, 1))
 
     @njit(nogil=True)
+    @variant(int(storage))
     def multiply_16_bit(
         rows: int, x: int, x_stride: int, x_index: int, y: int, y_stride: int, y_index: int, w: int, w_stride: int,
         depth: int, start: int, columns: int,
@@ -381,6 +384,7 @@ def _add_panels(storage: Storage) -> Any:
     t8, t12 = (_panels_tile(m, storage) if m <= MAX_ROWS else t6 for m in (8, 12))
 
     @njit(nogil=True)
+    @variant(int(storage))
     def add_panels(
         rows: int, x: int, x_stride: int, x_index: int, y: int, y_stride: int, y_index: int, w: int, depth: int,
         panels: int,

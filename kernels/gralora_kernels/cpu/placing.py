@@ -18,6 +18,7 @@ from numba.extending import intrinsic
 from gralora_kernels.cpu.linear import FLOAT_BYTES
 from gralora_kernels.cpu.microkernel import PANEL
 from gralora_kernels.cpu.simd import LANES, call, splat, vector
+from gralora_kernels.cpu.variant import variant
 from gralora_kernels.packing import Array, Place
 
 VECTOR_BYTES = LANES * FLOAT_BYTES
@@ -88,6 +89,7 @@ def _cutters(bits: int) -> tuple[Any, Any]:
     move_vector, move_element, largest_lane = _movers(bits)
 
     @njit(nogil=True)
+    @variant(bits)
     def cut(out: int, block: int, depth: int, columns: int) -> Any:
         """block [depth, columns]"""
         lanes, largest = splat(np.float32(0.0)), 0
@@ -108,6 +110,7 @@ def _cutters(bits: int) -> tuple[Any, Any]:
         return max(largest, largest_lane(lanes))
 
     @njit(nogil=True)
+    @variant(bits)
     def cut_transposed(out: int, block: int, depth: int, columns: int) -> int:
         """block [columns, depth]"""
         largest = 0
@@ -126,6 +129,7 @@ def _placer(bits: int) -> Any:
     cut, cut_transposed = _cutters(bits)
 
     @njit(nogil=True, cache=True)
+    @variant(bits)
     def place(out: Array, values: Array, places: Array, magnitudes: Array) -> None:
         for i in range(len(places)):
             blocks, depth, columns = places[i, BLOCKS], places[i, DEPTH], places[i, COLUMNS]
