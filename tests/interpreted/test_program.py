@@ -116,9 +116,7 @@ def test_graphs_compute_what_launches_compute_while_rows_come_and_go(decoding, m
     monkeypatch.setattr(
         GpuRunner, "_replay", lambda self, step, rung, newest: replayed.append(rung) or replay(self, step, rung, newest)
     )
-    monkeypatch.setattr(
-        GpuRunner, "_launch", lambda self, step, newest: launched.append(self) or launch(self, step, newest)
-    )
+    monkeypatch.setattr(GpuRunner, "_launch", lambda self, *step: launched.append(self) or launch(self, *step))
     for count in (1, 3, 2, 5, 4, 3, 1, 2):
         decoding.come_and_go(count)
         one, other = decoding.logits()
