@@ -29,14 +29,14 @@ from gralora_runtime.adapters.residency.transfer import Transfer, no_steps, tran
 from gralora_runtime.config import LEAST_BITS, EngineConfig
 from gralora_runtime.errors import ConfigError
 from gralora_runtime.info import EngineInfo
-from gralora_runtime.model.adaptable import adaptable_modules, head_name, weight_norms
+from gralora_runtime.model.adaptable import changeable_modules, embedding_name, head_name, norms_of, weight_norms
 from gralora_runtime.model.base_layers import BaseLayers
 from gralora_runtime.model.chat_turns import tool_format
 from gralora_runtime.model.kv_pool import KVPool, page_bytes
 from gralora_runtime.model.loading import BaseModel, load_base_model
+from gralora_runtime.model.programs.apart import Apart
 from gralora_runtime.model.programs.choice import kv_in_panels, make_runner, reserved_bytes
 from gralora_runtime.model.programs.gpu.graphs import usual_ladder
-from gralora_runtime.model.programs.head import HeadAdapters
 from gralora_runtime.model.programs.runner import Runner, Served
 from gralora_runtime.model.refusal import refusing
 from gralora_runtime.model.selfcheck import check_runner, expected_logits
@@ -108,12 +108,14 @@ def assemble(config: EngineConfig, base: BaseModel | None = None) -> EngineParts
         )
         num_pages = len(kv_pool.keys[0])
         with refusing(base.name, base.model.config, "set up"):
-            head, groups = head_name(base.model), dict(adapters.pool.groups)
-            head_adapters = HeadAdapters(
-                groups.pop((head,)),
+            head, embedding, groups = head_name(base.model), embedding_name(base.model), dict(adapters.pool.groups)
+            apart = Apart(
+                head=groups.pop((head,)),
+                embedding=groups.pop((embedding,)),
+                norms={shape.name: groups.pop((shape.name,)) for shape in norms_of(base.model)},
                 arena=adapters.pool.arena,
                 backend=build_backend(backend.name, device),
-                max_rows=config.max_num_batched_tokens,
+                max_tokens=config.max_num_batched_tokens,
             )
             runner = make_runner(
                 Served(
@@ -122,7 +124,8 @@ def assemble(config: EngineConfig, base: BaseModel | None = None) -> EngineParts
                     arena=adapters.pool.arena,
                     groups=groups,
                     head_name=head,
-                    head=head_adapters,
+                    embedding_name=embedding,
+                    apart=apart,
                     layers=layers,
                     backend=backend,
                     page_size=config.page_size,
@@ -255,7 +258,7 @@ def _adapter_manager(
     )
     manager.append(
         AdapterManager(
-            modules=[shape for shape, _ in adaptable_modules(base.model)],
+            modules=[shape for shape, _ in changeable_modules(base.model)],
             device=device,
             dtype=base.model.dtype,
             pool_bytes=pool_bytes,

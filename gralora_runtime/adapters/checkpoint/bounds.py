@@ -19,7 +19,7 @@ from torch import Tensor
 
 from gralora_kernels.packing import Array
 from gralora_kernels.tables import Entry, Storage
-from gralora_runtime.adapters.checkpoint.header import Plan
+from gralora_runtime.adapters.checkpoint.plan import Plan
 from gralora_runtime.adapters.checkpoint.remembered import remembered
 from gralora_runtime.adapters.checkpoint.spec import ModuleShape
 from gralora_runtime.adapters.checkpoint.tensors import TensorInfo

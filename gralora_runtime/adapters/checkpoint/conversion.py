@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from gralora_runtime.adapters.checkpoint.config_keys import INVOCATION
-from gralora_runtime.adapters.checkpoint.header import ModulePlan, PartTensors
 from gralora_runtime.adapters.checkpoint.naming import Naming, as_peft_names
+from gralora_runtime.adapters.checkpoint.plan import ModulePlan, PartTensors
 from gralora_runtime.adapters.checkpoint.spec import MAX_RANK, Dialect
 from gralora_runtime.adapters.checkpoint.update import as_blocks
 from gralora_runtime.adapters.checkpoint.whole import WholeAdapter

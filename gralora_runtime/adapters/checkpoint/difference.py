@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from gralora_runtime.adapters.checkpoint.header import Vector
+from gralora_runtime.adapters.checkpoint.plan import Vector
 from gralora_runtime.adapters.checkpoint.update import Update, minus, norm
 from gralora_runtime.adapters.checkpoint.whole import WholeAdapter
 

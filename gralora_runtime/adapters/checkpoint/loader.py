@@ -36,6 +36,7 @@ from gralora_runtime.adapters.checkpoint.recipe import (
     Recipe,
     recipe_of,
 )
+from gralora_runtime.adapters.checkpoint.rows import Cells, RowsFile, put_rows, rows_in
 from gralora_runtime.adapters.checkpoint.spec import ModuleShape, not_in_vocabulary, rejected
 from gralora_runtime.adapters.checkpoint.stored import ARRAYS, changed, held, read_range
 from gralora_runtime.adapters.checkpoint.tensors import DTYPES, WEIGHTS_FILE
@@ -96,8 +97,8 @@ def load(
 
     `packing` is how the kernels want matrices to lie. The digest depends neither on it nor on `dtype`.
 
-    `allowed_keys`: see `parse_config`. `vocab_size`: see `not_in_vocabulary`. `base`: of an adapter that has vectors;
-    what it needs to know of these modules.
+    `allowed_keys`: see `parse_config`. `vocab_size`: see `not_in_vocabulary`. `base`: of an adapter that has vectors or
+    rows; what it needs to know of these modules.
     """
     assert dtype == torch.float32 or not packing.keeps_16_bit, "only an fp32 pool holds matrices of 16 bits as they are"
     header = inspect(path, name=name, roots=roots, allowed_keys=allowed_keys)
@@ -112,8 +113,12 @@ def load(
             packer = Packer(recipe, dtype, packing)
             facts = packer.pack(opened.fileno(), spread)
             vectors = read_vectors(opened.fileno(), plan, header.tensors)
-            others = list(other_weights(opened.fileno(), plan, header.tensors, base)) if base is not None else []
-    except MalformedError as cause:
+            rows = rows_in(opened.fileno(), plan, header.tensors)
+            if base is not None:
+                others = list(other_weights(opened.fileno(), header.copies(modules), header.tensors, base))
+                packer.put_rows(rows, base)
+            digests = [facts.digests.tobytes(), *vectors.digests, *(one.digest() for one in rows.values())]
+    except (MalformedError, ValueError) as cause:
         raise rejected(name, [str(cause)]) from cause
     if (bad := np.flatnonzero(facts.magnitudes > torch.finfo(dtype).max)).size:
         kind = str(dtype).removeprefix("torch.")
@@ -121,11 +126,11 @@ def load(
         raise rejected(name, [f"tensor {tensor} has values that are not finite in {kind}" for tensor in names])
     if others:
         raise rejected(name, others)
-    if vectors.modules:
-        assert base is not None, "gains and shifts depend on the base layers"
+    assert base is not None or not (vectors.modules or rows), "gains, shifts and rows depend on the base layers"
+    if base is not None and vectors.modules:
         packer.put_affines(affines_of(name, vectors.modules, base))
     layout = AdapterLayout(
-        digest=digest_of(recipe.description, [facts.digests.tobytes(), *vectors.digests], header.spec.invocation),
+        digest=digest_of(recipe.description, digests, header.spec.invocation),
         numel=recipe.numel,
         width=summary.equivalent_rank,
         modules=recipe.layout,
@@ -209,9 +214,14 @@ class Packer:
     def put_affines(self, affines: Mapping[str, Array]) -> None:
         """By module: gains and shifts, fp32 [2, out]."""
         for module, offset in self._recipe.affines:
-            cells = self._cells[offset:].view(np.uint8)
-            values = affines[module].reshape(-1).view(np.uint8)
-            cells[: len(values)] = values
+            if module in affines:  # an embedding's place there is its rows'
+                cells = self._cells[offset:].view(np.uint8)
+                values = affines[module].reshape(-1).view(np.uint8)
+                cells[: len(values)] = values
+
+    def put_rows(self, rows: Mapping[str, RowsFile], base: BaseLayers) -> None:
+        """By module. Raises as `rows.put_rows` does."""
+        put_rows(Cells(self._cells, self.blob.dtype, self._packing.panel), self._recipe.rows, rows, base)
 
     def _place(self, piece: Piece, data: Array) -> Array:
         """Convert and place tensors, uint8 [bytes]. Returns their magnitudes."""

@@ -26,8 +26,9 @@ from torch import Tensor
 
 from gralora_kernels.packing import Array, Packing, blocks_a, blocks_b, place_a, place_b
 from gralora_kernels.tables import ENTRIES, Entry, Storage
-from gralora_runtime.adapters.checkpoint.header import AFFINE_BYTES, AdapterSummary, aligned
+from gralora_runtime.adapters.checkpoint.header import AdapterSummary
 from gralora_runtime.adapters.checkpoint.loader import AdapterLayout, LoadedAdapter
+from gralora_runtime.adapters.checkpoint.plan import AFFINE_BYTES, aligned
 from gralora_runtime.adapters.checkpoint.recipe import Affines, Layout
 from gralora_runtime.adapters.checkpoint.spec import ModuleShape, rejected
 from gralora_runtime.adapters.checkpoint.stored import held
@@ -108,6 +109,9 @@ def _problems(ingredients: Sequence[Ingredient], affines: Mapping[ModuleShape, _
     for invocation in (one.adapter.layout.summary.invocation for one in ingredients):
         if invocation:
             yield f"one of its adapters begins at the tokens {list(invocation)} of a prompt: a sum has no such place"
+    for replaced in (one.adapter.layout.summary.replaces for one in ingredients):
+        if replaced:
+            yield f"one of its adapters has its own weights in the place of {replaced[0]}'s: those have no sum"
     for module, affine in affines.items():
         if affine.vanishes:
             yield f"module {module.name}: with these weights some outputs all but vanish"

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from gralora_runtime.adapters.checkpoint.header import ModulePlan
+from gralora_runtime.adapters.checkpoint.plan import ModulePlan
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from gralora_runtime.adapters.checkpoint.bounds import largest_magnitude
 from gralora_runtime.adapters.checkpoint.file import MalformedError, open_regular
-from gralora_runtime.adapters.checkpoint.header import AdapterHeader, Plan, Vector, inspect, read_config
+from gralora_runtime.adapters.checkpoint.header import AdapterHeader, inspect, read_config
 from gralora_runtime.adapters.checkpoint.loader import check_unchanged, digest_of
 from gralora_runtime.adapters.checkpoint.naming import BIASES
+from gralora_runtime.adapters.checkpoint.plan import Plan, Vector
 from gralora_runtime.adapters.checkpoint.recipe import TORCH_DTYPES, describe
 from gralora_runtime.adapters.checkpoint.spec import ModuleShape, parse_config, rejected
 from gralora_runtime.adapters.checkpoint.stored import ARRAYS, read_range
@@ -63,6 +64,7 @@ def read_whole(
     plan = header.fitting_plan(implied_shapes(header) if modules is None else modules)
     names = [name for module in plan for pair in module.parts for name in (pair.a_name, pair.b_name)]
     names += [vector.name for module in plan for vector in module.vectors]
+    names += [module.rows.name for module in plan if module.rows]
     try:
         config = read_config(path, roots)
         if parse_config(header.name, config, allowed_keys) != header.spec:

@@ -13,7 +13,7 @@ from gralora_kernels.tables import GroupTable
 from gralora_runtime.model.base_layers import BaseLayers
 from gralora_runtime.model.kv_pool import KVPool
 from gralora_runtime.model.loading import BaseModel
-from gralora_runtime.model.programs.head import HeadAdapters
+from gralora_runtime.model.programs.apart import Apart
 from gralora_runtime.stepping.batch import StepTensors
 
 
@@ -35,9 +35,10 @@ class Served:
     base: BaseModel
     kv_pool: KVPool
     arena: Tensor
-    groups: Mapping[tuple[str, ...], GroupTable]  # but for the output head's
+    groups: Mapping[tuple[str, ...], GroupTable]  # of linear layers, but for the output head's
     head_name: str
-    head: HeadAdapters
+    embedding_name: str
+    apart: Apart
     layers: BaseLayers  # is told where weights are
     backend: AdapterBackend
     page_size: int

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from numba import njit
+from torch import Tensor
 
 from gralora_kernels.cpu.blocks import BLOCK, BLOCKS_4, block_bytes, widen_panel
 from gralora_kernels.cpu.linear import FLOAT_BYTES, PackedWeight
@@ -18,6 +20,21 @@ from gralora_kernels.cpu.rows import widen_into
 
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
+
+
+class PackedRows:
+    """An embedding's rows in blocks of 8 bits, as `pack_rows` makes them."""
+
+    def __init__(self, table: Tensor) -> None:
+        """uint8 [rows, blocks, ROW_EIGHTS_BYTES]."""
+        self._table = table
+
+    def rows(self, first: int, count: int) -> Floats:
+        """Rows from `first` on: [count, features]."""
+        blocks = self._table[first : first + count]
+        scales = blocks[..., :FLOAT_BYTES].contiguous().view(torch.float32)
+        found: Floats = (scales * blocks[..., FLOAT_BYTES:].view(torch.int8)).view(len(blocks), -1).numpy()
+        return found
 
 
 def row_norms(weight: PackedWeight, first: int, a: Floats, b: Floats) -> Doubles:
