@@ -76,6 +76,8 @@ def _problems(adapter: WholeAdapter, to: Dialect) -> list[str]:
     header = adapter.header
     if header.dialect is to:
         return [f"it is written as {to} already"]
+    if replaced := [module.module.name for module in adapter.plan if module.replaces]:
+        return [f"it has its own weights in the place of {replaced[0]}'s, which are not converted"]
     if adapter.vectors:
         return [f"it has trained {' and '.join(adapter.vectors)}, for which {to} has no exact form"]
     if to is Dialect.LORA and header.equivalent_rank > MAX_RANK:

@@ -14,6 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from gralora_runtime.adapters.checkpoint.config_keys import SAVED
 from gralora_runtime.adapters.checkpoint.file import (
     MalformedError,
     MissingFileError,
@@ -52,6 +53,10 @@ MAX_CONFIG_VALUES = 1 << 17
 MAX_KEPT_CONFIG_BYTES = 64 << 10  # a plan is kept together with its config: as for headers, not with a huge one
 MAX_EXAMPLES = 2  # names of each side, where no name of one is the other's
 MAX_EXAMPLE_CHARS = 200
+_NOT_SAVED = (
+    ": its trained weights are not in the file. PEFT does not load it without them either; if none were trained, write "
+    "null in its place"
+)
 _FIRST_MATRICES = ("gralora_A", "lora_A.weight")
 
 
@@ -332,6 +337,9 @@ def _misfits(plan: Planned, tensors: Mapping[str, TensorInfo]) -> Iterator[str]:
             k = module.parts[0].part.k
             yield f"module {shape.name} [{shape.in_features}, {shape.out_features}] is not divisible by k={k}"
             continue
+        if module.is_whole and not any(name in tensors for name, _ in module.tensors):
+            yield f"{SAVED}: {shape.name} is missing{_NOT_SAVED}"
+            continue
         for name, expected in module.tensors:
             yield from _misfit(tensors, name, expected)
     for copy in plan.copies:
@@ -364,7 +372,7 @@ def _surplus(
         elif module is None or (module in known and naming.tensor(naming.path(module), taken.matrix) != name):
             yield f"tensor {name} is spelled in another way than the others"
         elif module not in known:
-            yield f"tensor {name}: the base model has no layer {module} that an adapter may change"
+            yield f"tensor {name}: the base model has no layer {module} for it"
         elif module not in targeted:
             yield f"tensor {name}: target_modules does not name {module}"
         else:

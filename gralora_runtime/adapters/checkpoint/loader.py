@@ -114,6 +114,7 @@ def load(
             facts = packer.pack(opened.fileno(), spread)
             vectors = read_vectors(opened.fileno(), plan, header.tensors)
             rows = rows_in(opened.fileno(), plan, header.tensors)
+            others: list[str] = []
             if base is not None:
                 others = list(other_weights(opened.fileno(), header.copies(modules), header.tensors, base))
                 packer.put_rows(rows, base)

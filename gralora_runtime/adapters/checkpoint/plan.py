@@ -79,6 +79,11 @@ class ModulePlan:
         return self.rows is not None or any(vector.kind is Vector.NORM_WEIGHTS for vector in self.vectors)
 
     @property
+    def is_whole(self) -> bool:
+        """It was trained as a whole."""
+        return self.replaces and (self.rows is None or self.rows.tokens is None)
+
+    @property
     def rows_rank(self) -> int:
         """Of the pair that changes an output head's rows into these: one for each row, or one for each input."""
         return min(self.rows.count, self.module.in_features) if self.rows else 0

@@ -18,8 +18,8 @@ from torch import Tensor
 from gralora_runtime.adapters.checkpoint.bounds import largest_magnitude
 from gralora_runtime.adapters.checkpoint.file import MalformedError, open_regular
 from gralora_runtime.adapters.checkpoint.header import AdapterHeader, inspect, read_config
+from gralora_runtime.adapters.checkpoint.implied import implied_shapes
 from gralora_runtime.adapters.checkpoint.loader import check_unchanged, digest_of
-from gralora_runtime.adapters.checkpoint.naming import BIASES
 from gralora_runtime.adapters.checkpoint.plan import Plan, Vector
 from gralora_runtime.adapters.checkpoint.recipe import TORCH_DTYPES, describe
 from gralora_runtime.adapters.checkpoint.spec import ModuleShape, parse_config, rejected
@@ -88,31 +88,6 @@ def read_whole(
     )
     tensors = {name: _tensor(values, header.tensors[name]) for name, values in arrays.items()}
     return WholeAdapter(header=header, config=config, plan=plan, tensors=tensors, digest=digest)
-
-
-def implied_shapes(header: AdapterHeader) -> list[ModuleShape]:
-    """The modules that a checkpoint has tensors for, in the order of their names, as wide as those tensors are."""
-    naming = header.naming()
-    return [
-        ModuleShape(module, *_widths(header, module), has_bias=naming.tensor(module, BIASES[0]) in header.tensors)
-        for module in header.targets
-    ]
-
-
-def _widths(header: AdapterHeader, module: str) -> tuple[int, int]:
-    """(in, out). What is missing or has another number of dimensions counts as 0, and misfits its plan."""
-    naming = header.naming()
-
-    def shape(matrix: str) -> tuple[int, ...]:
-        tensor = header.tensors.get(naming.tensor(module, matrix))
-        return tensor.shape if tensor is not None else ()
-
-    match shape("lora_A.weight"), shape("lora_B.weight"), shape("gralora_A"), shape("gralora_B"):
-        case (_, inputs), (outputs, _), (), ():
-            return inputs, outputs
-        case (), (), (k_a, width_a, _), (k_b, _, width_b):
-            return k_a * width_a, k_b * width_b
-    return 0, 0
 
 
 def _array(file: int, stored: TensorInfo) -> np.ndarray[Any, np.dtype[Any]]:
