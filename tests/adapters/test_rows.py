@@ -18,6 +18,7 @@ from gralora_runtime.adapters.checkpoint import rows as rows_module
 from gralora_runtime.adapters.checkpoint.affine import BaseNorm
 from gralora_runtime.adapters.checkpoint.conversion import convert
 from gralora_runtime.adapters.checkpoint.difference import difference
+from gralora_runtime.adapters.checkpoint.doubts import CHANGES_NOTHING
 from gralora_runtime.adapters.checkpoint.header import inspect
 from gralora_runtime.adapters.checkpoint.loader import LoadedAdapter, load
 from gralora_runtime.adapters.checkpoint.mixture import Ingredient, mixed
@@ -25,6 +26,7 @@ from gralora_runtime.adapters.checkpoint.spec import Dialect, LayerKind, ModuleS
 from gralora_runtime.adapters.checkpoint.unpacking import updates_in
 from gralora_runtime.adapters.checkpoint.update import dense
 from gralora_runtime.adapters.checkpoint.whole import read_whole
+from gralora_runtime.adapters.oddities import Oddities
 from gralora_runtime.errors import AdapterConversionError, AdapterRejectedError
 
 VOCAB, HIDDEN = 41, 32
@@ -288,6 +290,18 @@ def test_what_is_not_served_is_said_with_its_module(tmp_path: Path, write: Calla
     problems = inspect(write(tmp_path / "a")).fits(TIED)
 
     assert any(problem.startswith(told) for problem in problems), problems
+
+
+def test_a_head_alone_is_not_nothing(tmp_path: Path) -> None:
+    """Its pairs add nothing, as B is before any training."""
+    path = write_saved(tmp_path / "a", lambda t: [t[name].zero_() for name in t if "lora_B" in name])
+    oddities = Oddities(base_model="", base_norms={}, modules=MODEL)
+
+    assert oddities.of_content(loaded(path), path, ()) == ()
+    plain = edit_tensors(
+        write_lora(tmp_path / "b"), lambda t: [t[name].zero_() for name in t if "lora_B" in name] and None
+    )
+    assert oddities.of_content(loaded(plain), plain, ()) == (CHANGES_NOTHING,)
 
 
 def test_whole_weights_have_no_sum(tmp_path: Path) -> None:

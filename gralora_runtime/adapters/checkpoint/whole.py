@@ -43,6 +43,11 @@ class WholeAdapter:
         return {module.module.name: update_of(module, self.tensors) for module in self.plan if module.parts}
 
     @property
+    def brings_more(self) -> bool:
+        """Than updates."""
+        return any(module.vectors or module.rows for module in self.plan)
+
+    @property
     def vectors(self) -> tuple[Vector, ...]:
         """Which kinds it has beside its matrices."""
         return tuple(kind for kind in Vector if any(vector.kind is kind for one in self.plan for vector in one.vectors))

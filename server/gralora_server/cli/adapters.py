@@ -261,7 +261,8 @@ def _doubts_of_weights(
     from gralora_runtime.adapters.checkpoint.whole import read_whole
 
     whole = read_whole(path, modules, allowed_keys=allowed_keys)
-    return about_weights(whole.updates(), {} if model is None else _weight_norms(model))
+    norms = {} if model is None else _weight_norms(model)
+    return about_weights(whole.updates(), norms, brings_more=whole.brings_more)
 
 
 def _weight_norms(model: Path) -> dict[str, float]:
