@@ -102,8 +102,8 @@ def pack_pairs(blocks: Blocks) -> Tensor:
     if blocks.kind == BLOCKS_8:
         rows = numbers.permute(0, 2, 3, 1).contiguous().view(torch.uint8)
         return torch.cat([as_bytes(blocks.scales), rows.flatten(2)], dim=2)
-    bytes_of_two = (numbers[..., 0::2] | (numbers[..., 1::2] << 4)).unflatten(-1, (BLOCK // GROUP, GROUP // 2))
-    groups = bytes_of_two.permute(0, 2, 3, 1, 4)  # [pairs, blocks, 4, PAIR, 4]
+    twos = numbers[..., 0::2] | (numbers[..., 1::2] << 4)
+    groups = twos.reshape(*twos.shape[:3], BLOCK // GROUP, GROUP // 2).permute(0, 2, 3, 1, 4)
     return torch.cat([as_bytes(blocks.scales), as_bytes(blocks.offsets), groups.flatten(2)], dim=2)
 
 

@@ -109,7 +109,7 @@ def _in_panels(weight: Tensor) -> Tensor:
 @njit(nogil=True)
 def num_pieces(rows: int, out_features: int, storage: int) -> int:
     """Pieces of work of a product: some columns times up to ROW_BLOCK rows."""
-    width = _piece_columns(rows, storage)
+    width: int = _piece_columns(rows, storage)
     return (out_features + width - 1) // width * ((rows + ROW_BLOCK - 1) // ROW_BLOCK)
 
 

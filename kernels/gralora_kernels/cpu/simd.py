@@ -152,7 +152,7 @@ def low_nibbles(typing: Any, bits: Any, byte: Any) -> Any:
     """The lower 4 bits of one of each lane's four bytes, as fp32."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return _masked_byte(builder, *args, mask=0x0F)
+        return _masked_byte(builder, args, 0x0F)
 
     return vector(vector, types.intp), codegen
 
@@ -162,12 +162,13 @@ def high_nibbles(typing: Any, bits: Any, byte: Any) -> Any:
     """The upper 4 bits of one of each lane's four bytes, where they are: 16 times what they say, as fp32."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return _masked_byte(builder, *args, mask=0xF0)
+        return _masked_byte(builder, args, 0xF0)
 
     return vector(vector, types.intp), codegen
 
 
-def _masked_byte(builder: Any, bits: Any, byte: Any, mask: int) -> Any:
+def _masked_byte(builder: Any, args: Any, mask: int) -> Any:
+    bits, byte = args
     integers = ir.VectorType(_I32, LANES)
     distance = builder.trunc(builder.shl(byte, ir.Constant(byte.type, 3)), _I32)
     shifted = builder.lshr(builder.bitcast(bits, integers), splat_value(builder, distance, _I32))
