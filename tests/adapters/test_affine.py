@@ -222,7 +222,7 @@ def test_names_of_vectors_are_read_back(adapter: str, matrix: str) -> None:
 
 
 @pytest.mark.parametrize("storage", ["fp32", "bf16", "4 bits", "8 bits"])
-@pytest.mark.parametrize(("first", "count"), [(0, 40), (24, 16), (7, 20)])
+@pytest.mark.parametrize(("first", "count"), [(0, 40), (24, 16), (7, 20), (33, 7)])
 def test_norms_of_rows_of_any_storage(storage: str, first: int, count: int) -> None:
     generator = torch.Generator().manual_seed(3)
     weight = torch.randn(40, 64, generator=generator)

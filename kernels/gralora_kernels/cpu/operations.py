@@ -89,13 +89,13 @@ def _num_pieces(op: Int64s, groups: Int64s, step: Int64s, shape: Int64s) -> int:
     kind = op[KIND]
     tokens = step[NUM_TOKENS]
     if kind == LINEAR:
-        return num_pieces(tokens, op[COLUMNS_OUT]) + _num_modules(groups[op[GROUP]]) * step[NUM_ITEMS]
+        return num_pieces(tokens, op[COLUMNS_OUT], op[STORAGE]) + _num_modules(groups[op[GROUP]]) * step[NUM_ITEMS]
     if kind == EXPAND:
         return _expand_pieces(groups[op[GROUP]], step[NUM_ITEMS])
     if kind == ATTEND:
         return step[NUM_ATTENTION] * shape[KV_HEADS]
     if kind == HEAD:
-        return num_pieces(step[NUM_LAST], op[COLUMNS_OUT])
+        return num_pieces(step[NUM_LAST], op[COLUMNS_OUT], op[STORAGE])
     if kind in (SET_ASIDE, ADD_KEPT):
         return (step[NUM_ITEMS] + ITEMS_PER_PIECE - 1) // ITEMS_PER_PIECE if step[HAS_AFFINE] else 0
     return _row_pieces(step[NUM_LAST] if kind == NORM_LAST else tokens)
@@ -299,6 +299,8 @@ def run(
         for i in range(ops.shape[0]):
             op = ops[i]
             pieces = _num_pieces(op, groups, step, shape)
+            if not pieces:  # as of half of all where no row has an adapter: to claim nothing took 4 % of a fast step
+                continue
             claimed = counters.ctypes.data + LINE * (parts + 1) * i
             done = claimed + LINE * parts
             own = scratch + part * scratch_size
