@@ -33,6 +33,7 @@ from gralora_kernels.cpu.rows import (
     scatter,
     widen_into,
 )
+from gralora_kernels.cpu.separate import Separate, kernel
 from gralora_kernels.cpu.simd import load_int64
 from gralora_kernels.cpu.team import LINE, fetch_add, wait_for
 from gralora_kernels.grouping import Grouping
@@ -207,8 +208,8 @@ def _norm(x: int, out: int, op: Int64s, shape: Int64s, eps: float) -> None:
         rms_norm(x, op[WEIGHT], out, op[DEPTH], eps)
 
 
-@njit(nogil=True)
-def _row(kind: int, token: int, op: Int64s, step: Int64s, shape: Int64s, real: float, factor: float) -> None:
+@Separate
+def row_piece(kind: int, token: int, op: Int64s, step: Int64s, shape: Int64s, real: float, factor: float) -> None:
     """An operation on one token's row."""
     depth = op[DEPTH]
     if kind == EMBED:
@@ -260,10 +261,14 @@ def _piece(
     else:
         rows = step[NUM_LAST] if kind == NORM_LAST else step[NUM_TOKENS]
         for token in range(piece * TOKENS_PER_PIECE, min(rows, (piece + 1) * TOKENS_PER_PIECE)):
-            _row(kind, token, op, step, shape, reals[0], reals[1])
+            row_piece(kind, token, op.ctypes, step.ctypes, shape.ctypes, reals[0], reals[1])
 
 
-@njit(nogil=True, parallel=True, cache=True)
+@kernel(
+    "void(int64, int64[:, ::1], float64[:, ::1], int64[:, :, ::1], int64[::1], int64[::1], int64[:, :, ::1], int64, "
+    "int64, int64)",
+    parallel=True,
+)
 def run(
     parts: int, ops: Int64s, reals: Floats, groups: Int64s, step: Int64s, shape: Int64s, counters: Int64s,
     scratch: int, scratch_size: int, iota: int,
