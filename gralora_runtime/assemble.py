@@ -6,6 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -16,6 +17,8 @@ import torch
 from gralora_kernels.cpu import threads as cpu_threads
 from gralora_kernels.dispatch import AdapterBackend, build_backend, resolve_backend
 from gralora_kernels.packing import Packing
+from gralora_kernels.stages import Stage, untold
+from gralora_kernels.warmup import load_kernels
 from gralora_runtime.adapters.catalogue.catalogue import Retention
 from gralora_runtime.adapters.catalogue.sources.choice import SourceSettings, open_source
 from gralora_runtime.adapters.catalogue.sources.downloads import Downloads
@@ -71,20 +74,20 @@ class EngineParts:
     prepare_thread: Callable[[], None]  # what the stepping thread must call first
 
 
-def assemble(config: EngineConfig, base: BaseModel | None = None) -> EngineParts:
+def assemble(config: EngineConfig, base: BaseModel | None = None, *, stage: Stage = untold) -> EngineParts:
     """Load the model and connect the pieces. Raises `ConfigError` or `ModelUnsupportedError` before anything serves.
 
-    `base`: a model that was loaded already; one like it has been checked, so it is not checked again.
+    `base`: a model that was loaded already; one like it has been checked, so it is not checked again. `stage` is told
+    what is being done.
     """
     device = resolve_device(config.device)
     backend = _resolve_backend(config.kernel_backend, device)
     num_threads = config.num_threads or len(os.sched_getaffinity(0))
     _use_threads(num_threads, device)
+    kernels = _meanwhile(lambda: load_kernels(backend, stage))
     expected = None
     if base is None:
-        base = load_base_model(config.model, device=device, dtype=config.dtype)
-        with refusing(base.name, base.model.config, "computed"):
-            expected = expected_logits(base)
+        base, expected = _read_model(config, device, stage)
     rungs = usual_ladder(config.max_num_seqs) if config.cuda_graphs is None else config.cuda_graphs
     reserved = reserved_bytes(
         base,
@@ -99,15 +102,16 @@ def assemble(config: EngineConfig, base: BaseModel | None = None) -> EngineParts
     pace = Pace(share=config.load_share, cores=num_threads, steps_run=lambda: fence.is_open)
     transfer = transfer_to(device, wait_for_steps, pace)
     layers = BaseLayers(base.model)
-    adapters = _adapter_manager(
-        config, base, layers, backend.packing, transfer, free_bytes=_free_bytes(device) - reserved
-    )
+    with stage("Adapters: which there are"):
+        adapters = _adapter_manager(
+            config, base, layers, backend.packing, transfer, free_bytes=_free_bytes(device) - reserved
+        )
     try:
         kv_pool, max_model_len = _kv_pool(
             config, base, _free_bytes(device) - reserved, in_panels=kv_in_panels(backend, device)
         )
         num_pages = len(kv_pool.keys[0])
-        with refusing(base.name, base.model.config, "set up"):
+        with stage("Model: its program"), refusing(base.name, base.model.config, "set up"):
             head, embedding, groups = head_name(base.model), embedding_name(base.model), dict(adapters.pool.groups)
             apart = Apart(
                 head=groups.pop((head,)),
@@ -135,16 +139,18 @@ def assemble(config: EngineConfig, base: BaseModel | None = None) -> EngineParts
                     rungs=rungs,
                     batch_invariant=config.batch_invariant,
                     least_bits=LEAST_BITS[config.weights],
+                    stage=stage,
                 )
             )
         layers.open()
+        kernels.result()
         batch = BatchBuilder(
             max_num_tokens=config.max_num_batched_tokens,
             page_size=config.page_size,
             slot_generation=adapters.pool.generation,
         )
         if expected is not None:
-            with refusing(base.name, base.model.config, "computed in steps"):
+            with stage("Model: the first steps, checked"), refusing(base.name, base.model.config, "computed in steps"):
                 check_runner(
                     base, runner, batch, config.page_size, expected,
                     max_num_tokens=config.max_num_batched_tokens, max_model_len=max_model_len,
@@ -184,6 +190,22 @@ def assemble(config: EngineConfig, base: BaseModel | None = None) -> EngineParts
         executor = Beside(runner, observation, prepare_thread) if pipelined else InTurn(runner, observation)
     engine = Engine(scheduler, batch, executor, observation, fence, pipelined=pipelined)
     return EngineParts(engine, runner, adapters, base, prompts, info, prepare_thread)
+
+
+def _read_model(config: EngineConfig, device: torch.device, stage: Stage) -> tuple[BaseModel, torch.Tensor]:
+    """And what transformers computes, to be compared with."""
+    with stage("Model: weights"):
+        base = load_base_model(config.model, device=device, dtype=config.dtype)
+    with stage("Model: what transformers computes"), refusing(base.name, base.model.config, "computed"):
+        return base, expected_logits(base)
+
+
+def _meanwhile(work: Callable[[], None]) -> Future[None]:
+    pool = ThreadPoolExecutor(1, thread_name_prefix="kernels")
+    try:
+        return pool.submit(work)
+    finally:
+        pool.shutdown(wait=False)
 
 
 def _device_executor(

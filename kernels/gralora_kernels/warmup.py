@@ -8,6 +8,7 @@ import torch
 from gralora_kernels.dispatch import AdapterBackend
 from gralora_kernels.grouping import Grouping
 from gralora_kernels.packing import Packing
+from gralora_kernels.stages import Stage
 from gralora_kernels.tables import Entry, ModuleTable
 
 # Features and k: one width that the GPU kernels may assume aligned and one not (200 / 8 = 25); 32 tokens of either are
@@ -15,6 +16,14 @@ from gralora_kernels.tables import Entry, ModuleTable
 SHAPES = ((256, 1), (200, 8))
 TOKENS = (1, 32, 600)
 RANK = 16
+
+
+def load_kernels(backend: AdapterBackend, stage: Stage) -> None:
+    """Those that no model is computed without."""
+    if backend.name == "cpu":
+        from gralora_kernels.cpu.families import load_families
+
+        load_families(stage)
 
 
 def warm_up_backend(backend: AdapterBackend, *, device: torch.device, dtype: torch.dtype) -> None:

@@ -206,7 +206,7 @@ sys.path[:0] = {path!r}
 from support.fake_engine import FakeEngine
 import gralora_server.cli.serve as serve
 
-async def start(life):
+async def start(config, stage):
     return FakeEngine()
 
 serve._start_engine = start

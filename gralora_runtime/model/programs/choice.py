@@ -64,4 +64,5 @@ def _written_program(served: Served) -> Runner:
 
 
 def _compile_adapters(served: Served) -> None:
-    warm_up_backend(served.backend, device=served.base.model.device, dtype=served.base.model.dtype)
+    with served.stage("Kernels: adapters, tried"):
+        warm_up_backend(served.backend, device=served.base.model.device, dtype=served.base.model.dtype)

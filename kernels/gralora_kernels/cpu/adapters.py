@@ -28,6 +28,7 @@ from gralora_kernels.cpu.microkernel import (
     multiply_stored,
 )
 from gralora_kernels.cpu.rows import add_scaled, scale_and_shift, scale_into
+from gralora_kernels.cpu.separate import Separate
 from gralora_kernels.cpu.simd import (
     LANES,
     fma,
@@ -98,7 +99,7 @@ _expand_native, _expand_float16, _expand_bfloat16 = (
 )
 
 
-@njit(nogil=True)
+@njit(inline="always")
 def _expand_token(storage: int, panels: int, u: int, r: int, w: int, y: int) -> None:
     if storage == NATIVE:
         _expand_native(panels, u, r, w, y)
@@ -108,7 +109,7 @@ def _expand_token(storage: int, panels: int, u: int, r: int, w: int, y: int) -> 
         _expand_bfloat16(panels, u, r, w, y)
 
 
-@njit(nogil=True)
+@njit(inline="always")
 def _add_panels(
     storage: int, rows: int, u: int, u_stride: int, u_rows: int, y: int, y_stride: int, y_rows: int, w: int, r: int,
     panels: int,
@@ -121,7 +122,7 @@ def _add_panels(
         add_panels_bfloat16(rows, u, u_stride, u_rows, y, y_stride, y_rows, w, r, panels)
 
 
-@njit(nogil=True)
+@Separate
 def shrink_piece(
     item: int, index: int, scales: int, storages: int, x: int, in_features: int, order: int, u: int, u_stride: int,
     arena: int, scratch: int, iota: int,
@@ -155,7 +156,7 @@ def shrink_piece(
         column += r * k
 
 
-@njit(nogil=True)
+@Separate
 def expand_piece(
     item: int, index: int, storages: int, affines: int, begin: int, y: int, y_stride: int, out_features: int,
     order: int, u: int, u_stride: int, arena: int, iota: int,

@@ -22,6 +22,7 @@ from torch import Tensor
 from gralora_kernels.cpu.linear import FLOAT_BYTES, row_numbers
 from gralora_kernels.cpu.microkernel import FROM_OUTPUT, FROM_ZERO, PANEL, multiply
 from gralora_kernels.cpu.rows import scale_into
+from gralora_kernels.cpu.separate import Separate, kernel
 from gralora_kernels.cpu.simd import (
     LANES,
     add,
@@ -135,7 +136,7 @@ def _fetch(address: int, count: int) -> None:
         prefetch(address, i)
 
 
-@njit(nogil=True)
+@Separate
 def attend_piece(
     first: int, tokens: int, start: int, kv_head: int, pages: int, q: int, q_width: int, out: int, heads: int,
     kv_heads: int, head_dim: int, keys: int, values: int, page_size: int, scale: float, softcap: float, window: int,
@@ -217,7 +218,11 @@ def attention_pieces(query_starts: Int32s, context_lens: Int32s, group: int) -> 
     return np.array(pieces, np.int64).reshape(-1, 4)
 
 
-@njit(nogil=True, parallel=True, cache=True)
+@kernel(
+    "void(int64, int64[:, ::1], int32[:, ::1], int64, int64, int64, int64, int64, int64, int64, int64, float64, "
+    "float64, int64, int64, int64, int64, int64)",
+    parallel=True,
+)
 def _attend(
     parts: int, pieces: Int64s, page_table: Int32s, q: int, out: int, heads: int, kv_heads: int, head_dim: int,
     keys: int, values: int, page_size: int, scale: float, softcap: float, window: int, sinks: int, scratch: int,

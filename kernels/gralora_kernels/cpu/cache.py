@@ -30,3 +30,8 @@ def use_directory_of_these_sources() -> None:
     chosen = numba.config.CACHE_DIR
     above = Path(chosen) if chosen else Path(__file__).parent / "__pycache__"
     numba.config.CACHE_DIR = str(above / f"gralora-{sources_digest()[:16]}")
+
+
+def is_empty() -> bool:
+    """Whether nothing was ever compiled of these sources."""
+    return not any(Path(numba.config.CACHE_DIR).rglob("*.nbi"))  # Numba makes directories beforehand

@@ -16,6 +16,7 @@ from gralora_kernels.cpu.adapters import COLUMNS, expand_piece
 from gralora_kernels.cpu.linear import FLOAT_BYTES, row_numbers
 from gralora_kernels.cpu.microkernel import FROM_ZERO, PANEL, element_bytes_of, multiply_stored
 from gralora_kernels.cpu.rows import scale_into
+from gralora_kernels.cpu.separate import kernel
 from gralora_kernels.cpu.simd import load_int32, load_int64, load_scalar, store_scalar
 from gralora_kernels.grouping import Grouping
 from gralora_kernels.tables import ENTRIES, GroupTable, map_numel
@@ -27,7 +28,7 @@ def look_up(y: Tensor, ids: Tensor, arena: Tensor, group: GroupTable, grouping: 
     scratch = torch.empty(1)
     u = torch.empty(grouping.num_adapted * grouping.max_width)
     no_gains = np.zeros(module.max_slots, np.int64)
-    _look_up(
+    look_up_rows(
         grouping.num_items, grouping.items.ctypes.data, module.host_index.ctypes.data, module.host_scale.ctypes.data,
         module.host_storage.ctypes.data, module.host_affine.ctypes.data, no_gains.ctypes.data, ids.data_ptr(),
         module.in_features, y.data_ptr(), module.out_features, grouping.order.ctypes.data, u.data_ptr(),
@@ -36,8 +37,8 @@ def look_up(y: Tensor, ids: Tensor, arena: Tensor, group: GroupTable, grouping: 
     )  # fmt: skip
 
 
-@njit(nogil=True, cache=True)
-def _look_up(
+@kernel(f"void({', '.join(['int64'] * 16)}, float64, int64, int64)")
+def look_up_rows(
     num_items: int, items: int, index: int, scales: int, storages: int, maps: int, no_gains: int, ids: int,
     in_features: int, y: int, out_features: int, order: int, u: int, u_stride: int, arena: int, rows_at: int,
     factor: float, scratch: int, iota: int,

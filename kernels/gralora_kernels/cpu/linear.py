@@ -29,9 +29,10 @@ from gralora_kernels.cpu.microkernel import (
     MAX_ROWS,
     PANEL,
     element_bytes_of,
-    multiply,
-    multiply_stored,
+    multiply_panel,
+    multiply_panel_stored,
 )
+from gralora_kernels.cpu.separate import Separate, kernel
 from gralora_kernels.cpu.threads import region_lock
 from gralora_kernels.tables import Storage
 
@@ -119,7 +120,7 @@ def _piece_columns(rows: int, storage: int) -> int:
     return PAIR if rows == 1 and storage >= BLOCKS_4 else PANEL
 
 
-@njit(nogil=True)
+@Separate
 def linear_piece(
     piece: int, rows: int, x: int, in_features: int, out: int, out_features: int, panels: int, storage: int, start: int,
     scratch: int, iota: int,
@@ -149,10 +150,9 @@ def linear_piece(
     weight = panels + index * in_features * row_bytes
     step = in_features if count <= MAX_ROWS else DEPTH_BLOCK
     for depth in range(0, in_features, step):
-        multiply_stored(
+        multiply_panel_stored(
             storage, count, source + depth * FLOAT_BYTES, in_features, iota, target, out_features, iota,
-            weight + depth * row_bytes, PANEL, min(step, in_features - depth),
-            start if depth == 0 else FROM_OUTPUT, columns, True,
+            weight + depth * row_bytes, min(step, in_features - depth), start if depth == 0 else FROM_OUTPUT, columns,
         )  # fmt: skip
 
 
@@ -165,13 +165,13 @@ def _multiply_blocks(
     for depth in range(0, in_features, WIDE_ROWS):
         wide = min(WIDE_ROWS, in_features - depth)
         widen_panel(storage, weight, in_features, panel, depth, wide, scratch)
-        multiply(
-            count, source + depth * FLOAT_BYTES, in_features, iota, target, out_features, iota, scratch, PANEL, wide,
-            start if depth == 0 else FROM_OUTPUT, columns, True,
+        multiply_panel(
+            count, source + depth * FLOAT_BYTES, in_features, iota, target, out_features, iota, scratch, wide,
+            start if depth == 0 else FROM_OUTPUT, columns,
         )  # fmt: skip
 
 
-@njit(nogil=True, parallel=True, cache=True)
+@kernel(f"void({', '.join(['int64'] * 11)})", parallel=True)
 def _linear(
     parts: int, rows: int, x: int, in_features: int, out: int, out_features: int, panels: int, storage: int, start: int,
     scratch: int, iota: int,

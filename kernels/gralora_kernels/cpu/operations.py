@@ -33,6 +33,7 @@ from gralora_kernels.cpu.rows import (
     scatter,
     widen_into,
 )
+from gralora_kernels.cpu.separate import Separate, kernel
 from gralora_kernels.cpu.simd import load_int32, load_int64
 from gralora_kernels.cpu.team import LINE, fetch_add, wait_for
 from gralora_kernels.grouping import Grouping
@@ -154,24 +155,30 @@ def _keep(piece: int, op: Int64s, groups: Int64s, step: Int64s) -> None:
 
 
 @njit(nogil=True)
-def _own_norm(token: int, group: int, groups: Int64s, step: Int64s) -> int:
+def _norms_of(group: int, groups: Int64s, step: Int64s) -> int:
+    """The AFFINES of a norm; 0: it has none, or nobody in this step has."""
+    return groups[group, 0, AFFINES] if group != NO_GROUP and step[HAS_AFFINE] else 0
+
+
+@njit(nogil=True)
+def _own_norm(token: int, norms: int, step: Int64s) -> int:
     """Where the token's adapter has its own weight of a norm, with its bias behind it; 0: nowhere."""
-    if step[HAS_AFFINE] == 0 or group == NO_GROUP:
+    if norms == 0:
         return 0
     slot = load_int32(step[TOKEN_SLOTS], token)
-    at = load_int64(groups[group, 0, AFFINES], slot) if slot >= 0 else 0
+    at = load_int64(norms, slot) if slot >= 0 else 0
     return step[ARENA] + (at - 1) * FLOAT_BYTES if at else 0
 
 
 @njit(nogil=True)
-def _rotate(token: int, op: Int64s, groups: Int64s, step: Int64s, shape: Int64s, eps: float) -> None:
+def _rotate(token: int, op: Int64s, step: Int64s, shape: Int64s, norms: int, other_norms: int, eps: float) -> None:
     """Norm and rotate the queries and keys of one token, and put its keys and values into their page.
 
     X is [tokens, heads + 2 * kv_heads, head_dim]; WEIGHT and EXTRA are the norms' weights, 0: none; COS and SIN are
     tables of positions.
     """
-    q_norm = _own_norm(token, op[GROUP], groups, step) or op[WEIGHT]
-    k_norm = _own_norm(token, op[OTHER_GROUP], groups, step) or op[EXTRA]
+    q_norm = _own_norm(token, norms, step) or op[WEIGHT]
+    k_norm = _own_norm(token, other_norms, step) or op[EXTRA]
     heads, kv_heads, head_dim, page_size = shape[HEADS], shape[KV_HEADS], shape[HEAD_DIM], shape[PAGE_SIZE]
     head_bytes = head_dim * FLOAT_BYTES
     first = op[X] + token * (heads + 2 * kv_heads) * head_bytes
@@ -213,10 +220,10 @@ def _attend(
 
 
 @njit(nogil=True)
-def _norm(x: int, out: int, token: int, op: Int64s, groups: Int64s, step: Int64s, shape: Int64s, eps: float) -> None:
+def _norm(x: int, out: int, token: int, op: Int64s, step: Int64s, shape: Int64s, norms: int, eps: float) -> None:
     """Of a token's whole row. WEIGHT is the norm's weight, EXTRA its bias, 0: none."""
     weight, bias = op[WEIGHT], op[EXTRA]
-    own = _own_norm(token, op[GROUP], groups, step)
+    own = _own_norm(token, norms, step)
     if own:
         weight = own
         if bias:
@@ -227,10 +234,11 @@ def _norm(x: int, out: int, token: int, op: Int64s, groups: Int64s, step: Int64s
         rms_norm(x, weight, out, op[DEPTH], eps)
 
 
-@njit(nogil=True)
-def _row(
-    kind: int, token: int, op: Int64s, groups: Int64s, step: Int64s, shape: Int64s, real: float, factor: float
-) -> None:
+@Separate
+def row_piece(
+    kind: int, token: int, op: Int64s, step: Int64s, shape: Int64s, norms: int, other_norms: int, real: float,
+    factor: float,
+) -> None:  # fmt: skip
     """An operation on one token's row."""
     depth = op[DEPTH]
     if kind == EMBED:
@@ -241,17 +249,17 @@ def _row(
             widen_into(op[STORAGE], op[X] + row * depth * element_bytes_of(op[STORAGE]), out, depth, real)
     elif kind == NORM:
         shift = token * depth * FLOAT_BYTES
-        _norm(op[X] + shift, op[Y] + shift, token, op, groups, step, shape, real)
+        _norm(op[X] + shift, op[Y] + shift, token, op, step, shape, norms, real)
     elif kind == NORM_LAST:
         last = load_int64(step[LAST], token)
         source = op[X] + last * depth * FLOAT_BYTES
-        _norm(source, op[Y] + token * depth * FLOAT_BYTES, last, op, groups, step, shape, real)
+        _norm(source, op[Y] + token * depth * FLOAT_BYTES, last, op, step, shape, norms, real)
     elif kind == ROTATE:
-        _rotate(token, op, groups, step, shape, real)
+        _rotate(token, op, step, shape, norms, other_norms, real)
     elif kind == JOIN:
         shift = token * depth * FLOAT_BYTES
         if op[WEIGHT]:
-            _norm(op[X] + shift, op[X] + shift, token, op, groups, step, shape, real)
+            _norm(op[X] + shift, op[X] + shift, token, op, step, shape, norms, real)
         add_scaled(op[X] + shift, op[Y] + shift, depth, factor)
     else:
         shift = token * depth * FLOAT_BYTES
@@ -281,12 +289,19 @@ def _piece(
             scratch, iota,
         )  # fmt: skip
     else:
+        norms, other_norms = _norms_of(op[GROUP], groups, step), _norms_of(op[OTHER_GROUP], groups, step)
         rows = step[NUM_LAST] if kind == NORM_LAST else step[NUM_TOKENS]
         for token in range(piece * TOKENS_PER_PIECE, min(rows, (piece + 1) * TOKENS_PER_PIECE)):
-            _row(kind, token, op, groups, step, shape, reals[0], reals[1])
+            row_piece(
+                kind, token, op.ctypes, step.ctypes, shape.ctypes, norms, other_norms, reals[0], reals[1],
+            )  # fmt: skip
 
 
-@njit(nogil=True, parallel=True, cache=True)
+@kernel(
+    "void(int64, int64[:, ::1], float64[:, ::1], int64[:, :, ::1], int64[::1], int64[::1], int64[:, :, ::1], int64, "
+    "int64, int64)",
+    parallel=True,
+)
 def run(
     parts: int, ops: Int64s, reals: Floats, groups: Int64s, step: Int64s, shape: Int64s, counters: Int64s,
     scratch: int, scratch_size: int, iota: int,

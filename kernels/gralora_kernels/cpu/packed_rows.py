@@ -17,6 +17,7 @@ from gralora_kernels.cpu.blocks import BLOCKS_4, widen_panel
 from gralora_kernels.cpu.linear import FLOAT_BYTES, PackedWeight
 from gralora_kernels.cpu.microkernel import PANEL, element_bytes_of
 from gralora_kernels.cpu.rows import widen_into
+from gralora_kernels.cpu.separate import kernel
 
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
@@ -75,13 +76,13 @@ def _widen(panel: int, panels: int, storage: int, in_features: int, out: int) ->
         widen_into(storage, panels + panel * numel * element_bytes_of(storage), out, numel, 1.0)
 
 
-@njit(nogil=True, cache=True)
+@kernel("void(int64, int64, int64, int64, int64, int64)")
 def _widen_all(first: int, count: int, panels: int, storage: int, in_features: int, out: int) -> None:
     for panel in range(count):
         _widen(first + panel, panels, storage, in_features, out + panel * in_features * PANEL * FLOAT_BYTES)
 
 
-@njit(nogil=True, cache=True)
+@kernel("void(float64[::1], int64, int64, int64, float32[:, ::1], float32[:, ::1], float32[:, ::1], int64)")
 def _add_squares(
     squares: Doubles, first: int, panels: int, storage: int, a: Floats, b: Floats, scratch: Floats, scratch_at: int
 ) -> None:

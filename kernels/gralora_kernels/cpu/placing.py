@@ -17,6 +17,7 @@ from numba.extending import intrinsic
 
 from gralora_kernels.cpu.linear import FLOAT_BYTES
 from gralora_kernels.cpu.microkernel import PANEL
+from gralora_kernels.cpu.separate import kernel
 from gralora_kernels.cpu.simd import LANES, call, splat, vector
 from gralora_kernels.cpu.variant import variant
 from gralora_kernels.packing import Array, Place
@@ -30,7 +31,7 @@ SOURCE, TARGET, BLOCKS, DEPTH, COLUMNS, IS_TRANSPOSED = map(int, Place)
 def place_panels(out: Array, values: Array, places: Array) -> Array:
     """See `PlaceMany`."""
     magnitudes = np.empty(len(places), values.dtype)
-    place = _place_16_bits if values.itemsize == 2 else _place_32_bits
+    place = place_16_bits if values.itemsize == 2 else place_32_bits
     place(out, values, places, magnitudes)
     return magnitudes
 
@@ -128,7 +129,7 @@ def _placer(bits: int) -> Any:
     size = bits // 8
     cut, cut_transposed = _cutters(bits)
 
-    @njit(nogil=True, cache=True)
+    @njit(inline="always")
     @variant(bits)
     def place(out: Array, values: Array, places: Array, magnitudes: Array) -> None:
         for i in range(len(places)):
@@ -151,4 +152,15 @@ def _placer(bits: int) -> Any:
     return place
 
 
-_place_16_bits, _place_32_bits = _placer(16), _placer(32)
+_place_halves, _place_wholes = _placer(16), _placer(32)
+
+
+# Not the factory's own functions: Numba does not find those in its cache, and compiled them at each start.
+@kernel("void(uint16[::1], uint16[::1], int64[:, ::1], uint16[::1])")
+def place_16_bits(out: Array, values: Array, places: Array, magnitudes: Array) -> None:
+    _place_halves(out, values, places, magnitudes)
+
+
+@kernel("void(uint32[::1], uint32[::1], int64[:, ::1], uint32[::1])")
+def place_32_bits(out: Array, values: Array, places: Array, magnitudes: Array) -> None:
+    _place_wholes(out, values, places, magnitudes)

@@ -18,6 +18,7 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
+from gralora_kernels.cpu.separate import kernel
 from gralora_kernels.cpu.simd import call
 from gralora_kernels.packing import SHA256_BYTES, Array, hash_each
 
@@ -61,7 +62,7 @@ def sha256_of_each(data: Array, spans: Array) -> Array:
     if not _HAS_INSTRUCTIONS:
         return hash_each(data, spans)
     digests = np.empty((len(spans), SHA256_BYTES), np.uint8)
-    _hash(data, spans, digests)
+    hash_stretches(data, spans, digests)
     return digests
 
 
@@ -171,8 +172,8 @@ def _compress(states: Array, blocks: Array, left: Array) -> bool:
     return True
 
 
-@njit(nogil=True, cache=True)
-def _hash(data: Array, spans: Array, digests: Array) -> None:
+@kernel("void(uint8[::1], int64[:, ::1], uint8[:, ::1])")
+def hash_stretches(data: Array, spans: Array, digests: Array) -> None:
     """A lane goes through a stretch's whole blocks, then through its tail, and then takes the next stretch."""
     states, tails = np.empty((LANES, len(_START)), np.uint32), np.empty((LANES, 2 * BLOCK_BYTES), np.uint8)
     blocks = np.empty(LANES, np.int64)  # addresses

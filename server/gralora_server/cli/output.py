@@ -7,8 +7,9 @@ import sys
 from dataclasses import asdict, is_dataclass
 from datetime import datetime
 from enum import Enum, IntEnum
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
 
@@ -40,7 +41,15 @@ def stdout() -> Console:
 
 
 def stderr() -> Console:
-    return Console(stderr=True, highlight=False)
+    """One for as long as `sys.stderr` is the same: a line that another wrote would tear the bars of this one."""
+    return _console_on(
+        getattr(sys.stderr, "rich_proxied_file", sys.stderr)
+    )  # while bars are shown, rich's own is there
+
+
+@lru_cache(maxsize=1)
+def _console_on(stream: TextIO) -> Console:
+    return Console(file=stream, stderr=True, highlight=False)
 
 
 def print_json(document: object) -> None:

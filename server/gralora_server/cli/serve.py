@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import sys
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from gralora_kernels.stages import Stage
 from gralora_runtime.config import EngineConfig
 from gralora_server.cli.environment import limit_spinning
 from gralora_server.cli.logs import configure
 from gralora_server.cli.model import default_model
 from gralora_server.cli.options import Json
 from gralora_server.cli.output import ExitCode, announce, print_line
+from gralora_server.cli.progress import showing
 from gralora_server.cli.setting_options import ConfigOption, takes_settings
 from gralora_server.config import HttpConfig, ServerConfig
 from gralora_server.settings.configurations import engine_config, server_config
@@ -25,6 +29,8 @@ if TYPE_CHECKING:
     from gralora_server.settings.reloader import Reloader
 
 MAIN = "from gralora_server.cli import main; main()"
+
+_log = logging.getLogger("gralora_server.start")
 
 
 @takes_settings(ConfigOption)
@@ -71,10 +77,11 @@ def _address(one: ServerConfig | HttpConfig) -> str:
     return f"{one.host}:{one.port}"
 
 
-async def _start_engine(config: EngineConfig) -> Engine:
-    from gralora_runtime.async_engine import AsyncEngine
+async def _start_engine(config: EngineConfig, stage: Stage) -> Engine:
+    with stage("Libraries"):
+        from gralora_runtime.async_engine import AsyncEngine
 
-    return await AsyncEngine.start(config)
+    return await AsyncEngine.start(config, stage)
 
 
 def _run(server_config: ServerConfig, engine_config: EngineConfig, reloader: Reloader, *, as_json: bool) -> None:
@@ -92,15 +99,21 @@ def _run(server_config: ServerConfig, engine_config: EngineConfig, reloader: Rel
         assert server_config.http is not None
         also["http_address"] = f"{server_config.http.host}:{port}"
 
+    shown = ExitStack()
+
     def on_serving(port: int) -> None:
+        shown.close()
         announce(f"{server_config.host}:{port}", as_json=as_json, model=engine_config.model, **also)
 
-    serving = serve_until_stopped(
-        server_config,
-        lambda: _start_engine(engine_config),
-        reloader=reloader,
-        on_serving=on_serving,
-        on_metrics=note_metrics,
-        on_http=note_http,
-    )
-    uvloop.run(serving)
+    with shown:
+        stage = shown.enter_context(showing(_log.info))
+        uvloop.run(
+            serve_until_stopped(
+                server_config,
+                lambda: _start_engine(engine_config, stage),
+                reloader=reloader,
+                on_serving=on_serving,
+                on_metrics=note_metrics,
+                on_http=note_http,
+            )
+        )

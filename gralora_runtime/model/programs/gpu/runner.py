@@ -59,7 +59,8 @@ class GpuRunner:
         self._refused: set[str] = set()
         self.ladder: GraphLadder[int] | None = None
         if served.rungs:
-            self._capture(served.rungs, max_pages, served.max_model_len)
+            with served.stage(f"Graphs: decode steps of {len(served.rungs)} numbers of rows"):
+                self._capture(served.rungs, max_pages, served.max_model_len)
         logger.info(
             "model ready: %d layers, nine launches each; %s products; attention by Triton; graphs of %s rows",
             len(model.layers),

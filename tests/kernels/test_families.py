@@ -1,0 +1,70 @@
+"""What a start waits for: all of it is loaded, and none of it compiled a second time."""
+
+from __future__ import annotations
+
+import gc
+import subprocess
+import sys
+from collections import Counter
+from contextlib import contextmanager
+
+from gralora_kernels.cpu import cache, families
+from gralora_kernels.cpu.families import FAMILIES, load, load_families
+from gralora_kernels.cpu.separate import Separate
+
+COMPILED_AGAIN = """
+import torch
+from gralora_kernels.cpu.families import FAMILIES, load
+print([name for name, kernels in FAMILIES.items() if load(kernels)])
+"""
+
+
+def told_of_start() -> dict[str, str]:
+    """What is said of each family."""
+    said: dict[str, str] = {}
+
+    @contextmanager
+    def stage(name):
+        yield lambda words: said.update({name.removeprefix("Kernels: "): words})
+
+    load_families(stage)
+    return said
+
+
+def test_a_later_process_finds_all_that_a_start_waits_for_in_the_cache() -> None:
+    """It once compiled what places matrices at each start: Numba keeps no function that a factory made."""
+    for kernels in FAMILIES.values():
+        load(kernels)
+
+    found = subprocess.check_output([sys.executable, "-c", COMPILED_AGAIN], text=True)
+
+    assert found.strip() == "[]"
+
+
+def test_families_that_another_process_did_not_get_done_are_compiled_here(monkeypatch) -> None:
+    for kernels in FAMILIES.values():
+        load(kernels)
+    monkeypatch.setattr(families, "is_empty", lambda: True)
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+
+    said = told_of_start()
+
+    assert said == {name: "compiled beside the others" if name in families.BESIDE else "cached" for name in FAMILIES}
+
+
+def test_a_cache_of_nothing_but_directories_is_empty(monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(cache.numba.config, "CACHE_DIR", str(tmp_path))
+    (tmp_path / "cpu_0").mkdir()
+    assert cache.is_empty()
+
+    (tmp_path / "cpu_0" / "linear.nbi").touch()
+    assert not cache.is_empty()
+
+
+def test_no_two_functions_have_one_symbol() -> None:
+    symbols = Counter(
+        one.symbol for one in {id(one): one for one in gc.get_objects() if type(one) is Separate}.values()
+    )
+
+    assert len(symbols) > 10
+    assert {symbol: count for symbol, count in symbols.items() if count > 1} == {}
