@@ -29,9 +29,10 @@ from gralora_runtime.adapters.residency.transfer import Transfer, no_steps, tran
 from gralora_runtime.config import LEAST_BITS, EngineConfig
 from gralora_runtime.errors import ConfigError
 from gralora_runtime.info import EngineInfo
-from gralora_runtime.model.adaptable import changeable_modules, embedding_name, head_name, norms_of, weight_norms
+from gralora_runtime.model.adaptable import changeable_shapes, embedding_name, head_name, norms_of, weight_norms
 from gralora_runtime.model.base_layers import BaseLayers
 from gralora_runtime.model.chat_turns import tool_format
+from gralora_runtime.model.experts import expert_shapes
 from gralora_runtime.model.kv_pool import KVPool, page_bytes
 from gralora_runtime.model.loading import BaseModel, load_base_model
 from gralora_runtime.model.programs.apart import Apart
@@ -109,6 +110,7 @@ def assemble(config: EngineConfig, base: BaseModel | None = None) -> EngineParts
         num_pages = len(kv_pool.keys[0])
         with refusing(base.name, base.model.config, "set up"):
             head, embedding, groups = head_name(base.model), embedding_name(base.model), dict(adapters.pool.groups)
+            experts = {shape.name: groups.pop((shape.name,)) for shape in expert_shapes(base.model)}
             apart = Apart(
                 head=groups.pop((head,)),
                 embedding=groups.pop((embedding,)),
@@ -123,6 +125,7 @@ def assemble(config: EngineConfig, base: BaseModel | None = None) -> EngineParts
                     kv_pool=kv_pool,
                     arena=adapters.pool.arena,
                     groups=groups,
+                    experts=experts,
                     head_name=head,
                     embedding_name=embedding,
                     apart=apart,
@@ -258,7 +261,7 @@ def _adapter_manager(
     )
     manager.append(
         AdapterManager(
-            modules=[shape for shape, _ in changeable_modules(base.model)],
+            modules=changeable_shapes(base.model),
             device=device,
             dtype=base.model.dtype,
             pool_bytes=pool_bytes,

@@ -12,7 +12,7 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "examples")]
 from interpreted.test_program import BUILDS  # noqa: E402
 from model.test_language_model import MULTIMODAL  # noqa: E402
 from model.test_start_refusals import OTHERS  # noqa: E402
-from support.served import WITHOUT_PROGRAM, adapter_configs  # noqa: E402
+from support.served import MIXTURES, WITHOUT_PROGRAM, adapter_configs, expert_configs  # noqa: E402
 from support.tiny_models import ARCHITECTURES, OTHER_BUILDS, tiny_model  # noqa: E402
 
 from gralora_runtime.adapters.checkpoint.config_keys import GRALORA_KEYS, LORA_KEYS, OF_THE_OTHER, Key, is_off  # noqa: E402
@@ -26,6 +26,7 @@ Written by `python scripts/compatibility.py` from what the tests compare with PE
 
 """
 CPU, GPU = "../tests/model/test_exactness.py", "../tests/interpreted/test_program.py"
+EXPERTS = "../tests/model/test_experts.py"
 SUMS = "../tests/engine/test_mixes.py"
 OTHERS_TEST, INNER = "../tests/model/test_other_builds.py", "../tests/model/test_language_model.py"
 PARTS = "../tests/interpreted/test_rows.py"
@@ -42,6 +43,7 @@ NOTES = {
 # Of a config, that are worth a word.
 SPECIALS = (
     "use_rslora", "rank_pattern", "layers_to_transform", "alora_invocation_tokens", "use_dora", "lora_bias", "bias",
+    "target_parameters",
 )  # fmt: skip
 
 
@@ -91,6 +93,7 @@ def _adapters() -> Iterator[str]:
     yield "| as the tests call it | what it is |"
     yield "|---|---|"
     kinds = adapter_configs("llama-biased") | adapter_configs("llama", all_ranks=False)
+    kinds |= expert_configs("mixtral")
     for name, config in kinds.items():
         written = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
         spec = parse_config(name, written)
@@ -101,6 +104,8 @@ def _adapters() -> Iterator[str]:
         also += ["on the output head"] if "lm_head" in config.target_modules else []
         told = f"; {', '.join(also)}" if also else ""
         yield f"| {name} | {config.peft_type.value}, {parts}{hybrid}{told} |"
+    names = ", ".join(f"`{type(tiny_model(architecture)).__name__}`" for architecture in MIXTURES)
+    yield f"\nThose with target_parameters are on experts: of {names} ([test]({EXPERTS}))."
     yield f"\nSeveral in one request, each times a weight: the exact sum of any kinds, on the CPU ([test]({SUMS}))."
 
 

@@ -78,6 +78,8 @@ def _problems(adapter: WholeAdapter, to: Dialect) -> list[str]:
         return [f"it is written as {to} already"]
     if adapter.vectors:
         return [f"it has trained {' and '.join(adapter.vectors)}, for which {to} has no exact form"]
+    if any(module.module.experts > 1 for module in adapter.plan):
+        return [f"it is on experts (target_parameters), for which {to} has no form"]
     if to is Dialect.LORA and header.equivalent_rank > MAX_RANK:
         return [f"a LoRA that equals it has rank {header.equivalent_rank} (at most {MAX_RANK})"]
     if header.dialect is not Dialect.LORA:
