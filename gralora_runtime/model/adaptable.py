@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from gralora_runtime.adapters.checkpoint.spec import LayerKind, ModuleShape
+from gralora_runtime.model.experts import expert_shapes, expert_weights
 
 
 def adaptable_modules(model: PreTrainedModel) -> Iterator[tuple[ModuleShape, nn.Module]]:
@@ -38,9 +39,14 @@ def replaceable_modules(model: PreTrainedModel) -> Iterator[tuple[ModuleShape, n
 
 
 def changeable_modules(model: PreTrainedModel) -> Iterator[tuple[ModuleShape, nn.Module]]:
-    """All that an adapter may change."""
+    """All modules that an adapter may change."""
     yield from adaptable_modules(model)
     yield from replaceable_modules(model)
+
+
+def changeable_shapes(model: PreTrainedModel) -> list[ModuleShape]:
+    """All that an adapter may change: modules, then experts."""
+    return [*(shape for shape, _ in changeable_modules(model)), *expert_shapes(model)]
 
 
 def norms_of(model: PreTrainedModel) -> list[ModuleShape]:
@@ -68,8 +74,11 @@ def weight_and_bias(module: nn.Module) -> tuple[Tensor, Tensor | None]:
 def weight_norms(model: PreTrainedModel) -> dict[str, float]:
     """The Frobenius norm of every weight that an adapter may be added to, by module. A GPU is waited for once."""
     norms = {
-        shape.name: torch.linalg.vector_norm(weight_and_bias(module)[0].detach(), dtype=torch.float32)
-        for shape, module in adaptable_modules(model)
+        name: torch.linalg.vector_norm(weight.detach(), dtype=torch.float32)
+        for name, weight in [
+            *((shape.name, weight_and_bias(module)[0]) for shape, module in adaptable_modules(model)),
+            *expert_weights(model).items(),
+        ]
     }
     return dict(zip(norms, torch.stack(list(norms.values())).tolist(), strict=True))
 

@@ -21,12 +21,13 @@ from gralora_runtime.adapters.checkpoint.update import Update, dense
 from gralora_runtime.adapters.checkpoint.whole import WholeAdapter, read_whole
 from gralora_runtime.adapters.checkpoint.writer import new_directory
 from gralora_runtime.model.adaptable import (
-    adaptable_modules,
     changeable_modules,
+    changeable_shapes,
     embedding_name,
     head_name,
     weight_and_bias,
 )
+from gralora_runtime.model.experts import expert_weights
 from gralora_runtime.model.loading import load_as_stored, load_tokenizer
 from gralora_runtime.model.module_shapes import module_shapes
 
@@ -83,14 +84,14 @@ def _nowhere_to_go(model: PreTrainedModel, whole: WholeAdapter) -> Iterator[str]
 @torch.no_grad()
 def _merge(model: PreTrainedModel, whole: WholeAdapter, report: Report) -> Iterator[str]:
     """In place. Yields what is wrong with the result."""
-    modules = {shape.name: module for shape, module in changeable_modules(model)}
+    layers = _weights_and_biases(model)
     updates = whole.updates()
     numbers = {name: tensor.float().numpy() for name, tensor in whole.tensors.items()}
     vectors = {one.plan.module.name: one for one in vectors_in(whole.plan, numbers)}
     for done, module in enumerate(whole.plan):
         name = module.module.name
         report("Merging", done, len(whole.plan))
-        weight, bias = weight_and_bias(modules[name])
+        weight, bias = layers[name]
         total = _sum(weight, updates.get(name, ()))
         if module.rows:
             own = total.t() if module.module.kind is LayerKind.EMBEDDING else total
@@ -153,10 +154,9 @@ def merge_adapter(model: PreTrainedModel, adapter: LoadedAdapter) -> None:
     Raises AdapterRejectedError for one that is not applied to all tokens.
     """
     _check_mergeable(f"sha256:{adapter.digest[:12]}", adapter.layout.summary.invocation)
-    modules = dict(adaptable_modules(model))
-    names = {shape.name: shape for shape in modules}
-    for name, update in updates_in(adapter, list(modules)).items():
-        weight, _ = weight_and_bias(modules[names[name]])
+    layers = _weights_and_biases(model)
+    for name, update in updates_in(adapter, changeable_shapes(model)).items():
+        weight, _ = layers[name]
         weight.copy_(_sum(weight, update))
 
 
@@ -166,8 +166,14 @@ def _check_mergeable(name: str, invocation: Sequence[int]) -> None:
         raise rejected(name, [f"{INVOCATION}: {list(invocation)} {problem}"])
 
 
+def _weights_and_biases(model: PreTrainedModel) -> dict[str, tuple[Tensor, Tensor | None]]:
+    """By module: a weight is [out, in], experts' are [experts, out, in]."""
+    found = {shape.name: weight_and_bias(module) for shape, module in changeable_modules(model)}
+    return found | {name: (weights, None) for name, weights in expert_weights(model).items()}
+
+
 def _sum(weight: Tensor, update: Update) -> Tensor:
-    """fp32 [out, in], to be rounded once."""
+    """fp32 [out, in] or [experts, out, in], to be rounded once."""
     total = weight.to(torch.float32, copy=True)
     for pair in update:
         total = total + dense(pair)

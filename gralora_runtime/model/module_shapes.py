@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from gralora_runtime.adapters.checkpoint.spec import ModuleShape
 from gralora_runtime.errors import ModelUnsupportedError
-from gralora_runtime.model.adaptable import changeable_modules
+from gralora_runtime.model.adaptable import changeable_shapes
 from gralora_runtime.model.kv_pool import kv_shape
 from gralora_runtime.model.language_model import read_config
 
@@ -22,7 +22,7 @@ def module_shapes(model_dir: Path) -> list[ModuleShape]:
     """The shapes of the model in `model_dir`, built on the meta device: no time and no memory goes into weights."""
     with _unsupported(model_dir), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(_config(model_dir))
-    return [shape for shape, _ in changeable_modules(model)]
+    return changeable_shapes(model)
 
 
 def vocab_size(model_dir: Path) -> int:

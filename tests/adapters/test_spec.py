@@ -150,7 +150,6 @@ def test_the_first_pattern_that_matches_wins() -> None:
 REFUSED = {
     "layer_replication": [[0, 2], [1, 3]],
     "megatron_config": {"a": 1},
-    "target_parameters": ["experts.down_proj"],
     "use_qalora": True,
     "use_bdlora": {"nblocks": 2},
     "arrow_config": {"top_k": 3},
@@ -219,10 +218,13 @@ def test_a_key_that_is_known_is_refused_whatever_an_operator_says(key: str) -> N
         EngineConfig(model=Path("/m"), allow_unknown_config_keys=("stamp", key))
 
 
+LORA_ALONE = ("lora_alpha", "use_rslora", "exclude_modules", "init_lora_weights", "target_parameters")
+
+
 @pytest.mark.parametrize(
     ("key", "make"),
     [
-        *((key, gralora_config) for key in ("lora_alpha", "use_rslora", "exclude_modules", "init_lora_weights")),
+        *((key, gralora_config) for key in LORA_ALONE),
         *((key, lora_config) for key in ("alpha", "gralora_k", "hybrid_r", "gralora_dropout")),
     ],
 )
@@ -300,6 +302,39 @@ def test_a_gralora_has_no_tokens_of_its_own() -> None:
     told = problems(gralora_config(trainable_token_indices=[3]))
 
     assert told == "trainable_token_indices: [3] is not supported in a config of this peft_type"
+
+
+PARAMETERS = ["experts.down_proj"]
+
+
+@pytest.mark.parametrize("modules", [None, []])
+def test_parameters_need_no_module_beside_them(modules: object) -> None:
+    targets = parse_config("a", lora_config(target_modules=modules, target_parameters=PARAMETERS)).targets
+
+    assert targets.matches_parameter("model.layers.0.mlp.experts.down_proj")
+    assert not targets.matches_parameter("model.layers.0.mlp.other_experts.down_proj")
+    assert not targets.matches("model.layers.0.mlp.experts.down_proj", MatchingBudget())
+
+
+def test_without_modules_and_parameters_nothing_is_named() -> None:
+    told = problems(lora_config(target_modules=None, target_parameters=[]))
+
+    assert told == "target_modules: None names no module"
+
+
+@pytest.mark.parametrize("value", ["experts.down_proj", [1], {"experts.down_proj": 1}], ids=repr)
+def test_parameters_that_are_no_list_of_strings_are_refused_as_peft_does(value: object) -> None:
+    assert problems(lora_config(target_parameters=value)) == f"target_parameters: {value!r} is not a list of strings"
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("use_dora", True), ("lora_bias", True), ("fan_in_fan_out", True), ("alora_invocation_tokens", [5])],
+)
+def test_what_peft_refuses_beside_parameters_is_refused(key: str, value: object) -> None:
+    told = problems(lora_config(target_parameters=PARAMETERS, **{key: value}))
+
+    assert told == f"{key}: {value!r} is not supported beside target_parameters"
 
 
 @pytest.mark.parametrize("init", [True, False, None, "gaussian", "Gaussian", "eva", "orthogonal", "mica"])

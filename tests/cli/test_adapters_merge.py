@@ -125,6 +125,25 @@ def test_tokens_of_both_ends_of_a_tied_model_are_merged_into_both(tmp_path: Path
     torch.testing.assert_close(merged(prompt).logits, adapted(prompt).logits, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("architecture", ["qwen3-moe", "mixtral", "gpt-oss"])
+def test_merged_experts_are_those_of_peft(architecture: str, tmp_path: Path) -> None:
+    model = save_tiny_model(architecture, tmp_path / "model")
+    parameters = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    config = lora_config(architecture, 3, target_modules=["q_proj"], target_parameters=parameters)
+    adapter = save_adapter(tiny_model(architecture), config, tmp_path / "adapter")
+    expected = peft_merged(model, adapter).state_dict()
+
+    assert merge(adapter, model, tmp_path / "out") == ExitCode.OK
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    before = AutoModelForCausalLM.from_pretrained(model).state_dict()
+    changed = {name for name, weight in merged.items() if not torch.equal(weight, before[name])}
+
+    layers = [f"model.layers.{layer}" for layer in range(2)]
+    names = [f"{layer}.{name}" for layer in layers for name in ("self_attn.q_proj.weight", *parameters)]
+    assert changed == set(names)
+    assert max(float((weight - expected[name]).abs().max()) for name, weight in merged.items()) <= TOLERANCE
+
+
 def test_a_model_of_16_bits_stays_so_and_each_weight_is_rounded_once(tmp_path: Path) -> None:
     save_tiny_model("llama", tmp_path / "model")
     half = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.bfloat16)

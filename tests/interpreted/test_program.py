@@ -40,8 +40,9 @@ def test_what_comes_in_the_place_of_the_base_model_s_has_pefts_logits(build, len
         check_against_peft(served, length - 1, length)
 
 
-def test_a_build_without_a_program_has_pefts_logits_the_slow_way(tmp_path):
-    with serving("gpt2", tmp_path / "model", tmp_path / "adapters", **SIZES) as served:
+@pytest.mark.parametrize("build", ["gpt2", "qwen3-moe", "gpt-oss"])
+def test_a_build_without_a_program_has_pefts_logits_the_slow_way(build, tmp_path):
+    with serving(build, tmp_path / "model", tmp_path / "adapters", **SIZES) as served:
         assert isinstance(served.parts.runner, TransformersRunner)
         check_against_peft(served, 5, 6)
 

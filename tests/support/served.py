@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftConfig
@@ -22,6 +23,7 @@ from gralora_runtime.plan import AdapterUse, RowPlan, StepPlan
 
 PROMPT = [5, 250, 17, 99, 3, 280, 41, 8, 120, 77, 301, 12, 64, 200, 9, 33, 150, 71, 222, 18, 90, 45, 263, 31, 7, 180]
 MAX_DIFFERENCE = 1e-3  # of a logit, fp32
+MIXTURES = ("qwen2-moe", "qwen3-moe", "mixtral", "phimoe", "gpt-oss")
 FLATTENING = ("opt", "opt-350m", "qwen2-moe")  # some layers see no sequences, so that PEFT cannot activate an adapter
 BIASED = ("gpt2", "llama-biased", "qwen2")  # their linear layers, or some of them
 WITHOUT_PROGRAM = ("gpt2", *OTHER_BUILDS)  # computed by transformers' own forward pass
@@ -73,6 +75,8 @@ def adapter_configs(architecture: str, *, all_ranks: bool = True) -> dict[str, P
     if architecture == "llama":
         configs["gralora-head"] = gralora_config(architecture, 4, 2, target_modules=["lm_head"])
         configs["dora-head"] = lora_config(architecture, 4, use_dora=True, target_modules=["lm_head", "q_proj"])
+    if architecture in MIXTURES:
+        configs |= expert_configs(architecture)
     configs["dora"] = lora_config(architecture, 6, use_dora=True)
     if architecture in BIASED:
         configs["dora-biases"] = lora_config(architecture, 4, use_dora=True, bias="lora_only")
@@ -88,6 +92,29 @@ def adapter_configs(architecture: str, *, all_ranks: bool = True) -> dict[str, P
         configs["last-layer"] = gralora_config(architecture, 4, 2, layers_to_transform=[1])
         configs["regex"] = gralora_config(architecture, 4, 2, target_modules=r".*layers\.0\..*(up|down)_proj")
     return configs
+
+
+def expert_configs(architecture: str) -> dict[str, PeftConfig]:
+    """PEFT's kinds of adapters on a mixture's experts."""
+    gate_up, down = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
+    attention = ["q_proj", "v_proj"]
+
+    def on(*parameters: str, r: int, modules: list[str] = attention, **options: Any) -> PeftConfig:
+        return lora_config(architecture, r, target_modules=modules, target_parameters=list(parameters), **options)
+
+    return {
+        "experts": on(gate_up, down, r=3),
+        "experts-rslora": on("down_proj", r=5, use_rslora=True, alpha=3),
+        "experts-alone": on("experts.gate_up_proj", r=4, modules=[]),
+        "experts-patterns": on(
+            down,
+            gate_up,
+            r=4,
+            rank_pattern={"experts.gate_up_proj": 7, r"layers\.1.*down_proj": 2},
+            alpha_pattern={"gate_up_proj": 9},
+        ),
+        "experts-of-a-layer": on("layers.1.mlp.experts.down_proj", r=6, modules=[]),
+    }
 
 
 @dataclass(frozen=True)

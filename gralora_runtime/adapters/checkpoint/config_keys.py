@@ -91,7 +91,6 @@ _COMMON = {
     "layer_replication": Key(otherwise="is not supported: it repeats layers of the base model"),
     "megatron_config": Key(otherwise="is not supported: its layers are Megatron's"),
     "monteclora_config": Key(otherwise="is not supported: its answers are random"),
-    "target_parameters": Key(otherwise="is not supported: it adapts parameters that are no linear layer's"),
     "use_bdlora": Key(otherwise="is not supported: its matrices are block diagonal"),
     "use_qalora": Key(otherwise="is not supported: QALoRA pools what a layer reads"),
     "velora_config": Key(),
@@ -107,6 +106,7 @@ _OF_LORA = {
     "rank_pattern": _READ,
     "alpha_pattern": _READ,
     "exclude_modules": _READ,
+    "target_parameters": _READ,
     "init_lora_weights": Key(
         neutral=_is_plain_init,
         otherwise=(
@@ -134,6 +134,7 @@ _OF_GRALORA = {
     "gralora_dropout": _TRAINING,
     "init_weights": _TRAINING,
 }
+NOT_BESIDE_PARAMETERS = ("use_dora", "lora_bias", "fan_in_fan_out", INVOCATION)  # target_parameters, as in PEFT
 OF_THE_OTHER = Key(otherwise="is not supported in a config of this peft_type")
 
 LORA_KEYS = dict.fromkeys(_OF_GRALORA, OF_THE_OTHER) | _COMMON | _OF_LORA

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from gralora_runtime.adapters.checkpoint.config_keys import SAVED
+from gralora_runtime.adapters.checkpoint.experts import module_of, unwrapped
 from gralora_runtime.adapters.checkpoint.file import (
     MalformedError,
     MissingFileError,
@@ -29,14 +30,15 @@ from gralora_runtime.adapters.checkpoint.plan import (
     PartTensors,
     Plan,
     Planned,
-    aligned,
     planned,
+    room_numel,
     weight_shape,
 )
 from gralora_runtime.adapters.checkpoint.remembered import remembered
 from gralora_runtime.adapters.checkpoint.spec import (
     AdapterSpec,
     Dialect,
+    LayerKind,
     ModuleShape,
     clipped,
     parse_config,
@@ -111,7 +113,7 @@ class AdapterHeader:
         naming = self.naming()
         names = (name for name in map(take_apart, self.tensors) if name is not None)
         found = (naming.module(name) for name in names if name.adapter is not None)
-        return tuple(sorted({module for module in found if module is not None}))
+        return tuple(sorted({unwrapped(module) for module in found if module is not None}))
 
     @property
     def tensor_bytes(self) -> int:
@@ -172,11 +174,24 @@ class AdapterHeader:
 
     def _problems(self, plan: Planned, modules: Sequence[ModuleShape]) -> list[str]:
         problems = list(_problems(plan, self.tensors, modules, self.naming(modules)))
+        if problems:
+            problems[:0] = self._unmatched_parameters(modules)
         if problems and self.spec.base_model:
             problems.insert(0, f"it was trained for the base model {self.spec.base_model!r}")
         if not _matches(plan.modules, self.tensors):
             problems.insert(0, f"it matches no module of the base model{_examples(self.tensors, modules)}")
         return problems
+
+    def _unmatched_parameters(self, modules: Sequence[ModuleShape]) -> list[str]:
+        """PEFT passes over those that match nothing, so they are a problem only where there is one."""
+        naming = self.naming(modules)
+        stacked = [module.name for module in modules if module.kind is LayerKind.EXPERTS]
+        has = f"those of {_listed(stacked)} can be adapted" if stacked else "it has none that can be adapted"
+        return [
+            f"target_parameters: {name!r} names no experts of the base model ({has})"
+            for name in sorted(self.spec.targets.parameters)
+            if not any(f".{naming.path(path)}".endswith(f".{name}") for path in stacked)
+        ]
 
 
 def inspect(
@@ -218,7 +233,9 @@ def dtype_of_16_bits(tensors: Mapping[str, TensorInfo], pair: PartTensors) -> st
 def pair_numel(tensors: Mapping[str, TensorInfo], pair: PartTensors, *, keeps_16_bit: bool) -> tuple[int, int]:
     """Elements of a pool that each of two matrices takes; two of 16 bits take one element, if they are kept."""
     share = 2 if keeps_16_bit and dtype_of_16_bits(tensors, pair) else 1
-    a, b = (aligned(-(-math.prod(shape) // share)) for shape in (pair.a_shape, pair.b_shape))
+    a, b = (
+        pair.experts * room_numel(math.prod(shape) // pair.experts, share) for shape in (pair.a_shape, pair.b_shape)
+    )
     return a, b
 
 
@@ -249,7 +266,7 @@ def _read_header(path: Path, roots: Sequence[Path]) -> tuple[bytes, int]:
 
 @remembered
 def _naming(tensors: Mapping[str, TensorInfo], modules: tuple[ModuleShape, ...]) -> Naming:
-    names = {module.name for module in modules}
+    names = {module_of(module.name) if module.kind is LayerKind.EXPERTS else module.name for module in modules}
     return naming_for(tensors, names) if names else spelling(tensors)
 
 
@@ -361,6 +378,7 @@ def _surplus(
     expected = {name for module in plan.modules for name, _ in module.tensors}
     expected |= {copy.name for copy in plan.copies}
     known = {module.name for module in modules}
+    mixtures = {module_of(module.name) for module in modules if module.kind is LayerKind.EXPERTS}
     targeted = {module.module.name for module in plan.modules if module.parts}
     for name in tensors:
         if name in expected:
@@ -371,6 +389,8 @@ def _surplus(
             yield f"tensor {name} is not part of a LoRA or GraLoRA"
         elif module is None or (module in known and naming.tensor(naming.path(module), taken.matrix) != name):
             yield f"tensor {name} is spelled in another way than the others"
+        elif unwrapped(module) in mixtures:
+            yield f"tensor {name} is for a parameter of {unwrapped(module)} that target_parameters does not name"
         elif module not in known:
             yield f"tensor {name}: the base model has no layer {module} for it"
         elif module not in targeted:

@@ -24,9 +24,11 @@ from gralora_kernels.packing import ROW_MAJOR, SHA256_BYTES, Array, Packing, pla
 from gralora_runtime.adapters.checkpoint.affine import BaseLayers, affines_of, read_vectors
 from gralora_runtime.adapters.checkpoint.base_weights import other_weights
 from gralora_runtime.adapters.checkpoint.bounds import largest_magnitude, magnitudes_of, norm_bounds
+from gralora_runtime.adapters.checkpoint.experts import each_a, each_b
 from gralora_runtime.adapters.checkpoint.file import MalformedError, open_regular, read_at_most
 from gralora_runtime.adapters.checkpoint.golden import has_golden
 from gralora_runtime.adapters.checkpoint.header import AdapterHeader, AdapterSummary, inspect
+from gralora_runtime.adapters.checkpoint.plan import room_numel
 from gralora_runtime.adapters.checkpoint.recipe import (
     PIECE_BYTES,
     Affines,
@@ -238,9 +240,24 @@ class Packer:
         stored = matrix.stored
         values: Array = data.view(ARRAYS[stored.dtype])  # [numel]
         tensor = held(values, stored.dtype, matrix.dtype).reshape(stored.shape)
+        if matrix.experts > 1:
+            self._place_experts(matrix, tensor)
+            return largest_magnitude(values, stored.dtype)
         cells = self._cells[matrix.offset :].view(tensor.dtype)[: tensor.size]
         # A plain pair is A [r, in], B [out, r]; blocks are A [k, in/k, r], B [k, r, out/k].
         blocks = tensor if tensor.ndim == 3 else tensor.T[np.newaxis]
         place = place_a if matrix.is_a else place_b
         place(cells, blocks, self._packing.panel)
         return largest_magnitude(values, stored.dtype)
+
+    def _place_experts(self, matrix: Matrix, tensor: Array) -> None:
+        """Of one tensor, each expert's matrix."""
+        each = (each_a if matrix.is_a else each_b)(tensor, matrix.experts)
+        numel = tensor.size // matrix.experts
+        share = self._cells.itemsize // tensor.itemsize
+        room = share * room_numel(numel, share)
+        cells = self._cells[matrix.offset :].view(tensor.dtype)[: room * matrix.experts].reshape(matrix.experts, room)
+        cells[:, numel:] = 0
+        place = place_a if matrix.is_a else place_b
+        for own, blocks in zip(cells, each[:, np.newaxis], strict=True):
+            place(own[:numel], blocks, self._packing.panel)

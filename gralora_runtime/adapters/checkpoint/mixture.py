@@ -16,6 +16,7 @@ import json
 import struct
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from itertools import accumulate, islice
 
@@ -87,7 +88,8 @@ def mixed(
         raise rejected(name, [f"{problem} {max_width}"])
     dtype = ordered[0].adapter.blob.dtype
     affines = {module: affine for module in modules if (affine := _affine_of(module, ordered)) is not None}
-    if problems := list(_problems(ordered, affines)):
+    stacks = {module.name for module in modules if module.experts > 1}
+    if problems := list(_problems(ordered, affines, stacks)):
         raise rejected(name, problems)
     found = [(module, _pairs_of(module, own, affines.get(module), packing)) for module, own in of_modules]
     pairs = [(module, own) for module, own in found if own]
@@ -105,7 +107,12 @@ def mixed(
     )
 
 
-def _problems(ingredients: Sequence[Ingredient], affines: Mapping[ModuleShape, _Affine]) -> Iterator[str]:
+def _problems(
+    ingredients: Sequence[Ingredient], affines: Mapping[ModuleShape, _Affine], stacks: AbstractSet[str]
+) -> Iterator[str]:
+    for on_experts in (sorted(stacks & dict(one.adapter.layout.modules).keys()) for one in ingredients):
+        if on_experts:
+            yield f"one of its adapters is on experts ({on_experts[0]}), and PEFT adds up none of those either"
     for invocation in (one.adapter.layout.summary.invocation for one in ingredients):
         if invocation:
             yield f"one of its adapters begins at the tokens {list(invocation)} of a prompt: a sum has no such place"

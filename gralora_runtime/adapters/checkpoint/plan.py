@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from gralora_kernels.tables import ALIGNMENT, map_numel
+from gralora_runtime.adapters.checkpoint.experts import wrapper_paths
 from gralora_runtime.adapters.checkpoint.naming import BIASES, ROWS, WEIGHTS, Naming
 from gralora_runtime.adapters.checkpoint.spec import AdapterSpec, Biases, Dialect, LayerKind, ModuleShape, Part
 from gralora_runtime.adapters.checkpoint.targets import ALL_LINEAR, MatchingBudget
@@ -18,9 +19,11 @@ _LINEAR = (LayerKind.LINEAR, LayerKind.HEAD)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PartTensors:
-    """The two tensors of one part on one module: their names in the checkpoint and the shapes they must have."""
+    """The two tensors of one part on one module: their names in the checkpoint and the shapes they must have. Those of
+    experts have a pair of this part for each."""
 
     part: Part
+    experts: int = 1
     a_name: str
     a_shape: tuple[int, ...]
     b_name: str
@@ -147,6 +150,11 @@ def weight_shape(module: ModuleShape) -> tuple[int, int]:
     return shape if module.kind is LayerKind.EMBEDDING else shape[::-1]
 
 
+def room_numel(numel: int, share: int) -> int:
+    """Elements of a pool from the start of a matrix to that of the next, if one holds `share` of the matrix's."""
+    return aligned(-(-numel // share))
+
+
 def aligned(numel: int) -> int:
     return -(-numel // ALIGNMENT) * ALIGNMENT
 
@@ -161,7 +169,13 @@ class _Planner:
         self._budget = MatchingBudget()
         self._paths = {module.name: naming.path(module.name) for module in modules}
         self._by_kind = {module.kind: module for module in modules}
-        self._saved = {module.name for module in modules if self._paths[module.name].endswith(spec.saved)}
+        parameters = [self._paths[module.name] for module in modules if module.kind is LayerKind.EXPERTS]
+        self._wrappers = wrapper_paths(filter(spec.targets.matches_parameter, parameters))
+        self._saved = {
+            module.name
+            for module in modules
+            if module.kind is not LayerKind.EXPERTS and self._paths[module.name].endswith(spec.saved)
+        }
         self._tied = self._tied_modules() if spec.ties else frozenset()
         if self._saved & self._tied:
             self._saved |= self._tied
@@ -176,7 +190,8 @@ class _Planner:
         parts = tuple(self._parts(module, path)) if targeted else ()
         if saved and module.kind is not LayerKind.NORM:
             rows = RowsTensor(name=self._naming.tensor(path, WEIGHTS[1]), shape=weight_shape(module), tokens=None)
-        if not (saved or module.transposed) and (parts or module.kind in (LayerKind.HEAD, LayerKind.EMBEDDING)):
+        may_be_copied = not (saved or module.transposed or module.kind is LayerKind.EXPERTS)
+        if may_be_copied and (parts or module.kind in (LayerKind.HEAD, LayerKind.EMBEDDING)):
             self.copies.append(Copy(module, self._naming.tensor(path, WEIGHTS[not parts])))
         vectors = tuple(self._vectors(module, path, targeted=targeted, saved=saved))
         if not (parts or vectors or rows):
@@ -191,6 +206,8 @@ class _Planner:
 
     def _targets(self, module: ModuleShape, path: str) -> bool:
         """Norms are no targets, and an embedding is not one of all linear layers."""
+        if module.kind is LayerKind.EXPERTS:
+            return path in self._wrappers
         rule = self._spec.targets
         is_one = module.kind in _LINEAR or (
             module.kind is LayerKind.EMBEDDING and rule.target_modules is not ALL_LINEAR
@@ -200,8 +217,9 @@ class _Planner:
     def _parts(self, module: ModuleShape, path: str) -> Iterator[PartTensors]:
         is_lora = self._spec.dialect is Dialect.LORA
         for index, part in enumerate(self._spec.parts(path, self._budget)):
-            a_shape: tuple[int, ...] = (part.r, module.in_features)
-            b_shape: tuple[int, ...] = (module.out_features, part.r)
+            rank = part.r * module.experts
+            a_shape: tuple[int, ...] = (rank, module.in_features)
+            b_shape: tuple[int, ...] = (module.out_features, rank)
             if is_lora and module.kind is LayerKind.EMBEDDING:
                 names = ("lora_embedding_A", "lora_embedding_B")
             elif is_lora:
@@ -212,8 +230,11 @@ class _Planner:
                 names = ("gralora_A", "gralora_B")
                 a_shape = (part.k, module.in_features // part.k, part.r)
                 b_shape = (part.k, part.r, module.out_features // part.k)
-            a_name, b_name = (self._naming.tensor(path, matrix) for matrix in names)
-            yield PartTensors(part=part, a_name=a_name, a_shape=a_shape, b_name=b_name, b_shape=b_shape)
+            named = self._wrappers.get(path, path)
+            a_name, b_name = (self._naming.tensor(named, matrix) for matrix in names)
+            yield PartTensors(
+                part=part, experts=module.experts, a_name=a_name, a_shape=a_shape, b_name=b_name, b_shape=b_shape
+            )
 
     def _vectors(self, module: ModuleShape, path: str, *, targeted: bool, saved: bool) -> Iterator[VectorTensor]:
         spec = self._spec

@@ -36,6 +36,7 @@ class Matrix:
     name: str
     stored: TensorInfo
     is_a: bool
+    experts: int  # whose matrices it has, to be placed one behind the other
     offset: int  # of the blob, in its elements
     dtype: torch.dtype  # as the blob holds it
 
@@ -53,7 +54,7 @@ class Piece:
     matrices: tuple[Matrix, ...]  # from the file's front to its end
     positions: Array = field(compare=False)  # of the matrices in their recipe
     spans: Array = field(compare=False)  # bytes of the piece, [matrices, 2]: see `HashMany`
-    # See `PlaceMany`; None if a matrix has to become another dtype, or they have several.
+    # See `PlaceMany`; None if a matrix has to become another dtype, they have several, or some are many experts'.
     places: Array | None = field(compare=False)
 
 
@@ -134,7 +135,16 @@ def _recipe(
             kept = dtype_of_16_bits(tensors, pair) if keeps_16_bit else None
             held = TORCH_DTYPES[kept] if kept else dtype
             for is_a, name, offset in ((True, pair.a_name, a_offset), (False, pair.b_name, b_offset)):
-                matrices.append(Matrix(name=name, stored=tensors[name], is_a=is_a, offset=offset, dtype=held))
+                matrices.append(
+                    Matrix(
+                        name=name,
+                        stored=tensors[name],
+                        is_a=is_a,
+                        experts=pair.experts,
+                        offset=offset,
+                        dtype=held,
+                    )
+                )
             entries.append(
                 Entry(
                     a_offset=a_offset,
@@ -217,13 +227,14 @@ def _piece(matrices: Sequence[Matrix], positions: Sequence[int], dtype: torch.dt
     begin = own[0].stored.begin
     stay = all(matrix.dtype == TORCH_DTYPES[matrix.stored.dtype] for matrix in own)
     one_dtype = len({matrix.stored.dtype for matrix in own}) == 1
+    one_each = all(matrix.experts == 1 for matrix in own)
     return Piece(
         begin=begin,
         end=own[-1].stored.end,
         matrices=own,
         positions=np.array(positions),
         spans=np.array([(matrix.stored.begin, matrix.stored.end) for matrix in own]) - begin,
-        places=np.array([_place(matrix, begin, dtype) for matrix in own]) if stay and one_dtype else None,
+        places=np.array([_place(matrix, begin, dtype) for matrix in own]) if stay and one_dtype and one_each else None,
     )
 
 

@@ -16,6 +16,7 @@ from gralora_runtime.adapters.checkpoint.config_keys import (
     GRALORA_KEYS,
     INVOCATION,
     LORA_KEYS,
+    NOT_BESIDE_PARAMETERS,
     OTHER_HEADS,
     PASSED_OVER,
     SAVED,
@@ -73,6 +74,7 @@ class LayerKind(StrEnum):
     HEAD = "output head"  # which is linear, too
     EMBEDDING = "embedding"
     NORM = "norm"
+    EXPERTS = "parameter of experts"
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +82,7 @@ class ModuleShape:
     """A layer of the base model. `name` is its path inside the causal LM, as PEFT sees it.
 
     An embedding is a linear layer that reads which token it is: [vocabulary, hidden]. A norm has as many outputs as
-    inputs.
+    inputs. A parameter of experts is as many linear layers, and its `name` ends in its own.
     """
 
     name: str
@@ -90,6 +92,7 @@ class ModuleShape:
     has_bias: bool = False
     kind: LayerKind = LayerKind.LINEAR
     tied_to: str = ""  # of an output head: the embedding that has the same weight
+    experts: int = 1  # whose matrices it holds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -241,7 +244,7 @@ class _ConfigReader:
             blocks=1,
             hybrid_rank=0,
             scale=self._scale(_lora_scale(alpha, rank, use_rslora=use_rslora)),
-            targets=self._targets(),
+            targets=self._targets(self._parameters()),
             base_model=self._base_model(),
             notes=notes,
             biases=self._biases("lora_only"),
@@ -256,6 +259,10 @@ class _ConfigReader:
             rank_pattern=self._pattern_table("rank_pattern"),
             alpha_pattern=self._pattern_table("alpha_pattern"),
         )
+        if spec.targets.parameters:
+            for key in NOT_BESIDE_PARAMETERS:
+                if not is_off(self.config.get(key)):
+                    self.problems.append(f"{key}: {_shown(self.config[key])} is not supported beside target_parameters")
         if spec.use_dora:  # PEFT has neither
             for key, value in (("lora_bias", spec.lora_bias), (INVOCATION, list(spec.invocation))):
                 if value:
@@ -398,19 +405,27 @@ class _ConfigReader:
             self.problems.append(f"{key}: {problem}")
             return ANY_LAYER_NUMBER
 
-    def _targets(self) -> TargetRule:
+    def _targets(self, parameters: frozenset[str] = frozenset()) -> TargetRule:
         target_modules = self._names("target_modules")
         layers = self.config.get("layers_to_transform")
-        if not target_modules:
+        if not target_modules and not parameters:
             self.problems.append(f"target_modules: {_shown(self.config.get('target_modules'))} names no module")
         if isinstance(target_modules, Pattern) and layers not in (None, []):
             self.problems.append(f"layers_to_transform: {_shown(layers)} needs target_modules to be a list")
         return TargetRule(
             target_modules=target_modules,
             exclude_modules=self._names("exclude_modules"),
+            parameters=parameters,
             layers=frozenset(self._layers(layers)),
             layer_patterns=self._layer_patterns(),
         )
+
+    def _parameters(self) -> frozenset[str]:
+        value = self.config.get("target_parameters") or []
+        if isinstance(value, list) and all(isinstance(entry, str) for entry in value):
+            return frozenset(value)
+        self.problems.append(f"target_parameters: {_shown(value)} is not a list of strings")
+        return frozenset()
 
     def _names(self, key: str) -> Pattern | frozenset[str]:
         value = self.config.get(key)

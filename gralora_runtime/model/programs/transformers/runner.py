@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from gralora_kernels.cpu.linear import PackedWeight
+from gralora_kernels.dispatch import build_backend
 from gralora_runtime.model.adaptable import joined_weight_and_bias, weight_and_bias
+from gralora_runtime.model.experts import PARAMETERS, mixtures
 from gralora_runtime.model.programs.runner import Served
 from gralora_runtime.model.programs.transformers.adapted_linear import (
     AdaptedGroup,
@@ -25,6 +27,7 @@ from gralora_runtime.model.programs.transformers.attention import (
     take_attention_over,
 )
 from gralora_runtime.model.programs.transformers.context import StepContext
+from gralora_runtime.model.programs.transformers.experts import AdaptedExperts, ExpertAdapters
 from gralora_runtime.model.programs.transformers.norms import fuse_rms_norms
 from gralora_runtime.model.programs.transformers.replaced import AdaptedEmbedding, AdaptedNorm
 from gralora_runtime.stepping.batch import StepTensors
@@ -55,11 +58,14 @@ class TransformersRunner:
         self._backend = served.backend
         self._apart = served.apart
         self._groups = tuple(groups.values())
+        self._wrap_experts(served)
         self._wrap_linears(served)
         logger.info(
-            "model ready: %d linear layers can be adapted, in %d groups; %d RMS norms fused",
+            "model ready: %d linear layers can be adapted, in %d groups, and %d parameters of experts; "
+            "%d RMS norms fused",
             sum(map(len, groups)),
             len(groups),
+            len(served.experts),
             fused,
         )
 
@@ -96,6 +102,17 @@ class TransformersRunner:
         for name in served.apart.norm_tables:
             norm = self._model.get_submodule(name)
             self._model.set_submodule(name, AdaptedNorm(norm, name, self._context))
+
+    def _wrap_experts(self, served: Served) -> None:
+        """Those of one size share what they are adapted by."""
+        adapters: dict[tuple[tuple[int, int], ...], ExpertAdapters] = {}
+        for name, module in mixtures(self._model).items():
+            tables = [served.experts[f"{name}.{parameter}"].modules[0] for parameter in PARAMETERS]
+            shapes = tuple((table.in_features, table.out_features) for table in tables)
+            if shapes not in adapters:
+                backend = build_backend(self._backend.name, self._model.device)
+                adapters[shapes] = ExpertAdapters(shapes, arena=served.arena, backend=backend)
+            self._model.set_submodule(name, AdaptedExperts(module, tables, adapters[shapes], self._context))
 
     def _wrap_linears(self, served: Served) -> None:
         """Group by group, so that at most one group's weights are held twice."""
