@@ -54,7 +54,7 @@ def test_blocks_are_kept_as_they_are_and_their_products_are_those_of_fp32(kind, 
 def test_a_row_is_that_of_fp32_however_much_of_the_last_pair_there_is(kind, columns, begin):
     """Wherever its sums begin; and nothing behind its columns is touched."""
     weight, x = widened(kind, columns, 96), torch.randn(1, 96)
-    first = torch.randn(columns + LANES)
+    first = torch.randn(columns + PAIR)
     found = []
     for packed in (PackedWeight(weight, least_bits=4), PackedWeight(weight)):
         out = first.clone()
