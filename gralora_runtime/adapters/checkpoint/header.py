@@ -44,7 +44,7 @@ from gralora_runtime.adapters.checkpoint.spec import (
     parse_config,
     rejected,
 )
-from gralora_runtime.adapters.checkpoint.targets import MATCHING_BUDGET_S, SlowPatternError
+from gralora_runtime.adapters.checkpoint.targets import MATCHING_BUDGET_S, SlowPatternError, endings
 from gralora_runtime.adapters.checkpoint.tensors import DTYPES, WEIGHTS_FILE, TensorInfo, parse_header, read_header
 
 CONFIG_FILE = "adapter_config.json"
@@ -187,10 +187,10 @@ class AdapterHeader:
         naming = self.naming(modules)
         stacked = [module.name for module in modules if module.kind is LayerKind.EXPERTS]
         has = f"those of {_listed(stacked)} can be adapted" if stacked else "it has none that can be adapted"
+        known = {ending for name in stacked for ending in endings(naming.path(name))}
         return [
             f"target_parameters: {name!r} names no experts of the base model ({has})"
-            for name in sorted(self.spec.targets.parameters)
-            if not any(f".{naming.path(path)}".endswith(f".{name}") for path in stacked)
+            for name in sorted(self.spec.targets.parameters - known)
         ]
 
 

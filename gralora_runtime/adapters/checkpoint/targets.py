@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -193,7 +194,7 @@ class TargetRule:
         return named_in_full or not self.layers or self._layer(module, budget) in self.layers
 
     def matches_parameter(self, path: str) -> bool:
-        return _ends_in(self.parameters, path)
+        return not self.parameters.isdisjoint(endings(path))
 
     def _layer(self, module: str, budget: MatchingBudget) -> int | None:
         """The first number in the path (after the first of the layer patterns that matches)."""
@@ -207,13 +208,12 @@ def _names(names: Pattern | frozenset[str], module: str, budget: MatchingBudget)
     """Whether a pattern matches the whole path, or one of its endings is in the set."""
     if isinstance(names, Pattern):
         return names.fullmatch(module, budget) is not None
-    return _ends_in(names, module)
+    return not names.isdisjoint(endings(module))
 
 
-def _ends_in(names: frozenset[str], path: str) -> bool:
+def endings(path: str) -> Iterator[str]:
+    """All of it, and what is behind each of its dots."""
+    yield path
     start = 0
-    while path[start:] not in names:
-        start = path.find(".", start) + 1
-        if start == 0:
-            return False
-    return True
+    while start := path.find(".", start) + 1:
+        yield path[start:]

@@ -66,11 +66,11 @@ def read_whole(
     see `parse_config`.
     """
     header = inspect(path, roots=roots, allowed_keys=allowed_keys)
-    if modules is None and header.spec.targets.parameters:
-        raise rejected(
-            header.name,
-            ["target_parameters: which of its tensors are for which experts is to be told beside the base model alone"],
+    if modules is None and (parameters := sorted(header.spec.targets.parameters)):
+        problem = (
+            f"target_parameters: {parameters}: only the base model tells which of its tensors are for which experts"
         )
+        raise rejected(header.name, [problem])
     plan = header.fitting_plan(implied_shapes(header) if modules is None else modules)
     names = [name for module in plan for pair in module.parts for name in (pair.a_name, pair.b_name)]
     names += [vector.name for module in plan for vector in module.vectors]
