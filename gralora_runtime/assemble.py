@@ -37,7 +37,7 @@ from gralora_runtime.info import EngineInfo
 from gralora_runtime.model.adaptable import changeable_shapes, embedding_name, head_name, norms_of, weight_norms
 from gralora_runtime.model.base_layers import BaseLayers
 from gralora_runtime.model.chat_turns import tool_format
-from gralora_runtime.model.experts import expert_shapes
+from gralora_runtime.model.experts import parameter_shapes
 from gralora_runtime.model.kv_pool import KVPool, page_bytes
 from gralora_runtime.model.loading import BaseModel, load_base_model
 from gralora_runtime.model.programs.apart import Apart
@@ -116,14 +116,14 @@ def assemble(config: EngineConfig, base: BaseModel | None = None, *, stage: Stag
         num_pages = len(kv_pool.keys[0])
         with stage("Model: its program"), refusing(base.name, base.model.config, "set up"):
             groups, apart = _groups_and_apart(config, base, adapters.pool, backend)
-            experts = {shape.name: groups.pop((shape.name,)) for shape in expert_shapes(base.model)}
+            parameters = {shape.name: groups.pop((shape.name,)) for shape in parameter_shapes(base.model)}
             runner = make_runner(
                 Served(
                     base=base,
                     kv_pool=kv_pool,
                     arena=adapters.pool.arena,
                     groups=groups,
-                    experts=experts,
+                    parameters=parameters,
                     head_name=head_name(base.model),
                     embedding_name=embedding_name(base.model),
                     apart=apart,

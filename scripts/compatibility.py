@@ -52,6 +52,7 @@ SPECIALS = (
     "use_rslora", "rank_pattern", "layers_to_transform", "alora_invocation_tokens", "use_dora", "lora_bias", "bias",
     "modules_to_save", "trainable_token_indices", "target_parameters",
 )  # fmt: skip
+ALL_LINEAR = "all-linear"  # in a mixture's experts and router too
 ENDS = {"lm_head": "on the output head", "embed_tokens": "on the embedding"}
 
 
@@ -111,10 +112,11 @@ def _adapters() -> Iterator[str]:
         values = {key: getattr(config, key, None) for key in SPECIALS}
         also = [key for key, value in values.items() if not is_off(value) and value != "none"]
         also += [where for name, where in ENDS.items() if name in config.target_modules]
+        also += [ALL_LINEAR] if config.target_modules == ALL_LINEAR else []
         told = f"; {', '.join(also)}" if also else ""
         yield f"| {name} | {config.peft_type.value}, {parts}{hybrid}{told} |"
     names = ", ".join(f"`{type(tiny_model(architecture)).__name__}`" for architecture in MIXTURES)
-    yield f"\nThose with target_parameters are on experts: of {names} ([test]({EXPERTS}))."
+    yield f"\nThose with target_parameters are on experts, or a router: of {names} ([test]({EXPERTS}))."
     yield f"\nSeveral in one request, each times a weight: the exact sum of any kinds, on the CPU ([test]({SUMS}))."
 
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from gralora_runtime.adapters.checkpoint.spec import LayerKind, ModuleShape
-from gralora_runtime.model.experts import expert_shapes, expert_weights
+from gralora_runtime.model.experts import parameter_shapes, parameter_weights
 
 
 def adaptable_modules(model: PreTrainedModel) -> Iterator[tuple[ModuleShape, nn.Module]]:
@@ -46,7 +46,7 @@ def changeable_modules(model: PreTrainedModel) -> Iterator[tuple[ModuleShape, nn
 
 def changeable_shapes(model: PreTrainedModel) -> list[ModuleShape]:
     """All that an adapter may change: modules, then experts."""
-    return [*(shape for shape, _ in changeable_modules(model)), *expert_shapes(model)]
+    return [*(shape for shape, _ in changeable_modules(model)), *parameter_shapes(model)]
 
 
 def norms_of(model: PreTrainedModel) -> list[ModuleShape]:
@@ -77,7 +77,7 @@ def weight_norms(model: PreTrainedModel) -> dict[str, float]:
         name: torch.linalg.vector_norm(weight.detach(), dtype=torch.float32)
         for name, weight in [
             *((shape.name, weight_and_bias(module)[0]) for shape, module in adaptable_modules(model)),
-            *expert_weights(model).items(),
+            *parameter_weights(model).items(),
         ]
     }
     return dict(zip(norms, torch.stack(list(norms.values())).tolist(), strict=True))

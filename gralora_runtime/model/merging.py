@@ -27,7 +27,7 @@ from gralora_runtime.model.adaptable import (
     head_name,
     weight_and_bias,
 )
-from gralora_runtime.model.experts import expert_weights
+from gralora_runtime.model.experts import parameter_weights
 from gralora_runtime.model.loading import load_as_stored, load_tokenizer
 from gralora_runtime.model.module_shapes import module_shapes
 
@@ -169,7 +169,7 @@ def _check_mergeable(name: str, invocation: Sequence[int]) -> None:
 def _weights_and_biases(model: PreTrainedModel) -> dict[str, tuple[Tensor, Tensor | None]]:
     """By module: a weight is [out, in], experts' are [experts, out, in]."""
     found = {shape.name: weight_and_bias(module) for shape, module in changeable_modules(model)}
-    return found | {name: (weights, None) for name, weights in expert_weights(model).items()}
+    return found | {name: (weights, None) for name, weights in parameter_weights(model).items()}
 
 
 def _sum(weight: Tensor, update: Update) -> Tensor:

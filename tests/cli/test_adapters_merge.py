@@ -128,7 +128,8 @@ def test_tokens_of_both_ends_of_a_tied_model_are_merged_into_both(tmp_path: Path
 @pytest.mark.parametrize("architecture", ["qwen3-moe", "mixtral", "gpt-oss"])
 def test_merged_experts_are_those_of_peft(architecture: str, tmp_path: Path) -> None:
     model = save_tiny_model(architecture, tmp_path / "model")
-    parameters = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    router = "mlp.router.weight" if architecture == "gpt-oss" else "mlp.gate.weight"
+    parameters = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj", router]
     config = lora_config(architecture, 3, target_modules=["q_proj"], target_parameters=parameters)
     adapter = save_adapter(tiny_model(architecture), config, tmp_path / "adapter")
     expected = peft_merged(model, adapter).state_dict()

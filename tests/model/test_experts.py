@@ -51,8 +51,9 @@ from gralora_runtime.async_engine import AsyncEngine
 from gralora_runtime.config import in_directory
 from gralora_runtime.errors import AdapterConversionError, AdapterRejectedError
 from gralora_runtime.model.adaptable import changeable_shapes
-from gralora_runtime.model.experts import expert_shapes
+from gralora_runtime.model.experts import parameter_shapes, routers
 from gralora_runtime.model.module_shapes import module_shapes
+from gralora_runtime.model.programs.transformers import experts
 from gralora_runtime.model.programs.transformers.experts import ExpertAdapters
 from gralora_runtime.request import Delta, GenerationRequest, Prompt, WeightedAdapter
 from gralora_runtime.stream import merge_deltas
@@ -173,6 +174,7 @@ def test_where_nobody_has_adapters_on_a_layers_experts_it_is_computed_as_ever(
         serving(MIXTURE, tmp_path / "model", tmp_path / "adapters") as served,
         leased(served, "", "lora", "dora", "experts-of-a-layer") as (*others, on_one),
     ):
+        monkeypatch.setattr(experts, "Products", None)  # nor is anything added to the router's
         served.logits([(lease, PROMPT) for lease in others], len(PROMPT))
         assert routed == []
         served.logits([(lease, PROMPT) for lease in (*others, on_one)], len(PROMPT))
@@ -291,11 +293,11 @@ def test_two_adapters_on_experts_are_told_apart_expert_by_expert(tmp_path: Path)
 EXPERTS = "model.layers.0.mlp.experts"
 TENSOR = f"tensor base_model.model.{EXPERTS}"
 REFUSED: dict[str, tuple[dict[str, object], str]] = {
-    "a router": (
-        {"target_parameters": [GATE_UP, "gate.weight"]},
-        f"target_parameters: 'gate.weight' names no experts of the base model (those of {EXPERTS}.gate_up_proj and",
+    "a linear layer's": (
+        {"target_parameters": [GATE_UP, "q_proj.weight"]},
+        "target_parameters: 'q_proj.weight' names no parameter of the base model that can be adapted (such are",
     ),
-    "nothing": ({"target_parameters": ["mlp.experts.w1"]}, "target_parameters: 'mlp.experts.w1' names no experts of"),
+    "nothing": ({"target_parameters": ["mlp.experts.w1"]}, "target_parameters: 'mlp.experts.w1' names no parameter of"),
     "one of two": (
         {"target_parameters": [DOWN]},
         f"{TENSOR}.base_layer.lora_A.weight is for a parameter of {EXPERTS} that target_parameters does not name",
@@ -327,9 +329,8 @@ def test_a_model_without_such_experts_says_so(tmp_path: Path) -> None:
     told = inspect(folder).fits(changeable_shapes(tiny_model("llama")))
 
     assert told[0].startswith("it matches no module of the base model")
-    assert told[1] == (
-        "target_parameters: 'experts.gate_up_proj' names no experts of the base model (it has none that can be adapted)"
-    )
+    assert told[1].startswith("target_parameters: 'experts.gate_up_proj' names no parameter of the base model")
+    assert told[1].endswith("that can be adapted (it has none)")
 
 
 def test_what_has_no_form_with_experts_is_refused(tmp_path: Path) -> None:
@@ -340,7 +341,9 @@ def test_what_has_no_form_with_experts_is_refused(tmp_path: Path) -> None:
             served.parts.adapters.acquire_mix((WeightedAdapter("experts", 0.5), WeightedAdapter("lora", 0.5))).result(
                 30
             )
-        with pytest.raises(AdapterConversionError, match=r"on experts \(target_parameters\), for which gralora has no"):
+        with pytest.raises(
+            AdapterConversionError, match=r"on parameters \(target_parameters\), for which gralora has no"
+        ):
             convert(read_whole(folder, module_shapes(served.model_dir)), Dialect.PEFT_GRALORA)
         with pytest.raises(AdapterRejectedError, match=r"target_parameters: \['mlp.*'\]: only the base model tells"):
             read_whole(folder)
@@ -349,8 +352,28 @@ def test_what_has_no_form_with_experts_is_refused(tmp_path: Path) -> None:
 def test_parameters_of_one_expert_alone_are_left_to_peft() -> None:
     """Which takes such a parameter for a linear layer's weight."""
     model = tiny_model(MIXTURE)
-    experts = model.get_submodule("model.layers.0.mlp.experts")
-    experts.gate_up_proj = torch.nn.Parameter(experts.gate_up_proj[:1])
+    mixture = model.get_submodule("model.layers.0.mlp.experts")
+    mixture.gate_up_proj = torch.nn.Parameter(mixture.gate_up_proj[:1])
 
-    assert [shape.name for shape in expert_shapes(model)] == [f"model.layers.1.{name}" for name in (GATE_UP, DOWN)]
-    assert ModuleShape(f"model.layers.1.{GATE_UP}", 64, 40, kind=LayerKind.EXPERTS, experts=4) in expert_shapes(model)
+    names = [f"model.layers.1.{name}" for name in (GATE_UP, DOWN, "mlp.gate.weight")]
+    assert [shape.name for shape in parameter_shapes(model)] == names
+    assert ModuleShape(f"model.layers.1.{GATE_UP}", 64, 40, kind=LayerKind.EXPERTS, experts=4) in parameter_shapes(
+        model
+    )
+
+
+class ScoresInDouble(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(4, 64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(x.double(), self.weight.double())
+
+
+def test_a_router_that_makes_another_product_is_not_adapted() -> None:
+    """What is added has to be added to the product with its very weight."""
+    model = tiny_model(MIXTURE)
+    model.set_submodule("model.layers.0.mlp.gate", ScoresInDouble())
+
+    assert list(routers(model)) == ["model.layers.1.mlp.gate"]

@@ -95,14 +95,15 @@ def adapter_configs(architecture: str, *, all_ranks: bool = True) -> dict[str, P
 
 
 def expert_configs(architecture: str) -> dict[str, PeftConfig]:
-    """PEFT's kinds of adapters on a mixture's experts."""
+    """PEFT's kinds of adapters on a mixture's experts, and on its router."""
     gate_up, down = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
+    router = "router.weight" if architecture == "gpt-oss" else "mlp.gate.weight"
     attention = ["q_proj", "v_proj"]
 
     def on(*parameters: str, r: int, modules: list[str] = attention, **options: Any) -> PeftConfig:
         return lora_config(architecture, r, target_modules=modules, target_parameters=list(parameters), **options)
 
-    return {
+    configs = {
         "experts": on(gate_up, down, r=3),
         "experts-rslora": on("down_proj", r=5, use_rslora=True, alpha=3),
         "experts-alone": on("experts.gate_up_proj", r=4, modules=[]),
@@ -115,6 +116,10 @@ def expert_configs(architecture: str) -> dict[str, PeftConfig]:
         ),
         "experts-of-a-layer": on("layers.1.mlp.experts.down_proj", r=6, modules=[]),
     }
+    if architecture != "phimoe":  # whose router is a linear layer that does more, and not adapted
+        configs["router"] = on(router, r=2, modules=[], alpha=20)
+        configs["experts-and-all-linear"] = lora_config(architecture, 3, target_modules="all-linear")
+    return configs
 
 
 @dataclass(frozen=True)

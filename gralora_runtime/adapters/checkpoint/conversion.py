@@ -22,7 +22,7 @@ from torch import Tensor
 from gralora_runtime.adapters.checkpoint.config_keys import INVOCATION
 from gralora_runtime.adapters.checkpoint.naming import Naming, as_peft_names
 from gralora_runtime.adapters.checkpoint.plan import ModulePlan, PartTensors
-from gralora_runtime.adapters.checkpoint.spec import MAX_RANK, Dialect
+from gralora_runtime.adapters.checkpoint.spec import MAX_RANK, PARAMETERS, Dialect
 from gralora_runtime.adapters.checkpoint.update import as_blocks
 from gralora_runtime.adapters.checkpoint.whole import WholeAdapter
 from gralora_runtime.errors import AdapterConversionError
@@ -100,8 +100,8 @@ def _more_than_pairs(adapter: WholeAdapter) -> str | None:
         return f"it has its own weights in the place of {replaced[0]}'s"
     if adapter.vectors:
         return f"it has trained {' and '.join(adapter.vectors)}"
-    if any(module.module.experts > 1 for module in adapter.plan):
-        return "it is on experts (target_parameters)"
+    if any(module.module.kind in PARAMETERS for module in adapter.plan):
+        return "it is on parameters (target_parameters)"
     return None
 
 

@@ -36,9 +36,9 @@ from gralora_runtime.adapters.checkpoint.plan import (
 )
 from gralora_runtime.adapters.checkpoint.remembered import remembered
 from gralora_runtime.adapters.checkpoint.spec import (
+    PARAMETERS,
     AdapterSpec,
     Dialect,
-    LayerKind,
     ModuleShape,
     clipped,
     parse_config,
@@ -185,11 +185,11 @@ class AdapterHeader:
     def _unmatched_parameters(self, modules: Sequence[ModuleShape]) -> list[str]:
         """PEFT passes over those that match nothing, so they are a problem only where there is one."""
         naming = self.naming(modules)
-        stacked = [module.name for module in modules if module.kind is LayerKind.EXPERTS]
-        has = f"those of {_listed(stacked)} can be adapted" if stacked else "it has none that can be adapted"
+        stacked = [module.name for module in modules if module.kind in PARAMETERS]
+        has = f"such are {_listed(stacked)}" if stacked else "it has none"
         known = {ending for name in stacked for ending in endings(naming.path(name))}
         return [
-            f"target_parameters: {name!r} names no experts of the base model ({has})"
+            f"target_parameters: {name!r} names no parameter of the base model that can be adapted ({has})"
             for name in sorted(self.spec.targets.parameters - known)
         ]
 
@@ -266,7 +266,7 @@ def _read_header(path: Path, roots: Sequence[Path]) -> tuple[bytes, int]:
 
 @remembered
 def _naming(tensors: Mapping[str, TensorInfo], modules: tuple[ModuleShape, ...]) -> Naming:
-    names = {module_of(module.name) if module.kind is LayerKind.EXPERTS else module.name for module in modules}
+    names = {module_of(module.name) if module.kind in PARAMETERS else module.name for module in modules}
     return naming_for(tensors, names) if names else spelling(tensors)
 
 
@@ -378,7 +378,7 @@ def _surplus(
     expected = {name for module in plan.modules for name, _ in module.tensors}
     expected |= {copy.name for copy in plan.copies}
     known = {module.name for module in modules}
-    mixtures = {module_of(module.name) for module in modules if module.kind is LayerKind.EXPERTS}
+    mixtures = {module_of(module.name) for module in modules if module.kind in PARAMETERS}
     targeted = {module.module.name for module in plan.modules if module.parts}
     for name in tensors:
         if name in expected:

@@ -10,7 +10,15 @@ from enum import StrEnum
 from gralora_kernels.tables import ALIGNMENT, map_numel
 from gralora_runtime.adapters.checkpoint.experts import wrapper_paths
 from gralora_runtime.adapters.checkpoint.naming import BIASES, ROWS, WEIGHTS, Naming
-from gralora_runtime.adapters.checkpoint.spec import AdapterSpec, Biases, Dialect, LayerKind, ModuleShape, Part
+from gralora_runtime.adapters.checkpoint.spec import (
+    PARAMETERS,
+    AdapterSpec,
+    Biases,
+    Dialect,
+    LayerKind,
+    ModuleShape,
+    Part,
+)
 from gralora_runtime.adapters.checkpoint.targets import ALL_LINEAR, MatchingBudget
 
 AFFINE_BYTES = 8  # of an output: a gain and a shift, in float32
@@ -169,12 +177,12 @@ class _Planner:
         self._budget = MatchingBudget()
         self._paths = {module.name: naming.path(module.name) for module in modules}
         self._by_kind = {module.kind: module for module in modules}
-        parameters = [self._paths[module.name] for module in modules if module.kind is LayerKind.EXPERTS]
+        parameters = [self._paths[module.name] for module in modules if module.kind in PARAMETERS]
         self._wrappers = wrapper_paths(filter(spec.targets.matches_parameter, parameters))
         self._saved = {
             module.name
             for module in modules
-            if module.kind is not LayerKind.EXPERTS and self._paths[module.name].endswith(spec.saved)
+            if module.kind not in PARAMETERS and self._paths[module.name].endswith(spec.saved)
         }
         self._tied = self._tied_modules() if spec.ties else frozenset()
         if self._saved & self._tied:
@@ -190,7 +198,7 @@ class _Planner:
         parts = tuple(self._parts(module, path)) if targeted else ()
         if saved and module.kind is not LayerKind.NORM:
             rows = RowsTensor(name=self._naming.tensor(path, WEIGHTS[1]), shape=weight_shape(module), tokens=None)
-        may_be_copied = not (saved or module.transposed or module.kind is LayerKind.EXPERTS)
+        may_be_copied = not (saved or module.transposed or module.kind in PARAMETERS)
         if may_be_copied and (parts or module.kind in (LayerKind.HEAD, LayerKind.EMBEDDING)):
             self.copies.append(Copy(module, self._naming.tensor(path, WEIGHTS[not parts])))
         vectors = tuple(self._vectors(module, path, targeted=targeted, saved=saved))
@@ -206,7 +214,7 @@ class _Planner:
 
     def _targets(self, module: ModuleShape, path: str) -> bool:
         """Norms are no targets, and an embedding is not one of all linear layers."""
-        if module.kind is LayerKind.EXPERTS:
+        if module.kind in PARAMETERS:
             return path in self._wrappers
         rule = self._spec.targets
         is_one = module.kind in _LINEAR or (

@@ -75,6 +75,10 @@ class LayerKind(StrEnum):
     EMBEDDING = "embedding"
     NORM = "norm"
     EXPERTS = "parameter of experts"
+    ROUTER = "weight of a router"
+
+
+PARAMETERS = (LayerKind.EXPERTS, LayerKind.ROUTER)  # that no linear layer has: `target_parameters` names them
 
 
 @dataclass(frozen=True, slots=True)

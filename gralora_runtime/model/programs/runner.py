@@ -37,7 +37,7 @@ class Served:
     kv_pool: KVPool
     arena: Tensor
     groups: Mapping[tuple[str, ...], GroupTable]  # of linear layers, but for the output head's
-    experts: Mapping[str, GroupTable]  # by parameter
+    parameters: Mapping[str, GroupTable]  # of experts and routers
     head_name: str
     embedding_name: str
     apart: Apart

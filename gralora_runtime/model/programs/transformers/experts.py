@@ -1,4 +1,4 @@
-"""A mixture's experts as served: transformers' own product for each, plus what each row's adapter adds to it.
+"""A mixture's experts and router as served: transformers' own products, plus what each row's adapter adds to them.
 
 A step in which nobody has an adapter on a layer's experts runs the layer's own forward pass. Another one is computed
 here, in the same order: so rows without an adapter are what they are without others', up to the rounding of products.
@@ -7,6 +7,7 @@ here, in the same order: so rows without an adapter are what they are without ot
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,8 +17,8 @@ from torch import Tensor, nn
 from gralora_kernels.dispatch import AdapterBackend
 from gralora_kernels.experts import ExpertTable
 from gralora_kernels.grouping import Grouping
-from gralora_kernels.tables import ModuleTable
-from gralora_runtime.model.experts import PARAMETERS, gate, matrices
+from gralora_kernels.tables import GroupTable, ModuleTable
+from gralora_runtime.model.experts import PARAMETERS, Products, gate, matrices, weight_of
 from gralora_runtime.model.programs.transformers.context import StepContext
 
 
@@ -112,3 +113,28 @@ class AdaptedExperts(nn.Module):
                 y[start:end] += biases[expert]
         self._adapters.apply(parameter, y, x)
         return y
+
+
+class AdaptedRouter(nn.Module):
+    """In the place of a router, whose scores adapters change."""
+
+    def __init__(
+        self, base: nn.Module, *, table: GroupTable, arena: Tensor, backend: AdapterBackend, context: StepContext
+    ) -> None:
+        super().__init__()
+        self.base = base
+        self._table = table
+        self._arena = arena
+        self._backend = backend
+        self._context = context
+
+    def forward(self, hidden_states: Tensor) -> Any:
+        """Whatever the base router makes of its scores."""
+        slots = self._context.tensors.grouping.slots
+        if not self._table.host_index[0, slots, :, 2].any():
+            return self.base(hidden_states)
+        with Products(weight_of(self.base), self._add):
+            return self.base(hidden_states)
+
+    def _add(self, scores: Tensor, x: Tensor) -> None:
+        self._backend.apply(scores, x.contiguous(), self._arena, self._table, self._context.tensors.grouping)

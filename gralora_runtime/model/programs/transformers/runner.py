@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from gralora_kernels.cpu.linear import PackedWeight
 from gralora_kernels.dispatch import build_backend
+from gralora_kernels.tables import GroupTable
 from gralora_runtime.model.adaptable import joined_weight_and_bias, weight_and_bias
-from gralora_runtime.model.experts import PARAMETERS, mixtures
+from gralora_runtime.model.experts import PARAMETERS, mixtures, routers
 from gralora_runtime.model.programs.runner import Served
 from gralora_runtime.model.programs.transformers.adapted_linear import (
     AdaptedGroup,
@@ -27,7 +28,7 @@ from gralora_runtime.model.programs.transformers.attention import (
     take_attention_over,
 )
 from gralora_runtime.model.programs.transformers.context import StepContext
-from gralora_runtime.model.programs.transformers.experts import AdaptedExperts, ExpertAdapters
+from gralora_runtime.model.programs.transformers.experts import AdaptedExperts, AdaptedRouter, ExpertAdapters
 from gralora_runtime.model.programs.transformers.norms import fuse_rms_norms
 from gralora_runtime.model.programs.transformers.replaced import AdaptedEmbedding, AdaptedNorm
 from gralora_runtime.stepping.batch import StepTensors
@@ -57,15 +58,15 @@ class TransformersRunner:
         fused = fuse_rms_norms(self._model)
         self._backend = served.backend
         self._apart = served.apart
-        self._groups = tuple(groups.values())
+        self._groups = (*groups.values(), *self._wrap_routers(served))
         self._wrap_experts(served)
         self._wrap_linears(served)
         logger.info(
-            "model ready: %d linear layers can be adapted, in %d groups, and %d parameters of experts; "
+            "model ready: %d linear layers can be adapted, in %d groups, and %d parameters of experts and routers; "
             "%d RMS norms fused",
             sum(map(len, groups)),
             len(groups),
-            len(served.experts),
+            len(served.parameters),
             fused,
         )
 
@@ -103,11 +104,21 @@ class TransformersRunner:
             norm = self._model.get_submodule(name)
             self._model.set_submodule(name, AdaptedNorm(norm, name, self._context))
 
+    def _wrap_routers(self, served: Served) -> list[GroupTable]:
+        tables = []
+        for name, module in routers(self._model).items():
+            tables.append(served.parameters[f"{name}.weight"])
+            router = AdaptedRouter(
+                module, table=tables[-1], arena=served.arena, backend=self._backend, context=self._context
+            )
+            self._model.set_submodule(name, router)
+        return tables
+
     def _wrap_experts(self, served: Served) -> None:
         """Those of one size share what they are adapted by."""
         adapters: dict[tuple[tuple[int, int], ...], ExpertAdapters] = {}
         for name, module in mixtures(self._model).items():
-            tables = [served.experts[f"{name}.{parameter}"].modules[0] for parameter in PARAMETERS]
+            tables = [served.parameters[f"{name}.{parameter}"].modules[0] for parameter in PARAMETERS]
             shapes = tuple((table.in_features, table.out_features) for table in tables)
             if shapes not in adapters:
                 backend = build_backend(self._backend.name, self._model.device)
