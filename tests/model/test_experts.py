@@ -323,6 +323,18 @@ def test_what_does_not_fit_the_experts_is_refused_in_clear_words(kind: str, tmp_
     assert any(problem.startswith(told) for problem in refusal.value.problems), refusal.value.problems
 
 
+@pytest.mark.parametrize("name", ["mlp.experts.gate_up_proj.base_layer", "mlp.experts.base_layer", "mlp.experts"])
+def test_weights_of_experts_are_no_part_of_an_adapter(name: str, tmp_path: Path) -> None:
+    """PEFT saves none, where it saves a copy of an output head beside a pair on it."""
+    folder = save_adapter(tiny_model(MIXTURE), expert_configs(MIXTURE)["experts"], tmp_path)
+    surplus = f"base_model.model.model.layers.0.{name}.weight"
+    save_file(load_file(folder / WEIGHTS_FILE) | {surplus: torch.zeros(40, 64)}, folder / WEIGHTS_FILE)
+
+    (told,) = inspect(folder).fits(changeable_shapes(tiny_model(MIXTURE)))
+
+    assert told.startswith(f"tensor {surplus} ")
+
+
 def test_a_model_without_such_experts_says_so(tmp_path: Path) -> None:
     folder = save_adapter(tiny_model(MIXTURE), expert_configs(MIXTURE)["experts-alone"], tmp_path)
 
