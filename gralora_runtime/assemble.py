@@ -18,6 +18,7 @@ from gralora_kernels.cpu import threads as cpu_threads
 from gralora_kernels.dispatch import AdapterBackend, build_backend, resolve_backend
 from gralora_kernels.packing import Packing
 from gralora_kernels.stages import Stage, untold
+from gralora_kernels.tables import GroupTable
 from gralora_kernels.warmup import load_kernels
 from gralora_runtime.adapters.catalogue.catalogue import Retention
 from gralora_runtime.adapters.catalogue.sources.choice import SourceSettings, open_source
@@ -28,18 +29,20 @@ from gralora_runtime.adapters.catalogue.sources.source import Source
 from gralora_runtime.adapters.catalogue.uploads import UploadLimits, Uploads
 from gralora_runtime.adapters.manager import AdapterManager
 from gralora_runtime.adapters.residency.pace import Pace
+from gralora_runtime.adapters.residency.pool import AdapterPool
 from gralora_runtime.adapters.residency.transfer import Transfer, no_steps, transfer_to
 from gralora_runtime.config import LEAST_BITS, EngineConfig
 from gralora_runtime.errors import ConfigError
 from gralora_runtime.info import EngineInfo
-from gralora_runtime.model.adaptable import adaptable_modules, head_name, weight_norms
+from gralora_runtime.model.adaptable import changeable_shapes, embedding_name, head_name, norms_of, weight_norms
 from gralora_runtime.model.base_layers import BaseLayers
 from gralora_runtime.model.chat_turns import tool_format
+from gralora_runtime.model.experts import expert_shapes
 from gralora_runtime.model.kv_pool import KVPool, page_bytes
 from gralora_runtime.model.loading import BaseModel, load_base_model
+from gralora_runtime.model.programs.apart import Apart
 from gralora_runtime.model.programs.choice import kv_in_panels, make_runner, reserved_bytes
 from gralora_runtime.model.programs.gpu.graphs import usual_ladder
-from gralora_runtime.model.programs.head import HeadAdapters
 from gralora_runtime.model.programs.runner import Runner, Served
 from gralora_runtime.model.refusal import refusing
 from gralora_runtime.model.selfcheck import check_runner, expected_logits
@@ -112,21 +115,18 @@ def assemble(config: EngineConfig, base: BaseModel | None = None, *, stage: Stag
         )
         num_pages = len(kv_pool.keys[0])
         with stage("Model: its program"), refusing(base.name, base.model.config, "set up"):
-            head, groups = head_name(base.model), dict(adapters.pool.groups)
-            head_adapters = HeadAdapters(
-                groups.pop((head,)),
-                arena=adapters.pool.arena,
-                backend=build_backend(backend.name, device),
-                max_rows=config.max_num_batched_tokens,
-            )
+            groups, apart = _groups_and_apart(config, base, adapters.pool, backend)
+            experts = {shape.name: groups.pop((shape.name,)) for shape in expert_shapes(base.model)}
             runner = make_runner(
                 Served(
                     base=base,
                     kv_pool=kv_pool,
                     arena=adapters.pool.arena,
                     groups=groups,
-                    head_name=head,
-                    head=head_adapters,
+                    experts=experts,
+                    head_name=head_name(base.model),
+                    embedding_name=embedding_name(base.model),
+                    apart=apart,
                     layers=layers,
                     backend=backend,
                     page_size=config.page_size,
@@ -187,6 +187,22 @@ def assemble(config: EngineConfig, base: BaseModel | None = None, *, stage: Stag
         executor = Beside(runner, observation, prepare_thread) if pipelined else InTurn(runner, observation)
     engine = Engine(scheduler, batch, executor, observation, fence, pipelined=pipelined)
     return EngineParts(engine, runner, adapters, base, prompts, info, prepare_thread)
+
+
+def _groups_and_apart(
+    config: EngineConfig, base: BaseModel, pool: AdapterPool, backend: AdapterBackend
+) -> tuple[dict[tuple[str, ...], GroupTable], Apart]:
+    """The pool's groups of linear layers, and what has the others'."""
+    groups = dict(pool.groups)
+    apart = Apart(
+        head=groups.pop((head_name(base.model),)),
+        embedding=groups.pop((embedding_name(base.model),)),
+        norms={shape.name: groups.pop((shape.name,)) for shape in norms_of(base.model)},
+        arena=pool.arena,
+        backend=build_backend(backend.name, base.model.device),
+        max_tokens=config.max_num_batched_tokens,
+    )
+    return groups, apart
 
 
 def _read_model(config: EngineConfig, device: torch.device, stage: Stage) -> tuple[BaseModel, torch.Tensor]:
@@ -277,7 +293,7 @@ def _adapter_manager(
     )
     manager.append(
         AdapterManager(
-            modules=[shape for shape, _ in adaptable_modules(base.model)],
+            modules=changeable_shapes(base.model),
             device=device,
             dtype=base.model.dtype,
             pool_bytes=pool_bytes,

@@ -12,7 +12,13 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "examples")]
 from interpreted.test_program import BUILDS  # noqa: E402
 from model.test_language_model import MULTIMODAL  # noqa: E402
 from model.test_start_refusals import OTHERS  # noqa: E402
-from support.served import WITHOUT_PROGRAM, adapter_configs  # noqa: E402
+from support.served import (  # noqa: E402
+    MIXTURES,
+    WITHOUT_PROGRAM,
+    adapter_configs,
+    expert_configs,
+    replacing_configs,
+)
 from support.tiny_models import ARCHITECTURES, OTHER_BUILDS, tiny_model  # noqa: E402
 
 from gralora_runtime.adapters.checkpoint.config_keys import GRALORA_KEYS, LORA_KEYS, OF_THE_OTHER, Key, is_off  # noqa: E402
@@ -26,6 +32,8 @@ Written by `python scripts/compatibility.py` from what the tests compare with PE
 
 """
 CPU, GPU = "../tests/model/test_exactness.py", "../tests/interpreted/test_program.py"
+REPLACED = "../tests/model/test_replaced.py"
+EXPERTS = "../tests/model/test_experts.py"
 SUMS = "../tests/engine/test_mixes.py"
 OTHERS_TEST, INNER = "../tests/model/test_other_builds.py", "../tests/model/test_language_model.py"
 PARTS = "../tests/interpreted/test_rows.py"
@@ -42,7 +50,9 @@ NOTES = {
 # Of a config, that are worth a word.
 SPECIALS = (
     "use_rslora", "rank_pattern", "layers_to_transform", "alora_invocation_tokens", "use_dora", "lora_bias", "bias",
+    "modules_to_save", "trainable_token_indices", "target_parameters",
 )  # fmt: skip
+ENDS = {"lm_head": "on the output head", "embed_tokens": "on the embedding"}
 
 
 def main() -> None:
@@ -87,10 +97,12 @@ def _on_gpu(architecture: str) -> str:
 
 def _adapters() -> Iterator[str]:
     yield "## Adapters\n"
-    yield "Alone and mixed in one batch, through the reference, CPU and Triton kernels.\n"
+    yield "Alone and mixed in one batch, through the reference, CPU and Triton kernels"
+    yield f"([test]({CPU}), and of [what stands in the place of the base model's]({REPLACED})).\n"
     yield "| as the tests call it | what it is |"
     yield "|---|---|"
     kinds = adapter_configs("llama-biased") | adapter_configs("llama", all_ranks=False)
+    kinds |= replacing_configs("llama") | expert_configs("mixtral")
     for name, config in kinds.items():
         written = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
         spec = parse_config(name, written)
@@ -98,9 +110,11 @@ def _adapters() -> Iterator[str]:
         hybrid = f", hybrid r {spec.hybrid_rank}" if spec.hybrid_rank else ""
         values = {key: getattr(config, key, None) for key in SPECIALS}
         also = [key for key, value in values.items() if not is_off(value) and value != "none"]
-        also += ["on the output head"] if "lm_head" in config.target_modules else []
+        also += [where for name, where in ENDS.items() if name in config.target_modules]
         told = f"; {', '.join(also)}" if also else ""
         yield f"| {name} | {config.peft_type.value}, {parts}{hybrid}{told} |"
+    names = ", ".join(f"`{type(tiny_model(architecture)).__name__}`" for architecture in MIXTURES)
+    yield f"\nThose with target_parameters are on experts: of {names} ([test]({EXPERTS}))."
     yield f"\nSeveral in one request, each times a weight: the exact sum of any kinds, on the CPU ([test]({SUMS}))."
 
 

@@ -15,7 +15,16 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from gralora_kernels.triton_ops import activation, attention_launch, norm, product, rotary, sampling_launch, tokens
+from gralora_kernels.triton_ops import (
+    activation,
+    attention_launch,
+    embedding,
+    norm,
+    product,
+    rotary,
+    sampling_launch,
+    tokens,
+)
 from gralora_kernels.triton_ops.adapters.launch import variants as adapter_variants
 from gralora_kernels.triton_ops.variant import ELEMENT_NAMES, Variant
 
@@ -34,6 +43,7 @@ KERNELS = (
     attention_launch.variants,
     activation.variants,
     tokens.variants,
+    embedding.variants,
     product.variants,
     sampling_launch.variants,
 )

@@ -90,6 +90,7 @@ NO_TORCH = [
     "gralora_runtime/adapters/residency/lease.py",
     "gralora_runtime/adapters/residency/share.py",
     "gralora_runtime/adapters/checkpoint/config_keys.py",
+    "gralora_runtime/adapters/checkpoint/experts.py",
     "gralora_runtime/adapters/checkpoint/naming.py",
     "gralora_runtime/adapters/checkpoint/spec.py",
     "gralora_runtime/adapters/catalogue/database.py",

@@ -31,12 +31,15 @@ def configs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 def test_every_config_of_the_page_is_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    modules = module_shapes(save_tiny_model("llama", tmp_path / "model"))
-
     made = configs(tmp_path, monkeypatch)
-    folders = [save_adapter(tiny_model("llama"), config, tmp_path / str(at)) for at, config in enumerate(made)]
+    models = ["qwen3-moe" if getattr(config, "target_parameters", None) else "llama" for config in made]
+    modules = {model: module_shapes(save_tiny_model(model, tmp_path / model)) for model in set(models)}
+    folders = [
+        save_adapter(tiny_model(model), config, tmp_path / str(at))
+        for at, (model, config) in enumerate(zip(models, made, strict=True))
+    ]
 
     assert len(made) == len(BLOCKS) - 1  # the first one trains
-    for folder in [tmp_path / "customer-17", *folders]:
-        assert inspect(folder).fits(modules) == [], folder
-    assert inspect(edit_config(folders[0], r=8)).fits(modules) != []
+    for model, folder in zip(["llama", *models], [tmp_path / "customer-17", *folders], strict=True):
+        assert inspect(folder).fits(modules[model]) == [], folder
+    assert inspect(edit_config(folders[0], r=8)).fits(modules["llama"]) != []

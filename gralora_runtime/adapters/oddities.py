@@ -43,7 +43,8 @@ class Oddities:
 
     def _of_weights(self, adapter: LoadedAdapter, directory: Path, roots: Sequence[Path]) -> list[str]:
         if not any(adapter.bounds):
-            return [] if adapter.layout.affines else [CHANGES_NOTHING]
+            brings_more = adapter.layout.affines or adapter.layout.summary.replaces
+            return [] if brings_more else [CHANGES_NOTHING]
         beyond_bound = np.flatnonzero(np.array(adapter.bounds) > _limits(adapter.layout.modules, self.base_norms))
         doubtful = dict(adapter.layout.modules[position] for position in beyond_bound)
         closer = {

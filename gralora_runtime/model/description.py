@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,10 +27,13 @@ Rotary = tuple[Tensor, Tensor]  # cosines and sines, fp32 [positions, rotary_dim
 
 @dataclass(frozen=True, slots=True)
 class Norm:
-    """Of a stream's rows, by the description's `eps` and `centres`."""
+    """Of rows, by the description's `eps` and `centres`. Its weight is (the module's + offset) * factor."""
 
-    weight: Tensor
+    name: str
+    weight: Tensor  # of queries and keys [head_dim], or [heads * head_dim]: of all heads together
     bias: Tensor | None
+    offset: float = 0.0
+    factor: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +63,8 @@ class LayerDescription:
 
     attention_norm: Norm | None
     qkv: Projection
-    q_norm: Tensor | None  # [head_dim], or [heads * head_dim]: of all heads together
-    k_norm: Tensor | None
+    q_norm: Norm | None
+    k_norm: Norm | None
     rotary: str  # which of `rotary_tables`
     window: int  # 0: the whole context
     o: Projection
@@ -104,10 +107,18 @@ class Description:
         return self.layers[0].down.modules[0].in_features
 
     @property
+    def norms(self) -> Iterator[Norm]:
+        """All of them."""
+        for layer in self.layers:
+            joinings = layer.attention_joining.norm, layer.mlp_joining.norm
+            yield from filter(None, (layer.attention_norm, layer.q_norm, layer.k_norm, layer.mlp_norm, *joinings))
+        yield self.final_norm
+
+    @property
     def norms_whole_heads(self) -> bool:
         """Queries' and keys' norms are of all heads together."""
         norm = self.layers[0].q_norm
-        return norm is not None and len(norm) != self.head_dim
+        return norm is not None and len(norm.weight) != self.head_dim
 
 
 class OtherBuildError(Exception):
@@ -135,7 +146,7 @@ def describe(model: PreTrainedModel) -> Description:
         embedding=model.get_input_embeddings().weight,
         embedding_factor=build.embedding_factor(config),
         layers=tuple(_layer(layer, names, config, build) for layer in model.model.layers),
-        final_norm=_norm(final_norm, build, build.logits_factor(config)),
+        final_norm=_norm(final_norm, names, build, build.logits_factor(config)),
         head=model.get_output_embeddings(),
         heads=heads,
         kv_heads=getattr(config, "num_key_value_heads", None) or heads,
@@ -186,17 +197,13 @@ def _layer(layer: Any, names: dict[nn.Module, str], config: Any, build: Build) -
 
     def norm(parent: Any, name: str | None) -> Norm | None:
         module = None if name is None else getattr(parent, name, None)
-        return None if module is None else _norm(module, build)
-
-    def norm_of_heads(name: str) -> Tensor | None:
-        found = norm(attention, name)
-        return None if found is None else found.weight
+        return None if module is None else _norm(module, names, build)
 
     return LayerDescription(
         attention_norm=norm(layer, build.before_attention),
         qkv=projection(attention, "qkv_proj", "q_proj", "k_proj", "v_proj"),
-        q_norm=norm_of_heads("q_norm"),
-        k_norm=norm_of_heads("k_norm"),
+        q_norm=norm(attention, "q_norm"),
+        k_norm=norm(attention, "k_norm"),
         rotary=_rotary(attention, config, build),
         window=getattr(config if build.window_of_config else attention, "sliding_window", None) or 0,
         o=projection(attention, "o_proj", "dense"),
@@ -215,14 +222,14 @@ def _rotary(attention: Any, config: Any, build: Build) -> str:
     return str(config.layer_types[attention.layer_idx]) if build.rotary_by_layer_type else ""
 
 
-def _norm(module: Any, build: Build, factor: float = 1.0) -> Norm:
+def _norm(module: Any, names: dict[nn.Module, str], build: Build, factor: float = 1.0) -> Norm:
     weight: Tensor = module.weight.detach()
     bias: Tensor | None = getattr(module, "bias", None)
     if build.norm_offset != 0 or factor != 1:
         weight = (weight.float() + build.norm_offset) * factor
     if bias is not None:
         bias = bias.detach() if factor == 1 else bias.detach().float() * factor
-    return Norm(weight, bias)
+    return Norm(names[module], weight, bias, build.norm_offset, factor)
 
 
 def _eps(norm: Any) -> float:

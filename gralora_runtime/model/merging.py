@@ -11,16 +11,23 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gralora_kernels.packing import Array
-from gralora_runtime.adapters.checkpoint.affine import ModuleVectors, affines_of, vectors_in
+from gralora_runtime.adapters.checkpoint.affine import BaseNorm, ModuleVectors, affines_of, vectors_in
 from gralora_runtime.adapters.checkpoint.config_keys import INVOCATION
-from gralora_runtime.adapters.checkpoint.header import Vector
 from gralora_runtime.adapters.checkpoint.loader import LoadedAdapter
-from gralora_runtime.adapters.checkpoint.spec import rejected
+from gralora_runtime.adapters.checkpoint.plan import Vector
+from gralora_runtime.adapters.checkpoint.spec import LayerKind, rejected
 from gralora_runtime.adapters.checkpoint.unpacking import updates_in
 from gralora_runtime.adapters.checkpoint.update import Update, dense
 from gralora_runtime.adapters.checkpoint.whole import WholeAdapter, read_whole
 from gralora_runtime.adapters.checkpoint.writer import new_directory
-from gralora_runtime.model.adaptable import adaptable_modules, head_name, weight_and_bias
+from gralora_runtime.model.adaptable import (
+    changeable_modules,
+    changeable_shapes,
+    embedding_name,
+    head_name,
+    weight_and_bias,
+)
+from gralora_runtime.model.experts import expert_weights
 from gralora_runtime.model.loading import load_as_stored, load_tokenizer
 from gralora_runtime.model.module_shapes import module_shapes
 
@@ -62,10 +69,14 @@ def write_merged(adapter: Path, model: Path, out: Path, report: Report) -> Merge
 
 
 def _nowhere_to_go(model: PreTrainedModel, whole: WholeAdapter) -> Iterator[str]:
-    tied = head_name(model) if model.get_output_embeddings().weight is model.get_input_embeddings().weight else ""
+    ends = {head_name(model): "the embedding", embedding_name(model): "the output head"}
+    rows = [module.rows for module in whole.plan if module.module.name in ends]
+    is_tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    is_same = len(rows) == len(ends) and None not in rows and len(set(rows)) == 1
     for module in whole.plan:
-        if module.module.name == tied:
-            yield f"merged into {tied}, it would change the embedding, which has the same weight"
+        name = module.module.name
+        if is_tied and not is_same and name in ends:
+            yield f"merged into {name}, it would change {ends[name]}, which has the same weight"
         if not module.module.has_bias and any(vector.kind is Vector.B_BIASES for vector in module.vectors):
             yield f"merged into {module.module.name}, its {Vector.B_BIASES.value} have no bias to go to"
 
@@ -73,15 +84,24 @@ def _nowhere_to_go(model: PreTrainedModel, whole: WholeAdapter) -> Iterator[str]
 @torch.no_grad()
 def _merge(model: PreTrainedModel, whole: WholeAdapter, report: Report) -> Iterator[str]:
     """In place. Yields what is wrong with the result."""
-    modules = {shape.name: module for shape, module in adaptable_modules(model)}
+    layers = _weights_and_biases(model)
     updates = whole.updates()
     numbers = {name: tensor.float().numpy() for name, tensor in whole.tensors.items()}
     vectors = {one.plan.module.name: one for one in vectors_in(whole.plan, numbers)}
-    for done, name in enumerate(module.module.name for module in whole.plan):
+    for done, module in enumerate(whole.plan):
+        name = module.module.name
         report("Merging", done, len(whole.plan))
-        weight, bias = weight_and_bias(modules[name])
+        weight, bias = layers[name]
         total = _sum(weight, updates.get(name, ()))
-        if name in vectors:
+        if module.rows:
+            own = total.t() if module.module.kind is LayerKind.EMBEDDING else total
+            tokens = slice(None) if module.rows.tokens is None else list(module.rows.tokens)
+            own[tokens] = whole.tensors[module.rows.name].float()
+        if module.module.kind is LayerKind.NORM:
+            total, shifts = _gains_and_shifts(whole.header.name, vectors[name], total, bias)
+            if bias is not None:
+                bias.copy_(shifts)
+        elif name in vectors:
             gains, shifts = _gains_and_shifts(whole.header.name, vectors[name], total, bias)
             total = total * gains[:, None]
             if bias is not None and vectors[name].values.keys() != {Vector.MAGNITUDES}:  # those leave it alone
@@ -117,6 +137,10 @@ class _Layer:
         norms: Array = torch.linalg.vector_norm(self.total, dim=1, dtype=torch.float64).numpy()
         return norms
 
+    def norm(self, module: str) -> BaseNorm:
+        """It is the model itself."""
+        return BaseNorm(self.total.numpy(), self.bias(module))
+
     def rows(self, _module: str, first: int, count: int) -> Array:
         """fp32 [count, in]."""
         rows: Array = self.total[first : first + count].numpy()
@@ -130,10 +154,9 @@ def merge_adapter(model: PreTrainedModel, adapter: LoadedAdapter) -> None:
     Raises AdapterRejectedError for one that is not applied to all tokens.
     """
     _check_mergeable(f"sha256:{adapter.digest[:12]}", adapter.layout.summary.invocation)
-    modules = dict(adaptable_modules(model))
-    names = {shape.name: shape for shape in modules}
-    for name, update in updates_in(adapter, list(modules)).items():
-        weight, _ = weight_and_bias(modules[names[name]])
+    layers = _weights_and_biases(model)
+    for name, update in updates_in(adapter, changeable_shapes(model)).items():
+        weight, _ = layers[name]
         weight.copy_(_sum(weight, update))
 
 
@@ -143,9 +166,15 @@ def _check_mergeable(name: str, invocation: Sequence[int]) -> None:
         raise rejected(name, [f"{INVOCATION}: {list(invocation)} {problem}"])
 
 
+def _weights_and_biases(model: PreTrainedModel) -> dict[str, tuple[Tensor, Tensor | None]]:
+    """By module: a weight is [out, in], experts' are [experts, out, in]."""
+    found = {shape.name: weight_and_bias(module) for shape, module in changeable_modules(model)}
+    return found | {name: (weights, None) for name, weights in expert_weights(model).items()}
+
+
 def _sum(weight: Tensor, update: Update) -> Tensor:
-    """fp32 [out, in], to be rounded once."""
-    total = weight.float()
+    """fp32 [out, in] or [experts, out, in], to be rounded once."""
+    total = weight.to(torch.float32, copy=True)
     for pair in update:
         total = total + dense(pair)
     return total

@@ -1,4 +1,4 @@
-"""Sizes of a model from its config alone: the linear layers that adapters may target, a token's keys and values."""
+"""Sizes of a model from its config alone: the layers that adapters may change, a token's keys and values."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from gralora_runtime.adapters.checkpoint.spec import ModuleShape
 from gralora_runtime.errors import ModelUnsupportedError
-from gralora_runtime.model.adaptable import adaptable_modules
+from gralora_runtime.model.adaptable import changeable_shapes
 from gralora_runtime.model.kv_pool import kv_shape
 from gralora_runtime.model.language_model import read_config
 
@@ -22,7 +22,7 @@ def module_shapes(model_dir: Path) -> list[ModuleShape]:
     """The shapes of the model in `model_dir`, built on the meta device: no time and no memory goes into weights."""
     with _unsupported(model_dir), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(_config(model_dir))
-    return [shape for shape, _ in adaptable_modules(model)]
+    return changeable_shapes(model)
 
 
 def vocab_size(model_dir: Path) -> int:

@@ -33,6 +33,16 @@ class AdapterBackend(Protocol):
     def apply(self, y: Tensor, x: Tensor, arena: Tensor, group: GroupTable, grouping: Grouping) -> None:
         """y [tokens, sum(out)] += adapter(x [tokens, in]), in place; rows of slot -1 are not touched at all."""
 
+    def look_up(
+        self, y: Tensor, ids: Tensor, arena: Tensor, group: GroupTable, grouping: Grouping, *, factor: float
+    ) -> None:
+        """What adapters make of y [tokens, hidden], which is `factor` times an embedding's rows of int64 ids [tokens],
+        or int32 on a GPU.
+
+        `group` is the embedding's. A row that stands in the place of the base model's is put over it; pairs add B times
+        the column of A that an id names. Both times `factor`, in place; rows of slot -1 are not touched at all.
+        """
+
 
 def resolve_backend(name: str, device: torch.device) -> AdapterBackend:
     """The backend called `name`; "auto" is triton on a GPU and cpu on a CPU.

@@ -18,8 +18,15 @@ from torch import Tensor
 
 ENTRIES = 2  # a hybrid adapter is two entries: GraLoRA (r, k) and a plain pair (hybrid_r, k=1)
 ALIGNMENT = 16  # elements: every matrix starts at a multiple of it
+MAP_BYTES = 4
 ARENA_SLACK = 16  # elements behind the last matrix of an arena that kernels may read, never use
 NONE: Mapping[int, int] = MappingProxyType({})
+
+
+def map_numel(in_features: int, element_bytes: int) -> int:
+    """Elements of an arena that an embedding's map takes: int32 [in], which row stands in the place of each token's."""
+    numel = in_features * MAP_BYTES // element_bytes
+    return -(-numel // ALIGNMENT) * ALIGNMENT
 
 
 class Storage(IntEnum):
@@ -53,7 +60,9 @@ class Rows:
     gains and shifts lie, in host memory and on the device. On the CPU both are the same memory.
 
     Gains and shifts are two vectors [out] of fp32, one behind the other, in any arena: y = gain * (y + what the entries
-    add) + shift. DoRA's magnitudes are gains, biases are shifts.
+    add) + shift. DoRA's magnitudes are gains, biases are shifts. A norm's are its weights and biases. In an embedding's
+    place lies a map (`map_numel`), and behind it rows [n, out] of the arena's elements: 0 is the base model's own row,
+    1 + i the i-th of these.
     """
 
     host_index: npt.NDArray[np.int64]  # [modules, max_slots, ENTRIES, 4]

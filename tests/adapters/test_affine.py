@@ -136,7 +136,7 @@ def test_a_trained_bias_comes_in_the_place_of_the_base_s(tmp_path: Path) -> None
         (lambda t: t.update({f"{Q0}.lora_magnitude_vector": torch.full((32,), torch.nan)}), "make no finite numbers"),
         (lambda t: t.update({f"{Q0}.lora_magnitude_vector": torch.ones(32).int()}), "dtype I32 is not supported"),
         (lambda t: t.update({f"{Q0}.base_layer.bias": torch.ones(32)}), "base_layer.bias is surplus"),
-        (lambda t: t.update({"base_model.model.model.norm.bias": torch.ones(32)}), "no linear layer model.norm"),
+        (lambda t: t.update({"base_model.model.model.norm.bias": torch.ones(32)}), "no layer model.norm for it"),
     ],
     ids=["missing", "short", "not finite", "integers", "surplus", "of a norm"],
 )  # fmt: skip
@@ -222,7 +222,7 @@ def test_names_of_vectors_are_read_back(adapter: str, matrix: str) -> None:
 
 
 @pytest.mark.parametrize("storage", ["fp32", "bf16", "4 bits", "8 bits"])
-@pytest.mark.parametrize(("first", "count"), [(0, 40), (24, 16), (7, 20)])
+@pytest.mark.parametrize(("first", "count"), [(0, 40), (24, 16), (7, 20), (33, 7)])
 def test_norms_of_rows_of_any_storage(storage: str, first: int, count: int) -> None:
     generator = torch.Generator().manual_seed(3)
     weight = torch.randn(40, 64, generator=generator)

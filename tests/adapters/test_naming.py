@@ -162,7 +162,7 @@ def test_tensors_of_an_encoder_of_images_fit_nowhere(tmp_path: Path) -> None:
     edit_tensors(folder, lambda tensors: tensors.update({seeing: torch.zeros(4, 32)}))
 
     assert inspect(folder).fits(MODULES) == [
-        f"tensor {seeing}: the base model has no linear layer model.vision_tower.layers.0.q_proj"
+        f"tensor {seeing}: the base model has no layer model.vision_tower.layers.0.q_proj for it"
     ]
 
 

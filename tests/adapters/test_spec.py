@@ -12,7 +12,14 @@ import pytest
 from peft import GraloraConfig, LoraConfig
 from support.checkpoints import GRALORA_DEFAULTS, LORA_DEFAULTS, MODULES, gralora_config, lora_config
 
-from gralora_runtime.adapters.checkpoint.spec import MAX_PROBLEM_CHARS, MAX_PROBLEMS, Dialect, Part, parse_config
+from gralora_runtime.adapters.checkpoint.spec import (
+    MAX_PROBLEM_CHARS,
+    MAX_PROBLEMS,
+    Dialect,
+    Part,
+    TokenRows,
+    parse_config,
+)
 from gralora_runtime.adapters.checkpoint.targets import MatchingBudget
 from gralora_runtime.config import EngineConfig
 from gralora_runtime.errors import AdapterRejectedError, ConfigError
@@ -141,18 +148,14 @@ def test_the_first_pattern_that_matches_wins() -> None:
 
 
 REFUSED = {
-    "modules_to_save": ["lm_head"],
     "layer_replication": [[0, 2], [1, 3]],
     "megatron_config": {"a": 1},
-    "trainable_token_indices": [5],
-    "target_parameters": ["experts.down_proj"],
     "use_qalora": True,
     "use_bdlora": {"nblocks": 2},
     "arrow_config": {"top_k": 3},
     "kasa_config": {"beta": 1e-4},
     "monteclora_config": {"num_samples": 8},
     "velora_config": {"num_groups": 64},
-    "ensure_weight_tying": True,
     "a_key_from_the_future": 7,
     "bias": "gralora_only",
     "task_type": "SEQ_CLS",
@@ -215,10 +218,13 @@ def test_a_key_that_is_known_is_refused_whatever_an_operator_says(key: str) -> N
         EngineConfig(model=Path("/m"), allow_unknown_config_keys=("stamp", key))
 
 
+LORA_ALONE = ("lora_alpha", "use_rslora", "exclude_modules", "init_lora_weights", "target_parameters")
+
+
 @pytest.mark.parametrize(
     ("key", "make"),
     [
-        *((key, gralora_config) for key in ("lora_alpha", "use_rslora", "exclude_modules", "init_lora_weights")),
+        *((key, gralora_config) for key in LORA_ALONE),
         *((key, lora_config) for key in ("alpha", "gralora_k", "hybrid_r", "gralora_dropout")),
     ],
 )
@@ -246,12 +252,89 @@ def test_modules_of_other_tasks_that_no_causal_lm_has_are_told_of(names: list[st
     assert note.startswith(f"its config has modules_to_save: {names!r}, which are modules of other tasks")
 
 
-@pytest.mark.parametrize("names", [["lm_head"], ["embed_tokens", "score"], "score", [1], [["score"]], {"score": 1}])
-def test_modules_that_a_causal_lm_has_are_refused_with_what_mends_it(names: object) -> None:
-    told = problems(lora_config(modules_to_save=names))
+def test_modules_that_a_causal_lm_has_are_saved_and_others_are_not_looked_for() -> None:
+    for make in (lora_config, gralora_config):
+        spec = parse_config("a", make(modules_to_save=["embed_tokens", "score", "norm"]))
 
-    assert told.startswith(f"modules_to_save: {names!r} is not supported: it stands for trained weights")
-    assert told.endswith("write null in its place")
+        assert spec.saved == ("embed_tokens", "norm")
+        assert spec.notes == ()
+
+
+@pytest.mark.parametrize("names", ["score", [1], [["score"]], {"score": 1}, [""], 3])
+def test_modules_to_save_that_are_no_names_are_refused(names: object) -> None:
+    assert problems(lora_config(modules_to_save=names)) == f"modules_to_save: {names!r} is not a list of modules' names"
+
+
+def test_tokens_are_of_the_embedding_or_of_modules_by_name() -> None:
+    assert parse_config("a", lora_config(trainable_token_indices=[7, 5])).token_rows == (TokenRows("", (7, 5)),)
+    assert parse_config("a", lora_config(trainable_token_indices={"lm_head": [3]})).token_rows == (
+        TokenRows("lm_head", (3,)),
+    )
+    assert parse_config("a", lora_config(trainable_token_indices=[])).token_rows == ()
+
+
+TOKENS = [
+    (5, "trainable_token_indices: 5 is not a list of token ids"),
+    ([-1], "trainable_token_indices: [-1] is not a list of token ids"),
+    ([True], "trainable_token_indices: [True] is not a list of token ids"),
+    ([1 << 31], "trainable_token_indices: [2147483648] is not a list of token ids"),
+    ({"lm_head": []}, "trainable_token_indices['lm_head']: [] is not a list of token ids"),
+    ([4, 9, 4], "trainable_token_indices: [4, 9, 4] names a token twice"),
+]
+
+
+@pytest.mark.parametrize(("value", "told"), TOKENS, ids=[told for _, told in TOKENS])
+def test_tokens_that_are_none_are_refused_with_their_value(value: object, told: str) -> None:
+    assert problems(lora_config(trainable_token_indices=value)) == told
+
+
+@pytest.mark.parametrize("key", ["modules_to_save", "trainable_token_indices"])
+def test_what_applies_from_the_first_token_on_is_refused_beside_an_invocation(key: str) -> None:
+    value = {"modules_to_save": ["norm"], "trainable_token_indices": [3]}[key]
+
+    told = problems(lora_config(**{key: value}, alora_invocation_tokens=[5]))
+
+    assert told == f"{key}: {value!r} is not supported beside alora_invocation_tokens"
+
+
+def test_a_gralora_has_no_tokens_of_its_own() -> None:
+    """Nor PEFT's: it would pass over the key."""
+    told = problems(gralora_config(trainable_token_indices=[3]))
+
+    assert told == "trainable_token_indices: [3] is not supported in a config of this peft_type"
+
+
+PARAMETERS = ["experts.down_proj"]
+
+
+@pytest.mark.parametrize("modules", [None, []])
+def test_parameters_need_no_module_beside_them(modules: object) -> None:
+    targets = parse_config("a", lora_config(target_modules=modules, target_parameters=PARAMETERS)).targets
+
+    assert targets.matches_parameter("model.layers.0.mlp.experts.down_proj")
+    assert not targets.matches_parameter("model.layers.0.mlp.other_experts.down_proj")
+    assert not targets.matches("model.layers.0.mlp.experts.down_proj", MatchingBudget())
+
+
+def test_without_modules_and_parameters_nothing_is_named() -> None:
+    told = problems(lora_config(target_modules=None, target_parameters=[]))
+
+    assert told == "target_modules: None names no module"
+
+
+@pytest.mark.parametrize("value", ["experts.down_proj", [1], {"experts.down_proj": 1}], ids=repr)
+def test_parameters_that_are_no_list_of_strings_are_refused_as_peft_does(value: object) -> None:
+    assert problems(lora_config(target_parameters=value)) == f"target_parameters: {value!r} is not a list of strings"
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("use_dora", True), ("lora_bias", True), ("fan_in_fan_out", True), ("alora_invocation_tokens", [5])],
+)
+def test_what_peft_refuses_beside_parameters_is_refused(key: str, value: object) -> None:
+    told = problems(lora_config(target_parameters=PARAMETERS, **{key: value}))
+
+    assert told == f"{key}: {value!r} is not supported beside target_parameters"
 
 
 @pytest.mark.parametrize("init", [True, False, None, "gaussian", "Gaussian", "eva", "orthogonal", "mica"])

@@ -12,10 +12,12 @@ import torch
 from peft import PeftModel
 from support.checkpoints import write_gralora
 from support.peft_adapters import gralora_config, in_authors_dialect, lora_config, save_adapter
+from support.served import replacing_configs
 from support.tiny_models import CHAT_TEMPLATE, save_tiny_model, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from gralora_runtime.adapters.checkpoint.loader import load
+from gralora_runtime.adapters.checkpoint.spec import LayerKind, ModuleShape
 from gralora_runtime.errors import AdapterRejectedError
 from gralora_runtime.model.merging import merge_adapter
 from gralora_runtime.model.module_shapes import module_shapes
@@ -49,6 +51,10 @@ def config_of(kind: str, architecture: str) -> Any:
 KINDS = ("lora", "rslora", "gralora", "hybrid", "authors", "dora")
 
 
+def is_target(shape: ModuleShape) -> bool:
+    return shape.kind is LayerKind.LINEAR
+
+
 @pytest.mark.parametrize(
     ("architecture", "kind"),
     [*((a, kind) for a in ("llama", "gpt2", "phi3") for kind in KINDS), ("gpt2", "biases"), ("qwen2", "biases")],
@@ -65,9 +71,76 @@ def test_merged_weights_are_those_of_peft(architecture: str, kind: str, tmp_path
     before = AutoModelForCausalLM.from_pretrained(model).state_dict()
     changed = {name for name, weight in merged.items() if not torch.equal(weight, before[name])}
 
-    biases = {f"{shape.name}.bias" for shape in module_shapes(model) if shape.has_bias and kind == "biases"}
-    assert changed == {f"{shape.name}.weight" for shape in module_shapes(model) if shape.name != "lm_head"} | biases
+    biases = {
+        f"{shape.name}.bias"
+        for shape in module_shapes(model)
+        if shape.has_bias and is_target(shape) and kind == "biases"
+    }
+    assert changed == {f"{shape.name}.weight" for shape in module_shapes(model) if is_target(shape)} | biases
     assert merged.keys() == expected.keys()
+    assert max(float((weight - expected[name]).abs().max()) for name, weight in merged.items()) <= TOLERANCE
+
+
+@pytest.mark.parametrize("kind", ["both-ends", "embedding-too", "norms", "saved-head", "tokens", "all-biases"])
+@pytest.mark.parametrize("architecture", ["llama", "stablelm"])
+def test_whole_weights_are_merged_as_peft_does(architecture: str, kind: str, tmp_path: Path) -> None:
+    model = save_tiny_model(architecture, tmp_path / "model")
+    config = replacing_configs(architecture)[kind]
+    adapter = save_adapter(tiny_model(architecture), config, tmp_path / "adapter")
+    expected = peft_merged(model, adapter).state_dict()
+
+    assert merge(adapter, model, tmp_path / "out") == ExitCode.OK
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+
+    assert merged.keys() == expected.keys()
+    assert max(float((weight - expected[name]).abs().max()) for name, weight in merged.items()) <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        ("embedding", "merged into model.embed_tokens, it would change the output head, which has the same weight"),
+        ("saved-head", "merged into lm_head, it would change the embedding, which has the same weight"),
+    ],
+)
+def test_one_end_of_a_tied_model_is_not_merged(kind: str, told: str, tmp_path: Path, capsys: Any) -> None:
+    model = save_tiny_model("llama", tmp_path / "model", tied=True)
+    adapter = save_adapter(tiny_model("llama", tied=True), replacing_configs("llama")[kind], tmp_path / "adapter")
+
+    assert merge(adapter, model, tmp_path / "out") == ExitCode.UNFIT_ADAPTER
+    assert told in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_tokens_of_both_ends_of_a_tied_model_are_merged_into_both(tmp_path: Path) -> None:
+    model = save_tiny_model("llama", tmp_path / "model", tied=True)
+    adapter = save_adapter(tiny_model("llama", tied=True), replacing_configs("llama")["tokens"], tmp_path / "adapter")
+
+    assert merge(adapter, model, tmp_path / "out") == ExitCode.OK
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    prompt = torch.tensor([[5, 99, 180, 7]])
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model), adapter)
+
+    assert merged.lm_head.weight is merged.model.embed_tokens.weight
+    torch.testing.assert_close(merged(prompt).logits, adapted(prompt).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ["qwen3-moe", "mixtral", "gpt-oss"])
+def test_merged_experts_are_those_of_peft(architecture: str, tmp_path: Path) -> None:
+    model = save_tiny_model(architecture, tmp_path / "model")
+    parameters = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    config = lora_config(architecture, 3, target_modules=["q_proj"], target_parameters=parameters)
+    adapter = save_adapter(tiny_model(architecture), config, tmp_path / "adapter")
+    expected = peft_merged(model, adapter).state_dict()
+
+    assert merge(adapter, model, tmp_path / "out") == ExitCode.OK
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    before = AutoModelForCausalLM.from_pretrained(model).state_dict()
+    changed = {name for name, weight in merged.items() if not torch.equal(weight, before[name])}
+
+    layers = [f"model.layers.{layer}" for layer in range(2)]
+    names = [f"{layer}.{name}" for layer in layers for name in ("self_attn.q_proj.weight", *parameters)]
+    assert changed == set(names)
     assert max(float((weight - expected[name]).abs().max()) for name, weight in merged.items()) <= TOLERANCE
 
 

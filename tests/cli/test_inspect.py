@@ -17,7 +17,7 @@ from support.tiny_models import save_tiny_model, tiny_config, tiny_model
 from gralora_runtime.adapters.checkpoint.doubts import CHANGES_NOTHING
 from gralora_runtime.adapters.checkpoint.spec import ModuleShape
 from gralora_runtime.errors import ModelUnsupportedError
-from gralora_runtime.model.adaptable import adaptable_modules, weight_norms
+from gralora_runtime.model.adaptable import adaptable_modules, changeable_modules, weight_norms
 from gralora_runtime.model.module_shapes import module_shapes
 from gralora_server.cli.app import run
 from gralora_server.cli.output import ExitCode
@@ -37,8 +37,11 @@ def inspected(capsys) -> dict[str, object]:
 def test_shapes_from_the_config_are_those_of_the_model(architecture: str, tmp_path: Path) -> None:
     shapes = module_shapes(config_dir(architecture, tmp_path))
 
-    assert shapes == [shape for shape, _ in adaptable_modules(tiny_model(architecture))]
-    assert [shape.name for shape in shapes if "head" in shape.name or "embed" in shape.name] == ["lm_head"]
+    assert shapes == [shape for shape, _ in changeable_modules(tiny_model(architecture))]
+    assert [shape.name for shape in shapes if "head" in shape.name or "embed" in shape.name] == [
+        "lm_head",
+        *([] if architecture == "gpt2" else ["model.embed_tokens"]),
+    ]
 
 
 def test_shapes_of_a_convolution_style_linear_are_in_and_out(tmp_path: Path) -> None:
@@ -130,7 +133,7 @@ def test_where_an_activated_adapter_begins_is_told_and_held_against_the_model(tm
 
 
 def test_a_broken_adapter_is_exit_code_4(tmp_path: Path, capsys) -> None:
-    adapter = write_gralora(tmp_path / "a", use_dora=True, modules_to_save=["lm_head"])
+    adapter = write_gralora(tmp_path / "a", use_dora=True, modules_to_save="lm_head")
 
     assert run(["adapters", "inspect", str(adapter)]) == ExitCode.UNFIT_ADAPTER
     out, err = capsys.readouterr()

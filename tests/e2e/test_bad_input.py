@@ -75,7 +75,7 @@ PROBLEMS = {
     "unknown-type": "peft_type: 'IA3' is not supported (GRALORA and LORA are)",
     "other-base": "it was trained for the base model 'meta/some-other-model'; "
     f"tensor {A_WEIGHT} has shape [2, 96, 8], the base model needs [2, 32, 8]",
-    "unsupported": "modules_to_save: ['lm_head'] is not supported",
+    "unsupported": "layer_replication: [[0, 1], [0, 1]] is not supported: it repeats layers of the base model",
     "no-weights": "adapter_model.safetensors is missing",
     "not-json": "adapter_config.json is not JSON",
 }

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from support.embedding_cases import SLOTS, VOCAB, embedding_case, expected, looked_up
 from support.kernel_cases import CPU, MIXED, make_case, token_slots
 from support.numeric import BOUNDS
 
@@ -24,6 +25,18 @@ BOUND = BOUNDS[torch.float32]
 @pytest.fixture
 def backend() -> TritonBackend:
     return resolve_backend("triton", CPU)
+
+
+@pytest.mark.parametrize("hidden", [64, 40, 300])
+def test_rows_of_an_embedding(backend, hidden):
+    case = embedding_case(hidden)
+    slots = [6, *token_slots(30, len(SLOTS))]
+    ids = torch.randint(0, VOCAB, (31,), generator=torch.Generator().manual_seed(3))
+
+    found = looked_up(case, backend, slots, ids)
+
+    torch.testing.assert_close(found, expected(case, slots, ids))
+    assert torch.equal(found[:1], looked_up(case, backend, slots[:1], ids[:1]))
 
 
 WIDTHS = [(576, [192]), (1536, [64]), (48, [40]), (64, [72, 24, 24]), (40, [72, 72])]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 import torch
-from support.served import Served, check_against_peft, serving
+from support.served import Served, check_against_peft, replacing_configs, serving
 
 from gralora_runtime.model.programs.gpu import runner as runner_module
 from gralora_runtime.model.programs.gpu.graphs import usual_ladder
@@ -31,8 +31,18 @@ def test_all_adapters_in_one_batch_have_pefts_logits(build, length, tmp_path):
         check_against_peft(served, length - 1, length)
 
 
-def test_a_build_without_a_program_has_pefts_logits_the_slow_way(tmp_path):
-    with serving("gpt2", tmp_path / "model", tmp_path / "adapters", **SIZES) as served:
+@pytest.mark.parametrize(("build", "length"), {"qwen3": 7, "gemma2": 6}.items())
+def test_what_comes_in_the_place_of_the_base_model_s_has_pefts_logits(build, length, tmp_path):
+    """Norms of heads, and those of Gemma; a scaled embedding. Graphs have none of it."""
+    with serving(
+        build, tmp_path / "model", tmp_path / "adapters", configs=replacing_configs(build), cuda_graphs=(4,), **SIZES
+    ) as served:
+        check_against_peft(served, length - 1, length)
+
+
+@pytest.mark.parametrize("build", ["gpt2", "qwen3-moe", "gpt-oss"])
+def test_a_build_without_a_program_has_pefts_logits_the_slow_way(build, tmp_path):
+    with serving(build, tmp_path / "model", tmp_path / "adapters", **SIZES) as served:
         assert isinstance(served.parts.runner, TransformersRunner)
         check_against_peft(served, 5, 6)
 

@@ -7,9 +7,12 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
 from gguf.quants import dequantize, quantize
+from numba import njit
 
-from gralora_kernels.cpu.blocks import BLOCKS_4, BLOCKS_8, recognised
-from gralora_kernels.cpu.linear import PackedWeight, linear
+from gralora_kernels.cpu.blocks import BLOCKS_4, BLOCKS_8, PAIR, recognised
+from gralora_kernels.cpu.linear import WIDE_BYTES, PackedWeight, linear, linear_piece, num_pieces, row_numbers
+from gralora_kernels.cpu.microkernel import FROM_OUTPUT, FROM_ZERO, PANEL
+from gralora_kernels.cpu.simd import LANES
 from gralora_kernels.tables import Storage
 
 KINDS = {Kind.Q4_0: BLOCKS_4, Kind.Q4_1: BLOCKS_4, Kind.Q8_0: BLOCKS_8}
@@ -26,11 +29,13 @@ def widened(kind: Kind, out_features: int, in_features: int, seed: int = 0) -> t
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
-@pytest.mark.parametrize(("in_features", "out_features"), [(576, 192), (192, 577), (32, 3), (1536, 40)])
+@pytest.mark.parametrize(
+    ("in_features", "out_features"), [(576, 192), (192, 577), (32, 3), (1536, 40), (64, 3 * PANEL)]
+)
 def test_blocks_are_kept_as_they_are_and_their_products_are_those_of_fp32(kind, in_features, out_features):
     weight = widened(kind, out_features, in_features)
     small, large = PackedWeight(weight, least_bits=4), PackedWeight(weight)
-    columns = large.panels.shape[0] * large.panels.shape[2]
+    columns = -(-out_features // PAIR) * PAIR
     assert (small.storage, large.storage) == (KINDS[kind], Storage.NATIVE)
     assert small.panels.nbytes * 8 == columns * in_features * BITS[small.storage]
 
@@ -41,6 +46,33 @@ def test_blocks_are_kept_as_they_are_and_their_products_are_those_of_fp32(kind, 
         linear(narrow, x, small, bias)
         linear(wide, x, large, bias)
         assert torch.equal(narrow, wide), f"{rows} rows"
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+@pytest.mark.parametrize("columns", [1, LANES + 1, PANEL, PANEL + LANES, PAIR - 1, PAIR, PAIR + 3, 3 * PANEL, 3 * PAIR])
+@pytest.mark.parametrize("begin", ["zero", "bias", "y"])
+def test_a_row_is_that_of_fp32_however_much_of_the_last_pair_there_is(kind, columns, begin):
+    """Wherever its sums begin; and nothing behind its columns is touched."""
+    weight, x = widened(kind, columns, 96), torch.randn(1, 96)
+    first = torch.randn(columns + PAIR)
+    found = []
+    for packed in (PackedWeight(weight, least_bits=4), PackedWeight(weight)):
+        out = first.clone()
+        start = {"zero": FROM_ZERO, "bias": first.data_ptr(), "y": FROM_OUTPUT}[begin]
+        scratch = torch.empty(WIDE_BYTES, dtype=torch.uint8)
+        product(x.data_ptr(), 96, out.data_ptr(), columns, packed.address, int(packed.storage), start,
+                scratch.data_ptr(), row_numbers(1))  # fmt: skip
+        found.append(out)
+
+    assert torch.equal(*found)
+    assert torch.equal(found[0][columns:], first[columns:])
+    assert not torch.equal(found[0][:columns], first[:columns])
+
+
+@njit
+def product(x, in_features, out, out_features, panels, storage, start, scratch, iota):
+    for piece in range(num_pieces(1, out_features, storage)):
+        linear_piece(piece, 1, x, in_features, out, out_features, panels, storage, start, scratch, iota)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)

@@ -32,7 +32,7 @@ def test_every_kernel_is_audited(binaries):
     from kernel_binary import TARGETS
 
     kinds = {"shrink", "expand", "norm", "rotary", "attention", "silu", "gelu_tanh", "squared_relu alone", "linear"}
-    kinds |= {"sampling", "follow"}
+    kinds |= {"sampling", "follow", "look up"}
     for target in TARGETS:
         assert {b.variant.split(",")[0] for b in binaries if b.target == target} == kinds
     assert {"b_x", "b_a", "b_b", "b_old", "b_k", "b_v"} <= {name for b in binaries for name in b.wide_loads}

@@ -55,7 +55,7 @@ BREAKAGES: dict[str, Callable[[Path], None]] = {
         _edit_weights(folder, _widen),
         _edit_config(folder, base_model_name_or_path="meta/some-other-model"),
     )[0],
-    "unsupported": lambda folder: _edit_config(folder, bias="all", modules_to_save=["lm_head"]),
+    "unsupported": lambda folder: _edit_config(folder, bias="all", layer_replication=[[0, 1], [0, 1]]),
     "no-weights": lambda folder: (folder / WEIGHTS).unlink(),
     "not-json": lambda folder: (folder / CONFIG).write_text("{'r': 8}") and None,
 }

@@ -114,7 +114,7 @@ def make_case(
                 for features in (in_features, table.out_features):
                     offsets.append(size)
                     matrix = torch.randn(r * features, generator=generator) / 8
-                    pieces.append(_cells(matrix.to(DTYPES.get(storage, torch.float32)), widened=widened))
+                    pieces.append(cells_of(matrix.to(DTYPES.get(storage, torch.float32)), widened=widened))
                     size += len(pieces[-1])
                 kept = Storage.NATIVE if widened else storage
                 a, b = offsets
@@ -123,7 +123,7 @@ def make_case(
             if slot % 3 == 2:
                 affine = size
                 vectors = torch.randn(2 * table.out_features, generator=generator)
-                pieces.append(_cells(vectors, widened=True))
+                pieces.append(cells_of(vectors, widened=True))
                 size += len(pieces[-1])
             table.set(slot, entries, affine)
     # What may be read behind the last matrix is there, and no more.
@@ -131,7 +131,7 @@ def make_case(
     return Case(group, arena[: len(arena) - ALIGNMENT + ARENA_SLACK])
 
 
-def _cells(matrix: Tensor, *, widened: bool) -> Tensor:
+def cells_of(matrix: Tensor, *, widened: bool = False) -> Tensor:
     """As elements of an fp32 arena, and a gap behind."""
     if widened or matrix.dtype == torch.float32:
         cells = matrix.float()

@@ -31,6 +31,7 @@ ALL_LINEAR: dict[str, list[str] | str] = {
     "phimoe": ["q_proj", "k_proj", "v_proj", "o_proj"],
     "mixtral": ["q_proj", "k_proj", "v_proj", "o_proj"],
 }
+NOT_RANDOM = ("lora_magnitude_vector", "modules_to_save", "trainable_tokens_delta")
 LLAMA_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -84,11 +85,11 @@ def save_adapter(model: PreTrainedModel, config: PeftConfig, folder: Path, *, se
 
 @contextmanager
 def _other_vectors(adapted: PeftModel) -> Iterator[None]:
-    """PEFT begins with magnitudes and biases that change nothing, and biases are the model's own."""
+    """PEFT begins with magnitudes, biases and whole modules that change nothing, and biases are the model's own."""
     vectors = [
         parameter
         for name, parameter in adapted.named_parameters()
-        if parameter.requires_grad and ("lora_magnitude_vector" in name or name.endswith(".bias"))
+        if parameter.requires_grad and (name.endswith(".bias") or any(part in name for part in NOT_RANDOM))
     ]
     before = [vector.clone() for vector in vectors]
     for vector in vectors:

@@ -67,7 +67,7 @@ YARN = {
     }
 }
 ALL_HEADS = {"num_key_value_heads": 4}  # have keys of their own
-EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 20}  # no whole number of matrices' alignment
 # Served by a program of our own, all but the last one.
 ARCHITECTURES = (
     "llama", "llama-biased", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3", "phi3", "granite", "smollm3",
@@ -81,7 +81,7 @@ OTHER_BUILDS = (
 )  # fmt: skip
 
 
-def tiny_config(architecture: str) -> PreTrainedConfig:
+def tiny_config(architecture: str, *, tied: bool = False) -> PreTrainedConfig:
     """Hidden size 64 (divisible by 8 blocks), two layers, grouped-query attention where the architecture has it."""
     ids = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2, "vocab_size": VOCAB_SIZE}
     sizes = {
@@ -91,7 +91,7 @@ def tiny_config(architecture: str) -> PreTrainedConfig:
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "max_position_embeddings": 512,
-        "tie_word_embeddings": False,
+        "tie_word_embeddings": tied,
     }
     if architecture == "gemma3-multimodal":
         vision = SiglipVisionConfig(
@@ -163,10 +163,10 @@ def tiny_config(architecture: str) -> PreTrainedConfig:
     return kind(**(sizes | ids | extra))
 
 
-def tiny_model(architecture: str, seed: int = 0) -> PreTrainedModel:
+def tiny_model(architecture: str, seed: int = 0, *, tied: bool = False) -> PreTrainedModel:
     """Random weights, large enough that tokens differ and small enough that logits stay moderate."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(tiny_config(architecture)).eval()
+    model = AutoModelForCausalLM.from_config(tiny_config(architecture, tied=tied)).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim == 2:
@@ -195,8 +195,8 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
-def save_tiny_model(architecture: str, folder: Path, seed: int = 0) -> Path:
+def save_tiny_model(architecture: str, folder: Path, seed: int = 0, *, tied: bool = False) -> Path:
     """A model directory as `--model` takes it."""
-    tiny_model(architecture, seed).save_pretrained(folder)
+    tiny_model(architecture, seed, tied=tied).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder

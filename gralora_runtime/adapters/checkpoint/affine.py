@@ -2,7 +2,8 @@
 
 All of them are one form, y = gain * (y + what its matrices add) + shift, y being what the base layer gives with its own
 bias. DoRA (arXiv 2402.09353) scales every output so that its weight's row, W + scale * B @ A, has a trained norm:
-gain = magnitude / norm, and never the bias. A trained bias stands in the place of the base layer's.
+gain = magnitude / norm, and never the bias. A trained bias stands in the place of the base layer's. A norm's gains and
+shifts are its weights and biases themselves, in the place of the base model's.
 """
 
 from __future__ import annotations
@@ -16,14 +17,24 @@ import numpy as np
 import torch
 
 from gralora_kernels.packing import Array
-from gralora_runtime.adapters.checkpoint.header import ModulePlan, Plan, Vector
-from gralora_runtime.adapters.checkpoint.spec import rejected
+from gralora_runtime.adapters.checkpoint.plan import ModulePlan, Plan, Vector
+from gralora_runtime.adapters.checkpoint.spec import LayerKind, rejected
 from gralora_runtime.adapters.checkpoint.stored import ARRAYS, held, read_range
 from gralora_runtime.adapters.checkpoint.tensors import TensorInfo
 
 
+@dataclass(frozen=True, slots=True)
+class BaseNorm:
+    """It scales by (weight + offset) * factor, and then adds bias * factor."""
+
+    weight: Array  # fp32 [out]
+    bias: Array | None
+    offset: float = 0.0
+    factor: float = 1.0
+
+
 class BaseLayers(Protocol):
-    """What vectors of an adapter are relative to."""
+    """What vectors and rows of an adapter are relative to."""
 
     def bias(self, module: str) -> Array | None:
         """fp32 [out]."""
@@ -35,7 +46,10 @@ class BaseLayers(Protocol):
         """Of each row of W + b @ a, for fp32 a [r, in] and b [out, r]: float64 [out]."""
 
     def rows(self, module: str, first: int, count: int) -> Array:
-        """Of W: fp32 [count, in]."""
+        """Of W: fp32 [count, in]; of an embedding [count, hidden]."""
+
+    def norm(self, module: str) -> BaseNorm:
+        """Of a norm."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +109,8 @@ def affines_of(name: str, modules: Sequence[ModuleVectors], base: BaseLayers) ->
 
 def _affine(vectors: ModuleVectors, base: BaseLayers) -> Array:
     module, values = vectors.plan.module, vectors.values
+    if module.kind is LayerKind.NORM:
+        return _of_norm(values, base.norm(module.name))
     affine: Array = np.zeros((2, module.out_features), np.float64)
     gains, shifts = affine
     gains[:] = 1.0
@@ -113,6 +129,13 @@ def _affine(vectors: ModuleVectors, base: BaseLayers) -> Array:
         shifts += pair.part.scale * values[Vector.B_BIASES]
     shifts *= base.factor(module.name)
     return affine.astype(np.float32)
+
+
+def _of_norm(values: Mapping[Vector, Array], norm: BaseNorm) -> Array:
+    gains = (values.get(Vector.NORM_WEIGHTS, norm.weight) + np.float32(norm.offset)) * np.float32(norm.factor)
+    shifts = values.get(Vector.BIASES, norm.bias)
+    shifts = np.zeros_like(gains) if shifts is None else shifts * np.float32(norm.factor)
+    return np.stack([gains, shifts]).astype(np.float32)
 
 
 def _listed(vectors: ModuleVectors) -> str:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from gralora_kernels.packing import Array
 from gralora_kernels.tables import Entry, Storage
-from gralora_runtime.adapters.checkpoint.header import Plan
+from gralora_runtime.adapters.checkpoint.plan import Plan, room_numel
 from gralora_runtime.adapters.checkpoint.remembered import remembered
 from gralora_runtime.adapters.checkpoint.spec import ModuleShape
 from gralora_runtime.adapters.checkpoint.tensors import TensorInfo
@@ -88,8 +88,8 @@ def _sizes(_: Mapping[str, TensorInfo], plan: Plan) -> _Sizes:
     pairs = [(module.module, pair.part) for module in plan for pair in module.parts]
     return _Sizes(
         scale=np.array([part.scale for _, part in pairs], np.float64),
-        a=np.sqrt([float(part.r * shape.in_features) for shape, part in pairs]),
-        b=np.sqrt([float(part.r * shape.out_features) for shape, part in pairs]),
+        a=np.sqrt([float(part.r * shape.experts * shape.in_features) for shape, part in pairs]),
+        b=np.sqrt([float(part.r * shape.experts * shape.out_features) for shape, part in pairs]),
         module=np.repeat(np.arange(len(plan)), [len(module.parts) for module in plan]),
     )
 
@@ -99,12 +99,20 @@ def closer_bound(blob: Tensor, module: ModuleShape, entries: Sequence[Entry]) ->
     norms = [
         (
             entry.scale,
-            _norm(blob, entry.a_offset, entry.r * module.in_features, entry.storage),
-            _norm(blob, entry.b_offset, entry.r * module.out_features, entry.storage),
+            _norm(blob, entry.a_offset, _numel(blob, module, entry, module.in_features), entry.storage),
+            _norm(blob, entry.b_offset, _numel(blob, module, entry, module.out_features), entry.storage),
         )
         for entry in entries
     ]
     return float(_bounds(*np.array(norms, np.float64).T).sum())
+
+
+def _numel(blob: Tensor, module: ModuleShape, entry: Entry, features: int) -> int:
+    """Of a matrix; of all experts' with the zeros between them."""
+    if module.experts == 1:
+        return entry.r * features
+    share = 1 if entry.storage == Storage.NATIVE else blob.element_size() // 2
+    return module.experts * share * room_numel(entry.r * features, share)
 
 
 def _bounds(scale: Array, a: Array, b: Array) -> Array:

@@ -12,7 +12,9 @@ from typing import Any
 
 OPTION = "--allow-unknown-config-key"
 INVOCATION = "alora_invocation_tokens"
-_OTHER_HEADS = ("classifier", "qa_outputs", "score")  # what PEFT saves for tasks that are no causal LM's
+SAVED = "modules_to_save"
+TOKENS = "trainable_token_indices"
+OTHER_HEADS = ("classifier", "qa_outputs", "score")  # what PEFT saves for tasks that are no causal LM's
 _MAX_CHARS = 200  # of a stranger's key in a command that is told
 
 # The initialisations that leave the base weights as they are. The others (PiSSA, OLoRA, CorDA, LoRA-GA, LoftQ) train
@@ -37,8 +39,8 @@ def _is_plain_init(value: Any) -> bool:
     return value is None or isinstance(value, bool) or (isinstance(value, str) and value.lower() in _PLAIN_INITS)
 
 
-def _names_no_module(value: Any) -> bool:
-    return is_off(value) or (isinstance(value, list) and all(name in _OTHER_HEADS for name in value))
+def _names_other_heads(value: Any) -> bool:
+    return isinstance(value, list) and all(name in OTHER_HEADS for name in value)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +50,7 @@ class Key:
     neutral: Callable[[Any], bool] = is_off
     otherwise: str = "is not supported"  # behind the value; and what mends it
     told: str = ""  # behind a neutral value that is not off, to a person; "": it is nothing to speak of
+    tells: Callable[[Any], bool] = _anything  # whether of this value
 
 
 _READ = Key(neutral=_anything)  # by `spec`, which judges its value
@@ -66,13 +69,10 @@ _COMMON = {
     "layers_pattern": _READ,
     "task_type": Key(neutral=_is_none_or("CAUSAL_LM"), otherwise="is not supported (CAUSAL_LM is)"),
     "bias": _READ,
-    "modules_to_save": Key(
-        neutral=_names_no_module,
-        otherwise=(
-            "is not supported: it stands for trained weights of whole modules. PEFT does not load it without them "
-            "either; if the file has none, and none were trained, write null in its place"
-        ),
+    SAVED: Key(  # `spec` reads it
+        neutral=_anything,
         told="which are modules of other tasks, and none of this model's",
+        tells=_names_other_heads,
     ),
     "auto_mapping": _TRAINING,
     "base_model_name_or_path": _TRAINING,
@@ -87,19 +87,18 @@ _COMMON = {
     "unsloth_fixed": _STAMP,
     "unsloth_version": _STAMP,
     "arrow_config": Key(otherwise="is not supported: Arrow routes each token between adapters"),
-    "ensure_weight_tying": Key(),
     "kasa_config": Key(otherwise="is not supported: KaSA cuts off parts of the base weights"),
     "layer_replication": Key(otherwise="is not supported: it repeats layers of the base model"),
     "megatron_config": Key(otherwise="is not supported: its layers are Megatron's"),
     "monteclora_config": Key(otherwise="is not supported: its answers are random"),
-    "target_parameters": Key(otherwise="is not supported: it adapts parameters that are no linear layer's"),
-    "trainable_token_indices": Key(otherwise="is not supported: it trains rows of the embedding"),
     "use_bdlora": Key(otherwise="is not supported: its matrices are block diagonal"),
     "use_qalora": Key(otherwise="is not supported: QALoRA pools what a layer reads"),
     "velora_config": Key(),
 }
 _OF_LORA = {
     INVOCATION: Key(neutral=_anything, told=_ACTIVATED),
+    TOKENS: _READ,
+    "ensure_weight_tying": _READ,
     "lora_alpha": _READ,
     "use_rslora": _READ,
     "use_dora": _READ,
@@ -107,6 +106,7 @@ _OF_LORA = {
     "rank_pattern": _READ,
     "alpha_pattern": _READ,
     "exclude_modules": _READ,
+    "target_parameters": _READ,
     "init_lora_weights": Key(
         neutral=_is_plain_init,
         otherwise=(
@@ -134,6 +134,7 @@ _OF_GRALORA = {
     "gralora_dropout": _TRAINING,
     "init_weights": _TRAINING,
 }
+NOT_BESIDE_PARAMETERS = ("use_dora", "lora_bias", "fan_in_fan_out", INVOCATION)  # target_parameters, as in PEFT
 OF_THE_OTHER = Key(otherwise="is not supported in a config of this peft_type")
 
 LORA_KEYS = dict.fromkeys(_OF_GRALORA, OF_THE_OTHER) | _COMMON | _OF_LORA

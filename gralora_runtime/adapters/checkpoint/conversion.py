@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from gralora_runtime.adapters.checkpoint.config_keys import INVOCATION
-from gralora_runtime.adapters.checkpoint.header import ModulePlan, PartTensors
 from gralora_runtime.adapters.checkpoint.naming import Naming, as_peft_names
+from gralora_runtime.adapters.checkpoint.plan import ModulePlan, PartTensors
 from gralora_runtime.adapters.checkpoint.spec import MAX_RANK, Dialect
 from gralora_runtime.adapters.checkpoint.update import as_blocks
 from gralora_runtime.adapters.checkpoint.whole import WholeAdapter
@@ -76,8 +76,8 @@ def _problems(adapter: WholeAdapter, to: Dialect) -> list[str]:
     header = adapter.header
     if header.dialect is to:
         return [f"it is written as {to} already"]
-    if adapter.vectors:
-        return [f"it has trained {' and '.join(adapter.vectors)}, for which {to} has no exact form"]
+    if (more := _more_than_pairs(adapter)) is not None:
+        return [f"{more}, for which {to} has no exact form"]
     if to is Dialect.LORA and header.equivalent_rank > MAX_RANK:
         return [f"a LoRA that equals it has rank {header.equivalent_rank} (at most {MAX_RANK})"]
     if header.dialect is not Dialect.LORA:
@@ -92,6 +92,17 @@ def _problems(adapter: WholeAdapter, to: Dialect) -> list[str]:
         for what, counts in differing.items()
         if len(counts) > 1
     ]
+
+
+def _more_than_pairs(adapter: WholeAdapter) -> str | None:
+    """What it has beside pairs on linear layers, if it has any."""
+    if replaced := [module.module.name for module in adapter.plan if module.replaces]:
+        return f"it has its own weights in the place of {replaced[0]}'s"
+    if adapter.vectors:
+        return f"it has trained {' and '.join(adapter.vectors)}"
+    if any(module.module.experts > 1 for module in adapter.plan):
+        return "it is on experts (target_parameters)"
+    return None
 
 
 def _counted(counts: Counter[float]) -> str:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from gralora_runtime.adapters.checkpoint.header import Vector
+from gralora_runtime.adapters.checkpoint.plan import Vector
 from gralora_runtime.adapters.checkpoint.update import Update, minus, norm
 from gralora_runtime.adapters.checkpoint.whole import WholeAdapter
 
@@ -69,14 +69,20 @@ def _facts(adapter: WholeAdapter) -> dict[str, Fact]:
         "invocation": list(summary.invocation),
         "dtypes": sorted({tensor.dtype for tensor in adapter.header.tensors.values()}),
         "targets": list(adapter.header.targets),
-        "vectors": [f"{kind} {_digest(adapter, kind)}" for kind in adapter.vectors],
+        "vectors": [f"{kind} {_digest(adapter, _vectors(adapter, kind))}" for kind in adapter.vectors],
+        "rows": [f"{one.module.name} {_digest(adapter, [one.rows.name])}" for one in adapter.plan if one.rows],
     }
 
 
-def _digest(adapter: WholeAdapter, kind: Vector) -> str:
-    """Short, of all vectors of a kind."""
+def _vectors(adapter: WholeAdapter, kind: Vector) -> list[str]:
+    """The names of all of a kind."""
+    return [vector.name for one in adapter.plan for vector in one.vectors if vector.kind is kind]
+
+
+def _digest(adapter: WholeAdapter, names: Sequence[str]) -> str:
+    """Short, of these tensors."""
     digest = hashlib.sha256()
-    for name in (vector.name for one in adapter.plan for vector in one.vectors if vector.kind is kind):
+    for name in names:
         digest.update(adapter.tensors[name].float().numpy().tobytes())
     return digest.hexdigest()[:12]
 

@@ -30,9 +30,12 @@ def about_names(trained_for: str, served_model: str) -> list[str]:
     return [f"its config names the base model {trained_for!r}, and this one is called {served_model!r}"]
 
 
-def about_weights(updates: Mapping[str, Update], base_norms: Mapping[str, float]) -> list[str]:
-    """`base_norms`: Frobenius norms of the weights that updates are added to; modules without one raise no doubts."""
-    if not any(map(_changes_something, updates.values())):
+def about_weights(
+    updates: Mapping[str, Update], base_norms: Mapping[str, float], *, brings_more: bool = False
+) -> list[str]:
+    """`base_norms`: Frobenius norms of the weights that updates are added to; modules without one raise no doubts.
+    `brings_more`: than updates."""
+    if not brings_more and not any(map(_changes_something, updates.values())):
         return [CHANGES_NOTHING]
     return _about_sizes(updates, base_norms)
 

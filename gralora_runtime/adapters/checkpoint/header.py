@@ -9,12 +9,13 @@ import math
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from enum import StrEnum
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from gralora_runtime.adapters.checkpoint.config_keys import SAVED
+from gralora_runtime.adapters.checkpoint.experts import module_of, unwrapped
 from gralora_runtime.adapters.checkpoint.file import (
     MalformedError,
     MissingFileError,
@@ -23,19 +24,27 @@ from gralora_runtime.adapters.checkpoint.file import (
     read_text,
 )
 from gralora_runtime.adapters.checkpoint.mending import name_instead, save_as_safetensors
-from gralora_runtime.adapters.checkpoint.naming import BASE_WEIGHT, BIASES, Naming, naming_for, spelling, take_apart
+from gralora_runtime.adapters.checkpoint.naming import Naming, naming_for, spelling, take_apart
+from gralora_runtime.adapters.checkpoint.plan import (
+    Copy,
+    PartTensors,
+    Plan,
+    Planned,
+    planned,
+    room_numel,
+    weight_shape,
+)
 from gralora_runtime.adapters.checkpoint.remembered import remembered
 from gralora_runtime.adapters.checkpoint.spec import (
     AdapterSpec,
-    Biases,
     Dialect,
+    LayerKind,
     ModuleShape,
-    Part,
     clipped,
     parse_config,
     rejected,
 )
-from gralora_runtime.adapters.checkpoint.targets import MATCHING_BUDGET_S, MatchingBudget, SlowPatternError
+from gralora_runtime.adapters.checkpoint.targets import MATCHING_BUDGET_S, SlowPatternError
 from gralora_runtime.adapters.checkpoint.tensors import DTYPES, WEIGHTS_FILE, TensorInfo, parse_header, read_header
 
 CONFIG_FILE = "adapter_config.json"
@@ -44,61 +53,13 @@ PICKLE_FILE = "adapter_model.bin"
 MAX_CONFIG_BYTES = 1 << 20
 MAX_CONFIG_VALUES = 1 << 17
 MAX_KEPT_CONFIG_BYTES = 64 << 10  # a plan is kept together with its config: as for headers, not with a huge one
-ALIGNMENT = 16  # elements between the starts of two packed matrices
 MAX_EXAMPLES = 2  # names of each side, where no name of one is the other's
 MAX_EXAMPLE_CHARS = 200
+_NOT_SAVED = (
+    ": its trained weights are not in the file. PEFT does not load it without them either; if none were trained, write "
+    "null in its place"
+)
 _FIRST_MATRICES = ("gralora_A", "lora_A.weight")
-_NOT_SERVED = {
-    ".lora_embedding_": "is of an adapter on an embedding, which is not served",
-    ".trainable_tokens_": "has trained rows of an embedding, which are not served",
-}
-AFFINE_BYTES = 2 * DTYPES["F32"]  # of an output: a gain and a shift
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PartTensors:
-    """The two tensors of one part on one module: their names in the checkpoint and the shapes they must have."""
-
-    part: Part
-    a_name: str
-    a_shape: tuple[int, ...]
-    b_name: str
-    b_shape: tuple[int, ...]
-
-
-class Vector(StrEnum):
-    """What a vector [out] of a checkpoint is to its module."""
-
-    MAGNITUDES = "magnitudes"  # DoRA's: the norms of the rows of its weight, whatever they were
-    B_BIASES = "biases of B"  # come on top, times the adapter's scale
-    BIASES = "biases"  # in the place of the base layer's
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class VectorTensor:
-    """One vector: what it is, its name in the checkpoint and the shape it must have."""
-
-    kind: Vector
-    name: str
-    shape: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModulePlan:
-    """What an adapter puts on one module of the base model. Without parts: nothing but a bias."""
-
-    module: ModuleShape
-    parts: tuple[PartTensors, ...]
-    vectors: tuple[VectorTensor, ...] = ()
-    base_weight: str = ""  # a tensor that may be there, and then has to be what the base model has
-
-    @property
-    def width(self) -> int:
-        """Columns of the kernels' intermediate result; also the rank of an exact plain LoRA for this module."""
-        return sum(tensors.part.r * tensors.part.k for tensors in self.parts)
-
-
-Plan = tuple[ModulePlan, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,6 +78,7 @@ class AdapterSummary:
     base_model: str
     notes: tuple[str, ...] = ()  # see `AdapterSpec`
     invocation: tuple[int, ...] = ()
+    replaces: tuple[str, ...] = ()  # modules of which weights stand in the place of the base model's
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,7 +113,7 @@ class AdapterHeader:
         naming = self.naming()
         names = (name for name in map(take_apart, self.tensors) if name is not None)
         found = (naming.module(name) for name in names if name.adapter is not None)
-        return tuple(sorted({module for module in found if module is not None}))
+        return tuple(sorted({unwrapped(module) for module in found if module is not None}))
 
     @property
     def tensor_bytes(self) -> int:
@@ -173,25 +135,30 @@ class AdapterHeader:
 
     def plan(self, modules: Sequence[ModuleShape]) -> Plan:
         """What the config puts on which of these modules, whether or not the tensors are there."""
+        return self._planned(modules).modules
+
+    def _planned(self, modules: Sequence[ModuleShape]) -> Planned:
         try:
-            plan = _plan_once if self.config_bytes <= MAX_KEPT_CONFIG_BYTES else _plan
-            return plan(
-                replace(self.spec, base_model="", notes=(), invocation=()), tuple(modules), self.naming(modules)
-            )
+            plan = _planned_once if self.config_bytes <= MAX_KEPT_CONFIG_BYTES else planned
+            return plan(replace(self.spec, base_model="", notes=()), tuple(modules), self.naming(modules))
         except SlowPatternError as cause:
             problem = f"its patterns take more than {MATCHING_BUDGET_S:.0f} s to match"
             raise rejected(self.name, [problem]) from cause
 
     def fits(self, modules: Sequence[ModuleShape]) -> list[str]:
         """Everything that keeps this adapter from being served on a base model with these modules."""
-        return self._problems(self.plan(modules), modules)
+        return self._problems(self._planned(modules), modules)
+
+    def copies(self, modules: Sequence[ModuleShape]) -> list[Copy]:
+        """Tensors of this checkpoint that have to be what the base model has."""
+        return [copy for copy in self._planned(modules).copies if copy.name in self.tensors]
 
     def fitting_plan(self, modules: Sequence[ModuleShape]) -> Plan:
         """The plan, or AdapterRejectedError with every reason why the checkpoint cannot follow it."""
-        plan = self.plan(modules)
+        plan = self._planned(modules)
         if not _fits(self.tensors, plan):
             raise rejected(self.name, self._problems(plan, modules))
-        return plan
+        return plan.modules
 
     def cpu_pool_bytes(self, modules: Sequence[ModuleShape]) -> int:
         """What an adapter that fits these modules takes in a pool on the CPU: fp32, but for what comes in 16 bits."""
@@ -205,13 +172,26 @@ class AdapterHeader:
         of the pool."""
         return _summary(self.tensors, self.plan(modules), self.spec, keeps_16_bit, element_bytes)
 
-    def _problems(self, plan: Plan, modules: Sequence[ModuleShape]) -> list[str]:
+    def _problems(self, plan: Planned, modules: Sequence[ModuleShape]) -> list[str]:
         problems = list(_problems(plan, self.tensors, modules, self.naming(modules)))
+        if problems:
+            problems[:0] = self._unmatched_parameters(modules)
         if problems and self.spec.base_model:
             problems.insert(0, f"it was trained for the base model {self.spec.base_model!r}")
-        if not _matches(plan, self.tensors):
+        if not _matches(plan.modules, self.tensors):
             problems.insert(0, f"it matches no module of the base model{_examples(self.tensors, modules)}")
         return problems
+
+    def _unmatched_parameters(self, modules: Sequence[ModuleShape]) -> list[str]:
+        """PEFT passes over those that match nothing, so they are a problem only where there is one."""
+        naming = self.naming(modules)
+        stacked = [module.name for module in modules if module.kind is LayerKind.EXPERTS]
+        has = f"those of {_listed(stacked)} can be adapted" if stacked else "it has none that can be adapted"
+        return [
+            f"target_parameters: {name!r} names no experts of the base model ({has})"
+            for name in sorted(self.spec.targets.parameters)
+            if not any(f".{naming.path(path)}".endswith(f".{name}") for path in stacked)
+        ]
 
 
 def inspect(
@@ -253,17 +233,10 @@ def dtype_of_16_bits(tensors: Mapping[str, TensorInfo], pair: PartTensors) -> st
 def pair_numel(tensors: Mapping[str, TensorInfo], pair: PartTensors, *, keeps_16_bit: bool) -> tuple[int, int]:
     """Elements of a pool that each of two matrices takes; two of 16 bits take one element, if they are kept."""
     share = 2 if keeps_16_bit and dtype_of_16_bits(tensors, pair) else 1
-    a, b = (aligned(-(-math.prod(shape) // share)) for shape in (pair.a_shape, pair.b_shape))
+    a, b = (
+        pair.experts * room_numel(math.prod(shape) // pair.experts, share) for shape in (pair.a_shape, pair.b_shape)
+    )
     return a, b
-
-
-def affine_numel(module: ModulePlan, element_bytes: int) -> int:
-    """Elements of a pool that a module's gains and shifts take."""
-    return aligned(module.module.out_features * AFFINE_BYTES // element_bytes) if module.vectors else 0
-
-
-def aligned(numel: int) -> int:
-    return -(-numel // ALIGNMENT) * ALIGNMENT
 
 
 def read_config(path: Path, roots: Sequence[Path] = ()) -> dict[str, Any]:
@@ -293,7 +266,7 @@ def _read_header(path: Path, roots: Sequence[Path]) -> tuple[bytes, int]:
 
 @remembered
 def _naming(tensors: Mapping[str, TensorInfo], modules: tuple[ModuleShape, ...]) -> Naming:
-    names = {module.name for module in modules}
+    names = {module_of(module.name) if module.kind is LayerKind.EXPERTS else module.name for module in modules}
     return naming_for(tensors, names) if names else spelling(tensors)
 
 
@@ -308,58 +281,7 @@ def _listed(names: Iterable[str]) -> str:
     return " and ".join(clipped(name, MAX_EXAMPLE_CHARS) for name in islice(names, MAX_EXAMPLES))
 
 
-def _plan(spec: AdapterSpec, modules: tuple[ModuleShape, ...], naming: Naming) -> Plan:
-    """The config speaks of modules by their paths in the model that the adapter was trained in."""
-    budget = MatchingBudget()
-    planned = []
-    for module in modules:
-        path = naming.path(module.name)
-        targeted = spec.targets.matches(path, budget)
-        parts = tuple(_part_tensors(spec, module, path, naming, budget)) if targeted else ()
-        vectors = tuple(_vector_tensors(spec, module, path, naming, targeted=targeted))
-        if parts or vectors:
-            weight = naming.tensor(path, BASE_WEIGHT) if parts else ""
-            planned.append(ModulePlan(module=module, parts=parts, vectors=vectors, base_weight=weight))
-    return tuple(planned)
-
-
-_plan_once = lru_cache(maxsize=64)(_plan)  # thousands of adapters come from a few training recipes
-
-
-def _part_tensors(
-    spec: AdapterSpec, module: ModuleShape, path: str, naming: Naming, budget: MatchingBudget
-) -> Iterator[PartTensors]:
-    for index, part in enumerate(spec.parts(path, budget)):
-        if spec.dialect is not Dialect.LORA and index == 0:
-            names = ("gralora_A", "gralora_B")
-            a_shape: tuple[int, ...] = (part.k, module.in_features // part.k, part.r)
-            b_shape: tuple[int, ...] = (part.k, part.r, module.out_features // part.k)
-        else:
-            plain = spec.dialect is Dialect.LORA
-            names = (
-                ("lora_A.weight", "lora_B.weight")
-                if plain
-                else ("gralora_A_general.weight", "gralora_B_general.weight")
-            )
-            a_shape, b_shape = (part.r, module.in_features), (module.out_features, part.r)
-        a_name, b_name = (naming.tensor(path, matrix) for matrix in names)
-        yield PartTensors(part=part, a_name=a_name, a_shape=a_shape, b_name=b_name, b_shape=b_shape)
-
-
-def _vector_tensors(
-    spec: AdapterSpec, module: ModuleShape, path: str, naming: Naming, *, targeted: bool
-) -> Iterator[VectorTensor]:
-    wanted = {
-        Vector.MAGNITUDES: (targeted and spec.use_dora, "lora_magnitude_vector"),
-        Vector.B_BIASES: (targeted and spec.lora_bias, "lora_B.bias"),
-        Vector.BIASES: (
-            module.has_bias and (spec.biases is Biases.ALL or (targeted and spec.biases is Biases.TARGETED)),
-            BIASES[0] if targeted else BIASES[1],
-        ),
-    }
-    for kind, (is_there, matrix) in wanted.items():
-        if is_there:
-            yield VectorTensor(kind=kind, name=naming.tensor(path, matrix), shape=(module.out_features,))
+_planned_once = lru_cache(maxsize=64)(planned)  # thousands of adapters come from a few training recipes
 
 
 def _tensor_bytes(tensors: Mapping[str, TensorInfo]) -> int:
@@ -370,7 +292,7 @@ def _packed_numel(plan: Plan, tensors: Mapping[str, TensorInfo], *, keeps_16_bit
     """Elements of a pool that an adapter takes which follows this plan."""
     pairs = (pair for module in plan for pair in module.parts)
     of_pairs = sum(sum(pair_numel(tensors, pair, keeps_16_bit=keeps_16_bit)) for pair in pairs)
-    return of_pairs + sum(affine_numel(module, element_bytes) for module in plan)
+    return of_pairs + sum(module.extra_numel(element_bytes) + sum(module.rows_pair_numel()) for module in plan)
 
 
 @remembered
@@ -391,13 +313,14 @@ def _summary(
         base_model=spec.base_model,
         notes=spec.notes,
         invocation=spec.invocation,
+        replaces=tuple(module.module.name for module in plan if module.replaces),
     )
 
 
 @remembered
-def _fits(tensors: Mapping[str, TensorInfo], plan: Plan) -> bool:
+def _fits(tensors: Mapping[str, TensorInfo], plan: Planned) -> bool:
     """Whether nothing is wrong. What is wrong is a text for one adapter's owner, and not kept."""
-    return _matches(plan, tensors) and next(_problems(plan, tensors, (), Naming()), None) is None
+    return _matches(plan.modules, tensors) and next(_problems(plan, tensors, (), Naming()), None) is None
 
 
 def _matches(plan: Plan, tensors: Mapping[str, TensorInfo]) -> bool:
@@ -405,7 +328,7 @@ def _matches(plan: Plan, tensors: Mapping[str, TensorInfo]) -> bool:
 
 
 def _problems(
-    plan: Plan, tensors: Mapping[str, TensorInfo], modules: Iterable[ModuleShape], naming: Naming
+    plan: Planned, tensors: Mapping[str, TensorInfo], modules: Iterable[ModuleShape], naming: Naming
 ) -> Iterator[str]:
     """`modules`: of the base model. They and `naming` make a difference to what is said, and none to whether something
     is.
@@ -421,20 +344,24 @@ def _dtype_problems(tensors: Mapping[str, TensorInfo]) -> Iterator[str]:
             yield f"tensor {name}: dtype {tensor.dtype} is not supported ({', '.join(DTYPES)} are)"
 
 
-def _misfits(plan: Plan, tensors: Mapping[str, TensorInfo]) -> Iterator[str]:
-    for module in plan:
+def _misfits(plan: Planned, tensors: Mapping[str, TensorInfo]) -> Iterator[str]:
+    for module in plan.modules:
         shape = module.module
-        for pair in module.parts:
-            k = pair.part.k
-            if shape.in_features % k or shape.out_features % k:
-                yield f"module {shape.name} [{shape.in_features}, {shape.out_features}] is not divisible by k={k}"
-                continue
-            yield from _misfit(tensors, pair.a_name, pair.a_shape)
-            yield from _misfit(tensors, pair.b_name, pair.b_shape)
-        for vector in module.vectors:
-            yield from _misfit(tensors, vector.name, vector.shape)
-        if module.base_weight in tensors:
-            yield from _misfit(tensors, module.base_weight, (shape.out_features, shape.in_features))
+        if module.unserved:
+            yield f"module {shape.name}: {module.unserved}"
+            continue
+        if any(shape.in_features % pair.part.k or shape.out_features % pair.part.k for pair in module.parts):
+            k = module.parts[0].part.k
+            yield f"module {shape.name} [{shape.in_features}, {shape.out_features}] is not divisible by k={k}"
+            continue
+        if module.is_whole and not any(name in tensors for name, _ in module.tensors):
+            yield f"{SAVED}: {shape.name} is missing{_NOT_SAVED}"
+            continue
+        for name, expected in module.tensors:
+            yield from _misfit(tensors, name, expected)
+    for copy in plan.copies:
+        if copy.name in tensors:
+            yield from _misfit(tensors, copy.name, weight_shape(copy.module))
 
 
 def _misfit(tensors: Mapping[str, TensorInfo], name: str, expected: tuple[int, ...]) -> Iterator[str]:
@@ -446,25 +373,26 @@ def _misfit(tensors: Mapping[str, TensorInfo], name: str, expected: tuple[int, .
 
 
 def _surplus(
-    plan: Plan, tensors: Mapping[str, TensorInfo], modules: Iterable[ModuleShape], naming: Naming
+    plan: Planned, tensors: Mapping[str, TensorInfo], modules: Iterable[ModuleShape], naming: Naming
 ) -> Iterator[str]:
-    expected = {name for module in plan for pair in module.parts for name in (pair.a_name, pair.b_name)}
-    expected |= {vector.name for module in plan for vector in module.vectors}
-    expected |= {module.base_weight for module in plan}
+    expected = {name for module in plan.modules for name, _ in module.tensors}
+    expected |= {copy.name for copy in plan.copies}
     known = {module.name for module in modules}
-    targeted = {module.module.name for module in plan if module.parts}
+    mixtures = {module_of(module.name) for module in modules if module.kind is LayerKind.EXPERTS}
+    targeted = {module.module.name for module in plan.modules if module.parts}
     for name in tensors:
         if name in expected:
             continue
         taken = take_apart(name)
         module = naming.module(taken) if taken else None
         if taken is None:
-            reasons = (told for part, told in _NOT_SERVED.items() if part in name)
-            yield f"tensor {name} {next(reasons, 'is not part of a LoRA or GraLoRA')}"
+            yield f"tensor {name} is not part of a LoRA or GraLoRA"
         elif module is None or (module in known and naming.tensor(naming.path(module), taken.matrix) != name):
             yield f"tensor {name} is spelled in another way than the others"
+        elif unwrapped(module) in mixtures:
+            yield f"tensor {name} is for a parameter of {unwrapped(module)} that target_parameters does not name"
         elif module not in known:
-            yield f"tensor {name}: the base model has no linear layer {module}"
+            yield f"tensor {name}: the base model has no layer {module} for it"
         elif module not in targeted:
             yield f"tensor {name}: target_modules does not name {module}"
         else:

@@ -24,9 +24,11 @@ from gralora_kernels.packing import ROW_MAJOR, SHA256_BYTES, Array, Packing, pla
 from gralora_runtime.adapters.checkpoint.affine import BaseLayers, affines_of, read_vectors
 from gralora_runtime.adapters.checkpoint.base_weights import other_weights
 from gralora_runtime.adapters.checkpoint.bounds import largest_magnitude, magnitudes_of, norm_bounds
+from gralora_runtime.adapters.checkpoint.experts import each_a, each_b
 from gralora_runtime.adapters.checkpoint.file import MalformedError, open_regular, read_at_most
 from gralora_runtime.adapters.checkpoint.golden import has_golden
 from gralora_runtime.adapters.checkpoint.header import AdapterHeader, AdapterSummary, inspect
+from gralora_runtime.adapters.checkpoint.plan import room_numel
 from gralora_runtime.adapters.checkpoint.recipe import (
     PIECE_BYTES,
     Affines,
@@ -36,6 +38,7 @@ from gralora_runtime.adapters.checkpoint.recipe import (
     Recipe,
     recipe_of,
 )
+from gralora_runtime.adapters.checkpoint.rows import Cells, RowsFile, put_rows, rows_in
 from gralora_runtime.adapters.checkpoint.spec import ModuleShape, not_in_vocabulary, rejected
 from gralora_runtime.adapters.checkpoint.stored import ARRAYS, changed, held, read_range
 from gralora_runtime.adapters.checkpoint.tensors import DTYPES, WEIGHTS_FILE
@@ -96,8 +99,8 @@ def load(
 
     `packing` is how the kernels want matrices to lie. The digest depends neither on it nor on `dtype`.
 
-    `allowed_keys`: see `parse_config`. `vocab_size`: see `not_in_vocabulary`. `base`: of an adapter that has vectors;
-    what it needs to know of these modules.
+    `allowed_keys`: see `parse_config`. `vocab_size`: see `not_in_vocabulary`. `base`: of an adapter that has vectors or
+    rows; what it needs to know of these modules.
     """
     assert dtype == torch.float32 or not packing.keeps_16_bit, "only an fp32 pool holds matrices of 16 bits as they are"
     header = inspect(path, name=name, roots=roots, allowed_keys=allowed_keys)
@@ -112,8 +115,13 @@ def load(
             packer = Packer(recipe, dtype, packing)
             facts = packer.pack(opened.fileno(), spread)
             vectors = read_vectors(opened.fileno(), plan, header.tensors)
-            others = list(other_weights(opened.fileno(), plan, header.tensors, base)) if base is not None else []
-    except MalformedError as cause:
+            rows = rows_in(opened.fileno(), plan, header.tensors)
+            others: list[str] = []
+            if base is not None:
+                others = list(other_weights(opened.fileno(), header.copies(modules), header.tensors, base))
+                packer.put_rows(rows, base)
+            digests = [facts.digests.tobytes(), *vectors.digests, *(one.digest() for one in rows.values())]
+    except (MalformedError, ValueError) as cause:
         raise rejected(name, [str(cause)]) from cause
     if (bad := np.flatnonzero(facts.magnitudes > torch.finfo(dtype).max)).size:
         kind = str(dtype).removeprefix("torch.")
@@ -121,11 +129,11 @@ def load(
         raise rejected(name, [f"tensor {tensor} has values that are not finite in {kind}" for tensor in names])
     if others:
         raise rejected(name, others)
-    if vectors.modules:
-        assert base is not None, "gains and shifts depend on the base layers"
+    assert base is not None or not (vectors.modules or rows), "gains, shifts and rows depend on the base layers"
+    if base is not None and vectors.modules:
         packer.put_affines(affines_of(name, vectors.modules, base))
     layout = AdapterLayout(
-        digest=digest_of(recipe.description, [facts.digests.tobytes(), *vectors.digests], header.spec.invocation),
+        digest=digest_of(recipe.description, digests, header.spec.invocation),
         numel=recipe.numel,
         width=summary.equivalent_rank,
         modules=recipe.layout,
@@ -209,9 +217,14 @@ class Packer:
     def put_affines(self, affines: Mapping[str, Array]) -> None:
         """By module: gains and shifts, fp32 [2, out]."""
         for module, offset in self._recipe.affines:
-            cells = self._cells[offset:].view(np.uint8)
-            values = affines[module].reshape(-1).view(np.uint8)
-            cells[: len(values)] = values
+            if module in affines:  # an embedding's place there is its rows'
+                cells = self._cells[offset:].view(np.uint8)
+                values = affines[module].reshape(-1).view(np.uint8)
+                cells[: len(values)] = values
+
+    def put_rows(self, rows: Mapping[str, RowsFile], base: BaseLayers) -> None:
+        """By module. Raises as `rows.put_rows` does."""
+        put_rows(Cells(self._cells, self.blob.dtype, self._packing.panel), self._recipe.rows, rows, base)
 
     def _place(self, piece: Piece, data: Array) -> Array:
         """Convert and place tensors, uint8 [bytes]. Returns their magnitudes."""
@@ -227,9 +240,24 @@ class Packer:
         stored = matrix.stored
         values: Array = data.view(ARRAYS[stored.dtype])  # [numel]
         tensor = held(values, stored.dtype, matrix.dtype).reshape(stored.shape)
+        if matrix.experts > 1:
+            self._place_experts(matrix, tensor)
+            return largest_magnitude(values, stored.dtype)
         cells = self._cells[matrix.offset :].view(tensor.dtype)[: tensor.size]
         # A plain pair is A [r, in], B [out, r]; blocks are A [k, in/k, r], B [k, r, out/k].
         blocks = tensor if tensor.ndim == 3 else tensor.T[np.newaxis]
         place = place_a if matrix.is_a else place_b
         place(cells, blocks, self._packing.panel)
         return largest_magnitude(values, stored.dtype)
+
+    def _place_experts(self, matrix: Matrix, tensor: Array) -> None:
+        """Of one tensor, each expert's matrix."""
+        each = (each_a if matrix.is_a else each_b)(tensor, matrix.experts)
+        numel = tensor.size // matrix.experts
+        share = self._cells.itemsize // tensor.itemsize
+        room = share * room_numel(numel, share)
+        cells = self._cells[matrix.offset :].view(tensor.dtype)[: room * matrix.experts].reshape(matrix.experts, room)
+        cells[:, numel:] = 0
+        place = place_a if matrix.is_a else place_b
+        for own, blocks in zip(cells, each[:, np.newaxis], strict=True):
+            place(own[:numel], blocks, self._packing.panel)

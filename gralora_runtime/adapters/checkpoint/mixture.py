@@ -16,6 +16,7 @@ import json
 import struct
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from itertools import accumulate, islice
 
@@ -26,8 +27,9 @@ from torch import Tensor
 
 from gralora_kernels.packing import Array, Packing, blocks_a, blocks_b, place_a, place_b
 from gralora_kernels.tables import ENTRIES, Entry, Storage
-from gralora_runtime.adapters.checkpoint.header import AFFINE_BYTES, AdapterSummary, aligned
+from gralora_runtime.adapters.checkpoint.header import AdapterSummary
 from gralora_runtime.adapters.checkpoint.loader import AdapterLayout, LoadedAdapter
+from gralora_runtime.adapters.checkpoint.plan import AFFINE_BYTES, aligned
 from gralora_runtime.adapters.checkpoint.recipe import Affines, Layout
 from gralora_runtime.adapters.checkpoint.spec import ModuleShape, rejected
 from gralora_runtime.adapters.checkpoint.stored import held
@@ -86,7 +88,8 @@ def mixed(
         raise rejected(name, [f"{problem} {max_width}"])
     dtype = ordered[0].adapter.blob.dtype
     affines = {module: affine for module in modules if (affine := _affine_of(module, ordered)) is not None}
-    if problems := list(_problems(ordered, affines)):
+    stacks = {module.name for module in modules if module.experts > 1}
+    if problems := list(_problems(ordered, affines, stacks)):
         raise rejected(name, problems)
     found = [(module, _pairs_of(module, own, affines.get(module), packing)) for module, own in of_modules]
     pairs = [(module, own) for module, own in found if own]
@@ -104,10 +107,18 @@ def mixed(
     )
 
 
-def _problems(ingredients: Sequence[Ingredient], affines: Mapping[ModuleShape, _Affine]) -> Iterator[str]:
+def _problems(
+    ingredients: Sequence[Ingredient], affines: Mapping[ModuleShape, _Affine], stacks: AbstractSet[str]
+) -> Iterator[str]:
+    for on_experts in (sorted(stacks & dict(one.adapter.layout.modules).keys()) for one in ingredients):
+        if on_experts:
+            yield f"one of its adapters is on experts ({on_experts[0]}), and PEFT adds up none of those either"
     for invocation in (one.adapter.layout.summary.invocation for one in ingredients):
         if invocation:
             yield f"one of its adapters begins at the tokens {list(invocation)} of a prompt: a sum has no such place"
+    for replaced in (one.adapter.layout.summary.replaces for one in ingredients):
+        if replaced:
+            yield f"one of its adapters has its own weights in the place of {replaced[0]}'s: those have no sum"
     for module, affine in affines.items():
         if affine.vanishes:
             yield f"module {module.name}: with these weights some outputs all but vanish"

@@ -28,18 +28,21 @@ _TENSOR = re.compile(
     r"|(?P<plain>gralora_[AB]_general|lora_[AB])(?:\.(?P<plain_of>[^.]+))?\.weight"
     r"|(?P<magnitudes>lora_magnitude_vector)(?:\.(?P<magnitudes_of>[^.]+))?"
     r"|(?P<b_biases>lora_B)(?:\.(?P<b_biases_of>[^.]+))?\.bias"
-    r"|(?P<base>(?:base_layer\.)?bias|base_layer\.weight))"
+    r"|(?P<embedding>lora_embedding_[AB])(?:\.(?P<embedding_of>[^.]+))?"
+    r"|(?P<base>(?:base_layer\.)?(?:bias|weight)|token_adapter\.trainable_tokens_delta))"
 )
 # How PEFT's names end behind the adapter's own, by what `_TENSOR` calls them.
-_ENDINGS = {"blocks": "", "plain": ".weight", "magnitudes": "", "b_biases": ".bias"}
-BIASES = ("base_layer.bias", "bias")  # of a module that has an adapter, and of others
-BASE_WEIGHT = "base_layer.weight"  # of a module that has an adapter: PEFT adds it where that is the output head
-_OF_THE_BASE = (*BIASES, BASE_WEIGHT)  # the adapter's own name is never in these
+_ENDINGS = {"blocks": "", "plain": ".weight", "magnitudes": "", "b_biases": ".bias", "embedding": ""}
+# Of a module that has a low-rank pair, and of others.
+BIASES = ("base_layer.bias", "bias")
+WEIGHTS = ("base_layer.weight", "weight")
+ROWS = "token_adapter.trainable_tokens_delta"
+_OF_THE_BASE = (*BIASES, *WEIGHTS, ROWS)  # the adapter's own name is never in these
 
 
 @dataclass(frozen=True, slots=True)
 class TensorName:
-    """The name of one matrix of a low-rank pair, or of a vector that comes with one, taken apart."""
+    """The name of one matrix of a low-rank pair, or of what comes with one or in a weight's place, taken apart."""
 
     path: str  # of the module, with whatever stands before it
     matrix: str  # as PEFT calls it: gralora_A, lora_B.weight, ...

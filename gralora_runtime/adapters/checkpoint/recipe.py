@@ -11,12 +11,15 @@ import torch
 
 from gralora_kernels.packing import Array, Place
 from gralora_kernels.tables import Entry, Storage
-from gralora_runtime.adapters.checkpoint.header import Plan, affine_numel, dtype_of_16_bits, pair_numel
+from gralora_runtime.adapters.checkpoint.header import dtype_of_16_bits, pair_numel
+from gralora_runtime.adapters.checkpoint.plan import ModulePlan, Plan
 from gralora_runtime.adapters.checkpoint.remembered import remembered
+from gralora_runtime.adapters.checkpoint.spec import LayerKind, ModuleShape
 from gralora_runtime.adapters.checkpoint.tensors import DTYPES, TensorInfo
 
 Layout = tuple[tuple[str, tuple[Entry, ...]], ...]  # per module: its name and its entries
-Affines = tuple[tuple[str, int], ...]  # per module that has some: its name, and where its gains begin
+# Per module that has some: its name, and where its gains begin, or an embedding's map.
+Affines = tuple[tuple[str, int], ...]
 
 TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 STORAGES = {"F16": Storage.FLOAT16, "BF16": Storage.BFLOAT16}
@@ -33,6 +36,7 @@ class Matrix:
     name: str
     stored: TensorInfo
     is_a: bool
+    experts: int  # whose matrices it has, to be placed one behind the other
     offset: int  # of the blob, in its elements
     dtype: torch.dtype  # as the blob holds it
 
@@ -50,17 +54,29 @@ class Piece:
     matrices: tuple[Matrix, ...]  # from the file's front to its end
     positions: Array = field(compare=False)  # of the matrices in their recipe
     spans: Array = field(compare=False)  # bytes of the piece, [matrices, 2]: see `HashMany`
-    # See `PlaceMany`; None if a matrix has to become another dtype, or they have several.
+    # See `PlaceMany`; None if a matrix has to become another dtype, they have several, or some are many experts'.
     places: Array | None = field(compare=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowsPlace:
+    """Where rows go that stand in the place of a module's: an embedding's behind their map, which lies at `a_offset`;
+    an output head's as a pair."""
+
+    module: ModuleShape
+    rank: int  # of the pair
+    a_offset: int
+    b_offset: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
     """A blob has first all A, then all B, in the order of modules: what one kernel reads of a projection group lies
-    side by side. Then come gains and shifts."""
+    side by side. Then come gains and shifts, and rows."""
 
     layout: Layout
     affines: Affines
+    rows: tuple[RowsPlace, ...]
     numel: int  # of the blob
     matrices: tuple[Matrix, ...]  # A before B, in the order of modules
     pieces: tuple[Piece, ...]  # from the file's front to its end
@@ -95,7 +111,12 @@ def describe(plan: Plan, tensors: Mapping[str, TensorInfo]) -> bytes:
         for module in plan
         for vector in module.vectors
     ]
-    return json.dumps([*layers, *vectors]).encode()
+    rows = [
+        (module.module.name, module.module.kind, module.rows.shape, module.rows.tokens, tensors[module.rows.name].dtype)
+        for module in plan
+        if module.rows
+    ]
+    return json.dumps([*layers, *vectors, *rows]).encode()
 
 
 @remembered
@@ -106,15 +127,24 @@ def _recipe(
     sizes = [pair_numel(tensors, pair, keeps_16_bit=keeps_16_bit) for pair in pairs]
     a_offset, b_offset = 0, sum(a_numel for a_numel, _ in sizes)
     numels = iter(sizes)
-    layout: list[tuple[str, tuple[Entry, ...]]] = []
+    layout: dict[str, list[Entry]] = {}
     matrices: list[Matrix] = []
     for module in plan:
-        entries: list[Entry] = []
+        entries = layout[module.module.name] = []
         for pair in module.parts:
             kept = dtype_of_16_bits(tensors, pair) if keeps_16_bit else None
             held = TORCH_DTYPES[kept] if kept else dtype
             for is_a, name, offset in ((True, pair.a_name, a_offset), (False, pair.b_name, b_offset)):
-                matrices.append(Matrix(name=name, stored=tensors[name], is_a=is_a, offset=offset, dtype=held))
+                matrices.append(
+                    Matrix(
+                        name=name,
+                        stored=tensors[name],
+                        is_a=is_a,
+                        experts=pair.experts,
+                        offset=offset,
+                        dtype=held,
+                    )
+                )
             entries.append(
                 Entry(
                     a_offset=a_offset,
@@ -128,22 +158,41 @@ def _recipe(
             a_numel, b_numel = next(numels)
             a_offset += a_numel
             b_offset += b_numel
-        layout.append((module.module.name, tuple(entries)))
-    numel = b_offset
-    affines: list[tuple[str, int]] = []
-    for module in plan:
-        if module.vectors:
-            affines.append((module.module.name, numel))
-            numel += affine_numel(module, dtype.itemsize)
+    affines, rows, numel = _behind(plan, b_offset, dtype)
+    for place in rows:
+        if place.module.kind is not LayerKind.EMBEDDING:
+            own = Entry(a_offset=place.a_offset, b_offset=place.b_offset, r=place.rank, k=1, scale=1.0)
+            layout[place.module.name].append(own)
     return Recipe(
-        layout=tuple(layout),
+        layout=tuple((name, tuple(entries)) for name, entries in layout.items()),
         affines=tuple(affines),
+        rows=tuple(rows),
         numel=numel,
         matrices=tuple(matrices),
         pieces=tuple(_piece(matrices, part, dtype) for part in _cut(matrices, piece_bytes)),
         gaps=tuple(_gaps(matrices, numel * dtype.itemsize, dtype)),
         description=describe(plan, tensors),
     )
+
+
+def _behind(
+    plan: Sequence[ModulePlan], numel: int, dtype: torch.dtype
+) -> tuple[list[tuple[str, int]], list[RowsPlace], int]:
+    """What comes behind `numel` elements of matrices, and where it ends."""
+    affines: list[tuple[str, int]] = []
+    rows: list[RowsPlace] = []
+    for module in plan:
+        extra, (a_numel, b_numel) = module.extra_numel(dtype.itemsize), module.rows_pair_numel()
+        if extra:
+            affines.append((module.module.name, numel))
+        if module.rows:
+            a_offset = numel if module.module.kind is LayerKind.EMBEDDING else numel + extra
+            place = RowsPlace(
+                module=module.module, rank=module.rows_rank, a_offset=a_offset, b_offset=a_offset + a_numel
+            )
+            rows.append(place)
+        numel += extra + a_numel + b_numel
+    return affines, rows, numel
 
 
 def _gaps(matrices: Sequence[Matrix], blob_bytes: int, dtype: torch.dtype) -> Iterator[tuple[int, int]]:
@@ -178,13 +227,14 @@ def _piece(matrices: Sequence[Matrix], positions: Sequence[int], dtype: torch.dt
     begin = own[0].stored.begin
     stay = all(matrix.dtype == TORCH_DTYPES[matrix.stored.dtype] for matrix in own)
     one_dtype = len({matrix.stored.dtype for matrix in own}) == 1
+    one_each = all(matrix.experts == 1 for matrix in own)
     return Piece(
         begin=begin,
         end=own[-1].stored.end,
         matrices=own,
         positions=np.array(positions),
         spans=np.array([(matrix.stored.begin, matrix.stored.end) for matrix in own]) - begin,
-        places=np.array([_place(matrix, begin, dtype) for matrix in own]) if stay and one_dtype else None,
+        places=np.array([_place(matrix, begin, dtype) for matrix in own]) if stay and one_dtype and one_each else None,
     )
 
 

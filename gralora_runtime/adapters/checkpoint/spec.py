@@ -16,7 +16,11 @@ from gralora_runtime.adapters.checkpoint.config_keys import (
     GRALORA_KEYS,
     INVOCATION,
     LORA_KEYS,
+    NOT_BESIDE_PARAMETERS,
+    OTHER_HEADS,
     PASSED_OVER,
+    SAVED,
+    TOKENS,
     Key,
     is_off,
     unknown,
@@ -63,15 +67,32 @@ class Dialect(StrEnum):
     LORA = "lora"
 
 
+class LayerKind(StrEnum):
+    """What an adapter may change of a base model."""
+
+    LINEAR = "linear layer"
+    HEAD = "output head"  # which is linear, too
+    EMBEDDING = "embedding"
+    NORM = "norm"
+    EXPERTS = "parameter of experts"
+
+
 @dataclass(frozen=True, slots=True)
 class ModuleShape:
-    """A linear layer of the base model. `name` is its path inside the causal LM, as PEFT sees it."""
+    """A layer of the base model. `name` is its path inside the causal LM, as PEFT sees it.
+
+    An embedding is a linear layer that reads which token it is: [vocabulary, hidden]. A norm has as many outputs as
+    inputs. A parameter of experts is as many linear layers, and its `name` ends in its own.
+    """
 
     name: str
     in_features: int
     out_features: int
     transposed: bool = False  # Conv1D: the base weight is [in, out]; an adapter's tensors look the same
     has_bias: bool = False
+    kind: LayerKind = LayerKind.LINEAR
+    tied_to: str = ""  # of an output head: the embedding that has the same weight
+    experts: int = 1  # whose matrices it holds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +102,14 @@ class Part:
     r: int
     k: int
     scale: float
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRows:
+    """The tokens whose rows of an embedding, or of an output head, were trained."""
+
+    module: str  # how its path ends; "": the embedding
+    tokens: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,6 +129,9 @@ class AdapterSpec:
     lora_bias: bool = False  # B has biases
     # The tokens of a prompt from whose last place on it is applied (aLoRA); none: from the start.
     invocation: tuple[int, ...] = ()
+    saved: tuple[str, ...] = ()  # how modules' paths end that were trained as a whole
+    token_rows: tuple[TokenRows, ...] = ()
+    ties: bool = False  # what the embedding has, an output head that is tied to it has too
     alpha: float = 0.0  # LoRA only, as are the three below: its scale can differ from module to module
     use_rslora: bool = False
     rank_pattern: PatternTable = field(default_factory=PatternTable)
@@ -199,6 +231,7 @@ class _ConfigReader:
             notes=notes,
             biases=self._biases("gralora_only"),
             invocation=self._invocation(),
+            saved=self._saved(),
         )
 
     def lora(self) -> AdapterSpec:
@@ -211,18 +244,25 @@ class _ConfigReader:
             blocks=1,
             hybrid_rank=0,
             scale=self._scale(_lora_scale(alpha, rank, use_rslora=use_rslora)),
-            targets=self._targets(),
+            targets=self._targets(self._parameters()),
             base_model=self._base_model(),
             notes=notes,
             biases=self._biases("lora_only"),
             use_dora=self._flag("use_dora"),
             lora_bias=self._flag("lora_bias"),
             invocation=self._invocation(),
+            saved=self._saved(),
+            token_rows=self._token_rows(),
+            ties=self._flag("ensure_weight_tying"),
             alpha=alpha,
             use_rslora=use_rslora,
             rank_pattern=self._pattern_table("rank_pattern"),
             alpha_pattern=self._pattern_table("alpha_pattern"),
         )
+        if spec.targets.parameters:
+            for key in NOT_BESIDE_PARAMETERS:
+                if not is_off(self.config.get(key)):
+                    self.problems.append(f"{key}: {_shown(self.config[key])} is not supported beside target_parameters")
         if spec.use_dora:  # PEFT has neither
             for key, value in (("lora_bias", spec.lora_bias), (INVOCATION, list(spec.invocation))):
                 if value:
@@ -237,7 +277,7 @@ class _ConfigReader:
             key = keys.get(name) or (PASSED_OVER if name in self._allowed_keys else unknown(name))
             if not key.neutral(value):
                 self.problems.append(f"{name}: {_shown(value)} {key.otherwise}")
-            elif key.told and not is_off(value):
+            elif key.told and not is_off(value) and key.tells(value):
                 notes.append(f"its config has {name}: {_shown(value)}, {key.told}")
         return tuple(notes)
 
@@ -283,12 +323,43 @@ class _ConfigReader:
         if value is None:
             return Biases.NONE
         if isinstance(value, str) and value in known:
-            if known[value] is not Biases.NONE and not is_off(self.config.get(INVOCATION)):
-                # PEFT's are there from the first token on, whose pages are shared with the base model.
-                self.problems.append(f"bias: {value!r} is not supported beside {INVOCATION}")
+            if known[value] is not Biases.NONE:
+                self._refuse_beside_invocation("bias")
             return known[value]
         self.problems.append(f"bias: {_shown(value)} is not supported ({', '.join(known)} are)")
         return Biases.NONE
+
+    def _refuse_beside_invocation(self, key: str) -> None:
+        """What PEFT applies from the first token on, though that token's pages are shared with the base model."""
+        if not is_off(self.config.get(INVOCATION)):
+            self.problems.append(f"{key}: {_shown(self.config[key])} is not supported beside {INVOCATION}")
+
+    def _saved(self) -> tuple[str, ...]:
+        value = self.config.get(SAVED)
+        if is_off(value):
+            return ()
+        if not isinstance(value, list) or not all(isinstance(name, str) and name for name in value):
+            self.problems.append(f"{SAVED}: {_shown(value)} is not a list of modules' names")
+            return ()
+        names = tuple(name for name in value if name not in OTHER_HEADS)
+        if names:
+            self._refuse_beside_invocation(SAVED)
+        return names
+
+    def _token_rows(self) -> tuple[TokenRows, ...]:
+        value = self.config.get(TOKENS)
+        if is_off(value):
+            return ()
+        self._refuse_beside_invocation(TOKENS)
+        by_module: dict[str, Any] = value if isinstance(value, dict) else {"": value}
+        for module, tokens in by_module.items():
+            where = f"{TOKENS}[{module!r}]" if module else TOKENS
+            if not isinstance(tokens, list) or not tokens or not all(map(_is_token_id, tokens)):
+                self.problems.append(f"{where}: {_shown(tokens)} is not a list of token ids")
+                return ()
+            if len(set(tokens)) < len(tokens):
+                self.problems.append(f"{where}: {_shown(tokens)} names a token twice")
+        return tuple(TokenRows(module, tuple(tokens)) for module, tokens in by_module.items())
 
     def _base_model(self) -> str:
         value = self.config.get("base_model_name_or_path")
@@ -302,7 +373,7 @@ class _ConfigReader:
             self.problems.append(f"{INVOCATION}: {_shown(value)} is not a list of 1 to {MAX_INVOCATION} token ids")
             return ()
         for at, token in enumerate(value):
-            if type(token) is not int or not 0 <= token <= _MAX_TOKEN_ID:
+            if not _is_token_id(token):
                 self.problems.append(f"{INVOCATION}[{at}]: {_shown(token)} is not a token id")
                 return ()
         return tuple(value)
@@ -334,19 +405,27 @@ class _ConfigReader:
             self.problems.append(f"{key}: {problem}")
             return ANY_LAYER_NUMBER
 
-    def _targets(self) -> TargetRule:
+    def _targets(self, parameters: frozenset[str] = frozenset()) -> TargetRule:
         target_modules = self._names("target_modules")
         layers = self.config.get("layers_to_transform")
-        if not target_modules:
+        if not target_modules and not parameters:
             self.problems.append(f"target_modules: {_shown(self.config.get('target_modules'))} names no module")
         if isinstance(target_modules, Pattern) and layers not in (None, []):
             self.problems.append(f"layers_to_transform: {_shown(layers)} needs target_modules to be a list")
         return TargetRule(
             target_modules=target_modules,
             exclude_modules=self._names("exclude_modules"),
+            parameters=parameters,
             layers=frozenset(self._layers(layers)),
             layer_patterns=self._layer_patterns(),
         )
+
+    def _parameters(self) -> frozenset[str]:
+        value = self.config.get("target_parameters") or []
+        if isinstance(value, list) and all(isinstance(entry, str) for entry in value):
+            return frozenset(value)
+        self.problems.append(f"target_parameters: {_shown(value)} is not a list of strings")
+        return frozenset()
 
     def _names(self, key: str) -> Pattern | frozenset[str]:
         value = self.config.get(key)
@@ -376,6 +455,10 @@ class _ConfigReader:
             patterns = []
         compiled = (self._pattern("layers_pattern", pattern, inside=LAYER_NUMBER) for pattern in patterns)
         return tuple(compiled) or (ANY_LAYER_NUMBER,)
+
+
+def _is_token_id(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= _MAX_TOKEN_ID
 
 
 def _is_finite(value: Any) -> bool:

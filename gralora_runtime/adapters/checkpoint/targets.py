@@ -179,6 +179,7 @@ class TargetRule:
 
     target_modules: Pattern | frozenset[str]
     exclude_modules: Pattern | frozenset[str] = frozenset()
+    parameters: frozenset[str] = frozenset()  # endings of their paths: PEFT holds nothing else against them
     layers: frozenset[int] = frozenset()  # empty: all
     layer_patterns: tuple[Pattern, ...] = (ANY_LAYER_NUMBER,)
 
@@ -190,6 +191,9 @@ class TargetRule:
         # A whole path in the list is taken at its word, whatever the layers are.
         named_in_full = isinstance(self.target_modules, frozenset) and module in self.target_modules
         return named_in_full or not self.layers or self._layer(module, budget) in self.layers
+
+    def matches_parameter(self, path: str) -> bool:
+        return _ends_in(self.parameters, path)
 
     def _layer(self, module: str, budget: MatchingBudget) -> int | None:
         """The first number in the path (after the first of the layer patterns that matches)."""
@@ -203,9 +207,13 @@ def _names(names: Pattern | frozenset[str], module: str, budget: MatchingBudget)
     """Whether a pattern matches the whole path, or one of its endings is in the set."""
     if isinstance(names, Pattern):
         return names.fullmatch(module, budget) is not None
+    return _ends_in(names, module)
+
+
+def _ends_in(names: frozenset[str], path: str) -> bool:
     start = 0
-    while module[start:] not in names:
-        start = module.find(".", start) + 1
+    while path[start:] not in names:
+        start = path.find(".", start) + 1
         if start == 0:
             return False
     return True

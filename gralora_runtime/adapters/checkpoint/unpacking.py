@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from gralora_kernels.packing import ROW_MAJOR, Array, Packing, blocks_a, blocks_b
 from gralora_kernels.tables import Entry, Storage
 from gralora_runtime.adapters.checkpoint.loader import LoadedAdapter
+from gralora_runtime.adapters.checkpoint.plan import room_numel
 from gralora_runtime.adapters.checkpoint.spec import ModuleShape
 from gralora_runtime.adapters.checkpoint.update import LowRank, Update
 
@@ -29,17 +31,19 @@ def updates_in(
 
 def _pair(blob: Tensor, entry: Entry, shape: ModuleShape, panel: int) -> LowRank:
     dtype = _DTYPES.get(entry.storage, blob.dtype)
-    a = _bits(blob, entry.a_offset, entry.r * shape.in_features, dtype)
-    b = _bits(blob, entry.b_offset, entry.r * shape.out_features, dtype)
+    a = _bits(blob, entry.a_offset, entry.r * shape.in_features, shape.experts, dtype)
+    b = _bits(blob, entry.b_offset, entry.r * shape.out_features, shape.experts, dtype)
     return LowRank(
-        a=torch.from_numpy(blocks_a(a, entry.k, entry.r, panel)).view(dtype),
-        b=torch.from_numpy(blocks_b(b, entry.k, entry.r, panel)).view(dtype),
+        a=torch.from_numpy(np.concatenate([blocks_a(own, entry.k, entry.r, panel) for own in a])).view(dtype),
+        b=torch.from_numpy(np.concatenate([blocks_b(own, entry.k, entry.r, panel) for own in b])).view(dtype),
         scale=entry.scale,
+        is_stack=shape.experts > 1,
     )
 
 
-def _bits(blob: Tensor, offset: int, numel: int, dtype: torch.dtype) -> Array:
-    """Elements as numpy moves them: it has no bfloat16."""
-    cells = blob[offset:].view(dtype)[:numel]
+def _bits(blob: Tensor, offset: int, numel: int, experts: int, dtype: torch.dtype) -> Array:
+    """Elements of a matrix, or of each expert's, [experts, numel], as numpy moves them: it has no bfloat16."""
+    share = blob.element_size() // dtype.itemsize
+    cells = blob[offset:].view(dtype)[: experts * share * room_numel(numel, share)]
     found: Array = (cells.view(torch.int16) if dtype.itemsize == 2 else cells).numpy()
-    return found
+    return found.reshape(experts, -1)[:, :numel]

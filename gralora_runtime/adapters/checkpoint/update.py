@@ -13,24 +13,29 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from gralora_runtime.adapters.checkpoint.header import ModulePlan
+from gralora_runtime.adapters.checkpoint.experts import each_a, each_b
+from gralora_runtime.adapters.checkpoint.plan import ModulePlan, PartTensors
 
 
 @dataclass(frozen=True, slots=True)
 class LowRank:
-    """One pair. A plain one, LoRA's or a hybrid's, is one block."""
+    """One pair. A plain one, LoRA's or a hybrid's, is one block. Or the pairs of a mixture's experts, `is_stack`, each
+    for a weight of its own: a [experts, in, r], b [experts, r, out]."""
 
     a: Tensor  # [k, in/k, r]
     b: Tensor  # [k, r, out/k]
     scale: float
+    is_stack: bool = False
 
     @property
     def k(self) -> int:
         return len(self.a)
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """(out, in)"""
+    def shape(self) -> tuple[int, ...]:
+        """(out, in), or (experts, out, in)"""
+        if self.is_stack:
+            return len(self.a), self.b.shape[2], self.a.shape[1]
         return self.k * self.b.shape[2], self.k * self.a.shape[1]
 
 
@@ -39,10 +44,13 @@ Update = tuple[LowRank, ...]
 
 def update_of(module: ModulePlan, tensors: Mapping[str, Tensor]) -> Update:
     """What a checkpoint with these tensors adds to a module."""
-    return tuple(
-        LowRank(as_blocks(tensors[pair.a_name]), as_blocks(tensors[pair.b_name]), pair.part.scale)
-        for pair in module.parts
-    )
+    return tuple(_stored(pair, tensors[pair.a_name], tensors[pair.b_name]) for pair in module.parts)
+
+
+def _stored(pair: PartTensors, a: Tensor, b: Tensor) -> LowRank:
+    if pair.experts > 1:
+        return LowRank(each_a(a, pair.experts), each_b(b, pair.experts), pair.part.scale, is_stack=True)
+    return LowRank(as_blocks(a), as_blocks(b), pair.part.scale)
 
 
 def as_blocks(stored: Tensor) -> Tensor:
@@ -55,7 +63,9 @@ def minus(update: Update) -> Update:
 
 
 def dense(pair: LowRank) -> Tensor:
-    """The matrix [out, in] in float32."""
+    """The matrix [out, in] in float32, or the experts' [experts, out, in]."""
+    if pair.is_stack:
+        return torch.einsum("ero,eir->eoi", pair.b.float(), pair.a.float()) * pair.scale
     k, width, r = pair.a.shape
     a = pair.a.float().view(k, width, k, r // k)  # [n, i, j, c]
     b = pair.b.float().view(k, k, r // k, -1)  # [j, n, c, o]
@@ -87,7 +97,14 @@ def _triangle(matrices: Tensor) -> Tensor:
 
 
 def _block_rows(pairs: Sequence[LowRank], dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
-    """For each row of blocks of the grid: A [blocks, in/blocks, rank] and B [blocks, rank, out/blocks], all pairs'."""
+    """For each row of blocks of the grid: A [blocks, in/blocks, rank] and B [blocks, rank, out/blocks], all pairs'. A
+    stack's experts are one such row: their weights' entries, too, are apart."""
+    if any(pair.is_stack for pair in pairs):
+        yield (
+            torch.cat([pair.a.to(dtype) for pair in pairs], dim=2),
+            torch.cat([pair.b.to(dtype) * pair.scale for pair in pairs], dim=1),
+        )
+        return
     blocks = math.lcm(*(pair.k for pair in pairs)) if pairs else 0
     for row in range(blocks):
         factors = [_block_row(pair, row, blocks, dtype) for pair in pairs]

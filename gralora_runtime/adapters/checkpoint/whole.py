@@ -17,9 +17,10 @@ from torch import Tensor
 
 from gralora_runtime.adapters.checkpoint.bounds import largest_magnitude
 from gralora_runtime.adapters.checkpoint.file import MalformedError, open_regular
-from gralora_runtime.adapters.checkpoint.header import AdapterHeader, Plan, Vector, inspect, read_config
+from gralora_runtime.adapters.checkpoint.header import AdapterHeader, inspect, read_config
+from gralora_runtime.adapters.checkpoint.implied import implied_shapes
 from gralora_runtime.adapters.checkpoint.loader import check_unchanged, digest_of
-from gralora_runtime.adapters.checkpoint.naming import BIASES
+from gralora_runtime.adapters.checkpoint.plan import Plan, Vector
 from gralora_runtime.adapters.checkpoint.recipe import TORCH_DTYPES, describe
 from gralora_runtime.adapters.checkpoint.spec import ModuleShape, parse_config, rejected
 from gralora_runtime.adapters.checkpoint.stored import ARRAYS, read_range
@@ -42,6 +43,11 @@ class WholeAdapter:
         return {module.module.name: update_of(module, self.tensors) for module in self.plan if module.parts}
 
     @property
+    def brings_more(self) -> bool:
+        """Than updates."""
+        return any(module.vectors or module.rows for module in self.plan)
+
+    @property
     def vectors(self) -> tuple[Vector, ...]:
         """Which kinds it has beside its matrices."""
         return tuple(kind for kind in Vector if any(vector.kind is kind for one in self.plan for vector in one.vectors))
@@ -60,9 +66,15 @@ def read_whole(
     see `parse_config`.
     """
     header = inspect(path, roots=roots, allowed_keys=allowed_keys)
+    if modules is None and header.spec.targets.parameters:
+        raise rejected(
+            header.name,
+            ["target_parameters: which of its tensors are for which experts is to be told beside the base model alone"],
+        )
     plan = header.fitting_plan(implied_shapes(header) if modules is None else modules)
     names = [name for module in plan for pair in module.parts for name in (pair.a_name, pair.b_name)]
     names += [vector.name for module in plan for vector in module.vectors]
+    names += [module.rows.name for module in plan if module.rows]
     try:
         config = read_config(path, roots)
         if parse_config(header.name, config, allowed_keys) != header.spec:
@@ -86,31 +98,6 @@ def read_whole(
     )
     tensors = {name: _tensor(values, header.tensors[name]) for name, values in arrays.items()}
     return WholeAdapter(header=header, config=config, plan=plan, tensors=tensors, digest=digest)
-
-
-def implied_shapes(header: AdapterHeader) -> list[ModuleShape]:
-    """The modules that a checkpoint has tensors for, in the order of their names, as wide as those tensors are."""
-    naming = header.naming()
-    return [
-        ModuleShape(module, *_widths(header, module), has_bias=naming.tensor(module, BIASES[0]) in header.tensors)
-        for module in header.targets
-    ]
-
-
-def _widths(header: AdapterHeader, module: str) -> tuple[int, int]:
-    """(in, out). What is missing or has another number of dimensions counts as 0, and misfits its plan."""
-    naming = header.naming()
-
-    def shape(matrix: str) -> tuple[int, ...]:
-        tensor = header.tensors.get(naming.tensor(module, matrix))
-        return tensor.shape if tensor is not None else ()
-
-    match shape("lora_A.weight"), shape("lora_B.weight"), shape("gralora_A"), shape("gralora_B"):
-        case (_, inputs), (outputs, _), (), ():
-            return inputs, outputs
-        case (), (), (k_a, width_a, _), (k_b, _, width_b):
-            return k_a * width_a, k_b * width_b
-    return 0, 0
 
 
 def _array(file: int, stored: TensorInfo) -> np.ndarray[Any, np.dtype[Any]]:

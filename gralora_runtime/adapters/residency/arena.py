@@ -5,7 +5,8 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Iterator
 
-from gralora_runtime.adapters.checkpoint.header import ALIGNMENT, aligned
+from gralora_kernels.tables import ALIGNMENT
+from gralora_runtime.adapters.checkpoint.plan import aligned
 
 
 class ArenaAllocator:

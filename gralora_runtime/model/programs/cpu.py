@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from gralora_kernels.cpu.attention import attention_pieces
 from gralora_kernels.cpu.linear import PackedWeight
-from gralora_kernels.cpu.program import DecoderShape, Program, Step
+from gralora_kernels.cpu.program import DecoderShape, Program, RowNorm, Step
 from gralora_kernels.cpu.rows import GELU_TANH, SILU, SQUARED_RELU
 from gralora_runtime.model.adaptable import joined_weight_and_bias
 from gralora_runtime.model.description import (
@@ -54,16 +54,21 @@ class CpuRunner:
         )
         self._program = Program(shape, max_tokens=served.max_num_tokens, arena=served.arena)
         self._least_bits = served.least_bits
-        self._program.embed(model.embedding.detach(), model.embedding_factor, least_bits=served.least_bits)
+        self._apart = served.apart
+        embedding = model.embedding.detach()
+        kept = self._program.embed(embedding, model.embedding_factor, least_bits=served.least_bits)
+        self._layers.hold([served.embedding_name], kept)
+        for norm in model.norms:
+            self._layers.hold_norm(norm.name, offset=norm.offset, factor=norm.factor)
+        self._embedding_factor = model.embedding_factor
         for index, layer in enumerate(model.layers):
             self._add_layer(model, layer, served.kv_pool.keys[index], served.kv_pool.values[index])
         head = model.head
         bias = None if head.bias is None else head.bias.detach()
         packed = PackedWeight(head.weight.detach(), least_bits=served.least_bits)
-        self._program.norm_last(model.final_norm.weight, model.final_norm.bias, model.eps)
+        self._program.norm_last(self._row_norm(model.final_norm), model.eps)
         self._program.head(packed, bias)
         self._layers.hold([served.head_name], packed, factor=model.logits_factor)
-        self._head = served.head
         for module in (head, served.base.model.get_input_embeddings()):  # which may be one and the same weight
             module.weight = _nothing_like(module.weight)
         logger.info(
@@ -81,19 +86,23 @@ class CpuRunner:
         """Logits of the tokens in `logits_index`, fp32 [sampling rows, vocab]."""
         assert newest is None, "host memory is where tokens are"
         pieces = attention_pieces(tensors.query_starts.numpy(), tensors.context_lens.numpy(), self._group)
+        apart, ids = self._apart.step(tensors), tensors.input_ids[0]
+        embedding = apart.embedding
         logits = self._program.run(
             Step(
-                token_ids=tensors.input_ids[0],
+                token_ids=ids,
                 positions=tensors.position_ids[0],
                 kv_slots=tensors.kv_slots,
                 last=tensors.logits_index,
                 page_table=tensors.page_table,
                 pieces=pieces,
                 grouping=tensors.grouping,
-            )
+                token_slots=tensors.token_slots,
+            ),
+            (lambda hidden: embedding.apply(hidden, ids, self._embedding_factor)) if embedding else None,
         )
-        if adapted := self._head.step(tensors):
-            adapted.apply(logits, self._program.normed[: len(logits)])
+        if apart.head:
+            apart.head.apply(logits, self._program.normed[: len(logits)])
         return soft_capped(logits, self._logits_softcap)
 
     def _add_layer(self, model: Description, layer: LayerDescription, keys: Tensor, values: Tensor) -> None:
@@ -102,7 +111,8 @@ class CpuRunner:
         self._linear(block_input, program.qkv, layer.qkv)
         program.attend(
             keys, values, rotary=self._rotary[layer.rotary], scale=model.scale, softcap=model.softcap,
-            window=layer.window, q_norm=layer.q_norm, k_norm=layer.k_norm, eps=model.eps,
+            window=layer.window, q_norm=self._row_norm_of(layer.q_norm), k_norm=self._row_norm_of(layer.k_norm),
+            eps=model.eps,
         )  # fmt: skip
         self._join(program.attended, layer.o, layer.attention_joining, model.eps)
         if not layer.is_parallel:
@@ -117,7 +127,7 @@ class CpuRunner:
         """What a block reads: the stream, or its norm."""
         if norm is None:
             return self._program.hidden
-        self._program.norm(norm.weight, norm.bias, eps)
+        self._program.norm(self._row_norm(norm), eps)
         return self._program.normed
 
     def _join(self, x: Tensor, projection: Projection, joining: Joining, eps: float) -> None:
@@ -126,9 +136,13 @@ class CpuRunner:
             self._linear(x, self._program.hidden, projection, accumulate=True)
             return
         self._linear(x, self._program.joining, projection)
-        norm = joining.norm
-        weight, bias = (None, None) if norm is None else (norm.weight, norm.bias)
-        self._program.join(weight, bias, joining.factor, eps)
+        self._program.join(self._row_norm_of(joining.norm), joining.factor, eps)
+
+    def _row_norm_of(self, norm: Norm | None) -> RowNorm | None:
+        return None if norm is None else self._row_norm(norm)
+
+    def _row_norm(self, norm: Norm) -> RowNorm:
+        return RowNorm(norm.weight, norm.bias, self._apart.norm_tables[norm.name])
 
     def _linear(self, x: Tensor, y: Tensor, projection: Projection, *, accumulate: bool = False) -> None:
         weight, bias = joined_weight_and_bias(projection.modules)

@@ -1,19 +1,15 @@
-"""What adapters make of the output head's product, for the rows of a step that want logits. Knows no program.
-
-Adapters on the head are rare, and a step has few rows there: so they are applied by a call of their own, and a step in
-which nobody has one makes none.
-"""
+"""What adapters make of the output head's product, for the rows of a step that want logits. Knows no program."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 from torch import Tensor
 
 from gralora_kernels.dispatch import AdapterBackend
 from gralora_kernels.grouping import Grouping
 from gralora_kernels.tables import GroupTable
+from gralora_runtime.model.programs.own_group import OwnGroup
 from gralora_runtime.stepping.batch import StepTensors
 
 
@@ -30,27 +26,19 @@ class HeadStep:
 
 
 class HeadAdapters:
-    """Of one model. Its backend is its own: lists of one grouping are not those of another."""
+    """Of one model."""
 
     def __init__(self, table: GroupTable, *, arena: Tensor, backend: AdapterBackend, max_rows: int) -> None:
-        (self._module,) = table.modules
-        self._table = table
+        self._group = OwnGroup(table, max_rows)
         self._arena = arena
         self._backend = backend
-        self._grouping = Grouping(max_rows)
 
     def step(self, tensors: StepTensors) -> HeadStep | None:
         """None if no row that wants logits has an adapter on the head. Valid until the next step's."""
-        slots = tensors.token_slots[tensors.logits_index.numpy()]
-        used = np.unique(slots[slots >= 0])
-        module = self._module
-        adapted = module.host_index[used, :, 2].any(axis=1) | (module.host_affine[used] > 0)
-        if not adapted.any():
-            return None
-        self._grouping.fill(slots, {int(slot): module.width(slot) for slot in used})
-        return HeadStep(self, self._grouping)
+        grouping = self._group.grouped(tensors.token_slots[tensors.logits_index.numpy()], tensors.grouping.slots)
+        return None if grouping is None else HeadStep(self, grouping)
 
     def apply(self, logits: Tensor, hidden: Tensor, grouping: Grouping) -> None:
         """See `HeadStep`."""
-        self._backend.prepare([self._table], grouping)
-        self._backend.apply(logits, hidden.contiguous(), self._arena, self._table, grouping)
+        self._backend.prepare([self._group.table], grouping)
+        self._backend.apply(logits, hidden.contiguous(), self._arena, self._group.table, grouping)

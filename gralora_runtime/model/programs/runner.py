@@ -14,7 +14,7 @@ from gralora_kernels.tables import GroupTable
 from gralora_runtime.model.base_layers import BaseLayers
 from gralora_runtime.model.kv_pool import KVPool
 from gralora_runtime.model.loading import BaseModel
-from gralora_runtime.model.programs.head import HeadAdapters
+from gralora_runtime.model.programs.apart import Apart
 from gralora_runtime.stepping.batch import StepTensors
 
 
@@ -36,9 +36,11 @@ class Served:
     base: BaseModel
     kv_pool: KVPool
     arena: Tensor
-    groups: Mapping[tuple[str, ...], GroupTable]  # but for the output head's
+    groups: Mapping[tuple[str, ...], GroupTable]  # of linear layers, but for the output head's
+    experts: Mapping[str, GroupTable]  # by parameter
     head_name: str
-    head: HeadAdapters
+    embedding_name: str
+    apart: Apart
     layers: BaseLayers  # is told where weights are
     backend: AdapterBackend
     page_size: int

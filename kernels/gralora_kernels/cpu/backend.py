@@ -17,6 +17,7 @@ from torch import Tensor
 
 from gralora_kernels.cpu import operations
 from gralora_kernels.cpu.adapters import SCRATCH_BYTES
+from gralora_kernels.cpu.embedding import look_up
 from gralora_kernels.cpu.linear import row_numbers
 from gralora_kernels.cpu.microkernel import PANEL
 from gralora_kernels.cpu.placing import place_panels
@@ -82,6 +83,15 @@ class CpuBackend:
                 parts, own.table, self._reals, own.group_rows, step, self._shape, self._counters,
                 self._scratch.data_ptr(), SCRATCH_BYTES, row_numbers(grouping.num_tokens),
             )  # fmt: skip
+
+    def look_up(
+        self, y: Tensor, ids: Tensor, arena: Tensor, group: GroupTable, grouping: Grouping, *, factor: float
+    ) -> None:
+        """See `AdapterBackend`."""
+        _check(y, (grouping.num_tokens, group.out_features))
+        if ids.shape != (grouping.num_tokens,) or ids.dtype != torch.int64 or not ids.is_contiguous():
+            raise ValueError(f"the cpu backend needs contiguous int64 ids ({grouping.num_tokens},), got {ids.shape}")
+        look_up(y, ids, arena, group, grouping, factor=factor)
 
     def _operations_of(self, group: GroupTable) -> _Operations:
         if group not in self._operations:

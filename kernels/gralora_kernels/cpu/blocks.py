@@ -19,17 +19,19 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from gralora_kernels.cpu.microkernel import FROM_OUTPUT, FROM_ZERO, PANEL, VECTORS
+from gralora_kernels.cpu.microkernel import AHEAD, FROM_OUTPUT, FROM_ZERO, PANEL, VECTORS
 from gralora_kernels.cpu.simd import (
     LANES,
     fma,
+    forget_loads,
+    high_nibbles,
     load,
     load_float16,
-    load_high_nibbles,
     load_int8,
-    load_low_nibbles,
     load_part,
     load_scalar,
+    low_nibbles,
+    prefetch,
     splat,
     store,
     store_part,
@@ -45,8 +47,12 @@ BLOCKS_8 = BLOCKS_4 + 1  # and Q8_0
 
 SAMPLE = 16  # rows that show as a rule whether all are of a form
 ROWS_AT_ONCE = 2048  # that are looked at, so that what is computed on the way stays small
-FOURS_BYTES = PANEL * (2 + 2 + BLOCK // 2)  # of a panel's block: scales, offsets, two numbers a byte
-EIGHTS_BYTES = PANEL * (2 + BLOCK)
+# Columns that lie side by side, two panels: an addition waits four cycles for the one before it, so one row is bound by
+# its sums unless there are four vectors of them.
+PAIR = 2 * PANEL
+GROUP = 8  # numbers of 4 bits that share one of 32
+FOURS_BYTES = PAIR * (2 + 2 + BLOCK // 2)  # of a pair's block: scales, offsets, two numbers a byte
+EIGHTS_BYTES = PAIR * (2 + BLOCK)
 ROW_EIGHTS_BYTES = 4 + BLOCK  # of a row's block: a scale of fp32, and its numbers
 
 
@@ -78,27 +84,27 @@ def recognised(weight: Tensor) -> Blocks | None:
     return None
 
 
-def pack_panels(blocks: Blocks) -> Tensor:
-    """uint8 [panels, in / 32, FOURS_BYTES or EIGHTS_BYTES], a panel's columns side by side, the last one filled up."""
+def pack_pairs(blocks: Blocks) -> Tensor:
+    """uint8 [pairs, in / 32, FOURS_BYTES or EIGHTS_BYTES], a pair's columns side by side, the last one filled up."""
     out = len(blocks.numbers)
-    panels = -(-out // PANEL)
+    pairs = -(-out // PAIR)
 
-    def by_panel(part: Tensor) -> Tensor:
-        padded = part.new_zeros(panels * PANEL, *part.shape[1:])
+    def by_pair(part: Tensor) -> Tensor:
+        padded = part.new_zeros(pairs * PAIR, *part.shape[1:])
         padded[:out] = part
-        return padded.view(panels, PANEL, *part.shape[1:])
+        return padded.view(pairs, PAIR, *part.shape[1:])
 
     def as_bytes(part: Tensor) -> Tensor:
-        """[panels, PANEL, blocks] -> [panels, blocks, bytes]."""
-        return by_panel(part).transpose(1, 2).contiguous().view(torch.uint8)
+        """[pairs, PAIR, blocks] -> [pairs, blocks, bytes]."""
+        return by_pair(part).transpose(1, 2).contiguous().view(torch.uint8)
 
-    numbers = by_panel(blocks.numbers).permute(0, 2, 3, 1)  # [panels, blocks, 32, PANEL]
+    numbers = by_pair(blocks.numbers)  # [pairs, PAIR, blocks, 32]
     if blocks.kind == BLOCKS_8:
-        parts = [as_bytes(blocks.scales), numbers.contiguous().view(torch.uint8).flatten(2)]
-    else:
-        pairs = numbers[:, :, 0::2] | (numbers[:, :, 1::2] << 4)
-        parts = [as_bytes(blocks.scales), as_bytes(blocks.offsets), pairs.flatten(2)]
-    return torch.cat(parts, dim=2).contiguous()
+        rows = numbers.permute(0, 2, 3, 1).contiguous().view(torch.uint8)
+        return torch.cat([as_bytes(blocks.scales), rows.flatten(2)], dim=2)
+    twos = numbers[..., 0::2] | (numbers[..., 1::2] << 4)
+    groups = twos.reshape(*twos.shape[:3], BLOCK // GROUP, GROUP // 2).permute(0, 2, 3, 1, 4)
+    return torch.cat([as_bytes(blocks.scales), as_bytes(blocks.offsets), groups.flatten(2)], dim=2)
 
 
 def pack_rows(blocks: Blocks) -> Tensor:
@@ -143,43 +149,49 @@ def _exact(
 
 
 @njit(nogil=True)
-def block_bytes(storage: int) -> int:
-    """Of a panel's block."""
+def _block_bytes(storage: int) -> int:
     return FOURS_BYTES if storage == BLOCKS_4 else EIGHTS_BYTES
 
 
 @njit(nogil=True)
-def widen_panel(storage: int, source: int, blocks: int, out: int) -> None:
-    """`blocks` blocks of a panel, from `source` on, to fp32 [32 * blocks, PANEL]."""
-    size = block_bytes(storage)
-    for b in range(blocks):
+def widen_panel(storage: int, weight: int, in_features: int, panel: int, depth: int, wide: int, out: int) -> None:
+    """A panel of a weight as fp32 [wide, PANEL], of its inputs from `depth` on. Both are of whole blocks."""
+    size = _block_bytes(storage)
+    pair, column = panel * PANEL // PAIR, panel * PANEL % PAIR
+    source = weight + (pair * in_features + depth) // BLOCK * size
+    for b in range(wide // BLOCK):
         at, first = source + b * size, BLOCK * b * PANEL
-        if storage == BLOCKS_4:
-            _widen_fours(at, out, first)
-        else:
-            _widen_eights(at, out, first)
+        for v in range(VECTORS):
+            if storage == BLOCKS_4:
+                _widen_fours(at, column + v * LANES, out, first + v * LANES)
+            else:
+                _widen_eights(at, column + v * LANES, out, first + v * LANES)
 
 
 @njit(nogil=True)
-def _widen_fours(at: int, out: int, first: int) -> None:
-    numbers = at + 4 * PANEL
-    for v in range(VECTORS):
-        column = v * LANES
-        d, m = load_float16(at, column), load_float16(at, PANEL + column)
-        for pair in range(BLOCK // 2):
-            row = first + 2 * pair * PANEL + column
-            store(out, row, fma(load_low_nibbles(numbers, pair * PANEL + column), d, m))
-            store(out, row + PANEL, fma(load_high_nibbles(numbers, pair * PANEL + column), d, m))
+def _widen_fours(at: int, column: int, out: int, first: int) -> None:
+    """One vector of a block's columns."""
+    d, sixteenth, m = _scales(at, column)
+    for group in range(BLOCK // GROUP):
+        bits = load(at + 4 * PAIR, group * PAIR + column)
+        for byte in range(GROUP // 2):
+            row = first + (GROUP * group + 2 * byte) * PANEL
+            store(out, row, fma(low_nibbles(bits, byte), d, m))
+            store(out, row + PANEL, fma(high_nibbles(bits, byte), sixteenth, m))
 
 
 @njit(nogil=True)
-def _widen_eights(at: int, out: int, first: int) -> None:
-    numbers = at + 2 * PANEL
-    for v in range(VECTORS):
-        column = v * LANES
-        d = load_float16(at, column)
-        for row in range(BLOCK):
-            store(out, first + row * PANEL + column, times(load_int8(numbers, row * PANEL + column), d))
+def _scales(at: int, column: int) -> tuple[Any, Any, Any]:
+    """Of one vector of a block of 4 bits: scales, a sixteenth of them, offsets. All are exact."""
+    d = load_float16(at, column)
+    return d, times(d, splat(np.float32(1 / 16))), load_float16(at, PAIR + column)
+
+
+@njit(nogil=True)
+def _widen_eights(at: int, column: int, out: int, first: int) -> None:
+    d = load_float16(at, column)
+    for row in range(BLOCK):
+        store(out, first + row * PANEL, times(load_int8(at + 2 * PAIR, row * PAIR + column), d))
 
 
 @njit(nogil=True)
@@ -193,42 +205,71 @@ def widen_row(x: int, out: int, features: int, factor: float) -> None:
 
 
 @njit(nogil=True)
-def multiply_row(storage: int, x: int, y: int, source: int, blocks: int, start: int, columns: int) -> None:
-    """y = start + x @ a panel, for one row: widened in registers, and added up in the order of `microkernel`."""
+def multiply_row(
+    storage: int, x: int, in_features: int, y: int, weight: int, pair: int, start: int, columns: int
+) -> None:
+    """y = start + x @ a pair of panels, for one row: widened in registers, added up in the order of `microkernel`."""
     a, b = _initial(start, y, 0, columns), _initial(start, y, LANES, columns)
-    for block in range(blocks):
+    c, d = _initial(start, y, 2 * LANES, columns), _initial(start, y, 3 * LANES, columns)
+    source = weight + pair * (in_features // BLOCK) * _block_bytes(storage)
+    for block in range(in_features // BLOCK):
+        here = x + block * BLOCK * 4
         if storage == BLOCKS_4:
-            a, b = _add_fours(x, BLOCK * block, source + block * FOURS_BYTES, a, b)
+            a, b, c, d = _add_fours(here, source + block * FOURS_BYTES, a, b, c, d)
         else:
-            a, b = _add_eights(x, BLOCK * block, source + block * EIGHTS_BYTES, a, b)
+            a, b, c, d = _add_eights(here, source + block * EIGHTS_BYTES, a, b, c, d)
     _finish(y, 0, columns, a)
     _finish(y, LANES, columns, b)
+    _finish(y, 2 * LANES, columns, c)
+    _finish(y, 3 * LANES, columns, d)
 
 
 @njit(nogil=True)
-def _add_fours(x: int, first: int, at: int, a: Any, b: Any) -> tuple[Any, Any]:
-    d, e = load_float16(at, 0), load_float16(at, LANES)
-    m, n = load_float16(at, PANEL), load_float16(at, PANEL + LANES)
-    numbers = at + 4 * PANEL
-    for pair in range(BLOCK // 2):
-        here = pair * PANEL
-        value, following = splat(load_scalar(x, first + 2 * pair)), splat(load_scalar(x, first + 2 * pair + 1))
-        a = fma(value, fma(load_low_nibbles(numbers, here), d, m), a)
-        b = fma(value, fma(load_low_nibbles(numbers, here + LANES), e, n), b)
-        a = fma(following, fma(load_high_nibbles(numbers, here), d, m), a)
-        b = fma(following, fma(load_high_nibbles(numbers, here + LANES), e, n), b)
-    return a, b
+def _add_fours(x: int, at: int, a: Any, b: Any, c: Any, d: Any) -> tuple[Any, Any, Any, Any]:
+    _fetch(at + AHEAD, FOURS_BYTES)
+    p, q, r, s = _scales(at, 0), _scales(at, LANES), _scales(at, 2 * LANES), _scales(at, 3 * LANES)
+    for group in range(BLOCK // GROUP):
+        here, bits = x + group * GROUP * 4, at + 4 * PAIR + group * PAIR * 4
+        a = _add_group(here, load(bits, 0), p, a)
+        b = _add_group(here, load(bits, LANES), q, b)
+        c = _add_group(here, load(bits, 2 * LANES), r, c)
+        d = _add_group(here, load(bits, 3 * LANES), s, d)
+    return a, b, c, d
 
 
 @njit(nogil=True)
-def _add_eights(x: int, first: int, at: int, a: Any, b: Any) -> tuple[Any, Any]:
-    d, e = load_float16(at, 0), load_float16(at, LANES)
-    numbers = at + 2 * PANEL
+def _add_group(x: int, bits: Any, scales: tuple[Any, Any, Any], total: Any) -> Any:
+    """One vector after the other, and x anew for each: AVX2's 16 registers do not hold it beside what all of them need
+    (1.2 times as fast); the processor takes the next vector while this one's additions wait.
+    """
+    forget_loads()
+    d, sixteenth, m = scales
+    for byte in range(GROUP // 2):
+        value, following = splat(load_scalar(x, 2 * byte)), splat(load_scalar(x, 2 * byte + 1))
+        total = fma(value, fma(low_nibbles(bits, byte), d, m), total)
+        total = fma(following, fma(high_nibbles(bits, byte), sixteenth, m), total)
+    return total
+
+
+@njit(nogil=True)
+def _add_eights(x: int, at: int, a: Any, b: Any, c: Any, d: Any) -> tuple[Any, Any, Any, Any]:
+    _fetch(at + AHEAD, EIGHTS_BYTES)
+    p, q = load_float16(at, 0), load_float16(at, LANES)
+    r, s = load_float16(at, 2 * LANES), load_float16(at, 3 * LANES)
+    numbers = at + 2 * PAIR
     for row in range(BLOCK):
-        value = splat(load_scalar(x, first + row))
-        a = fma(value, times(load_int8(numbers, row * PANEL), d), a)
-        b = fma(value, times(load_int8(numbers, row * PANEL + LANES), e), b)
-    return a, b
+        value = splat(load_scalar(x, row))
+        a = fma(value, times(load_int8(numbers, row * PAIR), p), a)
+        b = fma(value, times(load_int8(numbers, row * PAIR + LANES), q), b)
+        c = fma(value, times(load_int8(numbers, row * PAIR + 2 * LANES), r), c)
+        d = fma(value, times(load_int8(numbers, row * PAIR + 3 * LANES), s), d)
+    return a, b, c, d
+
+
+@njit(nogil=True)
+def _fetch(at: int, size: int) -> None:
+    for line in range(0, size, 64):
+        prefetch(at + line, 0)
 
 
 @njit(nogil=True)

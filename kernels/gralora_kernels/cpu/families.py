@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from gralora_kernels.cpu import adapters, attention, linear, microkernel, operations, placing, sha256
+from gralora_kernels.cpu import adapters, attention, embedding, linear, microkernel, operations, placing, sha256
 from gralora_kernels.cpu.cache import is_empty
 from gralora_kernels.cpu.separate import Loadable
 from gralora_kernels.stages import Stage, untold
@@ -27,7 +27,7 @@ FAMILIES: dict[str, tuple[Loadable, ...]] = {
     "rows": (operations.row_piece,),
     "hashing": (sha256.hash_stretches,),
     "placing": (placing.place_16_bits, placing.place_32_bits),
-    "adapters": (adapters.shrink_piece, adapters.expand_piece),  # call products and sums
+    "adapters": (adapters.shrink_piece, adapters.expand_piece, embedding.look_up_rows),  # call products and sums
     "steps": (operations.run,),  # calls all others
 }
 BESIDE = ("sums", "rows", "hashing", "placing")  # call no others, and take about as long as those before them

@@ -14,13 +14,12 @@ from numba import get_num_threads, njit, prange
 from torch import Tensor
 
 from gralora_kernels.cpu.blocks import (
-    BLOCK,
     BLOCKS_4,
     BLOCKS_8,
+    PAIR,
     SAMPLE,
-    block_bytes,
     multiply_row,
-    pack_panels,
+    pack_pairs,
     recognised,
     widen_panel,
 )
@@ -91,7 +90,7 @@ class PackedWeight:
         if blocks is None:
             self.panels = _in_panels(weight.to(DTYPES[self.storage]))  # [panels, in, PANEL]
         else:
-            self.storage, self.panels = blocks.kind, pack_panels(blocks)
+            self.storage, self.panels = blocks.kind, pack_pairs(blocks)
 
     @property
     def address(self) -> int:
@@ -109,9 +108,16 @@ def _in_panels(weight: Tensor) -> Tensor:
 
 
 @njit(nogil=True)
-def num_pieces(rows: int, out_features: int) -> int:
-    """Pieces of work of a product: a panel times up to ROW_BLOCK rows."""
-    return (out_features + PANEL - 1) // PANEL * ((rows + ROW_BLOCK - 1) // ROW_BLOCK)
+def num_pieces(rows: int, out_features: int, storage: int) -> int:
+    """Pieces of work of a product: some columns times up to ROW_BLOCK rows."""
+    width: int = _piece_columns(rows, storage)
+    return (out_features + width - 1) // width * ((rows + ROW_BLOCK - 1) // ROW_BLOCK)
+
+
+@njit(nogil=True)
+def _piece_columns(rows: int, storage: int) -> int:
+    """A panel, but two of them if there is one row of blocks."""
+    return PAIR if rows == 1 and storage >= BLOCKS_4 else PANEL
 
 
 @Separate
@@ -123,25 +129,25 @@ def linear_piece(
     WIDE_BYTES.
     """
     blocks = (rows + ROW_BLOCK - 1) // ROW_BLOCK
-    panel, first = piece // blocks, piece % blocks * ROW_BLOCK
+    index, first = piece // blocks, piece % blocks * ROW_BLOCK
     count = min(ROW_BLOCK, rows - first)
-    column = panel * PANEL
+    width = _piece_columns(rows, storage)
+    column = index * width
     target = out + (first * out_features + column) * FLOAT_BYTES
     source = x + first * in_features * FLOAT_BYTES
-    columns = min(PANEL, out_features - column)
+    columns = min(width, out_features - column)
     if start > FROM_OUTPUT:
         start += column * FLOAT_BYTES
     if storage >= BLOCKS_4:
-        weight = panels + panel * (in_features // BLOCK) * block_bytes(storage)
-        if count == 1:
-            multiply_row(storage, source, target, weight, in_features // BLOCK, start, columns)
+        if rows == 1:
+            multiply_row(storage, source, in_features, target, panels, index, start, columns)
             return
         _multiply_blocks(
-            storage, count, source, in_features, target, out_features, weight, start, columns, scratch, iota
+            storage, count, source, in_features, target, out_features, panels, index, start, columns, scratch, iota
         )
         return
     row_bytes = PANEL * element_bytes_of(storage)
-    weight = panels + panel * in_features * row_bytes
+    weight = panels + index * in_features * row_bytes
     step = in_features if count <= MAX_ROWS else DEPTH_BLOCK
     for depth in range(0, in_features, step):
         multiply_panel_stored(
@@ -152,13 +158,13 @@ def linear_piece(
 
 @njit(nogil=True)
 def _multiply_blocks(
-    storage: int, count: int, source: int, in_features: int, target: int, out_features: int, weight: int, start: int,
-    columns: int, scratch: int, iota: int,
+    storage: int, count: int, source: int, in_features: int, target: int, out_features: int, weight: int, panel: int,
+    start: int, columns: int, scratch: int, iota: int,
 ) -> None:  # fmt: skip
     """A panel of blocks: a part of it is widened, once for all rows, and multiplied while the nearest cache has it."""
     for depth in range(0, in_features, WIDE_ROWS):
         wide = min(WIDE_ROWS, in_features - depth)
-        widen_panel(storage, weight + depth // BLOCK * block_bytes(storage), wide // BLOCK, scratch)
+        widen_panel(storage, weight, in_features, panel, depth, wide, scratch)
         multiply_panel(
             count, source + depth * FLOAT_BYTES, in_features, iota, target, out_features, iota, scratch, wide,
             start if depth == 0 else FROM_OUTPUT, columns,
@@ -170,7 +176,7 @@ def _linear(
     parts: int, rows: int, x: int, in_features: int, out: int, out_features: int, panels: int, storage: int, start: int,
     scratch: int, iota: int,
 ) -> None:  # fmt: skip
-    pieces = num_pieces(rows, out_features)
+    pieces = num_pieces(rows, out_features, storage)
     for part in prange(parts):
         for piece in range(part * pieces // parts, (part + 1) * pieces // parts):
             own = scratch + part * WIDE_BYTES

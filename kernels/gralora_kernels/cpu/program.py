@@ -4,7 +4,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 import numpy.typing as npt
@@ -37,6 +39,7 @@ from gralora_kernels.cpu.operations import (
     LAST,
     LINEAR,
     MAX_PAGES,
+    NO_GROUP,
     NORM,
     NORM_LAST,
     NORMS_WHOLE_HEADS,
@@ -46,6 +49,7 @@ from gralora_kernels.cpu.operations import (
     NUM_SHAPE_FIELDS,
     NUM_STEP_FIELDS,
     NUM_TOKENS,
+    OTHER_GROUP,
     PAGE_SIZE,
     PAGE_TABLE,
     PIECES,
@@ -54,6 +58,7 @@ from gralora_kernels.cpu.operations import (
     ROTATE,
     SET_ASIDE,
     TOKEN_IDS,
+    TOKEN_SLOTS,
     TURNS_NEIGHBOURS,
     UNGATED,
     Y,
@@ -61,6 +66,7 @@ from gralora_kernels.cpu.operations import (
     new_counters,
     set_adapters,
 )
+from gralora_kernels.cpu.packed_rows import PackedRows
 from gralora_kernels.cpu.simd import LANES
 from gralora_kernels.cpu.team import LINE
 from gralora_kernels.cpu.threads import region_lock
@@ -68,6 +74,7 @@ from gralora_kernels.grouping import Grouping
 from gralora_kernels.tables import GroupTable, Storage
 
 Int64s = npt.NDArray[np.int64]
+NOTHING: Mapping[str, Tensor | int] = MappingProxyType({})
 # Which field STORAGE is of.
 STORED = {EMBED: "X"} | dict.fromkeys((LINEAR, EXPAND, SET_ASIDE, ADD_KEPT, HEAD), "WEIGHT")
 
@@ -106,6 +113,16 @@ class Step:
     page_table: Tensor  # int32 [rows, max_pages]
     pieces: Int64s  # [pieces, 4], of `attention_pieces`
     grouping: Grouping
+    token_slots: npt.NDArray[np.int32]  # [tokens]: -1: none
+
+
+@dataclass(frozen=True, slots=True)
+class RowNorm:
+    """Of a row: its weight, its bias if it has one, and the group in which adapters have theirs."""
+
+    weight: Tensor
+    bias: Tensor | None
+    group: GroupTable
 
 
 class Program:
@@ -140,8 +157,8 @@ class Program:
         self._iota = row_numbers(max(max_tokens, ROW_BLOCK, attention_rows(shape.heads // shape.kv_heads)))
         self._scratch = torch.zeros(self._parts * self._scratch_size, dtype=torch.uint8)
 
-    def embed(self, table: Tensor, factor: float, *, least_bits: int = FP32_BITS // 2) -> None:
-        """hidden = factor * table[token]. `least_bits`: see `PackedWeight`."""
+    def embed(self, table: Tensor, factor: float, *, least_bits: int = FP32_BITS // 2) -> Tensor | PackedRows:
+        """hidden = factor * table[token]. `least_bits`: see `PackedWeight`. Returns how the table is kept."""
         is_whole = table.shape[1] % LANES == 0  # vectors
         storage: int = storage_of(table) if least_bits < FP32_BITS and is_whole else Storage.NATIVE
         blocks = recognised(table) if least_bits < FP32_BITS // 2 and storage == Storage.NATIVE else None
@@ -151,10 +168,11 @@ class Program:
             kept = table.to(DTYPES[storage])
         self.weight_bytes += kept.nbytes
         self._add(EMBED, kept, self.hidden, table.shape[1], STORAGE=int(storage), real=factor)
+        return PackedRows(kept) if storage == BLOCKS_8 else kept
 
-    def norm(self, weight: Tensor, bias: Tensor | None, eps: float) -> None:
+    def norm(self, norm: RowNorm, eps: float) -> None:
         """normed = norm of hidden."""
-        self._add(NORM, self.hidden, self.normed, len(weight), WEIGHT=weight, EXTRA=_or_none(bias), real=eps)
+        self._add(NORM, self.hidden, self.normed, self.hidden.shape[1], real=eps, also=self._norm_fields(norm))
 
     def linear(
         self, x: Tensor, y: Tensor, weight: PackedWeight, group: GroupTable, *, bias: Tensor | None = None,
@@ -163,34 +181,33 @@ class Program:
         """y = x @ weight.T + bias, or y += x @ weight.T; then what the adapters of `group` make of it."""
         assert not (accumulate and bias is not None), "sums begin at one of the two"
         start = FROM_OUTPUT if accumulate else FROM_ZERO if bias is None else bias
-        self._groups.append(group)
+        place = self._place_of(group)
         self._keep(weight)
         # Gains are for the product alone: where its sums begin at the stream, `joining` holds the stream meanwhile.
         for kind in (SET_ASIDE, LINEAR, EXPAND, ADD_KEPT) if accumulate else (LINEAR, EXPAND):
             self._add(
                 kind, x, y, weight.in_features, WEIGHT=weight.panels, STORAGE=int(weight.storage),
-                COLUMNS_OUT=weight.out_features, START=start, GROUP=len(self._groups) - 1, EXTRA=self.joining,
+                COLUMNS_OUT=weight.out_features, START=start, GROUP=place, EXTRA=self.joining,
             )  # fmt: skip
 
-    def join(self, norm: Tensor | None, bias: Tensor | None, factor: float, eps: float) -> None:
+    def join(self, norm: RowNorm | None, factor: float, eps: float) -> None:
         """hidden += factor * joining, or factor * norm of joining."""
-        self._add(
-            JOIN, self.joining, self.hidden, self.hidden.shape[1], WEIGHT=_or_none(norm), EXTRA=_or_none(bias),
-            real=eps, factor=factor,
-        )  # fmt: skip
+        fields = {} if norm is None else self._norm_fields(norm)
+        self._add(JOIN, self.joining, self.hidden, self.hidden.shape[1], real=eps, factor=factor, also=fields)
 
     def attend(
         self, keys: Tensor, values: Tensor, *, rotary: tuple[Tensor, Tensor], scale: float, softcap: float,
-        window: int, q_norm: Tensor | None, k_norm: Tensor | None, eps: float,
+        window: int, q_norm: RowNorm | None, k_norm: RowNorm | None, eps: float,
     ) -> None:  # fmt: skip
         """qkv -> attended, by way of this layer's pages; softcap 0 and window 0: no limit. `rotary`: cosines and sines
         [positions, rotary_dim].
         """
         cos, sin = rotary
-        self._add(
-            ROTATE, self.qkv, self.attended, 0, real=eps, COS=cos, SIN=sin, KEYS=keys, VALUES=values,
-            WEIGHT=_or_none(q_norm), EXTRA=_or_none(k_norm),
-        )  # fmt: skip
+        fields: dict[str, Tensor | int] = {}
+        for norm, weight, group in ((q_norm, "WEIGHT", "GROUP"), (k_norm, "EXTRA", "OTHER_GROUP")):
+            if norm is not None:
+                fields |= {weight: norm.weight, group: self._place_of(norm.group)}
+        self._add(ROTATE, self.qkv, self.attended, 0, real=eps, also=fields, COS=cos, SIN=sin, KEYS=keys, VALUES=values)
         self._add(
             ATTEND, self.qkv, self.attended, 0, real=scale, factor=softcap, KEYS=keys, VALUES=values, EXTRA=window
         )
@@ -199,9 +216,9 @@ class Program:
         """gates_and_ups -> gated."""
         self._add(GATE, self.gates_and_ups, self.gated, self.gated.shape[1])
 
-    def norm_last(self, weight: Tensor, bias: Tensor | None, eps: float) -> None:
+    def norm_last(self, norm: RowNorm, eps: float) -> None:
         """normed = norm of hidden, of the last tokens."""
-        self._add(NORM_LAST, self.hidden, self.normed, len(weight), WEIGHT=weight, EXTRA=_or_none(bias), real=eps)
+        self._add(NORM_LAST, self.hidden, self.normed, self.hidden.shape[1], real=eps, also=self._norm_fields(norm))
 
     def head(self, weight: PackedWeight, bias: Tensor | None) -> None:
         """The logits of the last tokens, of which `normed` is: `run` says where they go."""
@@ -219,17 +236,27 @@ class Program:
         )
         self._counters = new_counters(len(self._ops), self._parts)
 
-    def run(self, step: Step) -> Tensor:
-        """Logits [len(step.last), vocab]."""
+    def run(self, step: Step, embedded: Callable[[Tensor], None] | None = None) -> Tensor:
+        """Logits [len(step.last), vocab]. `embedded` may change hidden [tokens, hidden] once it is the embedding's."""
         logits = torch.empty(len(step.last), self._vocab_size)
         self._table[-1, Y] = logits.data_ptr()
         self._counters.fill(0)
+        fields = self._step_fields(step)
+        if embedded is None:
+            self._run(slice(None), fields)
+        else:
+            self._run(slice(0, 1), fields)
+            embedded(self.hidden[: len(step.token_ids)])
+            self._run(slice(1, None), fields)
+        return logits
+
+    def _run(self, part: slice, fields: Int64s) -> None:
+        """A part of the operations."""
         with region_lock:
             operations.run(
-                self._parts, self._table, self._factors, self._group_rows, self._step_fields(step), self._shape,
-                self._counters, self._scratch.data_ptr(), self._scratch_size, self._iota,
+                self._parts, self._table[part], self._factors[part], self._group_rows, fields, self._shape,
+                self._counters[part], self._scratch.data_ptr(), self._scratch_size, self._iota,
             )  # fmt: skip
-        return logits
 
     def _step_fields(self, step: Step) -> Int64s:
         grouping = step.grouping
@@ -241,10 +268,19 @@ class Program:
         fields[HAS_AFFINE] = any(affines[:, grouping.slots].any() for affines in self._affines)
         fields[[NUM_TOKENS, NUM_LAST]] = len(step.token_ids), len(step.last)
         fields[[NUM_ATTENTION, PIECES]] = len(step.pieces), step.pieces.ctypes.data
+        fields[TOKEN_SLOTS] = step.token_slots.ctypes.data
         fields[[TOKEN_IDS, POSITIONS]] = step.token_ids.data_ptr(), step.positions.data_ptr()
         fields[[KV_SLOTS, LAST]] = step.kv_slots.data_ptr(), step.last.data_ptr()
         fields[[MAX_PAGES, PAGE_TABLE]] = step.page_table.shape[1], step.page_table.data_ptr()
         return fields
+
+    def _norm_fields(self, norm: RowNorm) -> dict[str, Tensor | int]:
+        fields: dict[str, Tensor | int] = {"WEIGHT": norm.weight, "GROUP": self._place_of(norm.group)}
+        return fields if norm.bias is None else fields | {"EXTRA": norm.bias}
+
+    def _place_of(self, group: GroupTable) -> int:
+        self._groups.append(group)
+        return len(self._groups) - 1
 
     def _keep(self, weight: PackedWeight) -> None:
         self.weight_bytes += weight.panels.nbytes
@@ -252,24 +288,19 @@ class Program:
 
     def _add(
         self, kind: int, x: Tensor, y: Tensor | int, depth: int, *, real: float = 0.0, factor: float = 0.0,
-        **fields: Tensor | int,
+        also: Mapping[str, Tensor | int] = NOTHING, **fields: Tensor | int,
     ) -> None:  # fmt: skip
         row = [0] * NUM_FIELDS
-        row[GROUP] = -1
+        row[GROUP] = row[OTHER_GROUP] = NO_GROUP
         storage = fields.get("STORAGE", Storage.NATIVE)
         assert isinstance(storage, int), storage
-        for name, value in {"KIND": kind, "X": x, "Y": y, "DEPTH": depth, **fields}.items():
+        for name, value in {"KIND": kind, "X": x, "Y": y, "DEPTH": depth, **fields, **also}.items():
             if isinstance(value, Tensor):
                 _check(name, value, DTYPES[storage] if name == STORED.get(kind) else torch.float32)
                 self._kept.append(value)
             row[getattr(operations, name)] = value.data_ptr() if isinstance(value, Tensor) else value
         self._ops.append(row)
         self._reals.append((real, factor))
-
-
-def _or_none(tensor: Tensor | None) -> Tensor | int:
-    """Address 0 is none."""
-    return 0 if tensor is None else tensor
 
 
 def _check(name: str, tensor: Tensor, dtype: torch.dtype) -> None:

@@ -148,27 +148,42 @@ def load_int8(typing: Any, address: Any, offset: Any) -> Any:
 
 
 @intrinsic
-def load_low_nibbles(typing: Any, address: Any, offset: Any) -> Any:
-    """The lower 4 bits of LANES bytes from `offset`, as fp32."""
+def low_nibbles(typing: Any, bits: Any, byte: Any) -> Any:
+    """The lower 4 bits of one of each lane's four bytes, as fp32."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        integers = ir.VectorType(_I32, LANES)
-        wide = builder.zext(_bytes(builder, *args), integers)
-        return builder.sitofp(builder.and_(wide, ir.Constant(integers, [15] * LANES)), _VECTOR)
+        return _masked_byte(builder, args, 0x0F)
 
-    return vector(types.intp, types.intp), codegen
+    return vector(vector, types.intp), codegen
 
 
 @intrinsic
-def load_high_nibbles(typing: Any, address: Any, offset: Any) -> Any:
-    """The upper 4 bits of LANES bytes from `offset`, as fp32."""
+def high_nibbles(typing: Any, bits: Any, byte: Any) -> Any:
+    """The upper 4 bits of one of each lane's four bytes, where they are: 16 times what they say, as fp32."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        integers = ir.VectorType(_I32, LANES)
-        wide = builder.zext(_bytes(builder, *args), integers)
-        return builder.sitofp(builder.lshr(wide, ir.Constant(integers, [4] * LANES)), _VECTOR)
+        return _masked_byte(builder, args, 0xF0)
 
-    return vector(types.intp, types.intp), codegen
+    return vector(vector, types.intp), codegen
+
+
+def _masked_byte(builder: Any, args: Any, mask: int) -> Any:
+    bits, byte = args
+    integers = ir.VectorType(_I32, LANES)
+    distance = builder.trunc(builder.shl(byte, ir.Constant(byte.type, 3)), _I32)
+    shifted = builder.lshr(builder.bitcast(bits, integers), splat_value(builder, distance, _I32))
+    return builder.sitofp(builder.and_(shifted, ir.Constant(integers, [mask] * LANES)), _VECTOR)
+
+
+@intrinsic
+def forget_loads(typing: Any) -> Any:
+    """No instruction, but what is loaded before and after it is loaded twice, and no register keeps it meanwhile."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        builder.fence("acq_rel", "singlethread")
+        return context.get_dummy_value()
+
+    return types.none(), codegen
 
 
 @intrinsic

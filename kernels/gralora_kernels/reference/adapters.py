@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from gralora_kernels.grouping import Grouping
 from gralora_kernels.packing import Packing
-from gralora_kernels.tables import GroupTable, ModuleTable, Storage
+from gralora_kernels.tables import GroupTable, ModuleTable, Storage, map_numel
 
 DTYPES = {Storage.FLOAT16: torch.float16, Storage.BFLOAT16: torch.bfloat16}
 
@@ -61,18 +61,27 @@ class ReferenceBackend:
         for table, start in zip(group.modules, group.column_starts, strict=True):
             self._apply_module(y[:, start : start + table.out_features], x, arena, table, grouping)
 
+    def look_up(
+        self, y: Tensor, ids: Tensor, arena: Tensor, group: GroupTable, grouping: Grouping, *, factor: float
+    ) -> None:
+        """See `AdapterBackend`."""
+        (table,) = group.modules
+        for slot, tokens in _segments(grouping, y.device):
+            own_ids = ids[tokens].long()
+            rows = y[tokens].float()
+            if at := int(table.host_affine[slot]):
+                row_of, own = _map_and_rows(arena, at - 1, table)
+                found = row_of[own_ids].long()
+                rows[found > 0] = factor * own[found[found > 0] - 1].float()
+            for a_offset, b_offset, r, _k, scale, storage in _entries(table, slot):
+                a = _matrix(arena, a_offset, r * table.in_features, storage).view(r, -1)
+                b = _matrix(arena, b_offset, r * table.out_features, storage).view(r, -1)
+                rows += factor * scale * (a[:, own_ids].T @ b)
+            y[tokens] = rows.to(y.dtype)
+
     def _apply_module(self, y: Tensor, x: Tensor, arena: Tensor, table: ModuleTable, grouping: Grouping) -> None:
-        for segment, slot in enumerate(grouping.slots.tolist()):
-            rows = grouping.order[grouping.starts[segment] : grouping.starts[segment + 1]]
-            tokens = torch.from_numpy(rows).to(y.device, torch.int64)
-            for (a_offset, b_offset, r, k), scale, storage in zip(
-                table.host_index[slot].tolist(),
-                table.host_scale[slot].tolist(),
-                table.host_storage[slot].tolist(),
-                strict=True,
-            ):
-                if r == 0:
-                    continue
+        for slot, tokens in _segments(grouping, y.device):
+            for a_offset, b_offset, r, k, scale, storage in _entries(table, slot):
                 packed_a = _matrix(arena, a_offset, r * table.in_features, storage).view(r, -1)
                 packed_b = _matrix(arena, b_offset, r * table.out_features, storage).view(r, -1)
                 update = gralora(x[tokens].float(), unpack_a(packed_a, k), unpack_b(packed_b, k), scale)
@@ -80,6 +89,29 @@ class ReferenceBackend:
             if at := int(table.host_affine[slot]):
                 gains, shifts = _vectors(arena, at - 1, table.out_features)
                 y[tokens] = affine(y[tokens].float(), gains, shifts).to(y.dtype)
+
+
+def _segments(grouping: Grouping, device: torch.device) -> Iterator[tuple[int, Tensor]]:
+    """Slots in use, and the tokens of each."""
+    for segment, slot in enumerate(grouping.slots.tolist()):
+        rows = grouping.order[grouping.starts[segment] : grouping.starts[segment + 1]]
+        yield slot, torch.from_numpy(rows).to(device, torch.int64)
+
+
+def _entries(table: ModuleTable, slot: int) -> Iterator[tuple[int, int, int, int, float, int]]:
+    """(a_offset, b_offset, r, k, scale, storage) of each that a slot has."""
+    rows = zip(table.host_index[slot].tolist(), table.host_scale[slot], table.host_storage[slot].tolist(), strict=True)
+    for (a_offset, b_offset, r, k), scale, storage in rows:
+        if r:
+            yield a_offset, b_offset, r, k, float(scale), storage
+
+
+def _map_and_rows(arena: Tensor, offset: int, embedding: ModuleTable) -> tuple[Tensor, Tensor]:
+    """int32 [in], and rows [n, out] of the arena's elements, of which as many are valid as the map names."""
+    start = offset + map_numel(embedding.in_features, arena.itemsize)
+    row_of = arena[offset:start].view(torch.int32)[: embedding.in_features]
+    numel = int(row_of.max()) * embedding.out_features
+    return row_of, arena[start : start + numel].view(-1, embedding.out_features)
 
 
 def _matrix(arena: Tensor, offset: int, numel: int, storage: int) -> Tensor:

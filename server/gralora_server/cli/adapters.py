@@ -261,7 +261,8 @@ def _doubts_of_weights(
     from gralora_runtime.adapters.checkpoint.whole import read_whole
 
     whole = read_whole(path, modules, allowed_keys=allowed_keys)
-    return about_weights(whole.updates(), {} if model is None else _weight_norms(model))
+    norms = {} if model is None else _weight_norms(model)
+    return about_weights(whole.updates(), norms, brings_more=whole.brings_more)
 
 
 def _weight_norms(model: Path) -> dict[str, float]:
@@ -274,6 +275,9 @@ def _weight_norms(model: Path) -> dict[str, float]:
 def _facts(
     header: AdapterHeader, modules: Sequence[ModuleShape] | None, problems: Sequence[str], warnings: Sequence[str]
 ) -> dict[str, Any]:
+    from gralora_runtime.adapters.checkpoint.implied import implied_shapes
+
+    replaced = [one.module.name for one in header.plan(modules or implied_shapes(header)) if one.replaces]
     facts: dict[str, Any] = {
         "dialect": header.dialect,
         "r": header.rank,
@@ -286,6 +290,7 @@ def _facts(
         "tensor_bytes": header.tensor_bytes,
         "base_model": header.spec.base_model,
         "invocation": list(header.spec.invocation),
+        "replaces": replaced,
         "tensor_names": header.naming(modules or ()).told(),
         "fits": None,
         "problems": list(problems),
@@ -313,6 +318,8 @@ def _print_facts(name: str, facts: dict[str, Any]) -> None:
     table.add_row("targets", Text(targets))  # Text: what a stranger wrote is not markup
     table.add_row("size", human_bytes(facts["tensor_bytes"]))
     table.add_row("trained for", Text(facts["base_model"] or "(not said)"))
+    if facts["replaces"]:
+        table.add_row("own weights of", Text(_first(facts["replaces"])))
     for strange in facts["tensor_names"]:
         table.add_row("tensor names", Text(strange))
     if facts["fits"] is not None:

@@ -25,7 +25,7 @@ from gralora_runtime.assemble import EngineParts, assemble
 from gralora_runtime.async_engine import AsyncEngine
 from gralora_runtime.config import EngineConfig
 from gralora_runtime.info import EngineInfo, EngineLoad, TokenizeResult
-from gralora_runtime.model.adaptable import adaptable_modules
+from gralora_runtime.model.adaptable import changeable_shapes
 from gralora_runtime.model.loading import BaseModel, load_base_model
 from gralora_runtime.model.merging import merge_adapter
 from gralora_runtime.observation.snapshot import EngineSnapshot
@@ -85,7 +85,7 @@ class FleetEngine:
         self._max_models = max_models
         self._models: OrderedDict[str, AsyncEngine] = OrderedDict()  # the least recently asked for first
         self._swapping = asyncio.Lock()
-        self._shape = [shape for shape, _ in adaptable_modules(weights.model)]
+        self._shape = changeable_shapes(weights.model)
 
     @classmethod
     async def start(cls, config: EngineConfig, max_models: int, preload: Sequence[str] = ()) -> FleetEngine:

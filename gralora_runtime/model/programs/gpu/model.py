@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -20,8 +20,9 @@ from gralora_runtime.model.adaptable import joined_weight_and_bias
 from gralora_runtime.model.base_layers import BaseLayers
 from gralora_runtime.model.description import Description, Joining, Norm, Projection, Rotary, soft_capped
 from gralora_runtime.model.kv_pool import KVPool
+from gralora_runtime.model.programs.apart import ApartStep
 from gralora_runtime.model.programs.gpu.inputs import DeviceStep
-from gralora_runtime.model.programs.head import HeadStep
+from gralora_runtime.model.programs.norms import NormStep
 
 
 class Product(Protocol):
@@ -58,8 +59,8 @@ class Layer:
 
     attention_norm: Norm | None
     qkv: Linear
-    q_norm: Tensor | None
-    k_norm: Tensor | None
+    q_norm: Norm | None
+    k_norm: Norm | None
     rotary: Rotary
     keys: Tensor
     values: Tensor
@@ -80,7 +81,7 @@ class Kernels:
     attention: PagedAttention
     adapters: TritonBackend | None  # None: no token of the step has an adapter
     side: torch.cuda.Stream | None = None  # shrinks run there, beside the products
-    head: HeadStep | None = None  # None: no row that wants logits has an adapter on the head
+    apart: ApartStep = field(default_factory=ApartStep)
 
 
 class GpuModel:
@@ -96,6 +97,7 @@ class GpuModel:
         groups: Mapping[tuple[str, ...], GroupTable],
         layers: BaseLayers,
         head_name: str,
+        embedding_name: str,
         multiply: Product,
     ) -> None:
         self.dtype = model.embedding.dtype
@@ -129,6 +131,9 @@ class GpuModel:
         self._head = model.head.weight.detach()
         self._head_bias = _detached(model.head.bias)
         layers.hold([head_name], self._head, factor=model.logits_factor)
+        layers.hold([embedding_name], self._embedding)
+        for norm in model.norms:
+            layers.hold_norm(norm.name, offset=norm.offset, factor=norm.factor)
 
     def attention_shape(self, page_size: int) -> AttentionShape:
         """Of queries that lie beside their keys and values."""
@@ -147,62 +152,105 @@ class GpuModel:
         residual = nn.functional.embedding(step.token_ids, self._embedding)
         if self._factor != 1:
             residual *= self._factor
+        if (embedding := kernels.apart.embedding) is not None:
+            embedding.apply(residual, step.token_ids, self._factor)
+        norms = kernels.apart.norms
         normed = torch.empty_like(residual, memory_format=torch.contiguous_format)
         x: Tensor | None = None
         for layer in self.layers:
-            block_input = self._join(normed, residual, x, layer.attention_norm)
-            attended = self._attend(layer, self._linear(layer.qkv, block_input, kernels), step, kernels.attention)
-            x = self._before_joining(self._linear(layer.o, attended, kernels), layer.attention_joining)
+            block_input = self._join(normed, residual, x, layer.attention_norm, norms)
+            attended = self._attend(layer, self._linear(layer.qkv, block_input, kernels), step, kernels)
+            x = self._before_joining(self._linear(layer.o, attended, kernels), layer.attention_joining, norms)
             if layer.is_parallel:
                 residual += x
             else:
-                block_input = self._join(normed, residual, x, layer.mlp_norm)
+                block_input = self._join(normed, residual, x, layer.mlp_norm, norms)
             gates_and_ups = self._linear(layer.gate_up, block_input, kernels)
             gated = self._new(len(normed), model.intermediate)
             activate(gated, gates_and_ups, model.activation, gated=model.is_gated)
-            x = self._before_joining(self._linear(layer.down, gated, kernels), layer.mlp_joining)
+            x = self._before_joining(self._linear(layer.down, gated, kernels), layer.mlp_joining, norms)
         last = self._new(len(logits), residual.shape[1])
-        norm_rows(
-            last, residual, step.logits_index, x=x, weight=model.final_norm.weight, bias=model.final_norm.bias,
-            eps=model.eps, centres=model.centres,
-        )  # fmt: skip
+        self._norm_last(last, residual, x, step.logits_index, norms)
         self._multiply(logits, last, self._head, self._head_bias)
-        if kernels.head is not None:
-            kernels.head.apply(logits, last)
+        if kernels.apart.head is not None:
+            kernels.apart.head.apply(logits, last)
         soft_capped(logits, model.logits_softcap)
 
-    def _join(self, normed: Tensor, residual: Tensor, x: Tensor | None, norm: Norm | None) -> Tensor:
+    def _join(
+        self, normed: Tensor, residual: Tensor, x: Tensor | None, norm: Norm | None, norms: NormStep | None
+    ) -> Tensor:
         """residual += x. What the next block reads: its norm, in `normed`, or itself."""
         if norm is not None:
-            self._norm(normed, residual, x, norm)
+            self._norm(normed, residual, x, norm, norms)
             return normed
         if x is not None:
             residual += x
         return residual
 
-    def _before_joining(self, x: Tensor, joining: Joining) -> Tensor:
+    def _before_joining(self, x: Tensor, joining: Joining, norms: NormStep | None) -> Tensor:
         """What is added to the residual: x, which may be written over, or its norm."""
         if joining.norm is not None:
             normed = torch.empty_like(x)
-            self._norm(normed, x, None, joining.norm)
+            self._norm(normed, x, None, joining.norm, norms)
             x = normed
         return x if joining.factor == 1 else x.mul_(joining.factor)
 
-    def _norm(self, normed: Tensor, residual: Tensor, x: Tensor | None, norm: Norm) -> None:
+    def _norm(self, normed: Tensor, residual: Tensor, x: Tensor | None, norm: Norm, norms: NormStep | None) -> None:
         add_norm(normed, residual, x, norm.weight, self._model.eps, bias=norm.bias, centres=self._model.centres)
+        for own in norms.of(norm.name).values() if norms else ():
+            rows = torch.empty_like(normed[own.rows])
+            self._norm_rows(rows, residual, None, own.rows, Norm(norm.name, own.weight, own.bias))
+            normed[own.rows] = rows
 
-    def _attend(self, layer: Layer, qkv: Tensor, step: DeviceStep, attention: PagedAttention) -> Tensor:
-        model = self._model
-        q_norm, k_norm = layer.q_norm, layer.k_norm
+    def _norm_last(
+        self, last: Tensor, residual: Tensor, x: Tensor | None, index: Tensor, norms: NormStep | None
+    ) -> None:
+        norm = self._model.final_norm
+        self._norm_rows(last, residual, x, index, norm)
+        for own in norms.of(norm.name).values() if norms else ():
+            rows = torch.empty_like(last[own.last])
+            self._norm_rows(rows, residual, x, index[own.last], Norm(norm.name, own.weight, own.bias))
+            last[own.last] = rows
+
+    def _norm_rows(self, rows: Tensor, residual: Tensor, x: Tensor | None, index: Tensor, norm: Norm) -> None:
+        """rows [n, hidden] = norm of (residual + x)[index]."""
+        norm_rows(
+            rows, residual, index, x=x, weight=norm.weight, bias=norm.bias, eps=self._model.eps,
+            centres=self._model.centres,
+        )  # fmt: skip
+
+    def _turn(self, layer: Layer, qkv: Tensor, step: DeviceStep, norms: NormStep | None) -> None:
+        """Queries and keys, normalised and rotated; keys and values in their pages."""
+        own_q, own_k = (norms.of(norm.name) if norms and norm else {} for norm in (layer.q_norm, layer.k_norm))
+        rows_of = {slot: own.rows for slot, own in (own_q | own_k).items()}
+        own_qkv = {slot: qkv[rows] for slot, rows in rows_of.items()}
+        base = [None if norm is None else norm.weight for norm in (layer.q_norm, layer.k_norm)]
+        self._turn_rows(layer, qkv, step.positions, step.kv_slots, base)
+        for slot, rows in rows_of.items():  # over what was stored of them
+            weights = [own[slot].weight if slot in own else old for own, old in zip((own_q, own_k), base, strict=True)]
+            self._turn_rows(layer, own_qkv[slot], step.positions[rows], step.kv_slots[rows], weights)
+            qkv[rows] = own_qkv[slot]
+
+    def _turn_rows(
+        self, layer: Layer, qkv: Tensor, positions: Tensor, kv_slots: Tensor, norms: Sequence[Tensor | None]
+    ) -> None:
+        """`norms`: weights of the queries' and the keys'."""
+        model, (q_norm, k_norm) = self._model, norms
         if model.norms_whole_heads:
-            self._norm_whole_heads(qkv, layer)
+            assert q_norm is not None
+            assert k_norm is not None
+            self._norm_whole_heads(qkv, q_norm, k_norm)
             q_norm = k_norm = None
         cos, sin = layer.rotary
         rotate_and_store(
-            qkv, layer.keys, layer.values, step.positions, step.kv_slots, cos=cos, sin=sin, heads=model.heads,
+            qkv, layer.keys, layer.values, positions, kv_slots, cos=cos, sin=sin, heads=model.heads,
             kv_heads=model.kv_heads, head_dim=model.head_dim, q_norm=q_norm, k_norm=k_norm, eps=model.eps,
             neighbours=model.turns_neighbours,
         )  # fmt: skip
+
+    def _attend(self, layer: Layer, qkv: Tensor, step: DeviceStep, kernels: Kernels) -> Tensor:
+        model, attention = self._model, kernels.attention
+        self._turn(layer, qkv, step, kernels.apart.norms)
         out = self._new(len(qkv), model.heads * model.head_dim)
         attention.attend(
             out, qkv, layer.keys, layer.values, page_table=step.page_table, query_starts=step.query_starts,
@@ -210,12 +258,11 @@ class GpuModel:
         )  # fmt: skip
         return out
 
-    def _norm_whole_heads(self, qkv: Tensor, layer: Layer) -> None:
+    def _norm_whole_heads(self, qkv: Tensor, q_norm: Tensor, k_norm: Tensor) -> None:
         """In place. By torch: the kernel of heads has one at a time in its registers, and few models have this."""
         queries = self._model.heads * self._model.head_dim
         keys = queries + self._model.kv_heads * self._model.head_dim
-        for part, norm in ((qkv[:, :queries], layer.q_norm), (qkv[:, queries:keys], layer.k_norm)):
-            assert norm is not None
+        for part, norm in ((qkv[:, :queries], q_norm), (qkv[:, queries:keys], k_norm)):
             part.copy_(nn.functional.rms_norm(part, norm.shape, norm.to(part.dtype), self._model.eps))
 
     def _linear(self, linear: Linear, x: Tensor, kernels: Kernels) -> Tensor:

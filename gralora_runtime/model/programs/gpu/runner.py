@@ -13,11 +13,11 @@ from gralora_kernels.triton_ops.adapters.launch import TritonBackend
 from gralora_kernels.triton_ops.attention_launch import PagedAttention
 from gralora_kernels.triton_ops.memory import staged
 from gralora_runtime.model.description import Description, rotary_tables
+from gralora_runtime.model.programs.apart import ApartStep
 from gralora_runtime.model.programs.gpu.graphs import CudaCapture, GraphLadder, repeated
 from gralora_runtime.model.programs.gpu.inputs import StepInputs
 from gralora_runtime.model.programs.gpu.memory import GRAPH_TILES, GRAPH_WIDTH
 from gralora_runtime.model.programs.gpu.model import GpuModel, Kernels, fastest_product, invariant_product
-from gralora_runtime.model.programs.head import HeadStep
 from gralora_runtime.model.programs.runner import Served
 from gralora_runtime.stepping.batch import StepTensors
 
@@ -41,6 +41,7 @@ class GpuRunner:
             groups=served.groups,
             layers=served.layers,
             head_name=served.head_name,
+            embedding_name=served.embedding_name,
             multiply=invariant_product if served.batch_invariant else fastest_product,
         )
         max_pages = -(-served.max_model_len // served.page_size)
@@ -48,7 +49,7 @@ class GpuRunner:
             max_tokens=served.max_num_tokens, max_rows=served.max_num_rows, max_pages=max_pages, device=self._device
         )
         self._adapters = served.backend
-        self._head = served.head
+        self._apart = served.apart
         self._attention = PagedAttention(
             self.model.attention_shape(served.page_size),
             self.model.dtype,
@@ -71,13 +72,13 @@ class GpuRunner:
         """Logits of the tokens in `logits_index`, fp32 [sampling rows, vocab]."""
         with torch.inference_mode():
             rung = self.ladder.rung(len(tensors.context_lens)) if self.ladder and tensors.max_query_len == 1 else None
-            head = self._head.step(tensors)
-            if rung is not None and head is None:  # graphs have no adapters on the head in them
+            apart = self._apart.step(tensors)
+            if rung is not None and not apart:  # graphs have only layers' groups in them
                 try:
                     return self._replay(tensors, rung, newest)
                 except ReplayError as error:  # raised before anything was launched
                     self._note_refusal(error)
-            return self._launch(tensors, newest, head)
+            return self._launch(tensors, newest, apart)
 
     def _capture(self, rungs: Sequence[int], max_pages: int, max_model_len: int) -> None:
         most = max(rungs)
@@ -131,13 +132,13 @@ class GpuRunner:
             return logits[:rows].float()
         return logits[staged(index, self._device).to(self._device, non_blocking=True)].float()
 
-    def _launch(self, tensors: StepTensors, newest: Tensor | None, head: HeadStep | None) -> Tensor:
+    def _launch(self, tensors: StepTensors, newest: Tensor | None, apart: ApartStep) -> Tensor:
         """Any step, launch by launch."""
         if tensors.grouping.num_adapted:
             self._adapters.prepare(self._groups, tensors.grouping)
         self._attention.prepare(tensors.query_starts.numpy(), tensors.context_lens.numpy())
         step = self._inputs.load(tensors, newest)
-        kernels = Kernels(self._attention, self._adapters if tensors.grouping.num_adapted else None, head=head)
+        kernels = Kernels(self._attention, self._adapters if tensors.grouping.num_adapted else None, apart=apart)
         logits = torch.empty(len(step.logits_index), self.model.vocab_size, dtype=self.model.dtype, device=self._device)
         self.model.forward(step, kernels, logits)
         # A step of unfinished prompts wants none; one row of them costs less than a second way through the model.

@@ -108,6 +108,6 @@ class AdaptedHead(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [1, rows, hidden] -> [1, rows, vocab]."""
         logits: Tensor = self.base(x)
-        if self._context.head is not None:
-            self._context.head.apply(logits[0], x[0])
+        if (adapted := self._context.apart.head) is not None:
+            adapted.apply(logits[0], x[0])
         return logits

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from gralora_runtime.model.programs.head import HeadStep
+from gralora_runtime.model.programs.apart import ApartStep
 from gralora_runtime.stepping.batch import StepTensors
 
 
@@ -14,7 +14,7 @@ class StepContext:
 
     def __init__(self) -> None:
         self._tensors: StepTensors | None = None
-        self.head: HeadStep | None = None
+        self.apart = ApartStep()
 
     @property
     def tensors(self) -> StepTensors:
@@ -22,11 +22,11 @@ class StepContext:
         return self._tensors
 
     @contextmanager
-    def running(self, tensors: StepTensors, head: HeadStep | None) -> Iterator[None]:
+    def running(self, tensors: StepTensors, apart: ApartStep) -> Iterator[None]:
         """Hold both for the body, and let go of them whatever happens in it."""
         assert self._tensors is None, "steps do not nest"
-        self._tensors, self.head = tensors, head
+        self._tensors, self.apart = tensors, apart
         try:
             yield
         finally:
-            self._tensors = self.head = None
+            self._tensors, self.apart = None, ApartStep()

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from gralora_kernels.cpu.linear import PackedWeight
+from gralora_kernels.dispatch import build_backend
 from gralora_runtime.model.adaptable import joined_weight_and_bias, weight_and_bias
+from gralora_runtime.model.experts import PARAMETERS, mixtures
 from gralora_runtime.model.programs.runner import Served
 from gralora_runtime.model.programs.transformers.adapted_linear import (
     AdaptedGroup,
@@ -25,7 +27,9 @@ from gralora_runtime.model.programs.transformers.attention import (
     take_attention_over,
 )
 from gralora_runtime.model.programs.transformers.context import StepContext
+from gralora_runtime.model.programs.transformers.experts import AdaptedExperts, ExpertAdapters
 from gralora_runtime.model.programs.transformers.norms import fuse_rms_norms
+from gralora_runtime.model.programs.transformers.replaced import AdaptedEmbedding, AdaptedNorm
 from gralora_runtime.stepping.batch import StepTensors
 
 logger = logging.getLogger(__name__)
@@ -49,22 +53,26 @@ class TransformersRunner:
             else GpuPagedAttention(kv_pool, self._context, heads)
         )
         take_attention_over(self._model, self._attention)
+        self._wrap_replaceable(served)
         fused = fuse_rms_norms(self._model)
         self._backend = served.backend
-        self._head = served.head
+        self._apart = served.apart
         self._groups = tuple(groups.values())
+        self._wrap_experts(served)
         self._wrap_linears(served)
         logger.info(
-            "model ready: %d linear layers can be adapted, in %d groups; %d RMS norms fused",
+            "model ready: %d linear layers can be adapted, in %d groups, and %d parameters of experts; "
+            "%d RMS norms fused",
             sum(map(len, groups)),
             len(groups),
+            len(served.experts),
             fused,
         )
 
     def execute(self, tensors: StepTensors, newest: Tensor | None = None) -> Tensor:
         """Logits of the tokens in `logits_index`, fp32 [sampling rows, vocab]."""
         self._attention.prepare(tensors)
-        head = self._head.step(tensors)
+        apart = self._apart.step(tensors)
         tensors = tensors.to(self._model.device)
         input_ids = tensors.input_ids
         if newest is not None:
@@ -75,7 +83,7 @@ class TransformersRunner:
         wanted = index if len(index) else index.new_zeros(1)
         if tensors.grouping.num_adapted:
             self._backend.prepare(self._groups, tensors.grouping)
-        with torch.inference_mode(), self._context.running(tensors, head):
+        with torch.inference_mode(), self._context.running(tensors, apart):
             output = self._model(
                 input_ids=input_ids,
                 position_ids=tensors.position_ids,
@@ -85,6 +93,26 @@ class TransformersRunner:
             )
         logits: Tensor = output.logits[0, : len(index)].float()
         return logits
+
+    def _wrap_replaceable(self, served: Served) -> None:
+        embedding = self._model.get_input_embeddings()
+        served.layers.hold([served.embedding_name], embedding.weight.detach())
+        factor = float(getattr(embedding, "embed_scale", 1.0))
+        self._model.set_submodule(served.embedding_name, AdaptedEmbedding(embedding, factor, self._context))
+        for name in served.apart.norm_tables:
+            norm = self._model.get_submodule(name)
+            self._model.set_submodule(name, AdaptedNorm(norm, name, self._context))
+
+    def _wrap_experts(self, served: Served) -> None:
+        """Those of one size share what they are adapted by."""
+        adapters: dict[tuple[tuple[int, int], ...], ExpertAdapters] = {}
+        for name, module in mixtures(self._model).items():
+            tables = [served.experts[f"{name}.{parameter}"].modules[0] for parameter in PARAMETERS]
+            shapes = tuple((table.in_features, table.out_features) for table in tables)
+            if shapes not in adapters:
+                backend = build_backend(self._backend.name, self._model.device)
+                adapters[shapes] = ExpertAdapters(shapes, arena=served.arena, backend=backend)
+            self._model.set_submodule(name, AdaptedExperts(module, tables, adapters[shapes], self._context))
 
     def _wrap_linears(self, served: Served) -> None:
         """Group by group, so that at most one group's weights are held twice."""

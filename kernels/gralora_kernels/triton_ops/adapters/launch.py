@@ -20,6 +20,7 @@ from gralora_kernels.tables import ENTRIES, GroupTable
 from gralora_kernels.triton_ops.adapters.expand import expand_kernel
 from gralora_kernels.triton_ops.adapters.lists import list_kernel
 from gralora_kernels.triton_ops.adapters.shrink import shrink_kernel
+from gralora_kernels.triton_ops.embedding import look_up
 from gralora_kernels.triton_ops.memory import at_least, gpu_kind, num_processors, staged
 from gralora_kernels.triton_ops.variant import ELEMENT_NAMES, VECTOR_BYTES, Variant
 from gralora_kernels.work import ITEM, Blocking, Int32s
@@ -150,6 +151,12 @@ class TritonBackend:
         _check(x, (grouping.num_tokens, group.in_features), arena.dtype)
         self.shrink(x, arena, group)
         self.expand(y, arena, group)
+
+    def look_up(
+        self, y: Tensor, ids: Tensor, arena: Tensor, group: GroupTable, grouping: Grouping, *, factor: float
+    ) -> None:
+        """See `AdapterBackend`."""
+        look_up(y, ids, arena, group, grouping, factor=factor)
 
     def shrink(self, x: Tensor, arena: Tensor, group: GroupTable) -> None:
         """The first half of `apply`: u from x alone, so that it may run beside what makes y."""
