@@ -27,13 +27,15 @@ demo: $(STAMP)
 serve: $(STAMP)
 	$(BIN)/gralora serve --adapters examples/adapters --http-address 127.0.0.1:8000
 
-# One process for each core, and a file's tests all in one of them, so that what they share is made once. Files in their
-# order: the quickest are the last ones, and nobody waits long for a neighbour. Then those that stand no neighbours; and
-# Triton's interpreter is on or off for a whole process, so the kernels' tests have their own.
+# Kernels first, which several processes would compile at once otherwise. One process for each core, and a file's tests
+# all in one of them, so that what they share is made once. Files in their order: the quickest are the last ones, and
+# nobody waits long for a neighbour. Then those that stand no neighbours; and Triton's interpreter is on or off for a
+# whole process, so the kernels' tests have their own: one file has most of their work, which all take from.
 test: $(STAMP)
+	@$(TOLD) 'Kernels' $(BIN)/python -m gralora_kernels.cpu.families
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m "not alone"
 	$(BIN)/python -m pytest -m alone
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto tests/interpreted
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto --dist worksteal tests/interpreted
 
 # The same tests of engines and servers, with every step planned and launched while the one before runs.
 test-pipelined: $(STAMP)

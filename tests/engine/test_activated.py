@@ -13,10 +13,9 @@ import pytest
 import torch
 from support.activated import KEY, adapted, last_place
 from support.checkpoints import edit_config
-from support.device import DEVICE
 from support.peft_adapters import gralora_config, lora_config
 from support.tiny_models import tiny_model
-from support.workspaces import save_workspace
+from support.workspaces import config_of, save_workspace
 
 from gralora_runtime.adapters.checkpoint.golden import Golden, GoldenCase, write_golden
 from gralora_runtime.async_engine import AsyncEngine
@@ -56,17 +55,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def config(workspace: Path) -> EngineConfig:
-    return EngineConfig(
-        model=workspace / "model",
-        adapters=in_directory(workspace / "adapters"),
-        device=DEVICE,
-        max_num_seqs=32,
-        max_num_batched_tokens=512,
-        page_size=PAGE,
-        kv_cache_bytes=8 << 20,
-        adapter_pool_bytes=8 << 20,
-        num_threads=1,
-    )
+    return config_of(workspace, max_num_batched_tokens=512, page_size=PAGE)
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import TypeVar
 
 import pytest
-from support.device import DEVICE
 from support.peft_adapters import gralora_config, lora_config
-from support.workspaces import save_workspace
+from support.workspaces import config_of, save_workspace
 from torch import Tensor
 
 from gralora_runtime.async_engine import AsyncEngine
@@ -64,17 +63,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def config(workspace: Path) -> EngineConfig:
-    return EngineConfig(
-        model=workspace / "model",
-        adapters=in_directory(workspace / "adapters"),
-        device=DEVICE,
-        max_num_seqs=32,
-        max_num_batched_tokens=48,
-        page_size=4,
-        kv_cache_bytes=8 << 20,
-        adapter_pool_bytes=8 << 20,
-        num_threads=1,
-    )
+    return config_of(workspace)
 
 
 def with_engine(config: EngineConfig, work: Callable[[AsyncEngine], Awaitable[T]]) -> T:

@@ -13,9 +13,9 @@ from engine.test_async_engine import finish, with_engine
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from support.checkpoints import edit_config, edit_tensors
-from support.device import DEVICE
 from support.peft_adapters import gralora_config, lora_config, save_adapter
 from support.tiny_models import VOCAB_SIZE, save_tiny_model, tiny_config, tiny_model
+from support.workspaces import config_of
 from torch import Tensor
 from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, PreTrainedModel
 
@@ -24,7 +24,7 @@ from gralora_runtime.adapters.checkpoint.header import PICKLE_FILE
 from gralora_runtime.adapters.checkpoint.tensors import WEIGHTS_FILE
 from gralora_runtime.assemble import assemble
 from gralora_runtime.async_engine import AsyncEngine
-from gralora_runtime.config import EngineConfig, in_directory
+from gralora_runtime.config import EngineConfig
 from gralora_runtime.errors import AdapterRejectedError
 from gralora_runtime.request import GenerationRequest, Prompt, SamplingParams, StoppingParams
 
@@ -84,19 +84,8 @@ def peft_tokens(folder: Path) -> tuple[int, ...]:
     return greedy(PeftModel.from_pretrained(tiny_model("llama"), folder).eval())
 
 
-def config_of(root: Path, *allowed_keys: str) -> EngineConfig:
-    return EngineConfig(
-        model=root / "model",
-        adapters=in_directory(root / "adapters"),
-        allow_unknown_config_keys=allowed_keys,
-        device=DEVICE,
-        max_num_batched_tokens=48,
-        page_size=4,
-        kv_cache_bytes=8 << 20,
-        adapter_pool_bytes=8 << 20,
-        num_threads=1,
-        watch="off",
-    )
+def config_with(root: Path, *allowed_keys: str) -> EngineConfig:
+    return config_of(root, allow_unknown_config_keys=allowed_keys, watch="off")
 
 
 def asking(adapter: str) -> GenerationRequest:
@@ -129,7 +118,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for case, change in (READ_BY_PEFT | NOT_READ_BY_PEFT).items():
             change(save_adapter(tiny_model("llama"), config, root / "adapters" / f"{kind}-{case}"))
     assemble(
-        config_of(root)
+        config_with(root)
     ).adapters.close()  # after a change of kernels it compiles them, for longer than a test takes
     return root
 
@@ -140,7 +129,7 @@ def test_whatever_trainers_make_of_a_directory_has_pefts_tokens(root: Path) -> N
     expected = {f"{kind}-{case}": peft_tokens(root / "saved" / kind) for kind in kinds for case in NOT_READ_BY_PEFT}
     expected |= {name: peft_tokens(root / "adapters" / name) for kind in kinds for name in _names(kind, READ_BY_PEFT)}
 
-    served = served_tokens(config_of(root, "my_trainers_run"), list(expected))
+    served = served_tokens(config_with(root, "my_trainers_run"), list(expected))
 
     assert served == expected
     assert len({*expected.values(), greedy(tiny_model("llama"))}) == 3, "an adapter that changed nothing proves nothing"
@@ -161,7 +150,7 @@ def test_names_that_peft_itself_gives_its_parameters_are_read(tmp_path: Path) ->
         assert not tensors.keys() & load_file(tmp_path / "adapters" / name / WEIGHTS_FILE).keys()
         save_file(tensors, tmp_path / "adapters" / name / WEIGHTS_FILE)
 
-    served = served_tokens(config_of(tmp_path), ["whole", "inner"])
+    served = served_tokens(config_with(tmp_path), ["whole", "inner"])
 
     assert served == dict.fromkeys(("whole", "inner"), greedy(adapted))
 
@@ -185,7 +174,7 @@ def test_an_adapter_of_a_multimodal_model_s_language_model_answers_as_it_did_the
     names = load_file(tmp_path / "adapters" / "seeing" / WEIGHTS_FILE)
     assert all(".language_model." in name for name in names)
 
-    served = served_tokens(config_of(tmp_path), ["seeing"])
+    served = served_tokens(config_with(tmp_path), ["seeing"])
 
     assert served == {"seeing": greedy(adapted)}
     assert greedy(adapted) != greedy(llama)
@@ -200,15 +189,15 @@ def test_peft_does_not_load_a_module_to_save_without_its_weights(tmp_path: Path)
     with pytest.raises(KeyError, match=re.escape("base_model.model.lm_head.weight")):
         PeftModel.from_pretrained(tiny_model("llama"), folder)
     with pytest.raises(AdapterRejectedError, match=r"modules_to_save: lm_head is missing: .* write null in its place"):
-        served_tokens(config_of(tmp_path), ["lost"])
+        served_tokens(config_with(tmp_path), ["lost"])
 
     edit_config(folder, modules_to_save=None)
-    assert served_tokens(config_of(tmp_path), ["lost"]) == {"lost": peft_tokens(folder)}
+    assert served_tokens(config_with(tmp_path), ["lost"]) == {"lost": peft_tokens(folder)}
 
 
 def refusal(root: Path, name: str) -> str:
     with pytest.raises(AdapterRejectedError) as caught:
-        served_tokens(config_of(root), [name])
+        served_tokens(config_with(root), [name])
     (problem,) = caught.value.problems
     return problem
 
@@ -236,7 +225,7 @@ def test_an_adapter_of_changed_base_weights_is_served_once_it_is_saved_as_the_re
 
     assert told.startswith(f"init_lora_weights: {init!r} trains against changed base weights")
     assert "model.save_pretrained(OUT, path_initial_model_for_weight_conversion=FIRST)" in told
-    assert served_tokens(config_of(tmp_path), ["plain"]) == {"plain": expected}
+    assert served_tokens(config_with(tmp_path), ["plain"]) == {"plain": expected}
     assert expected != greedy(tiny_model("llama"))
 
 
@@ -252,7 +241,7 @@ def test_a_pickle_is_served_once_the_line_that_the_refusal_has_was_run(
     monkeypatch.chdir(tmp_path / "adapters")
     eval(line, {"PeftModel": PeftModel, "base_model": tiny_model("llama")})  # it is ours
 
-    assert served_tokens(config_of(tmp_path), ["old"]) == {"old": peft_tokens(folder)}
+    assert served_tokens(config_with(tmp_path), ["old"]) == {"old": peft_tokens(folder)}
 
 
 def test_what_was_passed_over_is_told_of_and_needs_an_operator_s_word(root: Path) -> None:
@@ -263,7 +252,7 @@ def test_what_was_passed_over_is_told_of_and_needs_an_operator_s_word(root: Path
             await finish(engine, asking(name))
         return {name: engine.adapters.get(name).warnings for name in names}
 
-    told = with_engine(config_of(root, "my_trainers_run"), warnings)
+    told = with_engine(config_with(root, "my_trainers_run"), warnings)
 
     (lr, fixed), (allowed,), (heads,) = (told[name] for name in names[:3])
     assert (
@@ -275,7 +264,7 @@ def test_what_was_passed_over_is_told_of_and_needs_an_operator_s_word(root: Path
     assert heads.startswith("its config has modules_to_save: ['classifier', 'score'], which are modules of other tasks")
     assert told["lora-future"] == told["lora-own-name"] == ()
     with pytest.raises(AdapterRejectedError) as caught:
-        served_tokens(config_of(root), ["lora-allowed"])
+        served_tokens(config_with(root), ["lora-allowed"])
     (problem,) = caught.value.problems
     assert problem.startswith("my_trainers_run: 17 is not known here")
     assert f"({OPTION} my_trainers_run passes over it" in problem

@@ -10,12 +10,10 @@ from pathlib import Path
 import pytest
 from adapters.harness import Gate
 from engine.test_async_engine import finish, request, until, with_engine
-from support.device import DEVICE
 from support.peft_adapters import gralora_config
-from support.workspaces import save_workspace
+from support.workspaces import config_of, save_workspace
 
 from gralora_runtime.async_engine import AsyncEngine
-from gralora_runtime.config import EngineConfig, in_directory
 
 NUM_COLD = 200
 
@@ -28,19 +26,7 @@ def test_a_light_tenant_is_answered_while_another_has_hundreds_of_loads_queued(
     heavy = [f"heavy{at}" for at in range(NUM_COLD)]
     for name in heavy:
         shutil.copytree(workspace / "adapters" / "light", workspace / "adapters" / name)
-    config = EngineConfig(
-        model=workspace / "model",
-        adapters=in_directory(workspace / "adapters"),
-        device=DEVICE,
-        max_num_seqs=2,
-        max_queue=2 * NUM_COLD,
-        max_num_batched_tokens=48,
-        page_size=4,
-        kv_cache_bytes=8 << 20,
-        adapter_pool_bytes=8 << 20,
-        num_threads=1,
-        watch="off",
-    )
+    config = config_of(workspace, max_num_seqs=2, max_queue=2 * NUM_COLD, watch="off")
 
     async def work(engine: AsyncEngine) -> None:
         gate = Gate(monkeypatch)

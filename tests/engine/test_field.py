@@ -15,9 +15,8 @@ from pathlib import Path
 import pytest
 from engine.test_async_engine import finish, request, slow_down, until, with_engine
 from support.checkpoints import edit_config, edit_tensors
-from support.device import DEVICE
 from support.peft_adapters import gralora_config, lora_config
-from support.workspaces import save_workspace
+from support.workspaces import config_of, save_workspace
 from torch import Tensor
 
 from gralora_runtime.adapters.checkpoint import loader
@@ -48,18 +47,7 @@ def adapters(originals: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def config(originals: Path, adapters: Path) -> EngineConfig:
-    return EngineConfig(
-        model=originals / "model",
-        adapters=in_directory(adapters),
-        device=DEVICE,
-        max_num_seqs=16,
-        max_num_batched_tokens=48,
-        page_size=4,
-        kv_cache_bytes=8 << 20,
-        adapter_pool_bytes=8 << 20,
-        num_threads=1,
-        watch="off",
-    )
+    return config_of(originals, adapters=in_directory(adapters), max_num_seqs=16, watch="off")
 
 
 def asked(name: str, request_id: str, *, max_tokens: int = 16) -> GenerationRequest:

@@ -9,10 +9,9 @@ from pathlib import Path
 
 import pytest
 from engine.test_async_engine import finish, request, slow_down, until, with_engine
-from support.device import DEVICE
 from support.peft_adapters import gralora_config
 from support.tiny_models import VOCAB_SIZE
-from support.workspaces import save_workspace
+from support.workspaces import config_of, save_workspace
 
 from gralora_runtime.adapters.catalogue.store import AdapterState
 from gralora_runtime.adapters.checkpoint.golden import Golden, write_golden
@@ -46,19 +45,7 @@ def adapters(originals: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def config(originals: Path, adapters: Path) -> EngineConfig:
-    return EngineConfig(
-        model=originals / "model",
-        adapters=in_directory(adapters),
-        device=DEVICE,
-        max_num_seqs=2,
-        max_queue=2,
-        max_num_batched_tokens=48,
-        page_size=4,
-        kv_cache_bytes=8 << 20,
-        adapter_pool_bytes=8 << 20,
-        num_threads=1,
-        watch="off",
-    )
+    return config_of(originals, adapters=in_directory(adapters), max_num_seqs=2, max_queue=2, watch="off")
 
 
 def expect(adapter: Path, golden: Golden) -> None:

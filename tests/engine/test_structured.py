@@ -13,7 +13,7 @@ from typing import TypeVar
 import pytest
 from support.peft_adapters import gralora_config, lora_config
 from support.structured import COMPACT, SCHEMAS, matches
-from support.workspaces import save_workspace
+from support.workspaces import config_of, save_workspace
 
 from gralora_runtime.async_engine import AsyncEngine
 from gralora_runtime.config import EngineConfig, in_directory
@@ -42,17 +42,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def config(workspace: Path) -> EngineConfig:
-    return EngineConfig(
-        model=workspace / "model",
-        adapters=in_directory(workspace / "adapters"),
-        device="cpu",
-        max_num_seqs=32,
-        max_num_batched_tokens=64,
-        page_size=4,
-        kv_cache_bytes=8 << 20,
-        adapter_pool_bytes=8 << 20,
-        num_threads=1,
-    )
+    return config_of(workspace, device="cpu", max_num_batched_tokens=64)
 
 
 def with_engine(config: EngineConfig, work: Callable[[AsyncEngine], Awaitable[T]]) -> T:

@@ -14,6 +14,10 @@ import torch
 
 if importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") != "1":
     collect_ignore_glob = ["test_*.py"]  # `make test` runs them in a process of their own
+else:
+    from support.quick_interpreter import make_quick
+
+    make_quick()
 
 
 @pytest.fixture(autouse=True)

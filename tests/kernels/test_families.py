@@ -61,6 +61,12 @@ def test_a_cache_of_nothing_but_directories_is_empty(monkeypatch, tmp_path) -> N
     assert not cache.is_empty()
 
 
+def test_where_no_cache_can_be_written_no_process_is_started_to_fill_it(monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(cache.numba.config, "CACHE_DIR", str(tmp_path / "not there"))
+
+    assert not cache.is_empty()
+
+
 def test_no_two_functions_have_one_symbol() -> None:
     symbols = Counter(
         one.symbol for one in {id(one): one for one in gc.get_objects() if type(one) is Separate}.values()

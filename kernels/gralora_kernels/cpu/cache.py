@@ -33,5 +33,6 @@ def use_directory_of_these_sources() -> None:
 
 
 def is_empty() -> bool:
-    """Whether nothing was ever compiled of these sources."""
-    return not any(Path(numba.config.CACHE_DIR).rglob("*.nbi"))  # Numba makes directories beforehand
+    """Whether nothing was ever compiled of these sources. No directory: it cannot be written, or Numba had made it."""
+    folder = Path(numba.config.CACHE_DIR)
+    return folder.exists() and not any(folder.rglob("*.nbi"))
