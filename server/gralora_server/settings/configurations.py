@@ -28,7 +28,12 @@ def engine_config(settings: Settings, model: Path) -> EngineConfig:
     if profile is not None:
         values["prices"] = prices_of(Profile.read(profile))
     return EngineConfig(
-        **values | {"model": model, "max_named_adapters": settings.server.metrics_max_adapters},
+        **values
+        | {
+            "model": model,
+            "max_named_adapters": settings.server.metrics_max_adapters,
+            "max_explained_requests": settings.server.explain_requests,
+        },
     )
 
 

@@ -167,6 +167,9 @@ class ServerSettings(Section):
     metrics_max_adapters: Annotated[int, Field(ge=0), Called(field="max_named_adapters")] = _engine(
         "max_named_adapters", "Adapters with series of their own; the others are counted together."
     )
+    explain_requests: Annotated[int, Field(ge=0), Called(field="max_explained_requests")] = _engine(
+        "max_explained_requests", "Recent requests of which gralora explain can tell where their time went. 0: none."
+    )
     kserve: bool = _server("kserve", "Serve KServe's and Triton's gRPC clients, too.")
     vllm_grpc: bool = _server("vllm_grpc", "Serve vLLM's gRPC protocol, too: a worker of NVIDIA Dynamo.")
     reflection: bool = _server("reflection", "Answer gRPC reflection.")
