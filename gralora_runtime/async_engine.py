@@ -359,6 +359,7 @@ class AsyncEngine:
         if entry is None:
             return
         self._entrance.leave(entry.arrival)
+        self.timelines.trim()
         if not self._entries:
             self._idle.set()
 

@@ -1,4 +1,4 @@
-"""The timelines of recent requests: so many, the oldest leave first."""
+"""The timelines of requests that are under way, and of recent ones: so many, the oldest leave first."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class Timelines:
     """Written by the event loop, read by any thread."""
 
     def __init__(self, most: int) -> None:
-        """`most` 0: none is kept."""
+        """`most` in all, if so many have ended."""
         self._most = most
         self._by_id: dict[str, Timeline] = {}  # the oldest first
 
@@ -19,8 +19,14 @@ class Timelines:
         """In the place of an older one of the same id, if there is one."""
         self._by_id.pop(timeline.request_id, None)
         self._by_id[timeline.request_id] = timeline
+        self.trim()
+
+    def trim(self) -> None:
+        """One has come, or has ended."""
         if len(self._by_id) > self._most:
-            del self._by_id[next(iter(self._by_id))]
+            oldest = next((one for one in self._by_id.values() if one.outcome), None)
+            if oldest is not None:
+                del self._by_id[oldest.request_id]
 
     def find(self, request_id: str) -> Timeline | None:
         return self._by_id.get(request_id)

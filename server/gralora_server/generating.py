@@ -50,9 +50,12 @@ class Generating:
             request.request_id = request.request_id or uuid.uuid4().hex
             timeout_s = effective_timeout_s(request.request_id, remaining_s, self._max_request_s)
             wanted = self._rights.owned(convert.from_generate_request(request, timeout_s=timeout_s))
-            async with self._repeats.answer(asked, partial(self._run, engine, request, wanted)) as answer:
-                request.adapter = answer.served_by  # for the log line: a name does not say which content served
-                yield answer
+            try:
+                async with self._repeats.answer(asked, partial(self._run, engine, request, wanted)) as answer:
+                    request.adapter = answer.served_by  # for the log line: a name does not say which content served
+                    yield answer
+            finally:
+                engine.timelines.leave(wanted.request_id)
 
     @asynccontextmanager
     async def _run(
