@@ -11,8 +11,11 @@ from contextlib import asynccontextmanager
 from functools import partial
 
 from gralora_runtime.errors import DeadlineExceededError
+from gralora_runtime.observation.waterfall import waterfall
 from gralora_runtime.request import GenerationRequest
 from gralora_server import convert, validation
+from gralora_server.base_model import base_name
+from gralora_server.call_log import is_logged, note_request, request_fields
 from gralora_server.gate import Gate
 from gralora_server.ports import Engine
 from gralora_server.repeats import Answer, Repeats, asked_for
@@ -20,6 +23,7 @@ from gralora_server.tenants.caller import current
 from gralora_server.tenants.metering import MeteredStream, Metering
 from gralora_server.tenants.rights import Rights
 from gralora_server.tenants.suggestions import suggesting
+from gralora_server.tracing.tracing import Tracing
 
 
 class Generating:
@@ -27,11 +31,14 @@ class Generating:
     (`Repeats`), and leaves it at its end, however it ends.
     """
 
-    def __init__(self, gate: Gate, rights: Rights, metering: Metering, *, max_request_s: float | None) -> None:
+    def __init__(
+        self, gate: Gate, rights: Rights, metering: Metering, *, max_request_s: float | None, tracing: Tracing
+    ) -> None:
         self._gate = gate
         self._rights = rights
         self._metering = metering
         self._max_request_s = max_request_s
+        self._tracing = tracing
         self._repeats = Repeats()
 
     @asynccontextmanager
@@ -55,7 +62,16 @@ class Generating:
                     request.adapter = answer.served_by  # for the log line: a name does not say which content served
                     yield answer
             finally:
-                engine.timelines.leave(wanted.request_id)
+                self._note_end(engine, wanted, request.request_id)
+
+    def _note_end(self, engine: Engine, wanted: GenerationRequest, request_id: str) -> None:
+        """A call of this request is over, for those who look on. One that the engine did not take has no timeline."""
+        timeline = engine.timelines.leave(wanted.request_id)
+        if timeline is None or not (is_logged() or self._tracing.is_on):
+            return
+        found = waterfall(timeline)
+        trace = self._tracing.note(wanted, found, request_id=request_id, base_model=base_name(engine.info()))
+        note_request(request_fields(request_id, found) | ({"trace_id": trace} if trace else {}))
 
     @asynccontextmanager
     async def _run(

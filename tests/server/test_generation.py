@@ -304,11 +304,14 @@ async def test_every_call_leaves_one_log_line(caplog) -> None:
 
     assert [line.pop("duration_ms") >= 0 for line in lines] == [True, True]
     assert lines == [
-        {
+        lines[0]
+        | {
             "method": "/gralora.v1.GenerationService/StreamGenerate",
             "request_id": "r1",
             "adapter": "poet@2",
+            "version": 2,
             "code": "OK",
+            "outcome": "stop",
         },
         {
             "method": "/gralora.v1.GenerationService/Generate",

@@ -272,6 +272,7 @@ class FakeEngine:
             stream.served_by = summed((f"{one.adapter}@2", one.weight) for one in request.adapters)
         self.streams[request.request_id] = stream
         timeline = Timeline.begin(request, request.tenant, time.monotonic())
+        timeline.served_by = stream.served_by
         timeline.end("stop", timeline.received_s)
         self.timelines.keep(timeline)
         if self.start_at_once:

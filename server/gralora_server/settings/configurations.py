@@ -9,7 +9,7 @@ from pydantic import SecretStr
 
 from gralora_runtime.config import EngineConfig
 from gralora_runtime.errors import ConfigError
-from gralora_server.config import HttpConfig, MetricsConfig, ServerConfig, TlsConfig
+from gralora_server.config import HttpConfig, MetricsConfig, ServerConfig, TlsConfig, TracingConfig
 from gralora_server.planner.prices import prices_of
 from gralora_server.planner.profile import Profile
 from gralora_server.settings.sections import ServerSettings, Settings
@@ -47,6 +47,7 @@ def server_config(settings: Settings) -> ServerConfig:
         auth_token_file=server.token_file,
         metrics=_metrics(server.metrics_address),
         http=_http(server.http_address),
+        tracing=_tracing(server),
         kserve=server.kserve,
         vllm_grpc=server.vllm_grpc,
         reflection=server.reflection,
@@ -79,6 +80,12 @@ def _metrics(address: str | None) -> MetricsConfig | None:
         return None
     host, port = parse_address(address)
     return MetricsConfig(host=host.strip("[]"), port=port)
+
+
+def _tracing(server: ServerSettings) -> TracingConfig | None:
+    if server.otlp_endpoint is None:
+        return None
+    return TracingConfig(endpoint=server.otlp_endpoint, sampling=server.trace_sampling)
 
 
 def _http(address: str | None) -> HttpConfig | None:
