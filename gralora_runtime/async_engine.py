@@ -359,7 +359,7 @@ class AsyncEngine:
         if entry is None:
             return
         self._entrance.leave(entry.arrival)
-        self.timelines.trim()
+        self.timelines.end(request_id)
         if not self._entries:
             self._idle.set()
 

@@ -78,7 +78,7 @@ class EngineConfig:
     cuda_graphs: tuple[int, ...] | None = None  # rows of the decode steps that a GPU captures; (): none of them
     batch_invariant: bool = False  # on a GPU, too, the same bits whatever shares the batch; the CPU's always are
     pipeline: str = "auto"  # a step is planned and launched while the one before runs; auto: on a GPU
-    max_explained_requests: int = 1000  # the last ones, of which it can be told what they took; 0: none
+    max_explained_requests: int = 1000  # that have ended, of which it can be told what they took
     max_named_adapters: int = 100  # with counts of their own; what all others do is counted together
 
     def __post_init__(self) -> None:

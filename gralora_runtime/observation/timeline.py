@@ -114,3 +114,7 @@ class Timeline:
 
     def end(self, outcome: str, now_s: float) -> None:
         self.outcome, self.ended_s = outcome, now_s
+
+    def leave(self) -> None:
+        """Its call has ended: there is nobody who reads. Of several calls the last one's word counts."""
+        self.left_s = time.monotonic()

@@ -1,8 +1,6 @@
-"""The timelines of requests that are under way, and of recent ones: so many, the oldest leave first."""
+"""The timelines of all requests that are under way, and of the last that ended: the first to end leave first."""
 
 from __future__ import annotations
-
-import time
 
 from gralora_runtime.observation.timeline import Timeline
 
@@ -11,33 +9,30 @@ class Timelines:
     """Written by the event loop, read by any thread."""
 
     def __init__(self, most: int) -> None:
-        """`most` in all, if so many have ended."""
+        """`most` that have ended."""
         self._most = most
-        self._by_id: dict[str, Timeline] = {}  # the oldest first
+        self._under_way: dict[str, Timeline] = {}
+        self._ended: dict[str, Timeline] = {}  # in the order in which they did
 
     def keep(self, timeline: Timeline) -> None:
-        """In the place of an older one of the same id, if there is one."""
-        self._by_id.pop(timeline.request_id, None)
-        self._by_id[timeline.request_id] = timeline
-        self.trim()
+        """Of a request that came, in the place of an older one of the same id."""
+        self._ended.pop(timeline.request_id, None)
+        self._under_way[timeline.request_id] = timeline
 
-    def trim(self) -> None:
-        """One has come, or has ended."""
-        if len(self._by_id) > self._most:
-            oldest = next((one for one in self._by_id.values() if one.outcome), None)
-            if oldest is not None:
-                del self._by_id[oldest.request_id]
+    def end(self, request_id: str) -> None:
+        """It is under way no more. An id that is not known is nobody's here."""
+        timeline = self._under_way.pop(request_id, None)
+        if timeline is None:
+            return
+        self._ended[request_id] = timeline
+        if len(self._ended) > self._most:
+            del self._ended[next(iter(self._ended))]
 
-    def find(self, request_id: str) -> Timeline | None:
-        return self._by_id.get(request_id)
+    def find(self, request_id: str, *, since_s: float = 0.0) -> Timeline | None:
+        """`since_s`: of one that was received then, by `time.monotonic`, or later."""
+        found = self._under_way.get(request_id) or self._ended.get(request_id)
+        return found if found is not None and found.received_s >= since_s else None
 
     def recent(self) -> list[Timeline]:
-        """The oldest first."""
-        return list(self._by_id.copy().values())
-
-    def leave(self, request_id: str) -> Timeline | None:
-        """Its call has ended: there is nobody who reads. The last call's word counts."""
-        timeline = self._by_id.get(request_id)
-        if timeline is not None:
-            timeline.left_s = time.monotonic()
-        return timeline
+        """Those that have ended, and then those that are under way."""
+        return [*self._ended.copy().values(), *self._under_way.copy().values()]

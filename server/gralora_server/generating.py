@@ -5,12 +5,14 @@ Knows no transport: each brings a message of ours, and the time that its client 
 
 from __future__ import annotations
 
+import time
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
 
 from gralora_runtime.errors import DeadlineExceededError
+from gralora_runtime.observation.timeline import Timeline
 from gralora_runtime.observation.waterfall import waterfall
 from gralora_runtime.request import GenerationRequest
 from gralora_server import convert, validation
@@ -57,17 +59,22 @@ class Generating:
             request.request_id = request.request_id or uuid.uuid4().hex
             timeout_s = effective_timeout_s(request.request_id, remaining_s, self._max_request_s)
             wanted = self._rights.owned(convert.from_generate_request(request, timeout_s=timeout_s))
+            timeline, asked_s = None, time.monotonic()
             try:
                 async with self._repeats.answer(asked, partial(self._run, engine, request, wanted)) as answer:
+                    timeline = engine.timelines.find(wanted.request_id)
                     request.adapter = answer.served_by  # for the log line: a name does not say which content served
                     yield answer
             finally:
-                self._note_end(engine, wanted, request.request_id)
+                # One that failed on its way in has its timeline, too; an older one is another request's of this id.
+                timeline = timeline or engine.timelines.find(wanted.request_id, since_s=asked_s)
+                if timeline is not None:
+                    timeline.leave()
+                    self._note_end(timeline, wanted, request.request_id, engine)
 
-    def _note_end(self, engine: Engine, wanted: GenerationRequest, request_id: str) -> None:
-        """A call of this request is over, for those who look on. One that the engine did not take has no timeline."""
-        timeline = engine.timelines.leave(wanted.request_id)
-        if timeline is None or not (is_logged() or self._tracing.is_on):
+    def _note_end(self, timeline: Timeline, wanted: GenerationRequest, request_id: str, engine: Engine) -> None:
+        """A call of this request is over, for those who look on."""
+        if not (is_logged() or self._tracing.is_on):
             return
         found = waterfall(timeline)
         trace = self._tracing.note(wanted, found, request_id=request_id, base_model=base_name(engine.info()))

@@ -322,6 +322,21 @@ async def test_every_call_leaves_one_log_line(caplog) -> None:
     ]
 
 
+async def test_the_line_of_a_refused_call_says_nothing_of_the_request_that_has_its_id(caplog) -> None:
+    caplog.set_level(logging.INFO, logger="gralora_server.calls")
+    async with served() as s:
+        running = s.client.generation.StreamGenerate(ask("r1"))
+        await running.read()
+        await failure(s.client.generation.Generate(ask_once("r1", adapter="poet")))
+        (line,) = call_lines(caplog)
+        timeline = s.engine.timelines.find("r1")
+        assert timeline is not None
+        assert timeline.left_s is None, "the other call has not ended"
+
+    assert line["code"] == "INVALID_ARGUMENT"
+    assert "outcome" not in line
+
+
 async def test_a_cancelled_call_is_logged_as_cancelled(caplog) -> None:
     caplog.set_level(logging.INFO, logger="gralora_server.calls")
     async with served() as s:

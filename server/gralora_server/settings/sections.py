@@ -175,7 +175,7 @@ class ServerSettings(Section):
         default=1.0, description="Share of requests that are traced, of those whose clients trace nothing themselves."
     )
     explain_requests: Annotated[int, Field(ge=0), Called(field="max_explained_requests")] = _engine(
-        "max_explained_requests", "Recent requests of which gralora explain can tell where their time went. 0: none."
+        "max_explained_requests", "Requests that ended last, of which gralora explain can tell where their time went."
     )
     kserve: bool = _server("kserve", "Serve KServe's and Triton's gRPC clients, too.")
     vllm_grpc: bool = _server("vllm_grpc", "Serve vLLM's gRPC protocol, too: a worker of NVIDIA Dynamo.")
