@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+from pathlib import Path
+
 from support.fake_engine import FakeEngine
-from support.grpc_harness import Served, served
+from support.grpc_harness import Served, ask, read_all, served
 from support.http_harness import error_of, http_served
 from support.tenants import OPERATOR, as_, bearing, two_tenants
+from support.workspaces import save_workspace
 
 from gralora.v1 import server_pb2
+from gralora_runtime.async_engine import AsyncEngine
+from gralora_runtime.config import EngineConfig
 from gralora_runtime.observation.holdups import Hold
 from gralora_runtime.observation.timeline import GivenWay, Line, Mark, Stage, Timeline
 from gralora_server.client import AsyncClient
@@ -64,6 +70,30 @@ async def test_the_parts_and_both_sentences_reach_the_client() -> None:
     assert [(one.by, one.duration_s) for one in found.parts[0].held_up] == [("place", 1.0)]
     assert (found.total_s, found.outcome, found.first_token_s) == (1.0, "length", None)
     assert found.says.startswith("1.00 s of 1.00 s went to waiting behind requests of bob")
+
+
+async def test_a_client_that_does_not_read_is_the_cause_of_what_that_takes(tmp_path: Path) -> None:
+    """A real engine behind a real port: its answer waits for the client, whose window is full."""
+    workspace = save_workspace(tmp_path, {})
+    config = EngineConfig(model=workspace / "model", device="cpu", num_threads=1, kv_cache_bytes=8 << 20)
+    engine = await AsyncEngine.start(config)
+    try:
+        async with served(engine=engine, channel_options=(("grpc.http2.bdp_probe", 0),)) as s:
+            wanted = ask("r1", stopping={"max_tokens": 480, "ignore_eos": True}, response={"top_logprobs": 20})
+            wanted.response.logprobs = True
+            call = s.client.generation.StreamGenerate(wanted)
+            await call.read()
+            await asyncio.sleep(2.0)
+            await read_all(call)
+            async with AsyncClient(f"127.0.0.1:{s.port}") as client:
+                found = await client.explain("r1")
+    finally:
+        await engine.close()
+
+    assert found is not None
+    assert found.cause == "slow_reader"
+    assert found.total_s > 2.0
+    assert "its client" in found.says
 
 
 async def test_http_tells_the_same_and_knows_what_it_does_not_know() -> None:

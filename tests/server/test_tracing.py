@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from typing import Any
 
 import grpc
 import pytest
+from support.call_lines import call_lines
 from support.fake_engine import FakeEngine, finished, token
 from support.grpc_harness import ask_once, served
 from support.http_harness import TEXT, http_served
@@ -113,6 +115,19 @@ async def test_of_others_a_share_is_traced_and_what_a_caller_says_counts(
                 await s.client.generation.Generate(ask_once(f"r{at}"), metadata=metadata)
 
     assert sum(span.kind == 2 for span in collector.spans) == num_traced
+
+
+async def test_the_log_line_says_which_trace_a_request_is_in(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="gralora_server.calls")
+    with collecting() as collector:
+        async with served(engine=engine(), tracing=TracingConfig(endpoint=collector.endpoint)) as s:
+            await s.client.generation.Generate(ask_once("theirs"), metadata=(("traceparent", TRACED),))
+            await s.client.generation.Generate(ask_once("ours"))
+
+    told = {line["request_id"]: line["trace_id"] for line in call_lines(caplog)}
+    spans = {attributes(span)["gralora.request_id"]: span.trace_id.hex() for span in collector.spans if span.kind == 2}
+    assert told == spans
+    assert told["theirs"] == TRACE
 
 
 async def test_a_prompt_is_in_no_span() -> None:
