@@ -65,7 +65,7 @@ SAYS: dict[Cause, tuple[str, str]] = {
         "Pinning {adapter}, or fewer different adapters at a time.",
     ),
     Cause.SLOW_DISK: (
-        "reading adapter {adapter} from a slow disk ({size} at {rate})",
+        "reading adapter {adapter} at {rate} ({size}), from a slow disk or beside busy cores",
         "A faster disk, more memory behind the pool (--host-cache-bytes), or pinning it.",
     ),
     Cause.FULL_POOL: (

@@ -78,7 +78,7 @@ def _facts(part: ExplanationPart) -> Iterator[str]:
     if part.lacks_for:
         yield f"{part.lacks_for} has the {part.lacks}"
     if part.chunks:
-        yield f"{sum(chunk.tokens for chunk in part.chunks)} tokens in {len(part.chunks)} chunks"
+        yield f"{sum(chunk.tokens for chunk in part.chunks)} tokens, chunks: {len(part.chunks)}"
     if part.steps:
         yield f"{part.steps} steps of {part.mean_rows:.1f} requests"
     if part.prompt_steps:
