@@ -40,6 +40,8 @@ from gralora_runtime.intake.rules import check_fits, rules_of
 from gralora_runtime.intake.tokenizing import Tokenizing
 from gralora_runtime.observation.requests import RequestMeter, RequestObservation, outcome_of
 from gralora_runtime.observation.snapshot import EngineSnapshot
+from gralora_runtime.observation.timeline import Stage, Timeline
+from gralora_runtime.observation.timelines import Timelines
 from gralora_runtime.observation.usage import OTHER
 from gralora_runtime.plan import NEVER
 from gralora_runtime.request import (
@@ -74,6 +76,7 @@ class _Entry:
     stream: RequestStream
     observed: RequestObservation
     meter: RequestMeter
+    timeline: Timeline
     aborted: asyncio.Event  # wakes a submission that still waits for its adapter
     max_tokens: int = 1
     queued: bool = False  # the scheduler has it
@@ -99,6 +102,7 @@ class AsyncEngine:
         self._draining = False
         self._closing = False
         self.requests = RequestObservation(config.max_named_adapters)
+        self.timelines = Timelines(config.max_explained_requests)
         self._trials = RequestObservation(0)  # golden prompts are nobody's requests
         self._entrance = Entrance(config, parts.info, parts.engine.times)
         self._tokenizing = Tokenizing(parts.prompts)
@@ -149,7 +153,8 @@ class AsyncEngine:
             check_fits(request, self._parts.info)  # first: who hears that it is too late comes again
             self._entrance.refuse_when_late(entry.arrival, num_prompt=1)
             sequence = await self._prepare(entry)
-        except BaseException:
+        except BaseException as error:
+            entry.timeline.end(outcome_of(error), time.monotonic())
             self._leave(request.request_id)
             raise
         self._queue(entry, sequence)
@@ -157,6 +162,7 @@ class AsyncEngine:
 
     def _queue(self, entry: _Entry, sequence: Sequence) -> None:
         entry.meter.admit(unweighted(entry.stream.served_by), sequence.num_prompt)
+        entry.timeline.take_on(sequence.num_prompt, time.monotonic())
         entry.queued = True
         self._thread.post(sequence.request_id, lambda scheduler: scheduler.add(sequence))
 
@@ -343,8 +349,11 @@ class AsyncEngine:
             stream=RequestStream(request.request_id, self.abort, self._hold),
             observed=observed,
             meter=observed.meter(arrival.arrived_s),
+            timeline=Timeline.begin(request, arrival.tenant, arrival.arrived_s),
             aborted=asyncio.Event(),
         )
+        if not is_trial:
+            self.timelines.keep(entry.timeline)
         self._entries[request.request_id] = entry
         self._idle.clear()
         return entry
@@ -354,6 +363,7 @@ class AsyncEngine:
         if entry is None:
             return
         self._entrance.leave(entry.arrival)
+        self.timelines.end(request_id)
         if not self._entries:
             self._idle.set()
 
@@ -362,8 +372,10 @@ class AsyncEngine:
         arrival, base = entry.arrival, self._parts.base
         request = arrival.request
         tokens = await self._tokenizing.encode(request.prompt, shorter_than=self._parts.info.max_model_len)
-        wanted = request.structured_output
-        compiled = None if wanted is None else await self._compiler.compile(wanted)
+        compiled = None
+        if (wanted := request.structured_output) is not None:
+            entry.timeline.reach(Stage.GRAMMAR, time.monotonic())
+            compiled = await self._compiler.compile(wanted)
         rules = rules_of(request, tokens, base, self._parts.info, compiled)
         entry.max_tokens = rules.max_tokens
         if lease is None:
@@ -401,16 +413,21 @@ class AsyncEngine:
             adapted_from=adapted_from,
             loaded_bytes=entry.loaded_bytes,
             echo_prompt_token_ids=request.response.echo_prompt_token_ids,
+            timeline=entry.timeline,
         )
 
     async def _acquire(self, entry: _Entry) -> AdapterLease:
         """Wait for the adapter, the deadline or an abort, whichever comes first; never lose a lease."""
         request = entry.arrival.request
         key, tenant, weight = request.canary_key or request.request_id, request.tenant, request.weight
+        timeline = entry.timeline
+        timeline.reach(Stage.ADAPTER, time.monotonic())
         if request.adapters:
-            future = self.adapters.acquire_mix(request.adapters, key, tenant=tenant, weight=weight)
+            future = self.adapters.acquire_mix(
+                request.adapters, key, tenant=tenant, weight=weight, wait=timeline.adapter
+            )
         else:
-            future = self.adapters.acquire(request.adapter, key, tenant=tenant, weight=weight)
+            future = self.adapters.acquire(request.adapter, key, tenant=tenant, weight=weight, wait=timeline.adapter)
         was_there = future.done()
         waiter = asyncio.ensure_future(_settled(future))
         aborted = asyncio.ensure_future(entry.aborted.wait())
@@ -429,7 +446,7 @@ class AsyncEngine:
             lease = future.result()
             kept = True
             entry.loaded_bytes = 0 if was_there else lease.num_bytes
-            entry.stream.served_by = lease.label
+            entry.stream.served_by = timeline.served_by = lease.label
             if request.named_adapters:
                 self.requests.adapter_wait.observe(time.monotonic() - asked_s)
         finally:
@@ -459,6 +476,7 @@ class AsyncEngine:
                 finished = output.delta.finished if output.delta is not None else None
                 self._entrance.learn(entry.arrival, finished, max_tokens=entry.max_tokens, now_s=now_s)
                 entry.observed.end(entry.given_up or outcome)
+                entry.timeline.end(entry.given_up or outcome, now_s)
                 self._leave(output.request_id)
                 self._note_numbers(entry.stream.served_by, output)
 
@@ -484,6 +502,7 @@ class AsyncEngine:
             if ratio is not None:
                 entry.observed.forecast.observe(ratio)
         entry.meter.deliver(output.delta, now_s)
+        entry.timeline.deliver(output.delta, now_s)
         return output.delta.finished.reason.value if output.delta.finished else None
 
     def _give_up(self, entry: _Entry, output: StepOutput, cause: Exception) -> str | None:
@@ -507,6 +526,7 @@ class AsyncEngine:
         entry.stream.fail(error)
         if entry.queued:
             entry.observed.end(outcome_of(error))
+            entry.timeline.end(outcome_of(error), time.monotonic())
             self._leave(request_id)
 
     def _call_soon(self, callback: object, *args: object) -> None:

@@ -17,6 +17,10 @@ WEIGHTS = tuple(LEAST_BITS)
 WATCHES = ("auto", "poll", "off")
 PIPELINES = ("auto", "on", "off")
 KERNEL_BACKENDS = ("auto", "reference", "cpu", "triton")
+COUNTS = (
+    *("max_num_seqs", "max_num_batched_tokens", "max_model_len", "max_queue", "max_queue_tokens", "page_size"),
+    *("kv_cache_bytes", "adapter_pool_bytes", "max_adapter_slots", "keep_versions", "num_threads"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +78,7 @@ class EngineConfig:
     cuda_graphs: tuple[int, ...] | None = None  # rows of the decode steps that a GPU captures; (): none of them
     batch_invariant: bool = False  # on a GPU, too, the same bits whatever shares the batch; the CPU's always are
     pipeline: str = "auto"  # a step is planned and launched while the one before runs; auto: on a GPU
+    max_explained_requests: int = 1000  # that have ended, of which it can be told what they took
     max_named_adapters: int = 100  # with counts of their own; what all others do is counted together
 
     def __post_init__(self) -> None:
@@ -87,13 +92,11 @@ class EngineConfig:
         ):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-        for name in (
-            *("max_num_seqs", "max_num_batched_tokens", "max_model_len", "max_queue", "max_queue_tokens", "page_size"),
-            *("kv_cache_bytes", "adapter_pool_bytes", "max_adapter_slots", "keep_versions", "num_threads"),
-        ):
+        least = dict.fromkeys(COUNTS, 1) | {"max_named_adapters": 0, "max_explained_requests": 0}
+        for name, fewest in least.items():
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} must be at least 1, got {value}")
+            if value is not None and value < fewest:
+                raise ConfigError(f"{name} must be at least {fewest}, got {value}")
         if any(not 1 <= rows <= self.max_num_seqs for rows in self.cuda_graphs or ()):
             raise ConfigError(
                 f"cuda_graphs must be numbers of rows from 1 to max_num_seqs ({self.max_num_seqs}), "
@@ -109,8 +112,6 @@ class EngineConfig:
             raise ConfigError(
                 f"allow_unknown_config_keys has {', '.join(sorted(known))}, which is known and has a meaning"
             )
-        if self.max_named_adapters < 0:
-            raise ConfigError(f"max_named_adapters must be at least 0, got {self.max_named_adapters}")
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ConfigError(
                 f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least "

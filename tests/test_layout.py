@@ -68,6 +68,7 @@ CONFINED = {
     ],
     "matplotlib": ["gralora_server/loadtest/report/drawing.py", "gralora_server/loadtest/report/*plots.py"],
     "llguidance": ["gralora_runtime/structured/*"],
+    "opentelemetry": ["gralora_server/tracing/exporter.py"],
     "jinja2": ["gralora_runtime/model/*", "gralora_server/loadtest/report/page.py"],
 }
 NO_TORCH = [

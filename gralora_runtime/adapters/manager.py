@@ -49,6 +49,7 @@ from gralora_runtime.adapters.residency.share import ShareOf
 from gralora_runtime.adapters.residency.transfer import Transfer
 from gralora_runtime.adapters.watch import AdapterWatch
 from gralora_runtime.errors import AdapterBusyError, DrainingError, GraloraError, InvalidRequestError
+from gralora_runtime.observation.adapter_way import AdapterWait, Station
 from gralora_runtime.request import ServedAdapter, WeightedAdapter
 
 log = logging.getLogger(__name__)
@@ -167,13 +168,16 @@ class AdapterManager:
 
     # For requests.
 
-    def acquire(self, adapter: str, key: str = "", *, tenant: str = "", weight: float = 1.0) -> Future[AdapterLease]:
+    def acquire(
+        self, adapter: str, key: str = "", *, tenant: str = "", weight: float = 1.0, wait: AdapterWait | None = None
+    ) -> Future[AdapterLease]:
         """A lease on the adapter, once it is in the pool. Cancelling the future withdraws the wish.
 
         `adapter`: see `parse_reference`. Requests of one `key` all get the canary, or none of them does.
-        `tenant`: whose turn it takes where adapters wait to be loaded; "": that of all who name none.
+        `tenant`: whose turn it takes where adapters wait to be loaded; "": that of all who name none. `wait`: is told
+        of the load that the future waits for.
         """
-        waiter = Waiter(future=Future(), wants_lease=True, tenant=tenant, weight=weight)
+        waiter = Waiter(future=Future(), wants_lease=True, tenant=tenant, weight=weight, wait=wait or AdapterWait())
         if adapter == "":
             waiter.future.set_result(BASE_LEASE)
             return waiter.future
@@ -187,16 +191,22 @@ class AdapterManager:
         return waiter.future
 
     def acquire_mix(
-        self, adapters: Sequence[WeightedAdapter], key: str = "", *, tenant: str = "", weight: float = 1.0
+        self,
+        adapters: Sequence[WeightedAdapter],
+        key: str = "",
+        *,
+        tenant: str = "",
+        weight: float = 1.0,
+        wait: AdapterWait | None = None,
     ) -> Future[AdapterLease]:
         """A lease on the sum of adapters, each times its weight, as `acquire` gives one on one of them.
 
         What each name stands for is picked now, or when somebody first finds it. One adapter named twice counts twice.
         """
         if len(adapters) == 1 and adapters[0].weight == 1:
-            return self.acquire(adapters[0].adapter, key, tenant=tenant, weight=weight)
+            return self.acquire(adapters[0].adapter, key, tenant=tenant, weight=weight, wait=wait)
         wanted = [(parse_reference(f"adapters[{at}].name", one.adapter), one.weight) for at, one in enumerate(adapters)]
-        waiter = Waiter(future=Future(), wants_lease=True, tenant=tenant, weight=weight)
+        waiter = Waiter(future=Future(), wants_lease=True, tenant=tenant, weight=weight, wait=wait or AdapterWait())
         with self._answering() as answers:
             self._refuse_when_closed()
             self._mixing.request(wanted, key, waiter, answers)
@@ -500,6 +510,7 @@ class AdapterManager:
             return waiter.future
         self._stand_in_line(version, waiter, answers)
         if not version.loading:
+            version.begin_way()
             self._mover.start(version, answers)
         elif not waiter.patient:
             self._mover.hurry(version, waiter)
@@ -554,6 +565,7 @@ class AdapterManager:
             return
         self._stand_in_line(version, waiter, answers)
         if not version.loading:
+            version.begin_way()
             version.loading, version.error = True, None
             self._examine(version, resident, answers)
         else:
@@ -625,6 +637,7 @@ class AdapterManager:
     def _examine(self, version: AdapterVersion, resident: Resident, answers: Answers) -> None:
         """It is there. Who waits for it goes on waiting until it has answered its golden prompts."""
         if not self._closed:
+            version.way.reach(Station.TRIAL)
             held = self._grant(version, resident)
             answers.later(partial(self._admission.begin, version, held, tuple(version.waiters)))
 
@@ -788,6 +801,7 @@ class AdapterManager:
             answers.later(partial(waiter.future.add_done_callback, partial(self._on_answered, waiter)))
         waiter.version = version
         version.waiters.append(waiter)
+        waiter.wait.way = version.way
 
     def _forget_provisional(self, version: AdapterVersion, answers: Answers) -> None:
         alias = self._store.alias_of(version)

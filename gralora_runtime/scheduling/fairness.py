@@ -39,6 +39,7 @@ class Account:
     weight: float
     served: float = 0.0  # price of all that it was served, over its weight
     requests: int = 0  # that wait or run
+    started: int = 0  # requests that got a place so far
 
     @property
     def crowd(self) -> float:
@@ -64,6 +65,7 @@ class Ledger:
         self.prices = prices
         self._accounts: dict[str, Account] = {}  # with requests
         self._idle: OrderedDict[str, Account] = OrderedDict()  # the first to leave first
+        self.num_started = 0  # requests that got a place so far, of all tenants
 
     def enter(self, tenant: str, weight: float) -> Account:
         """One more request of this tenant."""
@@ -83,6 +85,11 @@ class Ledger:
             self._idle[tenant] = self._accounts.pop(tenant)
             if len(self._idle) > MAX_IDLE:
                 self._idle.popitem(last=False)
+
+    def start(self, tenant: str) -> None:
+        """One of its requests got a place."""
+        self._accounts[tenant].started += 1
+        self.num_started += 1
 
     def account(self, tenant: str) -> Account:
         """Of a tenant with requests."""

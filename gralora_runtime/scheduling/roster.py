@@ -22,8 +22,15 @@ class Roster:
     """All sequences that have not ended. Only the engine's thread changes it."""
 
     def __init__(
-        self, pages: PagePool, ledger: Ledger, *, max_num_seqs: int, release_lease: Callable[[AdapterLease], None]
+        self,
+        pages: PagePool,
+        ledger: Ledger,
+        *,
+        max_num_seqs: int,
+        release_lease: Callable[[AdapterLease], None],
+        ended: Callable[[Sequence], None],
     ) -> None:
+        """`ended` is told of each sequence that has, once."""
         self.pages: Final = pages
         self.ledger: Final = ledger
         self.waiting: Final = FairQueue(ledger)
@@ -31,6 +38,7 @@ class Roster:
         self.paused: Final[dict[str, Sequence]] = {}
         self._max_num_seqs = max_num_seqs
         self._release_lease = release_lease
+        self._ended = ended
         self._by_id: dict[str, Sequence] = {}
         self._seats = list(range(max_num_seqs - 1, -1, -1))
         self._stays = itertools.count()
@@ -146,5 +154,6 @@ class Roster:
 
     def _end(self, sequence: Sequence) -> None:
         sequence.status = SequenceStatus.FINISHED
+        self._ended(sequence)
         self.ledger.leave(sequence.tenant)
         self._release_lease(sequence.lease)

@@ -21,10 +21,12 @@ from dataclasses import dataclass, replace
 from gralora_runtime.adapters.residency.lease import AdapterLease
 from gralora_runtime.errors import DeadlineExceededError, GraloraError, NumericalError, RequestCancelledError
 from gralora_runtime.failure import contained, request_failed, step_failed
+from gralora_runtime.observation.holdups import Hold
 from gralora_runtime.plan import UNKNOWN, RowPlan, StepPlan
 from gralora_runtime.request import Delta, FinishReason
 from gralora_runtime.sampling.outcome import MatchingFailure, RowFailure, Sampled, SamplingFailure
 from gralora_runtime.scheduling.fairness import CPU_PRICES, SHARE_BESIDE_OTHERS, Account, Ledger, Prices
+from gralora_runtime.scheduling.marking import Marking
 from gralora_runtime.scheduling.pages import PagePool
 from gralora_runtime.scheduling.preemption import giver_among, giver_of_row, givers_of_pages
 from gralora_runtime.scheduling.roster import Roster
@@ -69,14 +71,23 @@ class Scheduler:
     ) -> None:
         self.pages = pages
         self.ledger = Ledger(prices)
-        self.roster = Roster(pages, self.ledger, max_num_seqs=max_num_seqs, release_lease=release_lease)
+        self.marking = Marking(self.ledger, now_s)
+        self.roster = Roster(
+            pages,
+            self.ledger,
+            max_num_seqs=max_num_seqs,
+            release_lease=release_lease,
+            ended=self.marking.ended,
+        )
         self.counters = SchedulerCounters()
         self._max_num_batched_tokens = max_num_batched_tokens
         self._now_s = now_s
         self._outputs: list[StepOutput] = []
-        # Of the step that is being planned: who gave way, and whether anybody did so for want of pages.
+        # Of the step that is being planned: who gave way, whether anybody did so for want of pages, and what whoever
+        # comes next waits for.
         self._gave_way: set[Sequence] = set()
         self._is_crowded = False
+        self._hold = Hold.TURN
         self._next_deadline_s = math.inf  # nobody's is sooner
 
     @property
@@ -98,6 +109,7 @@ class Scheduler:
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence; its adapter's lease now belongs to the scheduler."""
         self.roster.enter(sequence)
+        self.marking.queued(sequence, self.roster.running)
         if sequence.loaded_bytes:
             self.ledger.charge(sequence.tenant, sequence.loaded_bytes * self.ledger.prices.adapter_byte)
         self._next_deadline_s = min(self._next_deadline_s, sequence.deadline_s)
@@ -113,6 +125,7 @@ class Scheduler:
         sequence = self.roster.get(request_id)
         if sequence is not None and sequence.status is not SequenceStatus.PAUSED:
             self.roster.pause(sequence)
+            self.marking.paused(sequence)
             self.counters.pauses += 1
 
     def resume(self, request_id: str) -> None:
@@ -120,14 +133,16 @@ class Scheduler:
         sequence = self.roster.paused.get(request_id)
         if sequence is not None:
             self.roster.resume(sequence)
+            self.marking.resumed(sequence)
 
     def plan(self) -> StepPlan | None:
         """Choose the rows of the next step and lease their pages; None when there is nothing to compute."""
         self._expire_deadlines()
-        self._gave_way, self._is_crowded = set(), False
+        self._gave_way, self._is_crowded, self._hold = set(), False, Hold.TURN
         rows: dict[Sequence, int] = {}  # how many tokens, in order
         prompts = self._plan_decoding(rows)
         self._plan_prompts(prompts, rows)
+        self.marking.holdups.note(self._hold if self.roster.waiting else None, self._now_s())
         return self._freeze(rows) if rows else None
 
     def commit(self, plan: StepPlan, sampled: Iterable[Sampled]) -> list[StepOutput]:
@@ -321,6 +336,7 @@ class Scheduler:
         other's pages would only preempt one another.
         """
         if not self.roster.has_seat and not self._free_a_row(sequence, rows):
+            self._hold = Hold.PLACE
             return 0
         matched, keys = self.pages.match(sequence.chain, sequence.tokens)
         num_fresh = self._pages_for(len(sequence.tokens)) - len(matched)
@@ -328,10 +344,12 @@ class Scheduler:
             self._free_pages_for(sequence, num_fresh, rows)
         fresh = self.pages.allocate(num_fresh)
         if fresh is None:
+            self._hold = Hold.PAGES
             self.pages.release(matched)
             return 0
         self.roster.start(sequence, (*matched, *fresh), keys)
         sequence.begin(self._now_s())
+        self.marking.started(sequence)
         self.counters.prefix_hit_tokens += sequence.num_computed
         count = min(sequence.num_uncomputed, most)
         self._take(sequence, count, rows)
@@ -341,13 +359,13 @@ class Scheduler:
         victim = giver_of_row(sequence, self.roster.running, self.ledger)
         if victim is None:
             return False
-        self._preempt(victim, rows)
+        self._preempt(victim, rows, Hold.PLACE, sequence)
         return True
 
     def _free_pages_for(self, sequence: Sequence, num_pages: int, rows: dict[Sequence, int]) -> None:
         missing = num_pages - self.pages.num_available
         for victim in givers_of_pages(sequence, num_pages, missing, self.roster.running, self.ledger):
-            self._preempt(victim, rows)
+            self._preempt(victim, rows, Hold.PAGES, sequence)
 
     def _reserve(self, sequence: Sequence, count: int, rows: dict[Sequence, int]) -> bool:
         """Lease pages for `count` more tokens, preempting others; False: it was preempted itself."""
@@ -357,9 +375,9 @@ class Scheduler:
         if missing <= 0:
             return True
         while missing > self.pages.num_available:
-            self._is_crowded = True
+            self._is_crowded, self._hold = True, Hold.PAGES
             victim = giver_among(self.roster.running)
-            self._preempt(victim, rows)
+            self._preempt(victim, rows, Hold.PAGES, sequence)
             if victim is sequence:
                 return False
         fresh = self.pages.allocate(missing)
@@ -367,10 +385,11 @@ class Scheduler:
         sequence.pages += tuple(fresh)
         return True
 
-    def _preempt(self, sequence: Sequence, rows: dict[Sequence, int]) -> None:
+    def _preempt(self, sequence: Sequence, rows: dict[Sequence, int], hold: Hold, to: Sequence) -> None:
         rows.pop(sequence, None)
         self._gave_way.add(sequence)
         self.roster.put_back(sequence)
+        self.marking.gave_way(sequence, hold, to)
         sequence.preemptions += 1
         self.counters.preemptions += 1
 
@@ -407,6 +426,7 @@ class Scheduler:
             self.counters.decode_tokens += 1
         else:
             self.counters.prefill_tokens += len(row.token_ids)
+            self.marking.computed(sequence, len(row.token_ids))
 
     def _commit_row(self, row: RowPlan, sampled: Sampled | None) -> None:
         sequence = self.roster.of_row(row)
@@ -429,6 +449,8 @@ class Scheduler:
             self.roster.retire(sequence)
             return
         delta = sequence.accept(sampled)
+        if sequence.timeline.reads_prompt:
+            self.marking.decodes(sequence)
         self.counters.generated_tokens += 1
         self._outputs.append(StepOutput(sequence.request_id, delta))
         if delta.finished is not None:

@@ -9,6 +9,7 @@ from enum import Enum
 
 from gralora_runtime.adapters.residency.lease import AdapterLease
 from gralora_runtime.detokenizer import Detokenizer
+from gralora_runtime.observation.timeline import Timeline
 from gralora_runtime.plan import AdapterUse
 from gralora_runtime.request import Delta, Finished, FinishReason, Started, StoppingParams
 from gralora_runtime.sampling.outcome import SampledToken
@@ -53,6 +54,7 @@ class Sequence:
     adapted_from: int = 0  # the first token that its adapter is applied to, see `RowPlan`
     loaded_bytes: int = 0  # of its adapter, if that had to be loaded for this request
     echo_prompt_token_ids: bool = False
+    timeline: Timeline = field(default_factory=Timeline)
     status: SequenceStatus = SequenceStatus.WAITING
     num_computed: int = 0
     num_cached: int = 0  # prompt tokens that the first admission found in the prefix cache

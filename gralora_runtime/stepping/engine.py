@@ -120,6 +120,7 @@ class Engine:
                 sampled = due.launched.wait()
             finally:
                 self._fence.returned()
+            self.scheduler.marking.steps.note(due.plan, due.began_s, time.perf_counter())
             outputs = self.observation.timed(Phase.COMMIT, self.scheduler.commit, due.plan, sampled)
         except BaseException as error:
             self._fail(due.plan, error, repeatable=not self.pipelined)

@@ -46,6 +46,20 @@ class HttpConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TracingConfig:
+    """Where spans go, and of which share of the requests whose clients have no trace of their own."""
+
+    endpoint: str  # http://HOST:PORT or, with TLS, https://
+    sampling: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.endpoint.startswith(("http://", "https://")):
+            raise ConfigError(f"otlp_endpoint must begin with http:// or https://, got {self.endpoint!r}")
+        if not 0 <= self.sampling <= 1:
+            raise ConfigError(f"trace_sampling must be 0 to 1, got {self.sampling:g}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ServerConfig:
     """`port` 0 lets the system choose. None means: off, or no limit."""
 
@@ -56,6 +70,7 @@ class ServerConfig:
     tenancy: TenancySettings | None = None
     metrics: MetricsConfig | None = None
     http: HttpConfig | None = None
+    tracing: TracingConfig | None = None
     state_dir: Path | None = None  # what tenants used is kept there
     kserve: bool = False  # the protocol of KServe's and Triton's clients, on the same port
     vllm_grpc: bool = False  # vLLM's own protocol, as NVIDIA Dynamo speaks it, on the same port

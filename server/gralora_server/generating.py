@@ -5,14 +5,19 @@ Knows no transport: each brings a message of ours, and the time that its client 
 
 from __future__ import annotations
 
+import time
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
 
 from gralora_runtime.errors import DeadlineExceededError
+from gralora_runtime.observation.timeline import Timeline
+from gralora_runtime.observation.waterfall import waterfall
 from gralora_runtime.request import GenerationRequest
 from gralora_server import convert, validation
+from gralora_server.base_model import base_name
+from gralora_server.call_log import is_logged, note_request, request_fields
 from gralora_server.gate import Gate
 from gralora_server.ports import Engine
 from gralora_server.repeats import Answer, Repeats, asked_for
@@ -20,6 +25,7 @@ from gralora_server.tenants.caller import current
 from gralora_server.tenants.metering import MeteredStream, Metering
 from gralora_server.tenants.rights import Rights
 from gralora_server.tenants.suggestions import suggesting
+from gralora_server.tracing.tracing import Tracing
 
 
 class Generating:
@@ -27,11 +33,14 @@ class Generating:
     (`Repeats`), and leaves it at its end, however it ends.
     """
 
-    def __init__(self, gate: Gate, rights: Rights, metering: Metering, *, max_request_s: float | None) -> None:
+    def __init__(
+        self, gate: Gate, rights: Rights, metering: Metering, *, max_request_s: float | None, tracing: Tracing
+    ) -> None:
         self._gate = gate
         self._rights = rights
         self._metering = metering
         self._max_request_s = max_request_s
+        self._tracing = tracing
         self._repeats = Repeats()
 
     @asynccontextmanager
@@ -50,9 +59,26 @@ class Generating:
             request.request_id = request.request_id or uuid.uuid4().hex
             timeout_s = effective_timeout_s(request.request_id, remaining_s, self._max_request_s)
             wanted = self._rights.owned(convert.from_generate_request(request, timeout_s=timeout_s))
-            async with self._repeats.answer(asked, partial(self._run, engine, request, wanted)) as answer:
-                request.adapter = answer.served_by  # for the log line: a name does not say which content served
-                yield answer
+            timeline, asked_s = None, time.monotonic()
+            try:
+                async with self._repeats.answer(asked, partial(self._run, engine, request, wanted)) as answer:
+                    timeline = engine.timelines.find(wanted.request_id)
+                    request.adapter = answer.served_by  # for the log line: a name does not say which content served
+                    yield answer
+            finally:
+                # One that failed on its way in has its timeline, too; an older one is another request's of this id.
+                timeline = timeline or engine.timelines.find(wanted.request_id, since_s=asked_s)
+                if timeline is not None:
+                    timeline.leave()
+                    self._note_end(timeline, wanted, request.request_id, engine)
+
+    def _note_end(self, timeline: Timeline, wanted: GenerationRequest, request_id: str, engine: Engine) -> None:
+        """A call of this request is over, for those who look on."""
+        if not (is_logged() or self._tracing.is_on):
+            return
+        found = waterfall(timeline)
+        trace = self._tracing.note(wanted, found, request_id=request_id, base_model=base_name(engine.info()))
+        note_request(request_fields(request_id, found) | ({"trace_id": trace} if trace else {}))
 
     @asynccontextmanager
     async def _run(

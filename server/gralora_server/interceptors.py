@@ -16,12 +16,13 @@ import grpc
 
 from gralora_runtime.errors import GraloraError, InvalidRequestError
 from gralora_runtime.failure import contained
-from gralora_server.call_log import Clock, SparseLog, call_fields, log_call
+from gralora_server.call_log import Clock, SparseLog, begin_call, call_fields, log_call
 from gralora_server.decoding import Behavior, Context, Handler, behavior_of, decoding, preceded, with_behavior
 from gralora_server.status import Failure, failure_of
 from gralora_server.tenants.caller import Recognise, set_current
 from gralora_server.tenants.roles import OURS, check_call
 from gralora_server.tenants.tenancy import Tenancy
+from gralora_server.tracing.parent import HEADER, set_parent
 
 HEALTH_METHODS = "/grpc.health.v1.Health/"  # probes carry no token
 
@@ -42,7 +43,7 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # 
         handler = await continuation(call)
         if handler is None or call.method.startswith(HEALTH_METHODS):
             return handler
-        identities, authorization = self._tenancy.current.identities, _authorization(call)
+        identities, authorization = self._tenancy.current.identities, _said(call, "authorization")
         if identities.reads_certificates and not authorization:
             return with_behavior(handler, preceded(behavior_of(handler), self._by_certificate(call.method)))
         try:
@@ -89,6 +90,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # 
             return handler  # there is no such method
         behavior = behavior_of(handler)
         if call.method.startswith(OURS):
+            set_parent(_said(call, HEADER))
             behavior = _observed(call.method, behavior)
         return with_behavior(handler, decoding(handler, behavior, self._refusal(call.method)))
 
@@ -111,6 +113,7 @@ def _enter(recognise: Recognise, method: str) -> None:
 def _observed(method: str, behavior: Behavior) -> Behavior:
     async def observed(request: Any, context: Context) -> Any:
         started_s = time.monotonic()
+        begin_call()
         code: grpc.StatusCode | None = grpc.StatusCode.OK
         try:
             return await behavior(request, context)
@@ -146,8 +149,9 @@ def _cancellation(context: Context) -> grpc.StatusCode:
     return grpc.StatusCode.CANCELLED
 
 
-def _authorization(call: grpc.HandlerCallDetails) -> str:
+def _said(call: grpc.HandlerCallDetails, name: str) -> str:
+    """ "" if its metadata has no such thing."""
     for key, value in call.invocation_metadata:
-        if key == "authorization" and isinstance(value, str):
+        if key == name and isinstance(value, str):
             return value
     return ""

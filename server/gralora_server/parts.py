@@ -35,6 +35,7 @@ from gralora_server.tenants.quotas import Quotas
 from gralora_server.tenants.rights import Rights
 from gralora_server.tenants.tenancy import Tenancy
 from gralora_server.tenants.usage import Usage
+from gralora_server.tracing.tracing import tracing
 from gralora_server.vllm_grpc.naming import SERVICES as VLLM_SERVICES
 from gralora_server.watchdog import watching
 
@@ -86,7 +87,10 @@ class Parts:
         self.quotas.prepare(self.tenancy.current.settings)()
         self.reloader.add(self.quotas)
         self._rights, metering = Rights(self.tenancy), Metering(self.quotas, self.usage)
-        self.generating = Generating(self.gate, self._rights, metering, max_request_s=config.max_request_s)
+        self._tracing = tracing(config.tracing)
+        self.generating = Generating(
+            self.gate, self._rights, metering, max_request_s=config.max_request_s, tracing=self._tracing
+        )
         self.adapters = adapters(self.gate, self._rights, metering)
         self.about = about(self.gate, self._rights, self.reloader, self.usage)
 
@@ -149,8 +153,9 @@ class Parts:
         await self.gate.wait_empty(FAREWELL_S)
 
     async def close(self) -> None:
-        """End all that watches health, which would otherwise hold up a server's stop."""
+        """End all that watches health, which would otherwise hold up a server's stop; the last traces get out."""
         await self._health.close()
+        await asyncio.to_thread(self._tracing.close)
 
     def _add_kserve_to(self, server: Any) -> None:
         # Its messages have the names that tritonclient's have, and a process can have only one of both.

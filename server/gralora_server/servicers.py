@@ -40,6 +40,7 @@ from gralora_server.tenants.suggestions import suggesting
 from gralora_server.tenants.usage import Usage
 from gralora_server.uploading import Uploading, uploads_of
 from gralora_server.watching import Watching
+from gralora_server.waterfalls import to_explanation
 
 DEFAULT_PAGE_SIZE = 500
 WATCHED_AT_ONCE = 100  # adapters in one message
@@ -281,10 +282,19 @@ class ServerServicer(server_pb2_grpc.ServerServiceServicer):
     async def AbortRequest(
         self, request: server_pb2.AbortRequestRequest, _context: Context
     ) -> server_pb2.AbortRequestResponse:
-        validation.validate_abort(request)
+        validation.validate_named_request(request)
         engine = self._gate.engine
         aborted = [engine.abort(request_id) for request_id in self._rights.ids_of(request.request_id)]
         return server_pb2.AbortRequestResponse(aborted=any(aborted))
+
+    async def ExplainRequest(
+        self, request: server_pb2.ExplainRequestRequest, _context: Context
+    ) -> server_pb2.ExplainRequestResponse:
+        validation.validate_named_request(request)
+        timelines = self._gate.engine.timelines
+        known = [timelines.find(request_id) for request_id in self._rights.ids_of(request.request_id)]
+        newest = max(filter(None, known), key=lambda timeline: timeline.received_s, default=None)
+        return to_explanation(newest, request.request_id, self._rights.shown())
 
     async def ReloadConfig(
         self, _request: server_pb2.ReloadConfigRequest, _context: Context

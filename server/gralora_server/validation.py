@@ -143,7 +143,7 @@ def validate_usage(request: server_pb2.GetUsageRequest) -> None:
     _validate_length("tenant", request.tenant, MAX_NAME_CHARS)
 
 
-def validate_abort(request: server_pb2.AbortRequestRequest) -> None:
+def validate_named_request(request: server_pb2.AbortRequestRequest | server_pb2.ExplainRequestRequest) -> None:
     if not request.request_id:
         raise InvalidRequestError("request_id", request.request_id, "must not be empty")
     validate_request_id(request.request_id)

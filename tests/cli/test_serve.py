@@ -20,7 +20,7 @@ from gralora_server.cli import serve
 from gralora_server.cli.app import run
 from gralora_server.cli.output import ExitCode
 from gralora_server.client import Client
-from gralora_server.config import HttpConfig, MetricsConfig, ServerConfig, TlsConfig
+from gralora_server.config import HttpConfig, MetricsConfig, ServerConfig, TlsConfig, TracingConfig
 from gralora_server.planner.profile import Profile, StepPoint
 from gralora_server.settings.table import SETTINGS
 from gralora_server.settings.values import parse_address, parse_bytes, parse_graphs
@@ -42,7 +42,7 @@ def configured(monkeypatch: pytest.MonkeyPatch) -> list[tuple[ServerConfig, Engi
     monkeypatch.setattr(
         serve, "_run", lambda server, engine, _reloader, *, as_json: seen.append((server, engine, as_json))
     )
-    monkeypatch.setattr(serve, "configure", lambda level: None)
+    monkeypatch.setattr(serve, "configure", lambda _level, _format: None)
     return seen
 
 
@@ -72,7 +72,8 @@ def test_every_option_reaches_its_configuration(configured, tmp_path: Path) -> N
         "--http-address": "127.0.0.1:67",
         "--upload-bytes": "5k", "--load-share": "0.5", "--max-message-bytes": "6k", "--write-timeout-s": "47",
         "--max-connection-age-s": "53", "--log-level": "debug", "--first-token-s": "0.5",
-        "--step-timeout-s": "61",
+        "--step-timeout-s": "61", "--log-format": "json", "--explain-requests": "71",
+        "--otlp-endpoint": "http://o:73", "--trace-sampling": "0.25",
     }  # fmt: skip
     switches = {"--prefix-cache", "--batch-invariant", "--allow-archives", "--reflection", "--supervise"}
     switches |= {"--kserve", "--vllm-grpc"}
@@ -90,6 +91,7 @@ def test_every_option_reaches_its_configuration(configured, tmp_path: Path) -> N
         auth_token_file=Path("/t"),
         metrics=MetricsConfig(host="::1", port=41),
         http=HttpConfig(host="127.0.0.1", port=67),
+        tracing=TracingConfig(endpoint="http://o:73", sampling=0.25),
         state_dir=Path("/s"),
         kserve=True,
         vllm_grpc=True,
@@ -142,6 +144,7 @@ def test_every_option_reaches_its_configuration(configured, tmp_path: Path) -> N
         cuda_graphs=(2, 4),
         batch_invariant=True,
         max_named_adapters=43,
+        max_explained_requests=71,
     )
     assert as_json
 

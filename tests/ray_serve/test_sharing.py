@@ -174,6 +174,18 @@ async def test_a_request_is_aborted_wherever_it_is() -> None:
     assert s.a.engine.aborted == []
 
 
+async def test_a_request_is_explained_wherever_it_was() -> None:
+    async with pair() as s:
+        call = s.client.generation.StreamGenerate(ask("r1"), metadata=((REPLICA, "b"),))
+        await call.read()
+        known = await s.client.server.ExplainRequest(server_pb2.ExplainRequestRequest(request_id="r1"))
+        unknown = await s.client.server.ExplainRequest(server_pb2.ExplainRequestRequest(request_id="r2"))
+        call.cancel()
+
+    assert known.explanation.request_id == "r1"
+    assert not unknown.HasField("explanation")
+
+
 async def test_all_read_the_configuration_again(tmp_path: Path) -> None:
     file = tmp_path / "gralora.toml"
     operator = f'[[admin_tokens]]\nsha256 = "{two_tenants().admin_tokens[0].sha256}"\n'

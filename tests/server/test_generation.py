@@ -304,11 +304,14 @@ async def test_every_call_leaves_one_log_line(caplog) -> None:
 
     assert [line.pop("duration_ms") >= 0 for line in lines] == [True, True]
     assert lines == [
-        {
+        lines[0]
+        | {
             "method": "/gralora.v1.GenerationService/StreamGenerate",
             "request_id": "r1",
             "adapter": "poet@2",
+            "version": 2,
             "code": "OK",
+            "outcome": "stop",
         },
         {
             "method": "/gralora.v1.GenerationService/Generate",
@@ -317,6 +320,21 @@ async def test_every_call_leaves_one_log_line(caplog) -> None:
             "code": "INVALID_ARGUMENT",
         },
     ]
+
+
+async def test_the_line_of_a_refused_call_says_nothing_of_the_request_that_has_its_id(caplog) -> None:
+    caplog.set_level(logging.INFO, logger="gralora_server.calls")
+    async with served() as s:
+        running = s.client.generation.StreamGenerate(ask("r1"))
+        await running.read()
+        await failure(s.client.generation.Generate(ask_once("r1", adapter="poet")))
+        (line,) = call_lines(caplog)
+        timeline = s.engine.timelines.find("r1")
+        assert timeline is not None
+        assert timeline.left_s is None, "the other call has not ended"
+
+    assert line["code"] == "INVALID_ARGUMENT"
+    assert "outcome" not in line
 
 
 async def test_a_cancelled_call_is_logged_as_cancelled(caplog) -> None:

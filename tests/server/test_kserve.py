@@ -154,11 +154,13 @@ async def test_the_log_line_has_what_served_and_an_id(caplog: pytest.LogCaptureF
         await s.client.kserve.ModelInfer(infer(model="poet", id="7"))
         await s.client.kserve.ModelInfer(infer())
         await s.client.kserve.ModelMetadata(kserve_pb2.ModelMetadataRequest(name="poet"))
-        made = s.engine.requests[1].request_id
+        first, second = [request.request_id for request in s.engine.requests]
 
-    assert [(line["method"], line["adapter"], line["request_id"], line["code"]) for line in call_lines(caplog)] == [
-        (f"/{SERVICE}/ModelInfer", "poet@2", "7", "OK"),
-        (f"/{SERVICE}/ModelInfer", "", made, "OK"),
+    lines = call_lines(caplog)
+    assert lines[0]["client_id"] == "7"
+    assert [(line["method"], line["adapter"], line["request_id"], line["code"]) for line in lines] == [
+        (f"/{SERVICE}/ModelInfer", "poet@2", first, "OK"),
+        (f"/{SERVICE}/ModelInfer", "", second, "OK"),
         (f"/{SERVICE}/ModelMetadata", "poet", "", "OK"),
     ]
 

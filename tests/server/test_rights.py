@@ -167,6 +167,7 @@ RPCS = {
     "GetUsage": about_no_adapter("GetUsage"),
     "Tokenize": about_no_adapter("Tokenize", text="hello"),
     "AbortRequest": about_no_adapter("AbortRequest", request_id="r1"),
+    "ExplainRequest": about_no_adapter("ExplainRequest", request_id="r1"),
     "ReloadConfig": about_no_adapter("ReloadConfig", role=Role.ADMIN),
     "ServerLive": about_the_server("ServerLive"),
     "ServerReady": about_the_server("ServerReady"),

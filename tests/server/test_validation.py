@@ -216,6 +216,6 @@ def test_a_path_longer_than_any_system_takes_is_refused() -> None:
 @pytest.mark.parametrize("request_id", ["", "a b", "x" * 129])
 def test_abort_needs_an_id(request_id: str) -> None:
     with pytest.raises(InvalidRequestError) as caught:
-        validation.validate_abort(server_pb2.AbortRequestRequest(request_id=request_id))
+        validation.validate_named_request(server_pb2.AbortRequestRequest(request_id=request_id))
 
     assert caught.value.field == "request_id"

@@ -34,6 +34,8 @@ from gralora_runtime.observation.histogram import REQUEST_S, Histogram
 from gralora_runtime.observation.requests import RequestObservation
 from gralora_runtime.observation.snapshot import EngineSnapshot
 from gralora_runtime.observation.steps import StepObservation
+from gralora_runtime.observation.timeline import Timeline
+from gralora_runtime.observation.timelines import Timelines
 from gralora_runtime.request import (
     Delta,
     Finished,
@@ -247,6 +249,7 @@ class FakeEngine:
         self.submitted: asyncio.Queue[str] = asyncio.Queue()  # request ids
         self.abort_happened = asyncio.Event()
         self.draining = asyncio.Event()
+        self.timelines = Timelines(1000)
         self.closed = False
         self.busy_since_s: float | None = None  # set: a step began then, and does not end
 
@@ -268,6 +271,10 @@ class FakeEngine:
         if request.adapters:
             stream.served_by = summed((f"{one.adapter}@2", one.weight) for one in request.adapters)
         self.streams[request.request_id] = stream
+        timeline = Timeline.begin(request, request.tenant, time.monotonic())
+        timeline.served_by = stream.served_by
+        timeline.end("stop", timeline.received_s)
+        self.timelines.keep(timeline)
         if self.start_at_once:
             for delta in [started(request), *self.script]:
                 stream.put(delta)

@@ -21,6 +21,7 @@ from gralora_runtime.adapters.catalogue.numerics import Numerics
 from gralora_runtime.adapters.catalogue.quarantine import Quarantine
 from gralora_runtime.adapters.checkpoint.header import AdapterSummary, files_stamp
 from gralora_runtime.errors import AdapterNotFoundError, AdapterRejectedError, AdapterVersionNotFoundError
+from gralora_runtime.observation.adapter_way import AdapterWait, AdapterWay
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +52,7 @@ class Waiter:
     weight: float = 1.0  # of the tenant
     reference: Reference | None = None  # of a request: what it asked for
     version: AdapterVersion | None = None  # in whose line it stands
+    wait: AdapterWait = field(default_factory=AdapterWait)  # is told on which load
     again: Callable[[], None] | None = None  # picks anew, once, what it asked for: what was picked has other files now
 
 
@@ -80,6 +82,7 @@ class AdapterVersion:
     pinned: bool = False  # this version, whatever the name stands for
     leases: int = 0
     waiters: list[Waiter] = field(default_factory=list)
+    way: AdapterWay = field(default_factory=AdapterWay)  # of its newest load
     last_used_s: float = 0.0  # seconds since the epoch; 0: never
     mixes: list[Mix] = field(default_factory=list)  # that it is a part of
 
@@ -95,6 +98,12 @@ class AdapterVersion:
     @property
     def label(self) -> str:
         return numbered(self.name, self.number)
+
+    def begin_way(self) -> None:
+        """It is loaded, for all who wait for it and come until it is there."""
+        self.way = AdapterWay()
+        for waiter in self.waiters:
+            waiter.wait.way = self.way
 
     def warn(self, warnings: tuple[str, ...]) -> None:
         """Its content was read, and this is odd about it. The log says it once, however often it is read."""

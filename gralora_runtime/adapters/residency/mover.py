@@ -36,6 +36,7 @@ from gralora_runtime.errors import (
     MemoryShortageError,
     QuotaExceededError,
 )
+from gralora_runtime.observation.adapter_way import Station
 from gralora_runtime.observation.histogram import REQUEST_S, Histogram
 from gralora_runtime.shortage import out_of_memory
 
@@ -128,8 +129,10 @@ class Mover:
         elif resident is not None:
             self._join(version, Placement(digest=version.digest, numel=resident.layout.numel, adapter=None), answers)
         elif isinstance(version, Mix):
+            version.way.reach(Station.READ)
             self._make(version, answers)
         else:
+            version.way.reach(Station.LINE)
             if all(waiter.patient for waiter in version.waiters):
                 self._to_read_last[version] = None
             else:
@@ -247,6 +250,7 @@ class Mover:
         stamp = (source, files_stamp(source))
         if version.refused is not None and version.refused[0] == stamp and version.quarantine.lasts:
             raise to_keep(version.refused[1])  # or its traceback would grow by each raise
+        version.way.reach(Station.READ)
         started_s, failures = time.perf_counter(), 1
         try:
             adapter = load(
@@ -355,6 +359,8 @@ class Mover:
         queued = self._queue.find(placement.digest)
         if queued is None:
             self._queue.add(placement)
+        version.way.reach(Station.ROOM)
+        version.way.num_bytes = placement.numel * self._pool.arena.element_size()
         (queued or placement).versions.append(version)
         _stand_in_turn(self._queue.turns, queued or placement, version.waiters)
         self.wake(answers)
@@ -551,6 +557,8 @@ class Mover:
 
     def _place(self, placement: Placement, window: Window[Resident]) -> None:
         assert placement.adapter is not None
+        for version in tuple(placement.versions):
+            version.way.reach(Station.COPY)
         with self._answering():
             resident = self._pool.reserve(placement.adapter.layout, window.offset)
         try:

@@ -22,42 +22,57 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 from gralora.v1 import generation_pb2 as gralora_dot_v1_dot_generation__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17gralora/v1/server.proto\x12\ngralora.v1\x1a\x1bgralora/v1/generation.proto\"\x16\n\x14GetServerInfoRequest\"\x80\x03\n\x15GetServerInfoResponse\x12\x13\n\x0b\x61pi_version\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12\x12\n\nmodel_type\x18\x04 \x01(\t\x12\x14\n\x0cmodel_digest\x18\x05 \x01(\t\x12\r\n\x05\x64type\x18\x06 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x07 \x01(\t\x12\x16\n\x0ekernel_backend\x18\x08 \x01(\t\x12\x15\n\rmax_model_len\x18\t \x01(\x05\x12\x14\n\x0cmax_num_seqs\x18\n \x01(\x05\x12\x1e\n\x16max_num_batched_tokens\x18\x0b \x01(\x05\x12\x11\n\tpage_size\x18\x0c \x01(\x05\x12\x11\n\tnum_pages\x18\r \x01(\x05\x12\x12\n\nvocab_size\x18\x0e \x01(\x05\x12\x1a\n\x12\x61\x64\x61pter_pool_bytes\x18\x0f \x01(\x03\x12\x19\n\x11max_adapter_slots\x18\x10 \x01(\x05\x12\x13\n\x0btool_format\x18\x11 \x01(\t\"\x10\n\x0eGetLoadRequest\"\xe3\x03\n\x0fGetLoadResponse\x12\x0f\n\x07running\x18\x01 \x01(\x05\x12\x0f\n\x07waiting\x18\x02 \x01(\x05\x12\x1b\n\x13waiting_for_adapter\x18\x03 \x01(\x05\x12\x13\n\x0bpages_total\x18\x04 \x01(\x05\x12\x12\n\npages_free\x18\x05 \x01(\x05\x12\x14\n\x0cpages_cached\x18\x06 \x01(\x05\x12\x14\n\x0cpages_leased\x18\x07 \x01(\x05\x12\x16\n\x0e\x61\x64\x61pter_leases\x18\x08 \x01(\x05\x12\x1a\n\x12\x61\x64\x61pter_slots_used\x18\t \x01(\x05\x12\x1b\n\x13\x61\x64\x61pter_slots_total\x18\n \x01(\x05\x12\x1f\n\x17\x61\x64\x61pter_pool_bytes_used\x18\x0b \x01(\x03\x12 \n\x18\x61\x64\x61pter_pool_bytes_total\x18\x0c \x01(\x03\x12\r\n\x05steps\x18\r \x01(\x03\x12\x18\n\x10generated_tokens\x18\x0e \x01(\x03\x12\x13\n\x0bpreemptions\x18\x0f \x01(\x03\x12\x19\n\x11prefix_hit_tokens\x18\x10 \x01(\x03\x12\x18\n\x10request_failures\x18\x11 \x01(\x03\x12\x15\n\rstep_failures\x18\x12 \x01(\x03\x12\x0e\n\x06paused\x18\x13 \x01(\x05\x12\x0e\n\x06pauses\x18\x14 \x01(\x03\"Y\n\x0fTokenizeRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12,\n\x08messages\x18\x02 \x01(\x0b\x32\x18.gralora.v1.ChatMessagesH\x00\x42\x08\n\x06prompt\"<\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\x05\x12\x15\n\rmax_model_len\x18\x02 \x01(\x05\")\n\x13\x41\x62ortRequestRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\'\n\x14\x41\x62ortRequestResponse\x12\x0f\n\x07\x61\x62orted\x18\x01 \x01(\x08\"\x15\n\x13ReloadConfigRequest\"\'\n\x14ReloadConfigResponse\x12\x0f\n\x07\x63hanged\x18\x01 \x03(\t\"X\n\x0fGetUsageRequest\x12\x13\n\x06tenant\x18\x01 \x01(\tH\x00\x88\x01\x01\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\tB\t\n\x07_tenant\"S\n\x10GetUsageResponse\x12&\n\x05usage\x18\x01 \x03(\x0b\x32\x17.gralora.v1.TenantUsage\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\xac\x01\n\x0bTenantUsage\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x61pter\x18\x02 \x01(\t\x12\x10\n\x08requests\x18\x03 \x01(\x03\x12\x15\n\rprompt_tokens\x18\x04 \x01(\x03\x12\x15\n\rcached_tokens\x18\x05 \x01(\x03\x12\x15\n\routput_tokens\x18\x06 \x01(\x03\x12\x0f\n\x07refused\x18\x07 \x01(\x03\x12\x14\n\x0cupload_bytes\x18\x08 \x01(\x03\x32\xdd\x03\n\rServerService\x12T\n\rGetServerInfo\x12 .gralora.v1.GetServerInfoRequest\x1a!.gralora.v1.GetServerInfoResponse\x12\x42\n\x07GetLoad\x12\x1a.gralora.v1.GetLoadRequest\x1a\x1b.gralora.v1.GetLoadResponse\x12\x45\n\x08Tokenize\x12\x1b.gralora.v1.TokenizeRequest\x1a\x1c.gralora.v1.TokenizeResponse\x12Q\n\x0c\x41\x62ortRequest\x12\x1f.gralora.v1.AbortRequestRequest\x1a .gralora.v1.AbortRequestResponse\x12Q\n\x0cReloadConfig\x12\x1f.gralora.v1.ReloadConfigRequest\x1a .gralora.v1.ReloadConfigResponse\x12\x45\n\x08GetUsage\x12\x1b.gralora.v1.GetUsageRequest\x1a\x1c.gralora.v1.GetUsageResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17gralora/v1/server.proto\x12\ngralora.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1bgralora/v1/generation.proto\"\x16\n\x14GetServerInfoRequest\"\x80\x03\n\x15GetServerInfoResponse\x12\x13\n\x0b\x61pi_version\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12\x12\n\nmodel_type\x18\x04 \x01(\t\x12\x14\n\x0cmodel_digest\x18\x05 \x01(\t\x12\r\n\x05\x64type\x18\x06 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x07 \x01(\t\x12\x16\n\x0ekernel_backend\x18\x08 \x01(\t\x12\x15\n\rmax_model_len\x18\t \x01(\x05\x12\x14\n\x0cmax_num_seqs\x18\n \x01(\x05\x12\x1e\n\x16max_num_batched_tokens\x18\x0b \x01(\x05\x12\x11\n\tpage_size\x18\x0c \x01(\x05\x12\x11\n\tnum_pages\x18\r \x01(\x05\x12\x12\n\nvocab_size\x18\x0e \x01(\x05\x12\x1a\n\x12\x61\x64\x61pter_pool_bytes\x18\x0f \x01(\x03\x12\x19\n\x11max_adapter_slots\x18\x10 \x01(\x05\x12\x13\n\x0btool_format\x18\x11 \x01(\t\"\x10\n\x0eGetLoadRequest\"\xe3\x03\n\x0fGetLoadResponse\x12\x0f\n\x07running\x18\x01 \x01(\x05\x12\x0f\n\x07waiting\x18\x02 \x01(\x05\x12\x1b\n\x13waiting_for_adapter\x18\x03 \x01(\x05\x12\x13\n\x0bpages_total\x18\x04 \x01(\x05\x12\x12\n\npages_free\x18\x05 \x01(\x05\x12\x14\n\x0cpages_cached\x18\x06 \x01(\x05\x12\x14\n\x0cpages_leased\x18\x07 \x01(\x05\x12\x16\n\x0e\x61\x64\x61pter_leases\x18\x08 \x01(\x05\x12\x1a\n\x12\x61\x64\x61pter_slots_used\x18\t \x01(\x05\x12\x1b\n\x13\x61\x64\x61pter_slots_total\x18\n \x01(\x05\x12\x1f\n\x17\x61\x64\x61pter_pool_bytes_used\x18\x0b \x01(\x03\x12 \n\x18\x61\x64\x61pter_pool_bytes_total\x18\x0c \x01(\x03\x12\r\n\x05steps\x18\r \x01(\x03\x12\x18\n\x10generated_tokens\x18\x0e \x01(\x03\x12\x13\n\x0bpreemptions\x18\x0f \x01(\x03\x12\x19\n\x11prefix_hit_tokens\x18\x10 \x01(\x03\x12\x18\n\x10request_failures\x18\x11 \x01(\x03\x12\x15\n\rstep_failures\x18\x12 \x01(\x03\x12\x0e\n\x06paused\x18\x13 \x01(\x05\x12\x0e\n\x06pauses\x18\x14 \x01(\x03\"Y\n\x0fTokenizeRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12,\n\x08messages\x18\x02 \x01(\x0b\x32\x18.gralora.v1.ChatMessagesH\x00\x42\x08\n\x06prompt\"<\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\x05\x12\x15\n\rmax_model_len\x18\x02 \x01(\x05\")\n\x13\x41\x62ortRequestRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\'\n\x14\x41\x62ortRequestResponse\x12\x0f\n\x07\x61\x62orted\x18\x01 \x01(\x08\"\x15\n\x13ReloadConfigRequest\"\'\n\x14ReloadConfigResponse\x12\x0f\n\x07\x63hanged\x18\x01 \x03(\t\"X\n\x0fGetUsageRequest\x12\x13\n\x06tenant\x18\x01 \x01(\tH\x00\x88\x01\x01\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\tB\t\n\x07_tenant\"S\n\x10GetUsageResponse\x12&\n\x05usage\x18\x01 \x03(\x0b\x32\x17.gralora.v1.TenantUsage\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\xac\x01\n\x0bTenantUsage\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x61pter\x18\x02 \x01(\t\x12\x10\n\x08requests\x18\x03 \x01(\x03\x12\x15\n\rprompt_tokens\x18\x04 \x01(\x03\x12\x15\n\rcached_tokens\x18\x05 \x01(\x03\x12\x15\n\routput_tokens\x18\x06 \x01(\x03\x12\x0f\n\x07refused\x18\x07 \x01(\x03\x12\x14\n\x0cupload_bytes\x18\x08 \x01(\x03\"+\n\x15\x45xplainRequestRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"M\n\x16\x45xplainRequestResponse\x12\x33\n\x0b\x65xplanation\x18\x01 \x01(\x0b\x32\x1e.gralora.v1.RequestExplanation\"\xf7\x02\n\x12RequestExplanation\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x61pter\x18\x03 \x01(\t\x12,\n\x08received\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0f\n\x07total_s\x18\x05 \x01(\x01\x12\x0f\n\x07outcome\x18\x06 \x01(\t\x12\x15\n\rprompt_tokens\x18\x07 \x01(\x05\x12\x15\n\rcached_tokens\x18\x08 \x01(\x05\x12\x15\n\routput_tokens\x18\t \x01(\x05\x12\x13\n\x0bpreemptions\x18\n \x01(\x05\x12\x1a\n\rfirst_token_s\x18\x0b \x01(\x01H\x00\x88\x01\x01\x12\'\n\x05parts\x18\x0c \x03(\x0b\x32\x18.gralora.v1.TimelinePart\x12\r\n\x05\x63\x61use\x18\r \x01(\t\x12\x0c\n\x04says\x18\x0e \x01(\t\x12\x0e\n\x06\x61\x64vice\x18\x0f \x01(\tB\x10\n\x0e_first_token_s\"\xf9\x02\n\x0cTimelinePart\x12\r\n\x05stage\x18\x01 \x01(\t\x12\x0f\n\x07station\x18\x02 \x01(\t\x12\x0f\n\x07start_s\x18\x03 \x01(\x01\x12\x12\n\nduration_s\x18\x04 \x01(\x01\x12\x11\n\tnum_bytes\x18\x05 \x01(\x03\x12#\n\x07held_up\x18\x06 \x03(\x0b\x32\x12.gralora.v1.HeldUp\x12\r\n\x05\x61head\x18\x07 \x01(\x05\x12\x11\n\town_ahead\x18\x08 \x01(\x05\x12\r\n\x05lacks\x18\t \x01(\t\x12\x11\n\tlacks_for\x18\n \x01(\t\x12\'\n\x06\x63hunks\x18\x0b \x03(\x0b\x32\x17.gralora.v1.PromptChunk\x12\r\n\x05steps\x18\x0c \x01(\x03\x12\x11\n\tmean_rows\x18\r \x01(\x01\x12\x14\n\x0cprompt_steps\x18\x0e \x01(\x03\x12\x16\n\x0eprompt_steps_s\x18\x0f \x01(\x01\x12/\n\rlongest_pause\x18\x10 \x01(\x0b\x32\x18.gralora.v1.LongestPause\"(\n\x06HeldUp\x12\n\n\x02\x62y\x18\x01 \x01(\t\x12\x12\n\nduration_s\x18\x02 \x01(\x01\"-\n\x0bPromptChunk\x12\x0e\n\x06tokens\x18\x01 \x01(\x05\x12\x0e\n\x06step_s\x18\x02 \x01(\x01\"Z\n\x0cLongestPause\x12\x12\n\nduration_s\x18\x01 \x01(\x01\x12\x0c\n\x04rows\x18\x02 \x01(\x05\x12\x15\n\rprompt_tokens\x18\x03 \x01(\x03\x12\x11\n\tprompt_of\x18\x04 \x01(\t2\xb6\x04\n\rServerService\x12T\n\rGetServerInfo\x12 .gralora.v1.GetServerInfoRequest\x1a!.gralora.v1.GetServerInfoResponse\x12\x42\n\x07GetLoad\x12\x1a.gralora.v1.GetLoadRequest\x1a\x1b.gralora.v1.GetLoadResponse\x12\x45\n\x08Tokenize\x12\x1b.gralora.v1.TokenizeRequest\x1a\x1c.gralora.v1.TokenizeResponse\x12Q\n\x0c\x41\x62ortRequest\x12\x1f.gralora.v1.AbortRequestRequest\x1a .gralora.v1.AbortRequestResponse\x12Q\n\x0cReloadConfig\x12\x1f.gralora.v1.ReloadConfigRequest\x1a .gralora.v1.ReloadConfigResponse\x12\x45\n\x08GetUsage\x12\x1b.gralora.v1.GetUsageRequest\x1a\x1c.gralora.v1.GetUsageResponse\x12W\n\x0e\x45xplainRequest\x12!.gralora.v1.ExplainRequestRequest\x1a\".gralora.v1.ExplainRequestResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'gralora.v1.server_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_GETSERVERINFOREQUEST']._serialized_start=68
-  _globals['_GETSERVERINFOREQUEST']._serialized_end=90
-  _globals['_GETSERVERINFORESPONSE']._serialized_start=93
-  _globals['_GETSERVERINFORESPONSE']._serialized_end=477
-  _globals['_GETLOADREQUEST']._serialized_start=479
-  _globals['_GETLOADREQUEST']._serialized_end=495
-  _globals['_GETLOADRESPONSE']._serialized_start=498
-  _globals['_GETLOADRESPONSE']._serialized_end=981
-  _globals['_TOKENIZEREQUEST']._serialized_start=983
-  _globals['_TOKENIZEREQUEST']._serialized_end=1072
-  _globals['_TOKENIZERESPONSE']._serialized_start=1074
-  _globals['_TOKENIZERESPONSE']._serialized_end=1134
-  _globals['_ABORTREQUESTREQUEST']._serialized_start=1136
-  _globals['_ABORTREQUESTREQUEST']._serialized_end=1177
-  _globals['_ABORTREQUESTRESPONSE']._serialized_start=1179
-  _globals['_ABORTREQUESTRESPONSE']._serialized_end=1218
-  _globals['_RELOADCONFIGREQUEST']._serialized_start=1220
-  _globals['_RELOADCONFIGREQUEST']._serialized_end=1241
-  _globals['_RELOADCONFIGRESPONSE']._serialized_start=1243
-  _globals['_RELOADCONFIGRESPONSE']._serialized_end=1282
-  _globals['_GETUSAGEREQUEST']._serialized_start=1284
-  _globals['_GETUSAGEREQUEST']._serialized_end=1372
-  _globals['_GETUSAGERESPONSE']._serialized_start=1374
-  _globals['_GETUSAGERESPONSE']._serialized_end=1457
-  _globals['_TENANTUSAGE']._serialized_start=1460
-  _globals['_TENANTUSAGE']._serialized_end=1632
-  _globals['_SERVERSERVICE']._serialized_start=1635
-  _globals['_SERVERSERVICE']._serialized_end=2112
+  _globals['_GETSERVERINFOREQUEST']._serialized_start=101
+  _globals['_GETSERVERINFOREQUEST']._serialized_end=123
+  _globals['_GETSERVERINFORESPONSE']._serialized_start=126
+  _globals['_GETSERVERINFORESPONSE']._serialized_end=510
+  _globals['_GETLOADREQUEST']._serialized_start=512
+  _globals['_GETLOADREQUEST']._serialized_end=528
+  _globals['_GETLOADRESPONSE']._serialized_start=531
+  _globals['_GETLOADRESPONSE']._serialized_end=1014
+  _globals['_TOKENIZEREQUEST']._serialized_start=1016
+  _globals['_TOKENIZEREQUEST']._serialized_end=1105
+  _globals['_TOKENIZERESPONSE']._serialized_start=1107
+  _globals['_TOKENIZERESPONSE']._serialized_end=1167
+  _globals['_ABORTREQUESTREQUEST']._serialized_start=1169
+  _globals['_ABORTREQUESTREQUEST']._serialized_end=1210
+  _globals['_ABORTREQUESTRESPONSE']._serialized_start=1212
+  _globals['_ABORTREQUESTRESPONSE']._serialized_end=1251
+  _globals['_RELOADCONFIGREQUEST']._serialized_start=1253
+  _globals['_RELOADCONFIGREQUEST']._serialized_end=1274
+  _globals['_RELOADCONFIGRESPONSE']._serialized_start=1276
+  _globals['_RELOADCONFIGRESPONSE']._serialized_end=1315
+  _globals['_GETUSAGEREQUEST']._serialized_start=1317
+  _globals['_GETUSAGEREQUEST']._serialized_end=1405
+  _globals['_GETUSAGERESPONSE']._serialized_start=1407
+  _globals['_GETUSAGERESPONSE']._serialized_end=1490
+  _globals['_TENANTUSAGE']._serialized_start=1493
+  _globals['_TENANTUSAGE']._serialized_end=1665
+  _globals['_EXPLAINREQUESTREQUEST']._serialized_start=1667
+  _globals['_EXPLAINREQUESTREQUEST']._serialized_end=1710
+  _globals['_EXPLAINREQUESTRESPONSE']._serialized_start=1712
+  _globals['_EXPLAINREQUESTRESPONSE']._serialized_end=1789
+  _globals['_REQUESTEXPLANATION']._serialized_start=1792
+  _globals['_REQUESTEXPLANATION']._serialized_end=2167
+  _globals['_TIMELINEPART']._serialized_start=2170
+  _globals['_TIMELINEPART']._serialized_end=2547
+  _globals['_HELDUP']._serialized_start=2549
+  _globals['_HELDUP']._serialized_end=2589
+  _globals['_PROMPTCHUNK']._serialized_start=2591
+  _globals['_PROMPTCHUNK']._serialized_end=2636
+  _globals['_LONGESTPAUSE']._serialized_start=2638
+  _globals['_LONGESTPAUSE']._serialized_end=2728
+  _globals['_SERVERSERVICE']._serialized_start=2731
+  _globals['_SERVERSERVICE']._serialized_end=3297
 # @@protoc_insertion_point(module_scope)

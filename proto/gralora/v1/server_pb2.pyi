@@ -6,6 +6,7 @@ The server itself: what it serves, how busy it is, and two helpers for clients a
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
+from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from gralora.v1 import generation_pb2 as _generation_pb2
 import builtins as _builtins
@@ -491,3 +492,307 @@ class TenantUsage(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___TenantUsage: _TypeAlias = TenantUsage  # noqa: Y015
+
+@_typing.final
+class ExplainRequestRequest(_message.Message):
+    """Names a request."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """Its id, as the answer to it says."""
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExplainRequestRequest: _TypeAlias = ExplainRequestRequest  # noqa: Y015
+
+@_typing.final
+class ExplainRequestResponse(_message.Message):
+    """What is known of it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EXPLANATION_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def explanation(self) -> Global___RequestExplanation:
+        """Not set: there is no such request, or too many have come since."""
+
+    def __init__(
+        self,
+        *,
+        explanation: Global___RequestExplanation | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["explanation", b"explanation"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["explanation", b"explanation"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExplainRequestResponse: _TypeAlias = ExplainRequestResponse  # noqa: Y015
+
+@_typing.final
+class RequestExplanation(_message.Message):
+    """Where a request's time went. The parts follow one another without a gap, and add up to the whole."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    RECEIVED_FIELD_NUMBER: _builtins.int
+    TOTAL_S_FIELD_NUMBER: _builtins.int
+    OUTCOME_FIELD_NUMBER: _builtins.int
+    PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    CACHED_TOKENS_FIELD_NUMBER: _builtins.int
+    OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
+    PREEMPTIONS_FIELD_NUMBER: _builtins.int
+    FIRST_TOKEN_S_FIELD_NUMBER: _builtins.int
+    PARTS_FIELD_NUMBER: _builtins.int
+    CAUSE_FIELD_NUMBER: _builtins.int
+    SAYS_FIELD_NUMBER: _builtins.int
+    ADVICE_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """Its id."""
+    tenant: _builtins.str
+    """Whose share it was served from."""
+    adapter: _builtins.str
+    """The adapter, with its version once one serves it; "" is the base model."""
+    total_s: _builtins.float
+    """From then until its call had ended, or until now, in seconds."""
+    outcome: _builtins.str
+    """How it ended: "stop", "length", "cancelled", "deadline", or an error's reason in lower case. Empty: it runs."""
+    prompt_tokens: _builtins.int
+    """Tokens of its prompt."""
+    cached_tokens: _builtins.int
+    """Of these, found in the prefix cache."""
+    output_tokens: _builtins.int
+    """Tokens generated for it."""
+    preemptions: _builtins.int
+    """How often it gave way to others, and was computed again."""
+    first_token_s: _builtins.float
+    """From when it was received until its first token, in seconds. Not set: it had none."""
+    cause: _builtins.str
+    """What cost most, for programs: "slow_disk", "full_pool", "flood", ..."""
+    says: _builtins.str
+    """The same in a sentence."""
+    advice: _builtins.str
+    """What would have helped."""
+    @_builtins.property
+    def received(self) -> _timestamp_pb2.Timestamp:
+        """When it was received."""
+
+    @_builtins.property
+    def parts(self) -> _containers.RepeatedCompositeFieldContainer[Global___TimelinePart]:
+        """What it spent its time on, in order."""
+
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        tenant: _builtins.str = ...,
+        adapter: _builtins.str = ...,
+        received: _timestamp_pb2.Timestamp | None = ...,
+        total_s: _builtins.float = ...,
+        outcome: _builtins.str = ...,
+        prompt_tokens: _builtins.int = ...,
+        cached_tokens: _builtins.int = ...,
+        output_tokens: _builtins.int = ...,
+        preemptions: _builtins.int = ...,
+        first_token_s: _builtins.float | None = ...,
+        parts: _abc.Iterable[Global___TimelinePart] | None = ...,
+        cause: _builtins.str = ...,
+        says: _builtins.str = ...,
+        advice: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_first_token_s", b"_first_token_s", "first_token_s", b"first_token_s", "received", b"received"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_first_token_s", b"_first_token_s", "adapter", b"adapter", "advice", b"advice", "cached_tokens", b"cached_tokens", "cause", b"cause", "first_token_s", b"first_token_s", "outcome", b"outcome", "output_tokens", b"output_tokens", "parts", b"parts", "preemptions", b"preemptions", "prompt_tokens", b"prompt_tokens", "received", b"received", "request_id", b"request_id", "says", b"says", "tenant", b"tenant", "total_s", b"total_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__first_token_s: _TypeAlias = _typing.Literal["first_token_s"]  # noqa: Y015
+    _WhichOneofArgType__first_token_s: _TypeAlias = _typing.Literal["_first_token_s", b"_first_token_s"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__first_token_s) -> _WhichOneofReturnType__first_token_s | None: ...
+
+Global___RequestExplanation: _TypeAlias = RequestExplanation  # noqa: Y015
+
+@_typing.final
+class TimelinePart(_message.Message):
+    """A stretch of a request's time. What does not concern its stage is not set."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STAGE_FIELD_NUMBER: _builtins.int
+    STATION_FIELD_NUMBER: _builtins.int
+    START_S_FIELD_NUMBER: _builtins.int
+    DURATION_S_FIELD_NUMBER: _builtins.int
+    NUM_BYTES_FIELD_NUMBER: _builtins.int
+    HELD_UP_FIELD_NUMBER: _builtins.int
+    AHEAD_FIELD_NUMBER: _builtins.int
+    OWN_AHEAD_FIELD_NUMBER: _builtins.int
+    LACKS_FIELD_NUMBER: _builtins.int
+    LACKS_FOR_FIELD_NUMBER: _builtins.int
+    CHUNKS_FIELD_NUMBER: _builtins.int
+    STEPS_FIELD_NUMBER: _builtins.int
+    MEAN_ROWS_FIELD_NUMBER: _builtins.int
+    PROMPT_STEPS_FIELD_NUMBER: _builtins.int
+    PROMPT_STEPS_S_FIELD_NUMBER: _builtins.int
+    LONGEST_PAUSE_FIELD_NUMBER: _builtins.int
+    stage: _builtins.str
+    """"tokenize", "grammar", "adapter", "queue", "prefill", "decode", "preempted", "paused" or "delivery"."""
+    station: _builtins.str
+    """Of an adapter that is loaded: "find", "line", "read", "room", "copy" or "trial"."""
+    start_s: _builtins.float
+    """Since the request was received, in seconds."""
+    duration_s: _builtins.float
+    """In seconds."""
+    num_bytes: _builtins.int
+    """Of the adapter that is loaded, in the pool."""
+    ahead: _builtins.int
+    """Requests of other tenants that got a place meanwhile."""
+    own_ahead: _builtins.int
+    """And of its own tenant."""
+    lacks: _builtins.str
+    """Of one that waits or gave way: what it lacks, "place" or "pages"."""
+    lacks_for: _builtins.str
+    """And which tenant has most of that, if it is one."""
+    steps: _builtins.int
+    """Steps that decoded it."""
+    mean_rows: _builtins.float
+    """Requests in each of them, on average."""
+    prompt_steps: _builtins.int
+    """Of these steps, those that computed prompts of others, too."""
+    prompt_steps_s: _builtins.float
+    """And what those took, in seconds."""
+    @_builtins.property
+    def held_up(self) -> _containers.RepeatedCompositeFieldContainer[Global___HeldUp]:
+        """What whoever came next waited for meanwhile."""
+
+    @_builtins.property
+    def chunks(self) -> _containers.RepeatedCompositeFieldContainer[Global___PromptChunk]:
+        """The chunks of its prompt."""
+
+    @_builtins.property
+    def longest_pause(self) -> Global___LongestPause:
+        """The longest pause between two of its tokens."""
+
+    def __init__(
+        self,
+        *,
+        stage: _builtins.str = ...,
+        station: _builtins.str = ...,
+        start_s: _builtins.float = ...,
+        duration_s: _builtins.float = ...,
+        num_bytes: _builtins.int = ...,
+        held_up: _abc.Iterable[Global___HeldUp] | None = ...,
+        ahead: _builtins.int = ...,
+        own_ahead: _builtins.int = ...,
+        lacks: _builtins.str = ...,
+        lacks_for: _builtins.str = ...,
+        chunks: _abc.Iterable[Global___PromptChunk] | None = ...,
+        steps: _builtins.int = ...,
+        mean_rows: _builtins.float = ...,
+        prompt_steps: _builtins.int = ...,
+        prompt_steps_s: _builtins.float = ...,
+        longest_pause: Global___LongestPause | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["longest_pause", b"longest_pause"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ahead", b"ahead", "chunks", b"chunks", "duration_s", b"duration_s", "held_up", b"held_up", "lacks", b"lacks", "lacks_for", b"lacks_for", "longest_pause", b"longest_pause", "mean_rows", b"mean_rows", "num_bytes", b"num_bytes", "own_ahead", b"own_ahead", "prompt_steps", b"prompt_steps", "prompt_steps_s", b"prompt_steps_s", "stage", b"stage", "start_s", b"start_s", "station", b"station", "steps", b"steps"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TimelinePart: _TypeAlias = TimelinePart  # noqa: Y015
+
+@_typing.final
+class HeldUp(_message.Message):
+    """How long something was in the way."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BY_FIELD_NUMBER: _builtins.int
+    DURATION_S_FIELD_NUMBER: _builtins.int
+    by: _builtins.str
+    """"place", "pages" or "turn"."""
+    duration_s: _builtins.float
+    """In seconds."""
+    def __init__(
+        self,
+        *,
+        by: _builtins.str = ...,
+        duration_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["by", b"by", "duration_s", b"duration_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HeldUp: _TypeAlias = HeldUp  # noqa: Y015
+
+@_typing.final
+class PromptChunk(_message.Message):
+    """Some of a prompt's tokens, which one step computed."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKENS_FIELD_NUMBER: _builtins.int
+    STEP_S_FIELD_NUMBER: _builtins.int
+    tokens: _builtins.int
+    """How many."""
+    step_s: _builtins.float
+    """What the step took, in seconds."""
+    def __init__(
+        self,
+        *,
+        tokens: _builtins.int = ...,
+        step_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["step_s", b"step_s", "tokens", b"tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PromptChunk: _TypeAlias = PromptChunk  # noqa: Y015
+
+@_typing.final
+class LongestPause(_message.Message):
+    """The pause before a token, and what was computed in it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DURATION_S_FIELD_NUMBER: _builtins.int
+    ROWS_FIELD_NUMBER: _builtins.int
+    PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    PROMPT_OF_FIELD_NUMBER: _builtins.int
+    duration_s: _builtins.float
+    """In seconds."""
+    rows: _builtins.int
+    """Requests in the step."""
+    prompt_tokens: _builtins.int
+    """Tokens of prompts in the step."""
+    prompt_of: _builtins.str
+    """The request with most of those."""
+    def __init__(
+        self,
+        *,
+        duration_s: _builtins.float = ...,
+        rows: _builtins.int = ...,
+        prompt_tokens: _builtins.int = ...,
+        prompt_of: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["duration_s", b"duration_s", "prompt_of", b"prompt_of", "prompt_tokens", b"prompt_tokens", "rows", b"rows"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LongestPause: _TypeAlias = LongestPause  # noqa: Y015

@@ -65,6 +65,11 @@ class ServerServiceStub:
                 request_serializer=gralora_dot_v1_dot_server__pb2.GetUsageRequest.SerializeToString,
                 response_deserializer=gralora_dot_v1_dot_server__pb2.GetUsageResponse.FromString,
                 _registered_method=True)
+        self.ExplainRequest = channel.unary_unary(
+                '/gralora.v1.ServerService/ExplainRequest',
+                request_serializer=gralora_dot_v1_dot_server__pb2.ExplainRequestRequest.SerializeToString,
+                response_deserializer=gralora_dot_v1_dot_server__pb2.ExplainRequestResponse.FromString,
+                _registered_method=True)
 
 
 class ServerServiceServicer:
@@ -116,6 +121,14 @@ class ServerServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ExplainRequest(self, request, context):
+        """Where the time of a request went that runs or ended not long ago. A tenant is told of its own requests alone, and
+        not who others are.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ServerServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -148,6 +161,11 @@ def add_ServerServiceServicer_to_server(servicer, server):
                     servicer.GetUsage,
                     request_deserializer=gralora_dot_v1_dot_server__pb2.GetUsageRequest.FromString,
                     response_serializer=gralora_dot_v1_dot_server__pb2.GetUsageResponse.SerializeToString,
+            ),
+            'ExplainRequest': grpc.unary_unary_rpc_method_handler(
+                    servicer.ExplainRequest,
+                    request_deserializer=gralora_dot_v1_dot_server__pb2.ExplainRequestRequest.FromString,
+                    response_serializer=gralora_dot_v1_dot_server__pb2.ExplainRequestResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -313,6 +331,33 @@ class ServerService:
             '/gralora.v1.ServerService/GetUsage',
             gralora_dot_v1_dot_server__pb2.GetUsageRequest.SerializeToString,
             gralora_dot_v1_dot_server__pb2.GetUsageResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExplainRequest(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/gralora.v1.ServerService/ExplainRequest',
+            gralora_dot_v1_dot_server__pb2.ExplainRequestRequest.SerializeToString,
+            gralora_dot_v1_dot_server__pb2.ExplainRequestResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -50,6 +50,10 @@ class ServerServiceStub:
     """
     GetUsage: _grpc.UnaryUnaryMultiCallable[_server_pb2.GetUsageRequest, _server_pb2.GetUsageResponse]
     """What tenants used so far, for bills. A tenant is told of itself alone, an operator of all."""
+    ExplainRequest: _grpc.UnaryUnaryMultiCallable[_server_pb2.ExplainRequestRequest, _server_pb2.ExplainRequestResponse]
+    """Where the time of a request went that runs or ended not long ago. A tenant is told of its own requests alone, and
+    not who others are.
+    """
 
 @_typing.type_check_only
 class ServerServiceAsyncStub(ServerServiceStub):
@@ -73,6 +77,10 @@ class ServerServiceAsyncStub(ServerServiceStub):
     """
     GetUsage: _aio.UnaryUnaryMultiCallable[_server_pb2.GetUsageRequest, _server_pb2.GetUsageResponse]  # type: ignore[assignment]
     """What tenants used so far, for bills. A tenant is told of itself alone, an operator of all."""
+    ExplainRequest: _aio.UnaryUnaryMultiCallable[_server_pb2.ExplainRequestRequest, _server_pb2.ExplainRequestResponse]  # type: ignore[assignment]
+    """Where the time of a request went that runs or ended not long ago. A tenant is told of its own requests alone, and
+    not who others are.
+    """
 
 class ServerServiceServicer(metaclass=_abc_1.ABCMeta):
     """Describes the server."""
@@ -129,5 +137,15 @@ class ServerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_server_pb2.GetUsageResponse, _abc.Awaitable[_server_pb2.GetUsageResponse]]:
         """What tenants used so far, for bills. A tenant is told of itself alone, an operator of all."""
+
+    @_abc_1.abstractmethod
+    def ExplainRequest(
+        self,
+        request: _server_pb2.ExplainRequestRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_server_pb2.ExplainRequestResponse, _abc.Awaitable[_server_pb2.ExplainRequestResponse]]:
+        """Where the time of a request went that runs or ended not long ago. A tenant is told of its own requests alone, and
+        not who others are.
+        """
 
 def add_ServerServiceServicer_to_server(servicer: ServerServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -23,6 +23,7 @@ from gralora_server.cli import (
     adapters_golden,
     adapters_merge,
     config,
+    explain,
     generate,
     health,
     loadtest,
@@ -57,6 +58,7 @@ app = typer.Typer(
 app.command("serve")(serve.serve)
 app.command("serve-fleet", hidden=True)(serve_fleet.serve_fleet)
 app.command("generate")(generate.generate)
+app.command("explain")(explain.explain)
 app.command("plan")(plan.plan)
 app.command("status")(status.status)
 app.command("health")(health.health)

@@ -49,7 +49,7 @@ def serve(
 
     reloader = Reloader(layers.read)
     settings = reloader.settings
-    configure(settings.server.log_level)
+    configure(settings.server.log_level, settings.server.log_format)
     config = replace(server_config(settings), supervised=supervised)
     if settings.server.supervise and not supervised:
         raise typer.Exit(_supervise(config, layers))

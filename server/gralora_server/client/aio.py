@@ -21,7 +21,15 @@ from gralora_server.client.base import ClientBase
 from gralora_server.client.connection import RECONNECT_PAUSE_S, ChannelOptions
 from gralora_server.client.errors import UnavailableError, client_error, cut_short, not_ready, passing_problem
 from gralora_server.client.push import Progress, Push
-from gralora_server.client.records import Adapter, AdapterNews, Generation, ServerInfo, StreamDelta, TenantUsage
+from gralora_server.client.records import (
+    Adapter,
+    AdapterNews,
+    Explanation,
+    Generation,
+    ServerInfo,
+    StreamDelta,
+    TenantUsage,
+)
 from gralora_server.client.requests import Call, GenerateOptions, Message, Stubs, generate_fields
 from gralora_server.client.responses import Assembler
 from gralora_server.client.sync import open_channel as open_blocking_channel
@@ -229,6 +237,10 @@ class AsyncClient(ClientBase[grpc.aio.Channel]):
     async def abort(self, request_id: str) -> bool:
         """Whether a request of that id was running or waiting."""
         return await self.run(requests.abort(request_id))
+
+    async def explain(self, request_id: str) -> Explanation | None:
+        """Where the time of a recent request went; None if there is none of that id, or too many came since."""
+        return await self.run(requests.explain(request_id))
 
     async def info(self) -> ServerInfo:
         return await self.run(requests.get_info())

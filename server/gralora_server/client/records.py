@@ -116,6 +116,75 @@ class TenantUsage:
     upload_bytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class HeldUp:
+    """How long something was in the way: "place", "pages" or "turn"."""
+
+    by: str
+    duration_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class PromptChunk:
+    """Some of a prompt's tokens, and what the step took that computed them."""
+
+    tokens: int
+    step_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LongestPause:
+    """The pause before a token, and what was computed in it."""
+
+    duration_s: float
+    rows: int
+    prompt_tokens: int
+    prompt_of: str  # the request with most of those
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExplanationPart:
+    """A stretch of a request's time. See `TimelinePart` of the API."""
+
+    stage: str
+    station: str
+    start_s: float
+    duration_s: float
+    num_bytes: int
+    held_up: tuple[HeldUp, ...]
+    ahead: int
+    own_ahead: int
+    lacks: str
+    lacks_for: str
+    chunks: tuple[PromptChunk, ...]
+    steps: int
+    mean_rows: float
+    prompt_steps: int
+    prompt_steps_s: float
+    longest_pause: LongestPause | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Explanation:
+    """Where a request's time went. The parts add up to `total_s`."""
+
+    request_id: str
+    tenant: str
+    adapter: str
+    received: datetime
+    total_s: float
+    outcome: str  # "": it runs
+    prompt_tokens: int
+    cached_tokens: int
+    output_tokens: int
+    preemptions: int
+    first_token_s: float | None
+    parts: tuple[ExplanationPart, ...]
+    cause: str
+    says: str
+    advice: str
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerInfo(EngineInfo):
     """What the server serves and how it was set up."""

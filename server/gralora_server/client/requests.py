@@ -18,7 +18,7 @@ from gralora_runtime.info import EngineLoad, TokenizeResult
 from gralora_runtime.request import ChatMessage
 from gralora_server.client import responses
 from gralora_server.client.connection import Timeouts
-from gralora_server.client.records import Adapter, ServerInfo, TenantUsage
+from gralora_server.client.records import Adapter, Explanation, ServerInfo, TenantUsage
 
 PAGE_SIZE = 500  # adapters, or rows of usage, in one answer
 
@@ -270,6 +270,14 @@ def abort(request_id: str) -> Call[bool]:
         rpc=lambda stubs: stubs.server.AbortRequest,
         message=server_pb2.AbortRequestRequest(request_id=request_id),
         convert=lambda answer: bool(answer.aborted),
+    )
+
+
+def explain(request_id: str) -> Call[Explanation | None]:
+    return Call(
+        rpc=lambda stubs: stubs.server.ExplainRequest,
+        message=server_pb2.ExplainRequestRequest(request_id=request_id),
+        convert=responses.explanation,
     )
 
 

@@ -18,7 +18,12 @@ from gralora_server.client.records import (
     Adapter,
     AdapterNews,
     AdapterVersion,
+    Explanation,
+    ExplanationPart,
     Generation,
+    HeldUp,
+    LongestPause,
+    PromptChunk,
     ServerInfo,
     StreamDelta,
     TenantUsage,
@@ -158,6 +163,31 @@ def engine_load(message: server_pb2.GetLoadResponse) -> EngineLoad:
 def usage_page(message: server_pb2.GetUsageResponse) -> tuple[tuple[TenantUsage, ...], str]:
     """A page, and the token of the next one."""
     return tuple(_record(TenantUsage, one) for one in message.usage), message.next_page_token
+
+
+def explanation(message: server_pb2.ExplainRequestResponse) -> Explanation | None:
+    """None: nobody knows the request."""
+    if not message.HasField("explanation"):
+        return None
+    told = message.explanation
+    return _record(
+        Explanation,
+        told,
+        received=told.received.ToDatetime(UTC),
+        first_token_s=told.first_token_s if told.HasField("first_token_s") else None,
+        parts=tuple(_part(part) for part in told.parts),
+    )
+
+
+def _part(message: server_pb2.TimelinePart) -> ExplanationPart:
+    longest = message.longest_pause if message.HasField("longest_pause") else None
+    return _record(
+        ExplanationPart,
+        message,
+        held_up=tuple(_record(HeldUp, one) for one in message.held_up),
+        chunks=tuple(_record(PromptChunk, one) for one in message.chunks),
+        longest_pause=_record(LongestPause, longest) if longest is not None else None,
+    )
 
 
 def tokenized(message: server_pb2.TokenizeResponse) -> TokenizeResult:

@@ -20,7 +20,15 @@ from gralora_server.client.base import ClientBase
 from gralora_server.client.connection import RECONNECT_PAUSE_S, ChannelOptions
 from gralora_server.client.errors import UnavailableError, client_error, cut_short, not_ready, passing_problem
 from gralora_server.client.push import Progress, Push
-from gralora_server.client.records import Adapter, AdapterNews, Generation, ServerInfo, StreamDelta, TenantUsage
+from gralora_server.client.records import (
+    Adapter,
+    AdapterNews,
+    Explanation,
+    Generation,
+    ServerInfo,
+    StreamDelta,
+    TenantUsage,
+)
 from gralora_server.client.requests import Call, GenerateOptions, Message, generate_fields
 from gralora_server.client.responses import Assembler
 
@@ -196,6 +204,10 @@ class Client(ClientBase[grpc.Channel]):
     def abort(self, request_id: str) -> bool:
         """Whether a request of that id was running or waiting."""
         return self.run(requests.abort(request_id))
+
+    def explain(self, request_id: str) -> Explanation | None:
+        """Where the time of a recent request went; None if there is none of that id, or too many came since."""
+        return self.run(requests.explain(request_id))
 
     def info(self) -> ServerInfo:
         return self.run(requests.get_info())

@@ -17,13 +17,14 @@ from starlette.routing import Route, Router
 
 from gralora_runtime.errors import GraloraError
 from gralora_runtime.failure import contained
-from gralora_server.call_log import Clock, SparseLog, call_fields, log_call
+from gralora_server.call_log import Clock, SparseLog, begin_call, call_fields, log_call
 from gralora_server.http.errors import HttpError, told
 from gralora_server.http.exchange import ClientLeftError, Exchange, Receive, Scope, Send
 from gralora_server.json_values import Whole
 from gralora_server.tenants.caller import Caller, set_current
 from gralora_server.tenants.roles import check_call
 from gralora_server.tenants.tenancy import Tenancy
+from gralora_server.tracing.parent import HEADER, set_parent
 
 OPEN = ""  # the RPC of routes that need no token: what probes ask, and what is in the documentation
 
@@ -73,6 +74,7 @@ class Calls:
             self._log.write(call_fields(method, None, known.code, 0.0))
             await exchange.respond(status, body, headers)
             return
+        set_parent(exchange.header(HEADER))
         serving = endpoint.serve(exchange, scope["path_params"])
         await _observed(method, exchange, serving, is_logged=endpoint.rpc != OPEN)
 
@@ -112,6 +114,7 @@ class _Served:
 
 async def _observed(method: str, exchange: Exchange, serving: Awaitable[None], *, is_logged: bool) -> None:
     code: grpc.StatusCode = grpc.StatusCode.OK
+    begin_call()
     try:
         await serving
     except ClientLeftError:

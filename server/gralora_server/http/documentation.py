@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 
@@ -65,8 +66,9 @@ def _operation(endpoint: Endpoint) -> Json:
     }
     if endpoint.rpc != OPEN:
         operation["security"] = [{"bearer": []}]
-    if "{name" in endpoint.path:
-        operation["parameters"] = [{"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}]
+    if names := re.findall(r"{(\w+)", endpoint.path):
+        schema: Json = {"in": "path", "required": True, "schema": {"type": "string"}}
+        operation["parameters"] = [{"name": name} | schema for name in names]
     if endpoint.body is not None:
         reference = {"$ref": _REFERENCES.format(model=endpoint.body.__name__)}
         operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": reference}}}

@@ -29,6 +29,7 @@ from gralora_runtime.model.adaptable import changeable_shapes
 from gralora_runtime.model.loading import BaseModel, load_base_model
 from gralora_runtime.model.merging import merge_adapter
 from gralora_runtime.observation.snapshot import EngineSnapshot
+from gralora_runtime.observation.timelines import Timelines
 from gralora_runtime.request import GenerationRequest, Prompt
 from gralora_runtime.stream import RequestStream
 from gralora_server.uninterrupted import uninterrupted
@@ -113,6 +114,11 @@ class FleetEngine:
     def busy_since_s(self) -> float | None:
         """None: what is long for one model may be its wait for the others' turns."""
         return None
+
+    @property
+    def timelines(self) -> Timelines:
+        """Of requests to the base model alone."""
+        return self._base.timelines
 
     async def submit(self, request: GenerationRequest) -> RequestStream:
         # No pause between getting the engine and its taking the request: it could be swapped out in between.

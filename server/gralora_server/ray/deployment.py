@@ -36,7 +36,8 @@ class GraloraReplica:
 
     async def __init__(self, layers: Layers) -> None:  # type: ignore[misc]  # Serve awaits it
         limit_spinning()
-        configure(layers.read().settings.server.log_level)
+        server = layers.read().settings.server
+        configure(server.log_level, server.log_format)
         context = serve.get_replica_context()
         self._life = AsyncExitStack()
         runner = Runner(

@@ -52,6 +52,7 @@ class Sharing:
         own = ServerServicer(gate, rights, reloader, usage)
         self._own |= {
             "AbortRequest": (server_pb2.AbortRequestRequest, own.AbortRequest),
+            "ExplainRequest": (server_pb2.ExplainRequestRequest, own.ExplainRequest),
             "ReloadConfig": (server_pb2.ReloadConfigRequest, own.ReloadConfig),
         }
         return SharedServerServicer(gate, rights, reloader, usage, self)
@@ -186,6 +187,14 @@ class SharedServerServicer(ServerServicer):
             "AbortRequest", request, server_pb2.AbortRequestResponse, is_kept=False
         )
         return server_pb2.AbortRequestResponse(aborted=any(answer.aborted for answer in answers))
+
+    async def ExplainRequest(
+        self, request: server_pb2.ExplainRequestRequest, _context: Context
+    ) -> server_pb2.ExplainRequestResponse:
+        answers = await self._sharing.everywhere(
+            "ExplainRequest", request, server_pb2.ExplainRequestResponse, is_kept=False
+        )
+        return next((answer for answer in answers if answer.HasField("explanation")), answers[0])
 
     async def ReloadConfig(
         self, request: server_pb2.ReloadConfigRequest, _context: Context

@@ -9,7 +9,7 @@ from pydantic import SecretStr
 
 from gralora_runtime.config import EngineConfig
 from gralora_runtime.errors import ConfigError
-from gralora_server.config import HttpConfig, MetricsConfig, ServerConfig, TlsConfig
+from gralora_server.config import HttpConfig, MetricsConfig, ServerConfig, TlsConfig, TracingConfig
 from gralora_server.planner.prices import prices_of
 from gralora_server.planner.profile import Profile
 from gralora_server.settings.sections import ServerSettings, Settings
@@ -28,7 +28,12 @@ def engine_config(settings: Settings, model: Path) -> EngineConfig:
     if profile is not None:
         values["prices"] = prices_of(Profile.read(profile))
     return EngineConfig(
-        **values | {"model": model, "max_named_adapters": settings.server.metrics_max_adapters},
+        **values
+        | {
+            "model": model,
+            "max_named_adapters": settings.server.metrics_max_adapters,
+            "max_explained_requests": settings.server.explain_requests,
+        },
     )
 
 
@@ -42,6 +47,7 @@ def server_config(settings: Settings) -> ServerConfig:
         auth_token_file=server.token_file,
         metrics=_metrics(server.metrics_address),
         http=_http(server.http_address),
+        tracing=_tracing(server),
         kserve=server.kserve,
         vllm_grpc=server.vllm_grpc,
         reflection=server.reflection,
@@ -74,6 +80,12 @@ def _metrics(address: str | None) -> MetricsConfig | None:
         return None
     host, port = parse_address(address)
     return MetricsConfig(host=host.strip("[]"), port=port)
+
+
+def _tracing(server: ServerSettings) -> TracingConfig | None:
+    if server.otlp_endpoint is None:
+        return None
+    return TracingConfig(endpoint=server.otlp_endpoint, sampling=server.trace_sampling)
 
 
 def _http(address: str | None) -> HttpConfig | None:

@@ -22,6 +22,7 @@ from gralora_server.settings.values import (
     Dtype,
     Graphs,
     KernelBackend,
+    LogFormat,
     LogLevel,
     Pipeline,
     Source,
@@ -167,6 +168,15 @@ class ServerSettings(Section):
     metrics_max_adapters: Annotated[int, Field(ge=0), Called(field="max_named_adapters")] = _engine(
         "max_named_adapters", "Adapters with series of their own; the others are counted together."
     )
+    otlp_endpoint: str | None = Field(
+        default=None, description="http://HOST:4317 of an OpenTelemetry collector, for traces. Default: there are none."
+    )
+    trace_sampling: Annotated[float, Field(ge=0, le=1)] = Field(
+        default=1.0, description="Share of requests that are traced, of those whose clients trace nothing themselves."
+    )
+    explain_requests: Annotated[int, Field(ge=0), Called(field="max_explained_requests")] = _engine(
+        "max_explained_requests", "Requests that ended last, of which gralora explain can tell where their time went."
+    )
     kserve: bool = _server("kserve", "Serve KServe's and Triton's gRPC clients, too.")
     vllm_grpc: bool = _server("vllm_grpc", "Serve vLLM's gRPC protocol, too: a worker of NVIDIA Dynamo.")
     reflection: bool = _server("reflection", "Answer gRPC reflection.")
@@ -185,6 +195,7 @@ class ServerSettings(Section):
     supervise: bool = Field(
         default=False, description="Serve in a child process, and start another when it ends; the port stays."
     )
+    log_format: LogFormat = Field(default="human", description="Lines for people, or JSON objects.")
     log_level: LogLevel = Field(default="info", description="What is logged to standard error.")
 
 

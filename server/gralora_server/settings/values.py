@@ -13,6 +13,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, Pl
 from gralora_runtime.config import DEVICES, DTYPES, KERNEL_BACKENDS, PIPELINES, WATCHES, WEIGHTS, AdapterSource
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
+LOG_FORMATS = ("human", "json")
 
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 _BYTES = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?", re.IGNORECASE)
@@ -111,6 +112,9 @@ Watch = Annotated[str, AfterValidator(partial(_one_of, WATCHES)), Field(json_sch
 Pipeline = Annotated[str, AfterValidator(partial(_one_of, PIPELINES)), Field(json_schema_extra={"enum": [*PIPELINES]})]
 KernelBackend = Annotated[
     str, AfterValidator(partial(_one_of, KERNEL_BACKENDS)), Field(json_schema_extra={"enum": [*KERNEL_BACKENDS]})
+]
+LogFormat = Annotated[
+    str, AfterValidator(partial(_one_of, LOG_FORMATS)), Field(json_schema_extra={"enum": [*LOG_FORMATS]})
 ]
 LogLevel = Annotated[
     str, AfterValidator(partial(_one_of, LOG_LEVELS)), Field(json_schema_extra={"enum": [*LOG_LEVELS]})

@@ -14,6 +14,14 @@ class ScopedId(str):
         return repr(self.partition(_SEPARATOR)[2])
 
 
+def plain(tenant: str, request_id: str) -> str | None:
+    """As the tenant calls it; None: it is another's."""
+    whose, separator, own = request_id.partition(_SEPARATOR)
+    if not separator:
+        return None if tenant else request_id
+    return own if whose == tenant else None
+
+
 def scoped(tenant: str, request_id: str) -> str:
     """The id by which the engine knows a tenant's request. Without a tenant: as it is."""
     return ScopedId(f"{tenant}{_SEPARATOR}{request_id}") if tenant else request_id

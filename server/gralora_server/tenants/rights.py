@@ -11,11 +11,12 @@ from dataclasses import dataclass, replace
 from gralora_runtime.adapters.catalogue.changes import any_name
 from gralora_runtime.adapters.catalogue.names import parse_reference
 from gralora_runtime.errors import AdapterNotFoundError
+from gralora_runtime.observation.verdict import OTHERS
 from gralora_runtime.request import GenerationRequest
 from gralora_server.errors import PermissionDeniedError
 from gralora_server.tenants.caller import Caller, current, recognised
 from gralora_server.tenants.ownership import Ownership, is_operator
-from gralora_server.tenants.request_ids import scoped
+from gralora_server.tenants.request_ids import plain, scoped
 from gralora_server.tenants.roles import check_call
 from gralora_server.tenants.settings import LimitSettings, Role
 from gralora_server.tenants.tenancy import Tenancy
@@ -109,6 +110,13 @@ class Rights:
         caller = current()
         others = ("", *self._tenancy.current.settings.tenants) if caller.role is Role.ADMIN else ()
         return tuple(scoped(tenant, request_id) for tenant in dict.fromkeys((caller.tenant, *others)))
+
+    def shown(self) -> Callable[[str], str]:
+        """What the caller is told where a tenant, or a request by its id, is named."""
+        caller = current()
+        if is_operator(caller):
+            return str
+        return lambda name: name if name in ("", caller.tenant) else plain(caller.tenant, name) or OTHERS
 
     @property
     def _ownership(self) -> Ownership:

@@ -34,7 +34,11 @@ ROLES: dict[str, Role] = {
                 "SetAdapterCanary",
             ),
         ),
-        (_SERVER, Role.GENERATE, ("GetServerInfo", "GetLoad", "GetUsage", "Tokenize", "AbortRequest")),
+        (
+            _SERVER,
+            Role.GENERATE,
+            ("GetServerInfo", "GetLoad", "GetUsage", "Tokenize", "AbortRequest", "ExplainRequest"),
+        ),
         (_SERVER, Role.ADMIN, ("ReloadConfig",)),
         (
             _KSERVE,

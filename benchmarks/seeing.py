@@ -1,0 +1,288 @@
+"""`python -m benchmarks.seeing`: what it costs to explain, log and trace requests, and how well it explains them.
+
+On: timelines kept, a JSON line a request, and spans of every request sent to a collector in the same process, whose
+time counts, too. Off: the same engine with marks that are not made, no lines and no spans. Both behind a server of
+gRPC, by turns. Tokens are compared before a time is kept.
+
+Then a mixed load on another engine, with so little memory that requests give way and adapters leave the pool: how far
+the parts of an explanation are from what the request's client measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import logging
+import os
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
+
+from benchmarks.machine import busy_share, facts
+from benchmarks.measurement import Answer, Contender, Run, interleave
+from benchmarks.workload import FULL, QUICK, Request, Workload, make_prompts, make_requests
+from gralora_runtime.async_engine import AsyncEngine
+from gralora_runtime.config import EngineConfig, in_directory
+from gralora_runtime.observation.holdups import Hold, Holdups
+from gralora_runtime.observation.step_log import StepLog
+from gralora_runtime.observation.timelines import Timelines
+from gralora_runtime.plan import StepPlan
+from gralora_runtime.scheduling.marking import Marking
+from gralora_server.cli.logs import AsJson
+from gralora_server.client import AsyncClient
+from gralora_server.config import ServerConfig, TracingConfig
+from gralora_server.model_fetch import ensure_default_model
+from gralora_server.service import GrpcServer
+
+ON, OFF = "explained, logged and traced", "nothing of it"
+OUT = Path(__file__).parent / "results" / "seeing.json"
+ADAPTERS = Path(__file__).parent.parent / "examples" / "adapters"
+CALLS = logging.getLogger("gralora_server.calls")
+MIXED = 200
+KV_BYTES = 24 << 20  # so little that some of eight requests give way
+
+
+class NoSteps(StepLog):
+    """Of an engine that nobody asks."""
+
+    def note(self, plan: StepPlan, began_s: float, ended_s: float) -> None:
+        pass
+
+
+class NoHoldups(Holdups):
+    """As above."""
+
+    def note(self, hold: Hold | None, now_s: float) -> None:
+        pass
+
+
+def _nothing(*_: object) -> None:
+    pass
+
+
+def unmarked(marking: Marking) -> Marking:
+    """One that is called and writes nothing down."""
+    made = Marking(marking._ledger, time.monotonic)  # noqa: SLF001  # what no setting switches off
+    made.steps, made.holdups = NoSteps(), NoHoldups()
+    for name in ("queued", "gave_way", "resumed", "paused", "started", "computed", "decodes", "ended"):
+        setattr(made, name, _nothing)
+    return made
+
+
+class Collector(trace_service_pb2_grpc.TraceServiceServicer):  # type: ignore[misc]  # generated, and untyped
+    """Takes spans, and counts them."""
+
+    def __init__(self) -> None:
+        self.spans = 0
+
+    def Export(self, request: Any, _context: Any) -> Any:
+        self.spans += sum(len(scope.spans) for resource in request.resource_spans for scope in resource.scope_spans)
+        return trace_service_pb2.ExportTraceServiceResponse()
+
+
+@contextmanager
+def collecting() -> Iterator[tuple[Collector, str]]:
+    collector, server = Collector(), grpc.server(ThreadPoolExecutor(1))
+    trace_service_pb2_grpc.add_TraceServiceServicer_to_server(collector, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        yield collector, f"http://127.0.0.1:{port}"
+    finally:
+        server.stop(None).wait()
+
+
+class Served:
+    """One engine behind two servers, on one event loop, which runs while requests do."""
+
+    def __init__(self, config: EngineConfig, endpoint: str) -> None:
+        self._loop = asyncio.Runner()
+        self.engine = self._loop.run(AsyncEngine.start(config))
+        self._scheduler = self.engine._parts.engine.scheduler  # noqa: SLF001
+        self._markings = {True: self._scheduler.marking, False: unmarked(self._scheduler.marking)}
+        self._rings = {True: self.engine.timelines, False: Timelines(0)}
+        self._servers, self._clients = {}, {}
+        for seen, tracing in ((True, TracingConfig(endpoint=endpoint)), (False, None)):
+            self._servers[seen], self._clients[seen] = self._loop.run(self._serve(tracing))
+
+    async def _serve(self, tracing: TracingConfig | None) -> tuple[GrpcServer, AsyncClient]:
+        server = GrpcServer(ServerConfig(port=0, tracing=tracing))
+        port = await server.start()
+        await server.open(self.engine)
+        return server, AsyncClient(f"127.0.0.1:{port}")
+
+    def run(self, requests: Sequence[Request], *, seen: bool) -> Run:
+        """All of them arrive together."""
+        self._scheduler.marking = self._markings[seen]
+        self._scheduler.roster._ended = self._scheduler.marking.ended  # noqa: SLF001
+        self.engine.timelines = self._rings[seen]
+        CALLS.setLevel(logging.INFO if seen else logging.WARNING)
+        return self._loop.run(self._generate(requests, self._clients[seen]))
+
+    def explained(self, num_requests: int, names: Sequence[str]) -> list[tuple[float, float]]:
+        """Of each request of a mixed load, what its client measured and what the parts add up to. In seconds."""
+        return self._loop.run(self._mixed(num_requests, names))
+
+    def close(self) -> None:
+        for seen in (True, False):
+            self._loop.run(self._clients[seen].close())
+            self._loop.run(self._servers[seen].stop())
+        self._loop.run(self.engine.close())
+        self._loop.close()
+
+    async def _generate(self, requests: Sequence[Request], client: AsyncClient) -> Run:
+        started_s = time.perf_counter()
+        return Run(tuple(await asyncio.gather(*(_one(request, client, started_s) for request in requests))))
+
+    async def _mixed(self, num_requests: int, names: Sequence[str]) -> list[tuple[float, float]]:
+        client, found = self._clients[True], []
+        await client.info()  # connects
+
+        async def ask(at: int) -> tuple[str, float]:
+            await asyncio.sleep(0.02 * at)
+            began_s = time.perf_counter()
+            prompt = [5 + (at * 7 + place) % 290 for place in range(8 + at % 70)]
+            answer = await client.generate(
+                token_ids=prompt, adapter=names[at % len(names)], max_tokens=8 + at % 24, ignore_eos=True
+            )
+            return answer.request_id, time.perf_counter() - began_s
+
+        for request_id, measured_s in await asyncio.gather(*(ask(at) for at in range(num_requests))):
+            told = await client.explain(request_id)
+            assert told is not None
+            found.append((measured_s, sum(part.duration_s for part in told.parts)))
+        return found
+
+
+async def _one(request: Request, client: AsyncClient, started_s: float) -> Answer:
+    options: dict[str, Any] = {"max_tokens": request.max_tokens, "temperature": 0.0, "ignore_eos": True}
+    tokens: list[int] = []
+    times_s: list[float] = []
+    async for delta in client.stream(token_ids=request.prompt, adapter=request.adapter, **options):
+        tokens += delta.token_ids
+        times_s += [time.perf_counter() - started_s] * len(delta.token_ids)
+    return Answer(request, tuple(tokens), tuple(times_s))
+
+
+class SameTokens:
+    """The first run's tokens are what every other run must give."""
+
+    def __init__(self) -> None:
+        self._expected: list[tuple[int, ...]] | None = None
+
+    def check(self, run: Run) -> None:
+        tokens = [answer.tokens for answer in run.answers]
+        self._expected = self._expected or tokens
+        if tokens != self._expected:
+            raise RuntimeError("looking on changed the tokens")
+
+
+def cost(model_dir: Path, workload: Workload, rounds: int) -> dict[str, Any]:
+    """On and off in turn; the ratio of a round is of two runs that followed each other."""
+    config = EngineConfig(model=model_dir, max_num_seqs=workload.crowd, enable_prefix_cache=False)
+    with collecting() as (collector, endpoint), logged():
+        served = Served(config, endpoint)
+        try:
+            vocab_size = served.engine.info().vocab_size
+            prompts = make_prompts(workload.crowd, workload.prompt_tokens, vocab_size)
+            requests = make_requests(prompts, [""], workload.output_tokens)
+            contenders = [
+                Contender(name=name, run=lambda _, seen=seen: [served.run(requests, seen=seen)])  # type: ignore[misc]
+                for name, seen in ((ON, True), (OFF, False))
+            ]
+            measured = interleave(contenders, rounds, check=SameTokens().check)
+        finally:
+            served.close()
+    rates = {name: [_rate(run) for (run,) in runs] for name, runs in measured.items()}
+    gaps = {name: [_p99_gap(run) for (run,) in runs] for name, runs in measured.items()}
+    return {
+        "tokens_per_s": rates,
+        "p99_between_tokens_s": gaps,
+        "throughput_on_over_off": _ratio(rates[ON], rates[OFF]),
+        "p99_on_over_off": _ratio(gaps[ON], gaps[OFF]),
+        "spans": collector.spans,
+    }
+
+
+def explained(model_dir: Path, adapters: Path, num_requests: int) -> dict[str, Any]:
+    """Of a mixed load with preemptions and cold adapters. Every adapter is a tenant of its own, and so is the base."""
+    sizes: dict[str, Any] = {"max_num_seqs": 8, "max_model_len": 128, "max_adapter_slots": 2}
+    config = EngineConfig(model=model_dir, adapters=in_directory(adapters), kv_cache_bytes=KV_BYTES, **sizes)
+    with collecting() as (_, endpoint), logged():
+        served = Served(config, endpoint)
+        try:
+            names = ["", *(info.name for info in served.engine.adapters.list())]
+            pairs = served.explained(num_requests, names)
+            preemptions = served.engine.load().preemptions
+        finally:
+            served.close()
+    off = [abs(1 - parts_s / measured_s) for measured_s, parts_s in pairs]
+    return {
+        "requests": num_requests,
+        "preemptions": preemptions,
+        "measured_s": {"median": statistics.median(m for m, _ in pairs), "max": max(m for m, _ in pairs)},
+        "parts_off_by": {"median": statistics.median(off), "p95": sorted(off)[int(0.95 * len(off))], "max": max(off)},
+        "within_2_percent": sum(one <= 0.02 for one in off) / len(off),
+    }
+
+
+@contextmanager
+def logged() -> Iterator[None]:
+    """Lines are made and written, to nowhere."""
+    with Path(os.devnull).open("w") as nowhere:
+        handler = logging.StreamHandler(nowhere)
+        handler.setFormatter(AsJson())
+        CALLS.addHandler(handler)
+        try:
+            yield
+        finally:
+            CALLS.removeHandler(handler)
+
+
+def _rate(run: Run) -> float:
+    return sum(len(answer.tokens) for answer in run.answers) / run.total_s
+
+
+def _p99_gap(run: Run) -> float:
+    gaps = sorted(
+        later - sooner
+        for answer in run.answers
+        for sooner, later in zip(answer.times_s, answer.times_s[1:], strict=False)
+    )
+    return gaps[int(0.99 * len(gaps))]
+
+
+def _ratio(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
+    ratios = [one / other for one, other in zip(ours, theirs, strict=True)]
+    return {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", type=Path, help="default: SmolLM2-135M-Instruct, prepared once")
+    parser.add_argument("--adapters", type=Path, default=ADAPTERS, help="for the mixed load")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--quick", action="store_true", help="as little of it as there can be")
+    parser.add_argument("--out", type=Path, default=OUT)
+    options = parser.parse_args()
+    model, workload = options.model or ensure_default_model(), QUICK if options.quick else FULL
+    busy = busy_share()
+    result = {
+        "cost": cost(model, workload, 1 if options.quick else options.rounds),
+        "explained": explained(model, options.adapters, 8 if options.quick else MIXED),
+        "workload": {"requests": workload.crowd, "output_tokens": workload.output_tokens, "quick": options.quick},
+        "machine": facts() | {"busy_share_before": busy, "busy_share_after": busy_share()},
+    }
+    options.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""Spans on their way to a collector, by OTLP over gRPC. The only place that knows OpenTelemetry."""
+
+from __future__ import annotations
+
+from gralora_runtime.errors import ConfigError
+from gralora_runtime.observation.waterfall import Waterfall
+from gralora_runtime.request import GenerationRequest
+from gralora_server.config import TracingConfig
+from gralora_server.tracing import spans
+from gralora_server.tracing.parent import HEADER, parent
+
+try:
+    from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
+    from opentelemetry.sdk.resources import SERVICE_NAME, Resource
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor
+    from opentelemetry.sdk.trace.sampling import ParentBasedTraceIdRatio
+    from opentelemetry.trace import SpanKind, Status, StatusCode, format_trace_id, set_span_in_context
+    from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+except ImportError as cause:
+    raise ConfigError(
+        f"otlp_endpoint: {cause.name} is not installed: it comes with the extra `tracing` of gralora-server"
+    ) from cause
+
+EXPORT_S = 5  # for a collector to take a batch; then it is lost
+
+
+class Exported:
+    """Traces what its caller traces and, of the others, a share."""
+
+    is_on = True
+
+    def __init__(self, config: TracingConfig) -> None:
+        exporter = OTLPSpanExporter(
+            endpoint=config.endpoint, insecure=config.endpoint.startswith("http://"), timeout=EXPORT_S
+        )
+        self._provider = TracerProvider(
+            sampler=ParentBasedTraceIdRatio(config.sampling),
+            resource=Resource.create({SERVICE_NAME: spans.SYSTEM}),
+            shutdown_on_exit=False,
+        )
+        self._provider.add_span_processor(BatchSpanProcessor(exporter))
+        self._tracer = self._provider.get_tracer("gralora_server")
+        self._propagator = TraceContextTextMapPropagator()
+
+    def note(self, asked: GenerationRequest, found: Waterfall, *, request_id: str, base_model: str) -> str:
+        """A span of the whole, and in it one for each part."""
+        model = "+".join(asked.named_adapters) or base_model
+        root = self._tracer.start_span(
+            f"{spans.operation_of(asked)} {model}",
+            context=self._propagator.extract({HEADER: parent()}),
+            kind=SpanKind.SERVER,
+            start_time=_ns(found.received_at),
+        )
+        trace_id = str(format_trace_id(root.get_span_context().trace_id))
+        if not root.is_recording():
+            return trace_id if parent() else ""
+        root.set_attributes(spans.of_request(asked, found, request_id, base_model))
+        if found.outcome not in spans.WHOLE:
+            root.set_status(Status(StatusCode.ERROR, found.outcome))
+        inside = set_span_in_context(root)
+        for part in found.parts:
+            began_s = found.received_at + part.start_s
+            span = self._tracer.start_span(spans.name_of(part), inside, start_time=_ns(began_s))
+            span.set_attributes(spans.of_part(part))
+            span.end(_ns(began_s + part.duration_s))
+        root.end(_ns(found.received_at + found.total_s))
+        return trace_id
+
+    def close(self) -> None:
+        """See `Tracing`."""
+        self._provider.shutdown()
+
+
+def _ns(seconds: float) -> int:
+    return int(seconds * 1e9)
