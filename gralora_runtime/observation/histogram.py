@@ -26,6 +26,23 @@ class HistogramCounts:
     def count(self) -> int:
         return sum(self.counts)
 
+    def since(self, earlier: HistogramCounts) -> HistogramCounts:
+        """What came between the two."""
+        counts = tuple(now - then for now, then in zip(self.counts, earlier.counts, strict=True))
+        return HistogramCounts(self.bounds, counts, self.sum - earlier.sum)
+
+    def quantile(self, share: float) -> float | None:
+        """As Prometheus reckons it: values lie evenly in their bucket, and none above the last bound. None: there are
+        none."""
+        if not self.count:
+            return None
+        wanted, below = share * self.count, 0.0
+        for count, low, high in zip(self.counts, (0.0, *self.bounds), self.bounds, strict=False):
+            if count and below + count >= wanted:
+                return low + (high - low) * (wanted - below) / count
+            below += count
+        return self.bounds[-1]
+
 
 class Histogram:
     """Only one thread at a time may call `observe`; `read` may be called from any."""

@@ -30,3 +30,28 @@ def test_what_was_read_does_not_change_afterwards() -> None:
     histogram.observe(0.5)
 
     assert read.counts == (0, 0)
+
+
+def test_the_difference_of_two_moments_is_what_came_between() -> None:
+    histogram = Histogram([1.0, 2.0])
+    histogram.observe(0.5)
+    before = histogram.read()
+    histogram.observe(1.5, 2)
+    between = histogram.read().since(before)
+
+    assert between.counts == (0, 2, 0)
+    assert between.sum == 3.0
+
+
+def test_a_quantile_lies_in_its_bucket_as_prometheus_reckons_it() -> None:
+    histogram = Histogram([1.0, 2.0, 4.0])
+    histogram.observe(0.5, 10)
+    histogram.observe(3.0, 10)
+    read = histogram.read()
+
+    assert read.quantile(0.25) == 0.5
+    assert read.quantile(0.5) == 1.0
+    assert read.quantile(0.75) == 3.0
+    histogram.observe(100.0, 1000)
+    assert histogram.read().quantile(0.99) == 4.0
+    assert Histogram([1.0]).read().quantile(0.5) is None

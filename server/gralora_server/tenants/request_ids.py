@@ -25,3 +25,8 @@ def plain(tenant: str, request_id: str) -> str | None:
 def scoped(tenant: str, request_id: str) -> str:
     """The id by which the engine knows a tenant's request. Without a tenant: as it is."""
     return ScopedId(f"{tenant}{_SEPARATOR}{request_id}") if tenant else request_id
+
+
+def unscoped(request_id: str) -> str:
+    """As its client knows it."""
+    return request_id.rpartition(_SEPARATOR)[2]
