@@ -37,7 +37,7 @@ from gralora_runtime.intake.entrance import Arrival, Entrance
 from gralora_runtime.intake.invocation import first_adapted
 from gralora_runtime.intake.rules import check_fits, rules_of
 from gralora_runtime.intake.tokenizing import Tokenizing
-from gralora_runtime.observation.activity import Activity, RequestActivity, Stage
+from gralora_runtime.observation.activity import Activity, RequestActivity
 from gralora_runtime.observation.requests import RequestMeter, RequestObservation, outcome_of
 from gralora_runtime.observation.snapshot import EngineSnapshot
 from gralora_runtime.observation.timeline import Stage, Timeline
@@ -81,7 +81,6 @@ class _Entry:
     aborted: asyncio.Event  # wakes a submission that still waits for its adapter
     max_tokens: int = 1
     num_prompt: int = 0  # tokens, once they are counted
-    asked_for_adapter: bool = False
     queued: bool = False  # the scheduler has it
     loaded_bytes: int = 0  # of its adapter, which was not there yet
     given_up: str | None = None  # the outcome, when an output could not be delivered: what comes after is not heard
@@ -438,7 +437,6 @@ class AsyncEngine:
     async def _acquire(self, entry: _Entry) -> AdapterLease:
         """Wait for the adapter, the deadline or an abort, whichever comes first; never lose a lease."""
         request = entry.arrival.request
-        entry.asked_for_adapter = True
         key, tenant, weight = request.canary_key or request.request_id, request.tenant, request.weight
         timeline = entry.timeline
         timeline.reach(Stage.ADAPTER, time.monotonic())
@@ -562,7 +560,7 @@ def _coming(entry: _Entry, now_s: float) -> RequestActivity:
         tenant=arrival.tenant,
         adapter="+".join(arrival.request.named_adapters),
         version=0,
-        stage=Stage.LOADING if entry.asked_for_adapter else Stage.ARRIVING,
+        stage=entry.timeline.marks[-1].stage,
         age_s=now_s - arrival.arrived_s,
         prompt_tokens=entry.num_prompt,
         computed_tokens=0,

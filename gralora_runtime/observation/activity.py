@@ -5,31 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import StrEnum
 
 from gralora_runtime.info import EngineLoad
 from gralora_runtime.observation.histogram import HistogramCounts
+from gralora_runtime.observation.holdups import Hold
+from gralora_runtime.observation.timeline import Stage
 from gralora_runtime.observation.usage import Tally
-
-
-class Stage(StrEnum):
-    """Where a request stands."""
-
-    ARRIVING = "arriving"  # its prompt is being tokenized, or waits for that
-    LOADING = "loading"  # its adapter is being brought into the pool
-    WAITING = "waiting"  # for a place in the batch
-    PROMPT = "prompt"  # its prompt is being computed
-    ANSWER = "answer"  # its tokens are
-    PAUSED = "paused"  # its client does not read
-
-
-class Lack(StrEnum):
-    """What a request that waits for a place would need."""
-
-    NOTHING = ""
-    ROW = "row"  # the batch has as many requests as it may have
-    PAGES = "pages"  # of the KV cache
-    TURN = "turn"  # others come first
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,8 +28,8 @@ class RequestActivity:
     output_tokens: int
     max_tokens: int  # of the answer; 0: not known yet
     preemptions: int
-    lack: Lack = Lack.NOTHING
-    ahead: int = 0  # requests that are to be served before it
+    hold: Hold | None = None  # of one that waits for a place
+    ahead: int = 0  # requests that are to get theirs before it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""What somebody who only looks sees of a scheduler's sequences: where each stands, and what the waiting ones lack.
+"""What somebody who only looks sees of a scheduler's sequences: where each stands, and what keeps the waiting ones.
 
 In any thread, while the engine's goes on: each fact was true a moment ago, and two of them may contradict each other.
 """
@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Several
 
-from gralora_runtime.observation.activity import Lack, RequestActivity, Stage
+from gralora_runtime.observation.activity import RequestActivity
+from gralora_runtime.observation.holdups import Hold
 from gralora_runtime.scheduling.scheduler import Scheduler
 from gralora_runtime.scheduling.sequence import Sequence, SequenceStatus
 from gralora_runtime.scheduling.waiting import place_in_line
@@ -17,7 +18,7 @@ def look(scheduler: Scheduler, now_s: float) -> list[RequestActivity]:
     """All sequences, in no order. `now_s`: by the clock that their arrivals are of."""
     everyone = scheduler.roster.every()
     line = _line(scheduler, everyone)
-    lack = _lack(scheduler, line)
+    hold = scheduler.marking.holdups.now or Hold.TURN
     ahead = {sequence.request_id: place for place, sequence in enumerate(line)}
     return [
         RequestActivity(
@@ -25,14 +26,14 @@ def look(scheduler: Scheduler, now_s: float) -> list[RequestActivity]:
             tenant=sequence.tenant,
             adapter=sequence.adapter_name,
             version=sequence.lease.version,
-            stage=_stage(sequence),
+            stage=sequence.timeline.marks[-1].stage,
             age_s=now_s - sequence.arrival_s,
             prompt_tokens=sequence.num_prompt,
             computed_tokens=sequence.num_computed,
             output_tokens=sequence.num_output,
             max_tokens=sequence.max_tokens,
             preemptions=sequence.preemptions,
-            lack=lack if sequence.request_id in ahead else Lack.NOTHING,
+            hold=hold if sequence.request_id in ahead else None,
             ahead=ahead.get(sequence.request_id, 0),
         )
         for sequence in everyone
@@ -44,21 +45,3 @@ def _line(scheduler: Scheduler, everyone: Several[Sequence]) -> list[Sequence]:
     accounts = scheduler.ledger.tenants()
     waiting = [one for one in everyone if one.status is SequenceStatus.WAITING and one.tenant in accounts]
     return sorted(waiting, key=lambda one: (accounts[one.tenant].served, place_in_line(one)))
-
-
-def _lack(scheduler: Scheduler, line: Several[Sequence]) -> Lack:
-    """Of the first in line, for whom all others wait."""
-    if not line:
-        return Lack.NOTHING
-    if not scheduler.roster.has_seat:
-        return Lack.ROW
-    num_pages = -(-len(line[0].tokens) // scheduler.pages.page_size)
-    return Lack.PAGES if num_pages > scheduler.pages.num_available else Lack.TURN
-
-
-def _stage(sequence: Sequence) -> Stage:
-    if sequence.status is SequenceStatus.WAITING:
-        return Stage.WAITING
-    if sequence.status is SequenceStatus.PAUSED:
-        return Stage.PAUSED
-    return Stage.ANSWER if sequence.num_output else Stage.PROMPT

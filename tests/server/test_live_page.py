@@ -19,7 +19,7 @@ from support.tenants import OPERATOR, secret_of, two_tenants
 
 from gralora_runtime.adapters.catalogue.store import AdapterState
 from gralora_runtime.errors import ConfigError
-from gralora_runtime.observation.activity import Lack, Stage
+from gralora_runtime.observation.timeline import Stage
 from gralora_runtime.observation.usage import Tally
 from gralora_server.config import HttpConfig, ServerConfig, TlsConfig
 from gralora_server.live.page import LivePage
@@ -61,7 +61,7 @@ def test_what_is_shown_is_what_the_engine_does() -> None:
     engine = FakeEngine()
     engine.under_way = lambda: [
         request_activity(scoped("acme", "r1")),
-        request_activity("r2", tenant="adapter:poet", stage=Stage.ANSWER, lack=Lack.NOTHING, ahead=0, age_s=9.0),
+        request_activity("r2", tenant="adapter:poet", stage=Stage.DECODE, hold=None, ahead=0, age_s=9.0),
     ]
     with opened(engine) as (client, parts):
         parts.usage.add("acme", "poet", Counts(1, 2, 3, 4, 5, 6))
@@ -71,8 +71,8 @@ def test_what_is_shown_is_what_the_engine_does() -> None:
     assert found["server"]["model"] == "fake"
     assert [row["id"] for row in found["requests"]["rows"]] == ["r2", "r1"]
     first, second = found["requests"]["rows"]
-    assert (first["tenant"], first["stage"], first["lack"]) == ("(operator)", "answer", "")
-    assert second["lack"] == "pages"
+    assert (first["tenant"], first["stage"], first["hold"]) == ("(operator)", "decode", None)
+    assert second["hold"] == "pages"
     assert (second["tenant"], second["ahead"], second["output_tokens"], second["max_tokens"]) == ("acme", 2, 4, 64)
     assert found["load"]["pages"] == {"leased": 30, "cached": 20, "free": 50}
     (adapter,) = found["adapters"]["rows"]
@@ -265,4 +265,4 @@ def test_prompts_and_answers_are_nowhere_in_it() -> None:
         (row,) = now(client)["requests"]["rows"]
 
     texts = {name for name, value in row.items() if isinstance(value, str)}
-    assert texts == {"id", "tenant", "adapter", "stage", "lack"}
+    assert texts == {"id", "tenant", "adapter", "stage", "hold"}

@@ -30,12 +30,13 @@ from gralora_runtime.adapters.residency.share import ShareOf
 from gralora_runtime.adapters.watch import AdapterWatch
 from gralora_runtime.errors import AdapterNotFoundError, DrainingError, EngineDeadError, InvalidRequestError
 from gralora_runtime.info import EngineInfo, EngineLoad, TokenizeResult
-from gralora_runtime.observation.activity import Activity, Lack, RequestActivity, Stage
+from gralora_runtime.observation.activity import Activity, RequestActivity
 from gralora_runtime.observation.histogram import REQUEST_S, Histogram
+from gralora_runtime.observation.holdups import Hold
 from gralora_runtime.observation.requests import RequestObservation
 from gralora_runtime.observation.snapshot import EngineSnapshot
 from gralora_runtime.observation.steps import StepObservation
-from gralora_runtime.observation.timeline import Timeline
+from gralora_runtime.observation.timeline import Stage, Timeline
 from gralora_runtime.observation.timelines import Timelines
 from gralora_runtime.request import (
     Delta,
@@ -151,14 +152,14 @@ def request_activity(request_id: str = "r1", **changes: object) -> RequestActivi
         "tenant": "acme",
         "adapter": "poet",
         "version": 2,
-        "stage": Stage.WAITING,
+        "stage": Stage.QUEUE,
         "age_s": 1.5,
         "prompt_tokens": 30,
         "computed_tokens": 20,
         "output_tokens": 4,
         "max_tokens": 64,
         "preemptions": 1,
-        "lack": Lack.PAGES,
+        "hold": Hold.PAGES,
         "ahead": 2,
     }
     return RequestActivity(**facts | changes)  # type: ignore[arg-type]

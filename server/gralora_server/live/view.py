@@ -7,7 +7,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gralora_runtime.observation.activity import RequestActivity, Stage
+from gralora_runtime.observation.activity import RequestActivity
+from gralora_runtime.observation.timeline import Stage
 from gralora_server.gate import Gate
 from gralora_server.live.history import History
 from gralora_server.live.rates import Rates
@@ -15,7 +16,7 @@ from gralora_server.live.roll import COLUMNS as ADAPTER_COLUMNS
 from gralora_server.live.roll import AdapterRoll
 from gralora_server.live.table import Asked, Row, shown
 from gralora_server.ports import Engine
-from gralora_server.tenants.request_ids import unscoped
+from gralora_server.tenants.request_ids import as_asked
 from gralora_server.tenants.settings import TenantSettings
 from gralora_server.tenants.tenancy import Tenancy
 from gralora_server.tenants.usage import Usage
@@ -25,7 +26,6 @@ TENANT_COLUMNS = (
     *("tenant", "weight", "running", "waiting", "share", "tokens_per_s"),
     *("requests", "prompt_tokens", "output_tokens", "refused"),
 )
-NOBODYS = "adapter:"  # how the tenants of adapters that are nobody's begin
 OPERATOR = "(operator)"
 
 Json = dict[str, Any]
@@ -59,7 +59,7 @@ class View:
         found: Json = {"at_s": time.time(), "phase": self._gate.phase.name.lower(), "stuck": self._gate.stuck}
         if engine is None:
             return found
-        under_way = engine.under_way()
+        under_way = [as_asked(one) for one in engine.under_way()]
         return found | {
             "server": _server(engine),
             "load": self._load(engine),
@@ -91,8 +91,8 @@ class View:
         used, others = self._usage.since_start()
         used = {**used, "(others)": others} if others.requests else used
         rates = self._rates.look({tenant: counts.output_tokens for tenant, counts in used.items()}, time.monotonic())
-        computed = Counter(tenant_of(one) for one in under_way if one.stage in (Stage.PROMPT, Stage.ANSWER))
-        waiting = Counter(tenant_of(one) for one in under_way) - computed
+        computed = Counter(one.tenant for one in under_way if one.stage in (Stage.PREFILL, Stage.DECODE))
+        waiting = Counter(one.tenant for one in under_way) - computed
         whole = sum(rates.values())
         rows: list[Row] = []
         for tenant in {*settings, *used, *computed, *waiting}:
@@ -115,11 +115,6 @@ class View:
         return rows
 
 
-def tenant_of(request: RequestActivity) -> str:
-    """Whose it is; "" is the operator, or anybody where there are no tenants."""
-    return "" if request.tenant.startswith(NOBODYS) else request.tenant
-
-
 def _server(engine: Engine) -> Json:
     info = engine.info()
     return {
@@ -136,8 +131,8 @@ def _server(engine: Engine) -> Json:
 def _requests(under_way: Sequence[RequestActivity]) -> list[Row]:
     return [
         {
-            "id": unscoped(one.request_id),
-            "tenant": tenant_of(one) or OPERATOR,
+            "id": one.request_id,
+            "tenant": one.tenant or OPERATOR,
             "adapter": one.adapter,
             "version": one.version or None,
             "stage": one.stage.value,
@@ -147,7 +142,7 @@ def _requests(under_way: Sequence[RequestActivity]) -> list[Row]:
             "output_tokens": one.output_tokens,
             "max_tokens": one.max_tokens or None,
             "preemptions": one.preemptions,
-            "lack": one.lack.value,
+            "hold": one.hold,
             "ahead": one.ahead,
         }
         for one in under_way

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from gralora_runtime.observation.activity import RequestActivity
+
 _SEPARATOR = " "  # no id that a client sends has one
+_NOBODYS = "adapter:"  # how the tenants of adapters that are nobody's begin
 
 
 class ScopedId(str):
@@ -27,6 +32,7 @@ def scoped(tenant: str, request_id: str) -> str:
     return ScopedId(f"{tenant}{_SEPARATOR}{request_id}") if tenant else request_id
 
 
-def unscoped(request_id: str) -> str:
-    """As its client knows it."""
-    return request_id.rpartition(_SEPARATOR)[2]
+def as_asked(one: RequestActivity) -> RequestActivity:
+    """As its client knows it: the id, and the tenant, which is "" where nobody is named."""
+    tenant = "" if one.tenant.startswith(_NOBODYS) else one.tenant
+    return replace(one, request_id=plain(tenant, one.request_id) or one.request_id, tenant=tenant)

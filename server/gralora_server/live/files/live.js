@@ -33,19 +33,20 @@ function ago(epoch_s) {
 }
 
 const STAGES = {
-  arriving: "tokenizing", loading: "loading its adapter", waiting: "waiting", prompt: "prompt", answer: "answering", paused: "paused",
+  tokenize: "tokenizing", grammar: "compiling its grammar", adapter: "loading its adapter", queue: "waiting", prefill: "prompt",
+  decode: "answering", preempted: "waiting again", paused: "paused", delivery: "ending",
 };
-const LACKS = { "": "for its turn", row: "for a row", pages: "for KV pages", turn: "for its turn" };
+const HOLDS = { place: "for a row", pages: "for KV pages", turn: "for its turn" };
 const STATES = { registered: "on disk", loading: "loading", host: "host memory", resident: "pool", failed: "failed" };
 
 function why(row) {
   const gave_way = row.preemptions ? `gave way ${["", "once", "twice"][row.preemptions] ?? `${row.preemptions} times`}` : "";
-  if (row.stage === "waiting") {
+  if (row.hold) {
     const before = row.ahead ? `, ${number(row.ahead)} before it` : ", next";
-    return [`${LACKS[row.lack]}${before}`, gave_way].filter(Boolean).join("; ");
+    return [`${HOLDS[row.hold]}${before}`, gave_way].filter(Boolean).join("; ");
   }
-  if (row.stage === "loading") return "for its adapter to be in the pool";
-  if (row.stage === "arriving") return "for its prompt to be tokenized";
+  if (row.stage === "adapter") return "for its adapter to be in the pool";
+  if (row.stage === "tokenize") return "for its prompt to be tokenized";
   if (row.stage === "paused") return "for its client to read";
   return gave_way;
 }
