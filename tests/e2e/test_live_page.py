@@ -104,10 +104,15 @@ def texts(page: Browser, table: str, column: int = 0) -> list[str]:
     return found
 
 
-def keep(page: Browser, name: str, folder: Path) -> Image.Image:
-    """A picture of the window, small enough for a repository."""
+def keep(page: Browser, name: str, folder: Path, part: str = "") -> Image.Image:
+    """A picture of the window, or of one element of it, small enough for a repository."""
     page.picture(folder / name)
     image = Image.open(io.BytesIO((folder / name).read_bytes())).convert("RGB")
+    if part:
+        box = page.run(
+            f"(b => [b.left, b.top, b.right, b.bottom])(document.querySelector('{part}').getBoundingClientRect())"
+        )
+        image = image.crop(tuple(map(round, box)))
     if SHOTS:
         image.quantize(256, dither=Image.Dither.NONE).save(DOCS / name, optimize=True)
     return image
@@ -194,6 +199,25 @@ def test_it_is_worked_by_keys_alone_and_shows_where_they_are(page: Browser) -> N
     assert "Skip to the requests" in passed
     assert outline == "solid"
     assert page.run("document.activeElement.textContent") == "Age"  # what is new takes nobody's place away
+
+
+def test_a_request_is_explained_where_it_stands(page: Browser, tmp_path: Path) -> None:
+    page.look(*SIZES["desktop"], "light")
+    page.run("document.querySelector('#requests tbody button').focus()")
+    asked = page.run("document.activeElement.textContent")
+    page.press("Enter")
+    page.until("document.getElementById('why').open")
+    keep(page, "live-explained.png", tmp_path, "#why")
+
+    assert page.run("document.getElementById('why-title').textContent").startswith(f"{asked}: ")
+    assert "decode" in texts(page, "why") or "queue" in texts(page, "why")
+    assert page.run("document.getElementById('why-says').textContent")
+    if find_spec("axe_playwright_python") is not None:
+        assert page.axe() == []
+    page.press("Enter")  # what is at hand closes it
+    page.until("!document.getElementById('why').open")
+    assert page.run("document.activeElement.tagName") == "BUTTON"  # where its reader was
+    page.run("document.activeElement.blur()")
 
 
 @pytest.mark.parametrize("table", TABLES)

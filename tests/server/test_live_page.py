@@ -19,7 +19,7 @@ from support.tenants import OPERATOR, secret_of, two_tenants
 
 from gralora_runtime.adapters.catalogue.store import AdapterState
 from gralora_runtime.errors import ConfigError
-from gralora_runtime.observation.timeline import Stage
+from gralora_runtime.observation.timeline import Mark, Stage, Timeline
 from gralora_runtime.observation.usage import Tally
 from gralora_server.config import HttpConfig, ServerConfig, TlsConfig
 from gralora_server.live.page import LivePage
@@ -169,6 +169,7 @@ def test_where_anybody_may_look_it_is_from_this_machine_alone() -> None:
         ours = ("localhost", f"localhost:{client.base_url.port}", "127.0.0.1:1", "[::1]:1")
         others = ("evil.example", "evil.example:80", "localhost.evil.example", "127.0.0.1:1.evil.example", "")
         answers = {host: client.get("/now", headers={"host": host}).status_code for host in (*ours, *others)}
+        assert client.get("/explanation?id=r1", headers={"host": "evil.example"}).status_code == 403
         with pytest.raises(ConfigError, match="anybody could look"):
             LivePage(HttpConfig(host="0.0.0.0", port=0), ServerConfig(), parts)
 
@@ -224,6 +225,26 @@ def test_there_is_nothing_else(path: str) -> None:
     with opened(FakeEngine()) as (client, _):
         assert client.get(path).status_code == 404
         assert client.post("/now").status_code == 405
+
+
+def test_a_request_is_explained_by_its_id_and_its_tenant() -> None:
+    engine = FakeEngine()
+    found = Timeline(request_id=scoped("acme", "r1"), tenant="acme", received_s=10.0, outcome="length", ended_s=11.0)
+    found.marks += [Mark(Stage.PREFILL, 10.0), Mark(Stage.DECODE, 10.25), Mark(Stage.DELIVERY, 11.0)]
+    engine.timelines.keep(found)
+    with opened(engine, tenancy=two_tenants()) as (client, _):
+        told, of_another, unknown = (
+            client.get("/explanation", params=query, headers=bearing(OPERATOR))
+            for query in ({"tenant": "acme", "id": "r1"}, {"tenant": "bob", "id": "r1"}, {"id": "<b>"})
+        )
+        by_tenant = client.get("/explanation", params={"id": "r1"}, headers=bearing(secret_of("acme")))
+
+    assert [(part["stage"], part["duration_s"]) for part in told.json()["parts"][:2]] == [
+        ("prefill", 0.25),
+        ("decode", 0.75),
+    ]
+    assert told.json()["says"]
+    assert (of_another.status_code, unknown.status_code, by_tenant.status_code) == (404, 404, 403)
 
 
 @pytest.mark.parametrize("query", [{"requests.sort": "prompt"}, {"adapters.page": "0"}, {"after": "nan"}])

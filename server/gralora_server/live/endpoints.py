@@ -10,8 +10,9 @@ from importlib.resources import files
 from gralora_runtime.errors import InvalidRequestError
 from gralora_server.errors import PermissionDeniedError
 from gralora_server.http.calls import OPEN, Endpoint
+from gralora_server.http.errors import HttpError
 from gralora_server.http.exchange import Exchange
-from gralora_server.live.view import View
+from gralora_server.live.view import OPERATOR, View
 from gralora_server.tenants.tenancy import Tenancy
 
 RPC = "/gralora.v1.ServerService/GetActivity"  # whose rights it takes to look
@@ -63,7 +64,10 @@ class LiveEndpoints:
         entry = Endpoint(
             verb="GET", path="/entry", rpc=OPEN, says="Whether it takes a token to look.", serve=self._entry
         )
-        return [*pages, entry, now]
+        why = Endpoint(
+            verb="GET", path="/explanation", rpc=RPC, says="Where a recent request's time went.", serve=self._explain
+        )
+        return [*pages, entry, now, why]
 
     def _serving(self, path: str) -> Callable[[Exchange, dict[str, str]], Awaitable[None]]:
         async def serve(exchange: Exchange, _path: dict[str, str]) -> None:
@@ -80,6 +84,14 @@ class LiveEndpoints:
         self._check_host(exchange)
         query = exchange.query()
         await exchange.respond(200, await self._view.now(query, _after(query)), HEADERS)
+
+    async def _explain(self, exchange: Exchange, _path: dict[str, str]) -> None:
+        self._check_host(exchange)
+        tenant, request_id = (exchange.query().get(name, "") for name in ("tenant", "id"))
+        found = self._view.explanation("" if tenant == OPERATOR else tenant, request_id)
+        if found is None:
+            raise HttpError(404, "REQUEST_NOT_FOUND", f"no recent request is called {request_id[:80]!r}")
+        await exchange.respond(200, found, HEADERS)
 
     def _check_host(self, exchange: Exchange) -> None:
         """Where anybody on this machine may look, another site's page in a browser here may not: it would come under

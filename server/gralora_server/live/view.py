@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from google.protobuf.json_format import MessageToDict
+
 from gralora_runtime.observation.activity import RequestActivity
 from gralora_runtime.observation.timeline import Stage
 from gralora_server.gate import Gate
@@ -16,10 +18,11 @@ from gralora_server.live.roll import COLUMNS as ADAPTER_COLUMNS
 from gralora_server.live.roll import AdapterRoll
 from gralora_server.live.table import Asked, Row, shown
 from gralora_server.ports import Engine
-from gralora_server.tenants.request_ids import as_asked
+from gralora_server.tenants.request_ids import as_asked, scoped
 from gralora_server.tenants.settings import TenantSettings
 from gralora_server.tenants.tenancy import Tenancy
 from gralora_server.tenants.usage import Usage
+from gralora_server.waterfalls import to_explanation
 
 REQUEST_COLUMNS = ("age_s", "id", "tenant", "adapter", "version", "stage", "prompt_tokens", "output_tokens", "ahead")
 TENANT_COLUMNS = (
@@ -47,6 +50,13 @@ class View:
         engine = self._gate.loaded
         if engine is not None:
             self._history.note(time.time(), engine.activity())
+
+    def explanation(self, tenant: str, request_id: str) -> Json | None:
+        """Where the time of a recent request of the tenant went; None: there is none of that id."""
+        engine = self._gate.loaded
+        timeline = None if engine is None else engine.timelines.find(scoped(tenant, request_id))
+        found = to_explanation(timeline, request_id, str)
+        return MessageToDict(found.explanation, preserving_proto_field_name=True) if timeline is not None else None
 
     async def now(self, query: Mapping[str, str], after_s: float) -> Json:
         """All of it; of the history what came after a moment. Raises InvalidRequestError."""

@@ -64,7 +64,7 @@ const TABLES = {
   requests: {
     what: "requests", looks: "id, tenant or adapter", sort: "age_s", order: "descending",
     columns: [
-      { title: "Request", sort: "id", says: (row) => row.id },
+      { title: "Request", sort: "id", says: (row) => row.id, opens: (row) => explain(row) },
       { title: "Tenant", sort: "tenant", says: (row) => row.tenant },
       { title: "Adapter", sort: "adapter", says: (row) => row.adapter || "base model" },
       { title: "Version", sort: "version", number: true, says: (row) => row.version ?? "–" },
@@ -212,6 +212,8 @@ class Listing {
   }
 
   show({ rows, found, page, pages }) {
+    // Whoever is at a row, or reads of one, finds it where it was.
+    if (this.body.contains(document.activeElement) || at("why").open) return;
     this.page = page;
     say(this.found, this.search ? `${number(found)} found` : `${number(found)} in all`);
     say(this.where, `Page ${number(page)} of ${number(pages)}`);
@@ -232,12 +234,20 @@ class Listing {
       const kinds = [column.number ? "number" : "", column.text ? "text" : "", column.class ?? ""].join(" ").trim();
       return place ? element("td", { className: kinds }) : element("th", { scope: "row", className: kinds });
     });
-    return element("tr", {}, ...cells);
+    const line = element("tr", {}, ...cells);
+    const { opens } = this.columns[0];
+    if (opens) {
+      const button = element("button", { type: "button" });
+      button.addEventListener("click", () => opens(line.row));
+      cells[0].append(button);
+    }
+    return line;
   }
 
   fill(line, row) {
-    this.columns.forEach((column, place) => say(line.cells[place], column.says(row)));
+    this.columns.forEach((column, place) => say(line.cells[place].firstElementChild ?? line.cells[place], column.says(row)));
     if (line.cells[0].title !== line.cells[0].textContent) line.cells[0].title = line.cells[0].textContent;
+    line.row = row;
   }
 }
 
@@ -326,6 +336,26 @@ function show_memory({ pages, pool, slots }) {
   ]);
 }
 
+// Where one request's time went.
+
+async function explain({ id, tenant }) {
+  const answer = await asked(`explanation?${new URLSearchParams({ id, tenant })}`);
+  const found = await answer.json();
+  if (!answer.ok) return announce(found.error.message);
+  say(at("why-title"), `${id}: ${seconds(found.total_s)}, ${found.outcome || "it runs"}`);
+  say(at("why-says"), found.says);
+  say(at("why-advice"), found.advice ? `What would have helped: ${found.advice}` : "");
+  const lines = (found.parts ?? []).map((part) => {
+    const [start, long] = [(part.start_s ?? 0) / found.total_s, (part.duration_s ?? 0) / found.total_s];
+    const bar = drawn("rect", { x: 100 * start, y: 0, width: Math.max(100 * long, 0.7), height: 10 });
+    const picture = drawn("svg", { viewBox: "0 0 100 10", preserveAspectRatio: "none", "aria-hidden": "true" }, bar);
+    const name = element("th", { scope: "row" }, [part.stage, part.station].filter(Boolean).join(", "));
+    return element("tr", {}, name, element("td", { className: "number" }, seconds(part.duration_s ?? 0)), element("td", { className: "when" }, picture));
+  });
+  at("why-parts").replaceChildren(...lines);
+  at("why").showModal();
+}
+
 // All of it.
 
 const listings = Object.keys(TABLES).map((name) => new Listing(name));
@@ -365,12 +395,17 @@ function let_in(may, text) {
   return may;
 }
 
+function asked(path) {
+  const token = sessionStorage.getItem("token");
+  return fetch(path, { headers: token ? { Authorization: `Bearer ${token}` } : {} });
+}
+
 async function ask() {
   needs_token ??= (await (await fetch("entry")).json()).needs_token;
   const token = sessionStorage.getItem("token");
   if (!let_in(token || !needs_token, trouble || "A token is needed.")) return;
   const query = new URLSearchParams([["after", past.at_s?.at(-1) ?? 0], ...listings.flatMap((listing) => listing.query())]);
-  const answer = await fetch(`now?${query}`, { headers: token ? { Authorization: `Bearer ${token}` } : {} });
+  const answer = await asked(`now?${query}`);
   if (!let_in(answer.status !== 401, "This token is not known here.")) {
     needs_token = true;
     return sessionStorage.removeItem("token");
