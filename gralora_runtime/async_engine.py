@@ -366,7 +366,7 @@ class AsyncEngine:
             arrival=arrival,
             stream=RequestStream(request.request_id, self.abort, self._hold),
             observed=observed,
-            meter=observed.meter(arrival.arrived_s),
+            meter=observed.meter(arrival.arrived_s, request.request_id),
             timeline=Timeline.begin(request, arrival.tenant, arrival.arrived_s),
             aborted=asyncio.Event(),
         )

@@ -78,6 +78,7 @@ def _panel(panel: Panel, number: int) -> dict[str, Any]:
             "expr": of_chosen(query.expression),
             "legendFormat": query.legend or "__auto",
             "instant": panel.kind != "timeseries",
+            "exemplar": "_bucket[" in query.expression and panel.kind == "timeseries",
             "format": "table" if is_table else "time_series",
         }
         for letter, query in zip("ABCDEFGH", panel.queries, strict=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 import re
@@ -20,7 +21,7 @@ import yaml
 from support.prometheus import NEEDED, asked, prometheus, query, until, value
 
 from gralora_server import Client
-from gralora_server.client import ResourceExhaustedError
+from gralora_server.client import AsyncClient, ResourceExhaustedError
 from gralora_server.metrics import series
 
 from .conftest import announced
@@ -69,18 +70,15 @@ def load(address: str) -> None:
         asker.join()
 
 
-def flood(address: str) -> None:
+async def flood(address: str) -> None:
     """More at once than there are places."""
 
-    def ask() -> None:
-        with Client(address) as client, suppress(ResourceExhaustedError):
-            client.generate("x", max_tokens=200, ignore_eos=True)
+    async def ask(client: AsyncClient) -> None:
+        with suppress(ResourceExhaustedError):
+            await client.generate("x", max_tokens=200, ignore_eos=True)
 
-    askers = [threading.Thread(target=ask) for _ in range(24)]
-    for asker in askers:
-        asker.start()
-    for asker in askers:
-        asker.join()
+    async with AsyncClient(address) as client:
+        await asyncio.gather(*(ask(client) for _ in range(24)))
 
 
 @pytest.fixture(scope="module")
@@ -93,8 +91,8 @@ def loaded(tiny_workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> It
     ):
         until(address, "up", 1)
         # What appears with its first event has no rate before its second one.
-        for _ in range(2):
-            flood(said["address"])
+        while not value(address, 'rate(gralora_requests_ended_total{outcome="queue_full"}[1m])'):
+            asyncio.run(flood(said["address"]))
             load(said["address"])
             until(address, "sum(gralora_requests_received_total) - sum(gralora_requests_ended_total)", 0)
         yield address
@@ -136,7 +134,23 @@ def test_every_rule_is_evaluated_and_all_that_it_selects_is_there(loaded: str) -
     states = [rule for group in asked(loaded, "rules")["groups"] for rule in group["rules"]]
 
     assert {rule["name"]: rule["health"] for rule in states} == dict.fromkeys([*alerts, *records], "ok")
-    assert value(loaded, "instance:gralora_refused:ratio5m") > 0
+    until(loaded, "instance:gralora_refused:ratio5m > bool 0", 1)
+
+
+@NEEDED
+def test_a_latency_leads_to_a_request_that_had_it(loaded: str) -> None:
+    now_s = time.time()
+    found = asked(
+        loaded,
+        "query_exemplars",
+        query="gralora_time_to_first_token_seconds_bucket",
+        start=str(now_s - 600),
+        end=str(now_s),
+    )
+    examples = {one["labels"]["request_id"]: float(one["value"]) for each in found for one in each["exemplars"]}
+
+    assert examples
+    assert all(len(request_id) == 32 and 0 < value < 60 for request_id, value in examples.items())
 
 
 def test_rules_and_dashboards_name_series_of_the_page_alone() -> None:

@@ -43,6 +43,7 @@ def prometheus(folder: Path, target: str, rules: tuple[Path, ...] = ()) -> Itera
     )
     address = f"127.0.0.1:{free_port()}"
     command = ["prometheus", "--config.file=prometheus.yml", "--storage.tsdb.path=data", "--log.level=error"]
+    command += ["--enable-feature=exemplar-storage"]
     with subprocess.Popen([*command, f"--web.listen-address={address}"], cwd=folder) as process:
         try:
             yield address

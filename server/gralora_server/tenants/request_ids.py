@@ -32,7 +32,12 @@ def scoped(tenant: str, request_id: str) -> str:
     return ScopedId(f"{tenant}{_SEPARATOR}{request_id}") if tenant else request_id
 
 
+def unscoped(request_id: str) -> str:
+    """As its tenant calls it, whoever that is."""
+    return request_id.partition(_SEPARATOR)[2] or request_id
+
+
 def as_asked(one: RequestActivity) -> RequestActivity:
     """As its client knows it: the id, and the tenant, which is "" where nobody is named."""
     tenant = "" if one.tenant.startswith(_NOBODYS) else one.tenant
-    return replace(one, request_id=plain(tenant, one.request_id) or one.request_id, tenant=tenant)
+    return replace(one, request_id=unscoped(one.request_id), tenant=tenant)
