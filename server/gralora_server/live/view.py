@@ -18,8 +18,8 @@ from gralora_server.live.roll import COLUMNS as ADAPTER_COLUMNS
 from gralora_server.live.roll import AdapterRoll
 from gralora_server.live.table import Asked, Row, shown
 from gralora_server.ports import Engine
+from gralora_server.tenants.quotas import UNLIMITED
 from gralora_server.tenants.request_ids import as_asked, scoped
-from gralora_server.tenants.settings import TenantSettings
 from gralora_server.tenants.tenancy import Tenancy
 from gralora_server.tenants.usage import Usage
 from gralora_server.waterfalls import to_explanation
@@ -72,27 +72,12 @@ class View:
         under_way = [as_asked(one) for one in engine.under_way()]
         return found | {
             "server": _server(engine),
-            "load": self._load(engine),
+            "load": _load(engine),
             "phases": dict(self._history.step_phases()),
             "history": self._history.points(after_s),
             "requests": shown(_requests(under_way), asked["requests"], ("id", "tenant", "adapter")),
             "adapters": shown(await self._roll.rows(engine), asked["adapters"], ("name",)),
-            "tenants": shown(self._tenants(under_way), asked["tenants"], ("tenant",)),
-        }
-
-    def _load(self, engine: Engine) -> Json:
-        load = engine.load()
-        return {
-            "running": load.running,
-            "waiting": load.waiting,
-            "preparing": load.waiting_for_adapter,
-            "paused": load.paused,
-            "pages": {"leased": load.pages_leased, "cached": load.pages_cached, "free": load.pages_free},
-            "pool": {"used": load.adapter_pool_bytes_used, "total": load.adapter_pool_bytes_total},
-            "slots": {"used": load.adapter_slots_used, "total": load.adapter_slots_total},
-            "steps": load.steps,
-            "preemptions": load.preemptions,
-            "failures": load.request_failures + load.step_failures,
+            "tenants": self._with_limits(shown(self._tenants(under_way), asked["tenants"], ("tenant",))),
         }
 
     def _tenants(self, under_way: Sequence[RequestActivity]) -> list[Row]:
@@ -106,11 +91,11 @@ class View:
         whole = sum(rates.values())
         rows: list[Row] = []
         for tenant in {*settings, *used, *computed, *waiting}:
-            of_tenant, counts = settings.get(tenant, TenantSettings()), used.get(tenant)
+            counts = used.get(tenant)
             rows.append(
                 {
                     "tenant": tenant or OPERATOR,
-                    "weight": of_tenant.weight,
+                    "weight": settings.get(tenant, UNLIMITED).weight,
                     "running": computed[tenant],
                     "waiting": waiting[tenant],
                     "share": rates[tenant] / whole if whole and tenant in rates else None,
@@ -119,10 +104,32 @@ class View:
                     "prompt_tokens": counts.prompt_tokens if counts else 0,
                     "output_tokens": counts.output_tokens if counts else 0,
                     "refused": counts.refused if counts else 0,
-                    "limits": of_tenant.limits.model_dump(exclude_defaults=True),
                 }
             )
         return rows
+
+    def _with_limits(self, page: Json) -> Json:
+        """Of the tenants that are shown."""
+        settings = self._tenancy.current.settings.tenants
+        for row in page["rows"]:
+            row["limits"] = settings.get(row["tenant"], UNLIMITED).limits.model_dump(exclude_defaults=True)
+        return page
+
+
+def _load(engine: Engine) -> Json:
+    load = engine.load()
+    return {
+        "running": load.running,
+        "waiting": load.waiting,
+        "preparing": load.waiting_for_adapter,
+        "paused": load.paused,
+        "pages": {"leased": load.pages_leased, "cached": load.pages_cached, "free": load.pages_free},
+        "pool": {"used": load.adapter_pool_bytes_used, "total": load.adapter_pool_bytes_total},
+        "slots": {"used": load.adapter_slots_used, "total": load.adapter_slots_total},
+        "steps": load.steps,
+        "preemptions": load.preemptions,
+        "failures": load.request_failures + load.step_failures,
+    }
 
 
 def _server(engine: Engine) -> Json:
