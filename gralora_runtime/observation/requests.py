@@ -45,8 +45,9 @@ class RequestObservation:
         """A request came. What follows is a call of `end`, and before it of the meter's methods."""
         self._received += 1
 
-    def meter(self, submitted_s: float) -> RequestMeter:
-        return RequestMeter(self, submitted_s)
+    def meter(self, submitted_s: float, request_id: str = "") -> RequestMeter:
+        """`request_id`: of whose times are examples."""
+        return RequestMeter(self, submitted_s, request_id)
 
     def end(self, outcome: str) -> None:
         self._ended[outcome] = self._ended.get(outcome, 0) + 1
@@ -68,11 +69,12 @@ class RequestObservation:
 class RequestMeter:
     """Follows one request from its submission to its last delta. Times are of one monotonic clock, in seconds."""
 
-    __slots__ = ("_account", "_last_s", "_observed", "_submitted_s")
+    __slots__ = ("_account", "_last_s", "_observed", "_submitted_s", "_whose")
 
-    def __init__(self, observed: RequestObservation, submitted_s: float) -> None:
+    def __init__(self, observed: RequestObservation, submitted_s: float, request_id: str = "") -> None:
         self._observed = observed
         self._submitted_s = submitted_s
+        self._whose = request_id
         self._account = observed.accounts.base
         self._last_s = submitted_s
 
@@ -85,15 +87,16 @@ class RequestMeter:
         """A delta reaches the event loop. The first token's delay is that since the submission."""
         num_tokens = len(delta.token_ids)
         if delta.started is not None:
-            self._observed.queue.observe(delta.started.queue_time_s)
-            self._observed.first_token.observe(now_s - self._submitted_s)
+            self._observed.queue.observe(delta.started.queue_time_s, whose=self._whose)
+            self._observed.first_token.observe(now_s - self._submitted_s, whose=self._whose)
         elif num_tokens:
-            self._observed.inter_token.observe((now_s - self._last_s) / num_tokens, num_tokens)
+            between_s = (now_s - self._last_s) / num_tokens
+            self._observed.inter_token.observe(between_s, num_tokens, whose=self._whose)
         if num_tokens:
             self._last_s = now_s
             self._account.tally.generated_tokens += num_tokens
         if delta.finished is not None:
-            self._observed.total.observe(now_s - self._submitted_s)
+            self._observed.total.observe(now_s - self._submitted_s, whose=self._whose)
 
 
 def outcome_of(error: BaseException) -> str:

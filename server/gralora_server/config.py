@@ -35,7 +35,7 @@ class MetricsConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HttpConfig:
-    """Where OpenAI's clients are served. `port` 0 lets the system choose."""
+    """Where OpenAI's clients, or browsers, are served. `port` 0 lets the system choose."""
 
     host: str
     port: int
@@ -71,6 +71,7 @@ class ServerConfig:
     metrics: MetricsConfig | None = None
     http: HttpConfig | None = None
     tracing: TracingConfig | None = None
+    ui: HttpConfig | None = None  # where the live page is served
     state_dir: Path | None = None  # what tenants used is kept there
     kserve: bool = False  # the protocol of KServe's and Triton's clients, on the same port
     vllm_grpc: bool = False  # vLLM's own protocol, as NVIDIA Dynamo speaks it, on the same port

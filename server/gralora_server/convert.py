@@ -11,6 +11,8 @@ from gralora_runtime.adapters.catalogue.store import AdapterState
 from gralora_runtime.adapters.info import AdapterInfo, UnloadResult, VersionInfo
 from gralora_runtime.adapters.watch import AdapterNews
 from gralora_runtime.info import EngineInfo, EngineLoad
+from gralora_runtime.observation.activity import Activity, RequestActivity
+from gralora_runtime.observation.histogram import HistogramCounts
 from gralora_runtime.request import (
     ChatMessage,
     Delta,
@@ -282,6 +284,26 @@ def to_server_info(info: EngineInfo) -> server_pb2.GetServerInfoResponse:
 
 def to_load(load: EngineLoad) -> server_pb2.GetLoadResponse:
     return server_pb2.GetLoadResponse(**asdict(load))
+
+
+def to_activity(activity: Activity, requests: Iterable[RequestActivity]) -> server_pb2.GetActivityResponse:
+    """Requests as their clients know them."""
+    return server_pb2.GetActivityResponse(
+        load=to_load(activity.load),
+        prefill_tokens=activity.prefill_tokens,
+        decode_tokens=activity.decode_tokens,
+        phases={name: _to_histogram(counts) for name, counts in activity.phases.items()},
+        first_token=_to_histogram(activity.first_token),
+        inter_token=_to_histogram(activity.inter_token),
+        adapters=[
+            server_pb2.AdapterTraffic(account=account, **asdict(tally)) for account, tally in activity.adapters.items()
+        ],
+        requests=[server_pb2.RequestActivity(**asdict(one)) for one in requests],
+    )
+
+
+def _to_histogram(counts: HistogramCounts) -> server_pb2.Histogram:
+    return server_pb2.Histogram(bounds=counts.bounds, counts=counts.counts, sum=counts.sum)
 
 
 def from_usage_token(token: str) -> tuple[str, str]:

@@ -17,6 +17,7 @@ from gralora_runtime.adapters.info import AdapterInfo, AdapterPage, UnloadResult
 from gralora_runtime.adapters.residency.share import ShareOf
 from gralora_runtime.adapters.watch import AdapterWatch
 from gralora_runtime.info import EngineInfo, EngineLoad, TokenizeResult
+from gralora_runtime.observation.activity import Activity, RequestActivity
 from gralora_runtime.observation.snapshot import EngineSnapshot
 from gralora_runtime.observation.timelines import Timelines
 from gralora_runtime.request import GenerationRequest, Prompt
@@ -47,7 +48,8 @@ class Adapters(Protocol):
 
 
 class Engine(Protocol):
-    """Generates. Every method but `snapshot` is called on the event loop; `busy_since_s` is read in any thread."""
+    """Generates. Every method is called on the event loop, but for `snapshot`, `activity` and `under_way`, which any
+    thread calls; `busy_since_s` is read in any."""
 
     dead: asyncio.Event
     first_token_s: float | None  # who would wait longer for the first token is refused; may change at any time
@@ -65,6 +67,8 @@ class Engine(Protocol):
     def info(self) -> EngineInfo: ...
     def load(self) -> EngineLoad: ...
     def snapshot(self) -> EngineSnapshot: ...
+    def activity(self) -> Activity: ...
+    def under_way(self) -> list[RequestActivity]: ...
     def begin_drain(self) -> None: ...
     async def close(self) -> None: ...
 

@@ -87,13 +87,14 @@ async def serve(
     on_serving: Callable[[int], None] | None = None,
     on_metrics: Callable[[int], None] | None = None,
     on_http: Callable[[int], None] | None = None,
+    on_ui: Callable[[int], None] | None = None,
 ) -> None:
     """Serve until SIGTERM or SIGINT, then drain; a second signal ends the draining at once. SIGHUP reloads the
     configuration file, if there is one.
 
     `on_bound` is told the port when calls are answered, if only with UNAVAILABLE; `on_serving` when requests are taken.
     `on_metrics` is told the port of the metrics page, which is there from before the model loads until the very end,
-    and `on_http` that for OpenAI's clients.
+    `on_http` that for OpenAI's clients, and `on_ui` that of the live page, which is there as long as the other page.
 
     Raises what the factory raises, and `EngineDeadError` when the engine died while serving.
     """
@@ -104,11 +105,11 @@ async def serve(
             keeping(server.usage, config.state_dir),
             _page(config.metrics, server) as metrics_port,
             serving_http(config, server) as http_port,
+            _live_page(config, server) as ui_port,
         ):
-            if metrics_port is not None and on_metrics is not None:
-                on_metrics(metrics_port)
-            if http_port is not None and on_http is not None:
-                on_http(http_port)
+            for tell, page_port in ((on_metrics, metrics_port), (on_http, http_port), (on_ui, ui_port)):
+                if tell is not None and page_port is not None:
+                    tell(page_port)
             if on_bound is not None:
                 on_bound(port)
             _log.info("listening on %s:%d", config.host, port)
@@ -175,6 +176,22 @@ async def serving_http(config: ServerConfig, server: GrpcServer) -> AsyncIterato
         yield port
     finally:
         await listener.stop()
+
+
+@asynccontextmanager
+async def _live_page(config: ServerConfig, server: GrpcServer) -> AsyncIterator[int | None]:
+    """The port of the live page while it is served; None if it is not wanted."""
+    if config.ui is None:
+        yield None
+        return
+    from gralora_server.live.page import LivePage  # as above
+
+    page = await asyncio.to_thread(LivePage, config.ui, config, server)
+    _log.info("live page on http://%s:%d", config.ui.host, page.port)
+    try:
+        yield page.port
+    finally:
+        await asyncio.to_thread(page.close)
 
 
 async def _serve_engine(server: GrpcServer, engine: Engine, asked_to_stop: asyncio.Event, grace_s: float) -> None:

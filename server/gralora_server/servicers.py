@@ -34,6 +34,7 @@ from gralora_server.sending import send
 from gralora_server.settings.reloader import Reloader
 from gralora_server.tenants.caller import Caller, current
 from gralora_server.tenants.metering import Metering
+from gralora_server.tenants.request_ids import as_asked
 from gralora_server.tenants.rights import Rights
 from gralora_server.tenants.settings import Role
 from gralora_server.tenants.suggestions import suggesting
@@ -295,6 +296,12 @@ class ServerServicer(server_pb2_grpc.ServerServiceServicer):
         known = [timelines.find(request_id) for request_id in self._rights.ids_of(request.request_id)]
         newest = max(filter(None, known), key=lambda timeline: timeline.received_s, default=None)
         return to_explanation(newest, request.request_id, self._rights.shown())
+
+    async def GetActivity(
+        self, _request: server_pb2.GetActivityRequest, _context: Context
+    ) -> server_pb2.GetActivityResponse:
+        engine = self._gate.engine
+        return convert.to_activity(engine.activity(), map(as_asked, engine.under_way()))
 
     async def ReloadConfig(
         self, _request: server_pb2.ReloadConfigRequest, _context: Context

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 from support.both_clients import Connect, call, connect_async, connect_sync
-from support.fake_engine import INFO, LOAD, adapter_info
+from support.fake_engine import INFO, LOAD, FakeEngine, activity, adapter_info, request_activity
 from support.grpc_harness import served
 
+from gralora_runtime.observation.requests import RequestObservation
+from gralora_runtime.observation.usage import Tally
 from gralora_server.client import (
     AdapterState,
     AsyncClient,
@@ -21,6 +24,7 @@ from gralora_server.client import (
     UnloadResult,
     requests,
 )
+from gralora_server.tenants.request_ids import scoped
 from gralora_server.tenants.usage import Counts
 
 both = pytest.mark.parametrize("connect", [connect_sync, connect_async], ids=["sync", "async"])
@@ -174,3 +178,21 @@ async def test_wait_ready_gives_up_when_nobody_listens(connect: Connect) -> None
         async with connect(reserved.getsockname()[1]) as client:
             with pytest.raises(DeadlineError, match=r"not ready within 0\.2 s"):
                 await call(client, "wait_ready", 0.2)
+
+
+@both
+async def test_activity_arrives_as_the_engine_tells_it_but_for_names_that_are_the_servers_own(connect: Connect) -> None:
+    engine = FakeEngine()
+    observed = RequestObservation(10)
+    observed.first_token.observe(0.3)
+    expected = activity(observed, adapters={"poet@2": Tally(1, 2, 3)})
+    engine.activity = lambda: expected
+    engine.under_way = lambda: [request_activity(scoped("acme", "r1")), request_activity("r2", tenant="adapter:poet")]
+    async with served(engine=engine) as s, connect(s.port) as client:
+        found = await call(client, "activity")
+
+    assert replace(found.activity, adapters=expected.adapters) == expected
+    assert {account: asdict(tally) for account, tally in found.activity.adapters.items()} == {
+        "poet@2": {"requests": 1, "prompt_tokens": 2, "generated_tokens": 3}
+    }
+    assert found.requests == (request_activity("r1"), request_activity("r2", tenant=""))

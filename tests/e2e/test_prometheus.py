@@ -2,76 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import shutil
-import socket
-import subprocess
-import time
-import urllib.error
-import urllib.parse
-import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-import pytest
+from support.prometheus import NEEDED, prometheus, query, until, value
 
 from gralora_server import Client
 
 from .conftest import announced
 
-CONFIG = """
-global: {{scrape_interval: 200ms, scrape_timeout: 200ms}}
-scrape_configs:
-  - job_name: gralora
-    static_configs: [{{targets: ["{target}"]}}]
-"""
 NUM_OUTPUT = 40
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return listener.getsockname()[1]
-
-
-@contextmanager
-def prometheus(folder: Path, target: str) -> Iterator[str]:
-    """Yields its address."""
-    (folder / "prometheus.yml").write_text(CONFIG.format(target=target))
-    address = f"127.0.0.1:{free_port()}"
-    command = ["prometheus", "--config.file=prometheus.yml", "--storage.tsdb.path=data", "--log.level=error"]
-    with subprocess.Popen([*command, f"--web.listen-address={address}"], cwd=folder) as process:
-        try:
-            yield address
-        finally:
-            process.terminate()
-
-
-def query(address: str, expression: str) -> list[dict[str, Any]]:
-    """Nothing while it starts."""
-    url = f"http://{address}/api/v1/query?" + urllib.parse.urlencode({"query": expression})
-    try:
-        with urllib.request.urlopen(url, timeout=10) as answer:
-            result: list[dict[str, Any]] = json.load(answer)["data"]["result"]
-    except urllib.error.URLError:
-        return []
-    return result
-
-
-def value(address: str, expression: str) -> float | None:
-    result = query(address, expression)
-    return float(result[0]["value"][1]) if result else None
-
-
-def until(address: str, expression: str, expected: float, timeout_s: float = 30.0) -> None:
-    deadline_s = time.monotonic() + timeout_s
-    while (found := value(address, expression)) != expected:
-        assert time.monotonic() < deadline_s, f"{expression} is {found}, not {expected}"
-        time.sleep(0.05)
-
-
-@pytest.mark.skipif(shutil.which("prometheus") is None, reason="prometheus is not installed (apt install prometheus)")
+@NEEDED
 def test_prometheus_scrapes_a_loaded_server_and_answers_with_its_numbers(tiny_workspace: Path, tmp_path: Path) -> None:
     options = ("--threads", "1", "--max-num-seqs", "2", "--no-prefix-cache", "--metrics-address", "127.0.0.1:0")
     with (

@@ -30,3 +30,39 @@ def test_what_was_read_does_not_change_afterwards() -> None:
     histogram.observe(0.5)
 
     assert read.counts == (0, 0)
+
+
+def test_the_difference_of_two_moments_is_what_came_between() -> None:
+    histogram = Histogram([1.0, 2.0])
+    histogram.observe(0.5)
+    before = histogram.read()
+    histogram.observe(1.5, 2)
+    between = histogram.read().since(before)
+
+    assert between.counts == (0, 2, 0)
+    assert between.sum == 3.0
+
+
+def test_a_quantile_lies_in_its_bucket_as_prometheus_reckons_it() -> None:
+    histogram = Histogram([1.0, 2.0, 4.0])
+    histogram.observe(0.5, 10)
+    histogram.observe(3.0, 10)
+    read = histogram.read()
+
+    assert read.quantile(0.25) == 0.5
+    assert read.quantile(0.5) == 1.0
+    assert read.quantile(0.75) == 3.0
+    histogram.observe(100.0, 1000)
+    assert histogram.read().quantile(0.99) == 4.0
+    assert Histogram([1.0]).read().quantile(0.5) is None
+
+
+def test_a_bucket_remembers_whose_value_came_last_if_it_is_told() -> None:
+    histogram = Histogram([1.0, 2.0])
+    assert histogram.read().exemplars == ()
+
+    for value, whose in ((0.5, "a"), (0.6, "b"), (9.0, "c"), (1.5, "")):
+        histogram.observe(value, whose=whose)
+    found = histogram.read().exemplars
+
+    assert [one and (one.whose, one.value) for one in found] == [("b", 0.6), None, ("c", 9.0)]

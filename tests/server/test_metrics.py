@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 from support.fake_engine import INFO, FakeEngine, snapshot
 
@@ -31,6 +32,7 @@ from gralora_server.metrics.page import MetricsPage
 from gralora_server.metrics.table import table
 from gralora_server.metrics.tenants import TenantCollector
 from gralora_server.service import serve
+from gralora_server.tenants.request_ids import scoped
 from gralora_server.tenants.usage import Counts, Usage
 
 DOC = Path(__file__).parent.parent.parent / "docs" / "metrics.md"
@@ -233,19 +235,54 @@ def test_a_port_that_cannot_be_is_refused() -> None:
         MetricsConfig(host="127.0.0.1", port=65536)
 
 
-async def test_names_keep_their_colon_whatever_format_the_scraper_asks_for() -> None:
+PROMETHEUS_2 = "application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5,*/*;q=0.1"
+PROMETHEUS_3 = (
+    "application/openmetrics-text;version=1.0.0;escaping=allow-utf-8;q=0.6,"
+    "text/plain;version=1.0.0;escaping=allow-utf-8;q=0.4,*/*;q=0.1"
+)
+
+
+@pytest.mark.parametrize("accepted", [PROMETHEUS_2, PROMETHEUS_3, "text/plain", "*/*", ""])
+async def test_names_keep_their_colon_whatever_format_the_scraper_asks_for(accepted: str) -> None:
     """As OpenMetrics they lost it, and Prometheus, which asks for that first, had none of the gateways' series."""
     gate = Gate()
     gate.open(FakeEngine())
     page = MetricsPage(LOOPBACK, gate, Usage())
-    wanted = {"Accept": "application/openmetrics-text;version=1.0.0,text/plain;version=1.0.0;q=0.5,*/*;q=0.1"}
     try:
-        text = await asyncio.to_thread(get, page.port, wanted)
+        text = await asyncio.to_thread(get, page.port, {"Accept": accepted})
     finally:
         await asyncio.to_thread(page.close)
 
-    assert samples(text, "vllm:num_requests_running") == {(): 1.0}
+    assert "\nvllm:num_requests_running 1.0\n" in text
     assert "vllm_" not in text
+    assert text.endswith("# EOF\n") is ("openmetrics" in accepted)
+
+
+async def test_both_formats_have_the_same_series() -> None:
+    gate, registry = Gate(), CollectorRegistry()
+    gate.open(Seen(snapshot()))
+    registry.register(EngineCollector(gate))
+    registry.register(TenantCollector(Usage()))
+    classic, modern = generate_latest(registry).decode(), openmetrics.generate_latest(registry, "allow-utf-8").decode()
+    lines = [{line.rpartition(" ")[0] for line in text.splitlines() if line[0] != "#"} for text in (classic, modern)]
+
+    assert lines[0] == lines[1]
+    assert len(lines[0]) > 200
+
+
+async def test_a_bucket_has_the_last_request_that_fell_into_it_as_its_client_calls_it() -> None:
+    observed = RequestObservation(10)
+    for request_id, waited_s in (("first", 0.3), (scoped("acme", "second"), 0.4), ("slow", 9.0), ("x" * 200, 40.0)):
+        observed.first_token.observe(waited_s, whose=request_id)
+    gate, registry = Gate(), CollectorRegistry()
+    gate.open(Seen(snapshot(observed)))
+    registry.register(EngineCollector(gate))
+    text = openmetrics.generate_latest(registry, "allow-utf-8").decode()
+    found = dict(
+        re.findall(r'gralora_time_to_first_token_seconds_bucket\{le="([^"]+)"\} \d+\.0 # (\{[^}]*\} [\d.]+) ', text)
+    )
+
+    assert found == {"0.5": '{request_id="second"} 0.4', "10.0": '{request_id="slow"} 9.0'}
 
 
 async def test_a_client_that_sends_nothing_holds_up_no_other() -> None:

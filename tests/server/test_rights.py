@@ -168,6 +168,7 @@ RPCS = {
     "Tokenize": about_no_adapter("Tokenize", text="hello"),
     "AbortRequest": about_no_adapter("AbortRequest", request_id="r1"),
     "ExplainRequest": about_no_adapter("ExplainRequest", request_id="r1"),
+    "GetActivity": about_no_adapter("GetActivity", role=Role.ADMIN),
     "ReloadConfig": about_no_adapter("ReloadConfig", role=Role.ADMIN),
     "ServerLive": about_the_server("ServerLive"),
     "ServerReady": about_the_server("ServerReady"),

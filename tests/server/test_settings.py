@@ -147,7 +147,19 @@ def test_options_are_not_ambiguous() -> None:
 def test_whatever_is_configured_is_a_setting() -> None:
     """A field of a configuration that no operator could set would be no setting. `prices` are a `profile`'s,
     `model_dir` is the engine's `model`, and `tenancy` is at the top of the file."""
-    composed = {"host", "port", "tls", "metrics", "http", "tracing", "prices", "supervised", "tenancy", "model_dir"}
+    composed = {
+        "host",
+        "port",
+        "tls",
+        "metrics",
+        "http",
+        "ui",
+        "tracing",
+        "prices",
+        "supervised",
+        "tenancy",
+        "model_dir",
+    }
     configured = {field.name for kind in (EngineConfig, ServerConfig) for field in fields(kind)} - composed
 
     assert configured <= {setting.field for setting in SETTINGS}

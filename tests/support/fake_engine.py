@@ -30,11 +30,13 @@ from gralora_runtime.adapters.residency.share import ShareOf
 from gralora_runtime.adapters.watch import AdapterWatch
 from gralora_runtime.errors import AdapterNotFoundError, DrainingError, EngineDeadError, InvalidRequestError
 from gralora_runtime.info import EngineInfo, EngineLoad, TokenizeResult
+from gralora_runtime.observation.activity import Activity, RequestActivity
 from gralora_runtime.observation.histogram import REQUEST_S, Histogram
+from gralora_runtime.observation.holdups import Hold
 from gralora_runtime.observation.requests import RequestObservation
 from gralora_runtime.observation.snapshot import EngineSnapshot
 from gralora_runtime.observation.steps import StepObservation
-from gralora_runtime.observation.timeline import Timeline
+from gralora_runtime.observation.timeline import Stage, Timeline
 from gralora_runtime.observation.timelines import Timelines
 from gralora_runtime.request import (
     Delta,
@@ -126,6 +128,41 @@ def snapshot(observed: RequestObservation | None = None, **changes: object) -> E
         "waiting_adapters": frozenset({"cold"}),
     }
     return EngineSnapshot(**facts | changes)  # type: ignore[arg-type]
+
+
+def activity(observed: RequestObservation | None = None, **changes: object) -> Activity:
+    """As `snapshot`."""
+    requests, steps = observed or RequestObservation(100), StepObservation().read()
+    facts: dict[str, object] = {
+        "load": LOAD,
+        "prefill_tokens": 15,
+        "decode_tokens": 16,
+        "phases": {str(phase): counts for phase, counts in steps.phases.items()},
+        "first_token": requests.first_token.read(),
+        "inter_token": requests.inter_token.read(),
+        "adapters": requests.accounts.read(),
+    }
+    return Activity(**facts | changes)  # type: ignore[arg-type]
+
+
+def request_activity(request_id: str = "r1", **changes: object) -> RequestActivity:
+    """One that waits."""
+    facts: dict[str, object] = {
+        "request_id": request_id,
+        "tenant": "acme",
+        "adapter": "poet",
+        "version": 2,
+        "stage": Stage.QUEUE,
+        "age_s": 1.5,
+        "prompt_tokens": 30,
+        "computed_tokens": 20,
+        "output_tokens": 4,
+        "max_tokens": 64,
+        "preemptions": 1,
+        "hold": Hold.PAGES,
+        "ahead": 2,
+    }
+    return RequestActivity(**facts | changes)  # type: ignore[arg-type]
 
 
 def started(request: GenerationRequest) -> Delta:
@@ -300,6 +337,12 @@ class FakeEngine:
 
     def snapshot(self) -> EngineSnapshot:
         return snapshot()
+
+    def activity(self) -> Activity:
+        return activity()
+
+    def under_way(self) -> list[RequestActivity]:
+        return [request_activity()]
 
     def begin_drain(self) -> None:
         self.draining.set()

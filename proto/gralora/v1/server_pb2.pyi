@@ -796,3 +796,246 @@ class LongestPause(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___LongestPause: _TypeAlias = LongestPause  # noqa: Y015
+
+@_typing.final
+class GetActivityRequest(_message.Message):
+    """Asks what the server is doing."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetActivityRequest: _TypeAlias = GetActivityRequest  # noqa: Y015
+
+@_typing.final
+class GetActivityResponse(_message.Message):
+    """What the server is doing. Counts are since the start: what was done lately is the difference of two answers."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class PhasesEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        @_builtins.property
+        def value(self) -> Global___Histogram: ...
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: Global___Histogram | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["value", b"value"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    LOAD_FIELD_NUMBER: _builtins.int
+    PREFILL_TOKENS_FIELD_NUMBER: _builtins.int
+    DECODE_TOKENS_FIELD_NUMBER: _builtins.int
+    PHASES_FIELD_NUMBER: _builtins.int
+    FIRST_TOKEN_FIELD_NUMBER: _builtins.int
+    INTER_TOKEN_FIELD_NUMBER: _builtins.int
+    ADAPTERS_FIELD_NUMBER: _builtins.int
+    REQUESTS_FIELD_NUMBER: _builtins.int
+    prefill_tokens: _builtins.int
+    """Tokens computed in prompts, or again after preemption."""
+    decode_tokens: _builtins.int
+    """Tokens computed one at a time, after the prompt."""
+    @_builtins.property
+    def load(self) -> Global___GetLoadResponse:
+        """How busy it is."""
+
+    @_builtins.property
+    def phases(self) -> _containers.MessageMap[_builtins.str, Global___Histogram]:
+        """What each phase of a step took, in seconds."""
+
+    @_builtins.property
+    def first_token(self) -> Global___Histogram:
+        """From submission to the first token, in seconds."""
+
+    @_builtins.property
+    def inter_token(self) -> Global___Histogram:
+        """From one token of a request to its next, in seconds."""
+
+    @_builtins.property
+    def adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___AdapterTraffic]:
+        """What adapters were used for, of those that have an account of their own."""
+
+    @_builtins.property
+    def requests(self) -> _containers.RepeatedCompositeFieldContainer[Global___RequestActivity]:
+        """Every request that has not ended, in no order."""
+
+    def __init__(
+        self,
+        *,
+        load: Global___GetLoadResponse | None = ...,
+        prefill_tokens: _builtins.int = ...,
+        decode_tokens: _builtins.int = ...,
+        phases: _abc.Mapping[_builtins.str, Global___Histogram] | None = ...,
+        first_token: Global___Histogram | None = ...,
+        inter_token: Global___Histogram | None = ...,
+        adapters: _abc.Iterable[Global___AdapterTraffic] | None = ...,
+        requests: _abc.Iterable[Global___RequestActivity] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["first_token", b"first_token", "inter_token", b"inter_token", "load", b"load"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "decode_tokens", b"decode_tokens", "first_token", b"first_token", "inter_token", b"inter_token", "load", b"load", "phases", b"phases", "prefill_tokens", b"prefill_tokens", "requests", b"requests"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetActivityResponse: _TypeAlias = GetActivityResponse  # noqa: Y015
+
+@_typing.final
+class Histogram(_message.Message):
+    """Values by size."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BOUNDS_FIELD_NUMBER: _builtins.int
+    COUNTS_FIELD_NUMBER: _builtins.int
+    SUM_FIELD_NUMBER: _builtins.int
+    sum: _builtins.float
+    """Of all values."""
+    @_builtins.property
+    def bounds(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """Each bucket's largest value, but for the last bucket's, which has none."""
+
+    @_builtins.property
+    def counts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Values in each bucket."""
+
+    def __init__(
+        self,
+        *,
+        bounds: _abc.Iterable[_builtins.float] | None = ...,
+        counts: _abc.Iterable[_builtins.int] | None = ...,
+        sum: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bounds", b"bounds", "counts", b"counts", "sum", b"sum"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Histogram: _TypeAlias = Histogram  # noqa: Y015
+
+@_typing.final
+class AdapterTraffic(_message.Message):
+    """What an adapter was used for."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ACCOUNT_FIELD_NUMBER: _builtins.int
+    REQUESTS_FIELD_NUMBER: _builtins.int
+    PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    GENERATED_TOKENS_FIELD_NUMBER: _builtins.int
+    account: _builtins.str
+    """"NAME@VERSION"; "" is the base model, "other" all that have no account of their own."""
+    requests: _builtins.int
+    """Requests that were queued."""
+    prompt_tokens: _builtins.int
+    """Tokens of their prompts."""
+    generated_tokens: _builtins.int
+    """Tokens delivered to them."""
+    def __init__(
+        self,
+        *,
+        account: _builtins.str = ...,
+        requests: _builtins.int = ...,
+        prompt_tokens: _builtins.int = ...,
+        generated_tokens: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account", b"account", "generated_tokens", b"generated_tokens", "prompt_tokens", b"prompt_tokens", "requests", b"requests"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AdapterTraffic: _TypeAlias = AdapterTraffic  # noqa: Y015
+
+@_typing.final
+class RequestActivity(_message.Message):
+    """One request under way, without its prompt and its answer."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    STAGE_FIELD_NUMBER: _builtins.int
+    AGE_S_FIELD_NUMBER: _builtins.int
+    PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    COMPUTED_TOKENS_FIELD_NUMBER: _builtins.int
+    OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
+    MAX_TOKENS_FIELD_NUMBER: _builtins.int
+    PREEMPTIONS_FIELD_NUMBER: _builtins.int
+    HOLD_FIELD_NUMBER: _builtins.int
+    AHEAD_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """Its id."""
+    tenant: _builtins.str
+    """Whose it is; empty without tenants, and for the operator."""
+    adapter: _builtins.str
+    """As it asked for it until a version is picked; empty for the base model."""
+    version: _builtins.int
+    """0: none is picked yet, the base model, or a mix."""
+    stage: _builtins.str
+    """Where it stands: "tokenize", "grammar", "adapter" (which is being brought into the pool), "queue" (it waits for a
+    place), "prefill" or "decode" (its prompt, or its answer, is being computed), "preempted" (it gave way, and waits
+    again), "paused" (its client does not read) or "delivery".
+    """
+    age_s: _builtins.float
+    """Since it was submitted, in seconds."""
+    prompt_tokens: _builtins.int
+    """0: not counted yet."""
+    computed_tokens: _builtins.int
+    """Of prompt and answer."""
+    output_tokens: _builtins.int
+    """Tokens of the answer so far."""
+    max_tokens: _builtins.int
+    """Most tokens of the answer; 0: not known yet."""
+    preemptions: _builtins.int
+    """How often it gave up its memory to others."""
+    hold: _builtins.str
+    """Of one that waits for a place, what the first of those waits for: "place" (every row is taken), "pages" of the KV
+    cache, or its "turn".
+    """
+    ahead: _builtins.int
+    """Requests that are to get theirs before it."""
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        tenant: _builtins.str = ...,
+        adapter: _builtins.str = ...,
+        version: _builtins.int = ...,
+        stage: _builtins.str = ...,
+        age_s: _builtins.float = ...,
+        prompt_tokens: _builtins.int = ...,
+        computed_tokens: _builtins.int = ...,
+        output_tokens: _builtins.int = ...,
+        max_tokens: _builtins.int = ...,
+        preemptions: _builtins.int = ...,
+        hold: _builtins.str = ...,
+        ahead: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "age_s", b"age_s", "ahead", b"ahead", "computed_tokens", b"computed_tokens", "hold", b"hold", "max_tokens", b"max_tokens", "output_tokens", b"output_tokens", "preemptions", b"preemptions", "prompt_tokens", b"prompt_tokens", "request_id", b"request_id", "stage", b"stage", "tenant", b"tenant", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RequestActivity: _TypeAlias = RequestActivity  # noqa: Y015

@@ -70,6 +70,11 @@ class ServerServiceStub:
                 request_serializer=gralora_dot_v1_dot_server__pb2.ExplainRequestRequest.SerializeToString,
                 response_deserializer=gralora_dot_v1_dot_server__pb2.ExplainRequestResponse.FromString,
                 _registered_method=True)
+        self.GetActivity = channel.unary_unary(
+                '/gralora.v1.ServerService/GetActivity',
+                request_serializer=gralora_dot_v1_dot_server__pb2.GetActivityRequest.SerializeToString,
+                response_deserializer=gralora_dot_v1_dot_server__pb2.GetActivityResponse.FromString,
+                _registered_method=True)
 
 
 class ServerServiceServicer:
@@ -129,6 +134,13 @@ class ServerServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetActivity(self, request, context):
+        """What the server is doing now: its counts, and every request under way. For an operator.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ServerServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -166,6 +178,11 @@ def add_ServerServiceServicer_to_server(servicer, server):
                     servicer.ExplainRequest,
                     request_deserializer=gralora_dot_v1_dot_server__pb2.ExplainRequestRequest.FromString,
                     response_serializer=gralora_dot_v1_dot_server__pb2.ExplainRequestResponse.SerializeToString,
+            ),
+            'GetActivity': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetActivity,
+                    request_deserializer=gralora_dot_v1_dot_server__pb2.GetActivityRequest.FromString,
+                    response_serializer=gralora_dot_v1_dot_server__pb2.GetActivityResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -358,6 +375,33 @@ class ServerService:
             '/gralora.v1.ServerService/ExplainRequest',
             gralora_dot_v1_dot_server__pb2.ExplainRequestRequest.SerializeToString,
             gralora_dot_v1_dot_server__pb2.ExplainRequestResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetActivity(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/gralora.v1.ServerService/GetActivity',
+            gralora_dot_v1_dot_server__pb2.GetActivityRequest.SerializeToString,
+            gralora_dot_v1_dot_server__pb2.GetActivityResponse.FromString,
             options,
             channel_credentials,
             insecure,

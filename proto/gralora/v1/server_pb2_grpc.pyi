@@ -54,6 +54,8 @@ class ServerServiceStub:
     """Where the time of a request went that runs or ended not long ago. A tenant is told of its own requests alone, and
     not who others are.
     """
+    GetActivity: _grpc.UnaryUnaryMultiCallable[_server_pb2.GetActivityRequest, _server_pb2.GetActivityResponse]
+    """What the server is doing now: its counts, and every request under way. For an operator."""
 
 @_typing.type_check_only
 class ServerServiceAsyncStub(ServerServiceStub):
@@ -81,6 +83,8 @@ class ServerServiceAsyncStub(ServerServiceStub):
     """Where the time of a request went that runs or ended not long ago. A tenant is told of its own requests alone, and
     not who others are.
     """
+    GetActivity: _aio.UnaryUnaryMultiCallable[_server_pb2.GetActivityRequest, _server_pb2.GetActivityResponse]  # type: ignore[assignment]
+    """What the server is doing now: its counts, and every request under way. For an operator."""
 
 class ServerServiceServicer(metaclass=_abc_1.ABCMeta):
     """Describes the server."""
@@ -147,5 +151,13 @@ class ServerServiceServicer(metaclass=_abc_1.ABCMeta):
         """Where the time of a request went that runs or ended not long ago. A tenant is told of its own requests alone, and
         not who others are.
         """
+
+    @_abc_1.abstractmethod
+    def GetActivity(
+        self,
+        request: _server_pb2.GetActivityRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_server_pb2.GetActivityResponse, _abc.Awaitable[_server_pb2.GetActivityResponse]]:
+        """What the server is doing now: its counts, and every request under way. For an operator."""
 
 def add_ServerServiceServicer_to_server(servicer: ServerServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

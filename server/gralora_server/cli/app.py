@@ -33,6 +33,7 @@ from gralora_server.cli import (
     serve_fleet,
     status,
     tokens,
+    top,
     usage,
 )
 from gralora_server.cli.output import CommandError, ExitCode, print_error
@@ -61,6 +62,7 @@ app.command("generate")(generate.generate)
 app.command("explain")(explain.explain)
 app.command("plan")(plan.plan)
 app.command("status")(status.status)
+app.command("top")(top.top)
 app.command("health")(health.health)
 app.command("usage")(usage.usage)
 adapters.app.command("convert")(adapters_convert.convert)

@@ -7,6 +7,7 @@ import logging
 import sys
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -42,8 +43,8 @@ def serve(
 ) -> None:
     """Serve a model and its adapters until SIGTERM or Ctrl-C. SIGHUP reads the file of --config again.
 
-    Prints one line, SERVING on HOST:PORT, when requests are taken (with --json: address, model, metrics_address and
-    http_address).
+    Prints one line, SERVING on HOST:PORT, when requests are taken (with --json: address, model, metrics_address,
+    http_address and ui_address).
     """
     from gralora_server.settings.reloader import Reloader
 
@@ -89,15 +90,13 @@ def _run(server_config: ServerConfig, engine_config: EngineConfig, reloader: Rel
 
     from gralora_server.service import serve as serve_until_stopped
 
-    also: dict[str, str | None] = {"metrics_address": None, "http_address": None}
+    ports = {"metrics": server_config.metrics, "http": server_config.http, "ui": server_config.ui}
+    also: dict[str, str | None] = {f"{name}_address": None for name in ports}
 
-    def note_metrics(port: int) -> None:
-        assert server_config.metrics is not None
-        also["metrics_address"] = f"{server_config.metrics.host}:{port}"
-
-    def note_http(port: int) -> None:
-        assert server_config.http is not None
-        also["http_address"] = f"{server_config.http.host}:{port}"
+    def note(name: str, port: int) -> None:
+        config = ports[name]
+        assert config is not None
+        also[f"{name}_address"] = f"{config.host}:{port}"
 
     shown = ExitStack()
 
@@ -113,7 +112,8 @@ def _run(server_config: ServerConfig, engine_config: EngineConfig, reloader: Rel
                 lambda: _start_engine(engine_config, stage),
                 reloader=reloader,
                 on_serving=on_serving,
-                on_metrics=note_metrics,
-                on_http=note_http,
+                on_metrics=partial(note, "metrics"),
+                on_http=partial(note, "http"),
+                on_ui=partial(note, "ui"),
             )
         )

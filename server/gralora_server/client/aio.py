@@ -26,6 +26,7 @@ from gralora_server.client.records import (
     AdapterNews,
     Explanation,
     Generation,
+    ServerActivity,
     ServerInfo,
     StreamDelta,
     TenantUsage,
@@ -247,6 +248,10 @@ class AsyncClient(ClientBase[grpc.aio.Channel]):
 
     async def load(self) -> EngineLoad:
         return await self.run(requests.get_load())
+
+    async def activity(self) -> ServerActivity:
+        """What the server is doing now, and every request under way. For an admin."""
+        return await self.run(requests.get_activity())
 
     async def reload_config(self) -> tuple[str, ...]:
         """What changed at the top of the server's configuration file. For an admin."""

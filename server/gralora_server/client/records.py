@@ -7,6 +7,7 @@ from datetime import datetime
 
 from gralora_runtime.adapters.catalogue.store import AdapterState
 from gralora_runtime.info import EngineInfo
+from gralora_runtime.observation.activity import Activity, RequestActivity
 from gralora_runtime.request import Delta, FinishReason, ServedAdapter, TokenLogprob
 
 StreamDelta = Delta
@@ -114,6 +115,14 @@ class TenantUsage:
     output_tokens: int
     refused: int  # requests and uploads, for a quota or a full queue
     upload_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerActivity:
+    """What a server is doing: counts since its start, and every request under way."""
+
+    activity: Activity
+    requests: tuple[RequestActivity, ...]
 
 
 @dataclass(frozen=True, slots=True)

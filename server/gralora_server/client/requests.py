@@ -18,7 +18,7 @@ from gralora_runtime.info import EngineLoad, TokenizeResult
 from gralora_runtime.request import ChatMessage
 from gralora_server.client import responses
 from gralora_server.client.connection import Timeouts
-from gralora_server.client.records import Adapter, Explanation, ServerInfo, TenantUsage
+from gralora_server.client.records import Adapter, Explanation, ServerActivity, ServerInfo, TenantUsage
 
 PAGE_SIZE = 500  # adapters, or rows of usage, in one answer
 
@@ -245,6 +245,14 @@ def get_info() -> Call[ServerInfo]:
 def get_load() -> Call[EngineLoad]:
     return Call(
         rpc=lambda stubs: stubs.server.GetLoad, message=server_pb2.GetLoadRequest(), convert=responses.engine_load
+    )
+
+
+def get_activity() -> Call[ServerActivity]:
+    return Call(
+        rpc=lambda stubs: stubs.server.GetActivity,
+        message=server_pb2.GetActivityRequest(),
+        convert=responses.activity,
     )
 
 

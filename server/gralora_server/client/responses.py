@@ -12,6 +12,11 @@ from gralora.v1 import adapters_pb2, generation_pb2, server_pb2
 from gralora_runtime.adapters.catalogue.store import AdapterState
 from gralora_runtime.adapters.info import UnloadResult
 from gralora_runtime.info import EngineLoad, TokenizeResult
+from gralora_runtime.observation.activity import Activity, RequestActivity
+from gralora_runtime.observation.histogram import HistogramCounts
+from gralora_runtime.observation.holdups import Hold
+from gralora_runtime.observation.timeline import Stage
+from gralora_runtime.observation.usage import Tally
 from gralora_runtime.request import Delta, Finished, FinishReason, ServedAdapter, Started, TokenLogprob
 from gralora_runtime.stream import merge_deltas
 from gralora_server.client.records import (
@@ -24,6 +29,7 @@ from gralora_server.client.records import (
     HeldUp,
     LongestPause,
     PromptChunk,
+    ServerActivity,
     ServerInfo,
     StreamDelta,
     TenantUsage,
@@ -158,6 +164,28 @@ def server_info(message: server_pb2.GetServerInfoResponse) -> ServerInfo:
 
 def engine_load(message: server_pb2.GetLoadResponse) -> EngineLoad:
     return _record(EngineLoad, message)
+
+
+def activity(message: server_pb2.GetActivityResponse) -> ServerActivity:
+    return ServerActivity(
+        activity=_record(
+            Activity,
+            message,
+            load=engine_load(message.load),
+            phases={name: _histogram(counts) for name, counts in message.phases.items()},
+            first_token=_histogram(message.first_token),
+            inter_token=_histogram(message.inter_token),
+            adapters={one.account: _record(Tally, one) for one in message.adapters},
+        ),
+        requests=tuple(
+            _record(RequestActivity, one, stage=Stage(one.stage), hold=Hold(one.hold) if one.hold else None)
+            for one in message.requests
+        ),
+    )
+
+
+def _histogram(message: server_pb2.Histogram) -> HistogramCounts:
+    return HistogramCounts(tuple(message.bounds), tuple(message.counts), message.sum)
 
 
 def usage_page(message: server_pb2.GetUsageResponse) -> tuple[tuple[TenantUsage, ...], str]:

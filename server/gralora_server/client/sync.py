@@ -25,6 +25,7 @@ from gralora_server.client.records import (
     AdapterNews,
     Explanation,
     Generation,
+    ServerActivity,
     ServerInfo,
     StreamDelta,
     TenantUsage,
@@ -214,6 +215,10 @@ class Client(ClientBase[grpc.Channel]):
 
     def load(self) -> EngineLoad:
         return self.run(requests.get_load())
+
+    def activity(self) -> ServerActivity:
+        """What the server is doing now, and every request under way. For an admin."""
+        return self.run(requests.get_activity())
 
     def reload_config(self) -> tuple[str, ...]:
         """What changed at the top of the server's configuration file. For an admin."""

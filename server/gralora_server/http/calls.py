@@ -39,6 +39,7 @@ class Endpoint:
     says: str  # in the documentation
     serve: Callable[[Exchange, dict[str, str]], Awaitable[None]]
     body: type[Whole] | None = None
+    is_logged: bool = True  # False: asked every second by a page that is open
 
 
 class Calls:
@@ -76,7 +77,7 @@ class Calls:
             return
         set_parent(exchange.header(HEADER))
         serving = endpoint.serve(exchange, scope["path_params"])
-        await _observed(method, exchange, serving, is_logged=endpoint.rpc != OPEN)
+        await _observed(method, exchange, serving, is_logged=endpoint.is_logged and endpoint.rpc != OPEN)
 
     def _enter(self, exchange: Exchange, rpc: str) -> None:
         authorization, peer = exchange.header("authorization"), exchange.peer

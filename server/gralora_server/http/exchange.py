@@ -133,10 +133,15 @@ class Exchange:
 
     async def respond(self, status: int, body: Json, headers: Headers | None = None) -> None:
         """All at once."""
-        content = _dumps(body)
+        await self.respond_with(_dumps(body), b"application/json", status=status, headers=headers)
+
+    async def respond_with(
+        self, content: bytes, kind: bytes, *, status: int = 200, headers: Headers | None = None
+    ) -> None:
+        """Content of any kind, all at once."""
         self.begun = True
         length = (b"content-length", b"%d" % len(content))
-        await self._send(_start(status, [(b"content-type", b"application/json"), length, *(headers or [])]))
+        await self._send(_start(status, [(b"content-type", kind), length, *(headers or [])]))
         await self._end(content)
 
     async def begin_events(self, headers: Headers) -> None:
@@ -164,11 +169,6 @@ class Exchange:
                     await self.respond(status, body, headers)
         except TimeoutError:
             self._abort()
-
-    async def respond_html(self, page: str) -> None:
-        self.begun = True
-        await self._send(_start(200, [(b"content-type", b"text/html; charset=utf-8")]))
-        await self._end(page.encode())
 
     async def _send_event(self, data: bytes) -> None:
         await self._send({"type": "http.response.body", "body": b"data: " + data + b"\n\n", "more_body": True})

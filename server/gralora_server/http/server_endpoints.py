@@ -68,4 +68,5 @@ class ServerEndpoints:
         await exchange.respond(200, schema([*self._documented, *self.all()]))
 
     async def _page(self, exchange: Exchange, _path: dict[str, str]) -> None:
-        await exchange.respond_html(page([*self._documented, *self.all()]))
+        content = page([*self._documented, *self.all()]).encode()
+        await exchange.respond_with(content, b"text/html; charset=utf-8")

@@ -28,6 +28,7 @@ from gralora_runtime.info import EngineInfo, EngineLoad, TokenizeResult
 from gralora_runtime.model.adaptable import changeable_shapes
 from gralora_runtime.model.loading import BaseModel, load_base_model
 from gralora_runtime.model.merging import merge_adapter
+from gralora_runtime.observation.activity import Activity, RequestActivity
 from gralora_runtime.observation.snapshot import EngineSnapshot
 from gralora_runtime.observation.timelines import Timelines
 from gralora_runtime.request import GenerationRequest, Prompt
@@ -147,6 +148,13 @@ class FleetEngine:
     def snapshot(self) -> EngineSnapshot:
         """Of the base model alone: a fleet serves no metrics page."""
         return self._base.snapshot()
+
+    def activity(self) -> Activity:
+        """Of the base model alone, likewise."""
+        return self._base.activity()
+
+    def under_way(self) -> list[RequestActivity]:
+        return [one for engine in self._engines() for one in engine.under_way()]
 
     def begin_drain(self) -> None:
         for engine in self._engines():

@@ -18,6 +18,10 @@ from gralora_server.metrics.collector import EngineCollector
 from gralora_server.metrics.tenants import TenantCollector
 from gralora_server.tenants.usage import Usage
 
+OPEN_METRICS_TYPE = "application/openmetrics-text"
+OPEN_METRICS = f"{OPEN_METRICS_TYPE};version=1.0.0;escaping=allow-utf-8"
+CLASSIC_TEXT = "text/plain;version=0.0.4"
+
 
 class MetricsPage:
     """Open from its making until `close`."""
@@ -30,9 +34,7 @@ class MetricsPage:
         ProcessCollector(registry=registry)
         kind = _Server6 if ":" in config.host else _Server
         try:
-            self._server = make_server(
-                config.host, config.port, _in_classic_text(make_wsgi_app(registry)), kind, _Handler
-            )
+            self._server = make_server(config.host, config.port, _with_colons(make_wsgi_app(registry)), kind, _Handler)
         except OSError as cause:
             raise ConfigError(f"cannot serve metrics on {config.host}:{config.port}: {cause}") from cause
         self.port = self._server.server_port  # which the system chose if the configuration says 0
@@ -46,15 +48,16 @@ class MetricsPage:
         self._server.server_close()
 
 
-def _in_classic_text(app: Callable[..., Iterable[bytes]]) -> Callable[..., Iterable[bytes]]:
-    """Whatever format a scraper prefers, it gets the one that all read.
+def _with_colons(app: Callable[..., Iterable[bytes]]) -> Callable[..., Iterable[bytes]]:
+    """Who can read OpenMetrics, which has exemplars, gets that; all others get the text that all read.
 
-    As OpenMetrics, which Prometheus asks for first, prometheus_client 0.26 writes `vllm_num_requests_running` for
-    `vllm:num_requests_running`, in the samples alone: gateways would find nothing.
+    In either series keep the names that they have: unless it is asked not to, prometheus_client 0.26 writes
+    `vllm_num_requests_running` for `vllm:num_requests_running`, in the samples alone, and gateways would find nothing.
     """
 
     def answer(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
-        return app(environ | {"HTTP_ACCEPT": "text/plain;version=0.0.4"}, start_response)
+        accepted = OPEN_METRICS if OPEN_METRICS_TYPE in environ.get("HTTP_ACCEPT", "") else CLASSIC_TEXT
+        return app(environ | {"HTTP_ACCEPT": accepted}, start_response)
 
     return answer
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Literal, TypeVar
@@ -13,10 +13,15 @@ from prometheus_client.metrics_core import (
     HistogramMetricFamily,
     Metric,
 )
+from prometheus_client.samples import Exemplar
 from prometheus_client.utils import floatToGoString
 
 from gralora_runtime.observation.histogram import HistogramCounts
+from gralora_server.tenants.request_ids import unscoped
 
+REQUEST_ID = "request_id"
+MAX_EXEMPLAR_CHARS = 128  # of names and values of its labels, as OpenMetrics has it
+Bucket = tuple[str, float] | tuple[str, float, Exemplar]
 Key = TypeVar("Key", bound=str | tuple[str, ...])  # the values of a series' labels
 
 
@@ -43,12 +48,23 @@ class Series:
     def histograms(self, counts: Mapping[Key, HistogramCounts]) -> Metric:
         family = HistogramMetricFamily(self.name, self.text, labels=self.labels)
         for key, read in counts.items():
-            bounds = [*map(floatToGoString, read.bounds), "+Inf"]
-            family.add_metric(_label_values(key), list(zip(bounds, accumulate(read.counts), strict=True)), read.sum)
+            family.add_metric(_label_values(key), list(_buckets(read)), read.sum)
         return family
 
     def histogram(self, counts: HistogramCounts) -> Metric:
         return self.histograms({(): counts})
+
+
+def _buckets(read: HistogramCounts) -> Iterator[Bucket]:
+    """Each with what has come up to its bound, and with a request that had such a value, where that is known."""
+    bounds = [*map(floatToGoString, read.bounds), "+Inf"]
+    exemplars = read.exemplars or (None,) * len(bounds)
+    for bound, count, exemplar in zip(bounds, accumulate(read.counts), exemplars, strict=True):
+        whose = unscoped(exemplar.whose) if exemplar is not None else ""
+        if exemplar is None or len(REQUEST_ID) + len(whose) > MAX_EXEMPLAR_CHARS:
+            yield bound, count
+        else:
+            yield bound, count, Exemplar({REQUEST_ID: whose}, exemplar.value, exemplar.at_s)
 
 
 def _label_values(key: str | tuple[str, ...]) -> tuple[str, ...]:

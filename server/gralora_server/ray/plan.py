@@ -36,6 +36,7 @@ UNUSED = (
     "server.metrics_address",
     "server.reflection",
     "server.supervise",
+    "server.ui_address",
 )
 
 _log = logging.getLogger(__name__)

@@ -48,6 +48,7 @@ def server_config(settings: Settings) -> ServerConfig:
         metrics=_metrics(server.metrics_address),
         http=_http(server.http_address),
         tracing=_tracing(server),
+        ui=_http(server.ui_address),
         kserve=server.kserve,
         vllm_grpc=server.vllm_grpc,
         reflection=server.reflection,

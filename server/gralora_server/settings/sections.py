@@ -162,6 +162,10 @@ class ServerSettings(Section):
     http_address: Address | None = Field(
         default=None, description="HOST:PORT for OpenAI's clients, over HTTP. Default: there is none."
     )
+    ui_address: Address | None = Field(
+        default=None,
+        description="HOST:PORT of a page for browsers that shows the server at work. Default: none is served.",
+    )
     metrics_address: Address | None = Field(
         default=None, description="HOST:PORT of a page for Prometheus. Default: none is served."
     )

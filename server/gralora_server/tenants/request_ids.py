@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from gralora_runtime.observation.activity import RequestActivity
+
 _SEPARATOR = " "  # no id that a client sends has one
+_NOBODYS = "adapter:"  # how the tenants of adapters that are nobody's begin
 
 
 class ScopedId(str):
@@ -25,3 +30,14 @@ def plain(tenant: str, request_id: str) -> str | None:
 def scoped(tenant: str, request_id: str) -> str:
     """The id by which the engine knows a tenant's request. Without a tenant: as it is."""
     return ScopedId(f"{tenant}{_SEPARATOR}{request_id}") if tenant else request_id
+
+
+def unscoped(request_id: str) -> str:
+    """As its tenant calls it, whoever that is."""
+    return request_id.partition(_SEPARATOR)[2] or request_id
+
+
+def as_asked(one: RequestActivity) -> RequestActivity:
+    """As its client knows it: the id, and the tenant, which is "" where nobody is named."""
+    tenant = "" if one.tenant.startswith(_NOBODYS) else one.tenant
+    return replace(one, request_id=unscoped(one.request_id), tenant=tenant)

@@ -39,7 +39,7 @@ ROLES: dict[str, Role] = {
             Role.GENERATE,
             ("GetServerInfo", "GetLoad", "GetUsage", "Tokenize", "AbortRequest", "ExplainRequest"),
         ),
-        (_SERVER, Role.ADMIN, ("ReloadConfig",)),
+        (_SERVER, Role.ADMIN, ("ReloadConfig", "GetActivity")),
         (
             _KSERVE,
             Role.GENERATE,
