@@ -28,7 +28,7 @@ from personas import PERSONAS
 from rich.console import Console
 from rich.table import Table
 
-from gralora_kernels.stages import Stage
+from gralora_kernels.stages import StartStage
 from gralora_server import AsyncClient
 from gralora_server.cli.progress import showing
 from gralora_server.client import Adapter, Generation
@@ -119,7 +119,7 @@ def serving(model: Path, adapters_dir: Path) -> Iterator[str]:
             server.terminate()
 
 
-async def converse(address: str, adapters_dir: Path, stage: Stage) -> Session:
+async def converse(address: str, adapters_dir: Path, stage: StartStage) -> Session:
     """Ask everybody at once, then one after another, then let an adapter come and go beside three streams."""
     messages = [{"role": "user", "content": QUESTION}]
     async with AsyncClient(address) as client:
@@ -202,7 +202,7 @@ async def timed(
             yield delta.text, delta.token_ids
 
 
-def compare_with_peft(model: Path, session: Session, stage: Stage) -> dict[str, Comparison]:
+def compare_with_peft(model: Path, session: Session, stage: StartStage) -> dict[str, Comparison]:
     """PEFT's greedy tokens for the same prompt, one adapter at a time."""
     with stage("Loading PEFT"):
         from peft_oracle import compare, greedy, load_base

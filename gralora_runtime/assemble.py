@@ -17,7 +17,7 @@ import torch
 from gralora_kernels.cpu import threads as cpu_threads
 from gralora_kernels.dispatch import AdapterBackend, build_backend, resolve_backend
 from gralora_kernels.packing import Packing
-from gralora_kernels.stages import Stage, untold
+from gralora_kernels.stages import StartStage, untold
 from gralora_kernels.tables import GroupTable
 from gralora_kernels.warmup import load_kernels
 from gralora_runtime.adapters.catalogue.catalogue import Retention
@@ -77,7 +77,7 @@ class EngineParts:
     prepare_thread: Callable[[], None]  # what the stepping thread must call first
 
 
-def assemble(config: EngineConfig, base: BaseModel | None = None, *, stage: Stage = untold) -> EngineParts:
+def assemble(config: EngineConfig, base: BaseModel | None = None, *, stage: StartStage = untold) -> EngineParts:
     """Load the model and connect the pieces. Raises `ConfigError` or `ModelUnsupportedError` before anything serves.
 
     `base`: a model that was loaded already; one like it has been checked, so it is not checked again. `stage` is told
@@ -205,7 +205,7 @@ def _groups_and_apart(
     return groups, apart
 
 
-def _read_model(config: EngineConfig, device: torch.device, stage: Stage) -> tuple[BaseModel, torch.Tensor]:
+def _read_model(config: EngineConfig, device: torch.device, stage: StartStage) -> tuple[BaseModel, torch.Tensor]:
     """And what transformers computes, to be compared with."""
     with stage("Model: weights"):
         base = load_base_model(config.model, device=device, dtype=config.dtype)

@@ -16,7 +16,7 @@ import time
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
-from gralora_kernels.stages import Stage, untold
+from gralora_kernels.stages import StartStage, untold
 from gralora_runtime.adapters.catalogue.names import account_of, numbered, unweighted
 from gralora_runtime.adapters.checkpoint.golden import GoldenAnswer, GoldenCase
 from gralora_runtime.adapters.manager import AdapterManager
@@ -122,7 +122,7 @@ class AsyncEngine:
         self.adapters.examine_with(self._examine_soon)
 
     @classmethod
-    async def start(cls, config: EngineConfig, stage: Stage = untold) -> AsyncEngine:
+    async def start(cls, config: EngineConfig, stage: StartStage = untold) -> AsyncEngine:
         """Load the model off the loop and start stepping. Raises `ConfigError` or `ModelUnsupportedError`.
 
         `stage`: see `assemble`.

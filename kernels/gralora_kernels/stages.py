@@ -13,7 +13,7 @@ class Tell(Protocol):
     def __call__(self, words: str = "", *, done: int = 0, total: int | None = None) -> None: ...
 
 
-Stage = Callable[[str], AbstractContextManager[Tell]]  # entered for as long as what it names goes on
+StartStage = Callable[[str], AbstractContextManager[Tell]]  # entered for as long as what it names goes on
 
 
 @contextmanager

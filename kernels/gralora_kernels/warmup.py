@@ -8,7 +8,7 @@ import torch
 from gralora_kernels.dispatch import AdapterBackend
 from gralora_kernels.grouping import Grouping
 from gralora_kernels.packing import Packing
-from gralora_kernels.stages import Stage
+from gralora_kernels.stages import StartStage
 from gralora_kernels.tables import Entry, ModuleTable
 
 # Features and k: one width that the GPU kernels may assume aligned and one not (200 / 8 = 25); 32 tokens of either are
@@ -18,7 +18,7 @@ TOKENS = (1, 32, 600)
 RANK = 16
 
 
-def load_kernels(backend: AdapterBackend, stage: Stage) -> None:
+def load_kernels(backend: AdapterBackend, stage: StartStage) -> None:
     """Those that no model is computed without."""
     if backend.name == "cpu":
         from gralora_kernels.cpu.families import load_families

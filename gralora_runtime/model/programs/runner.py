@@ -9,7 +9,7 @@ from typing import Protocol
 from torch import Tensor
 
 from gralora_kernels.dispatch import AdapterBackend
-from gralora_kernels.stages import Stage, untold
+from gralora_kernels.stages import StartStage, untold
 from gralora_kernels.tables import GroupTable
 from gralora_runtime.model.base_layers import BaseLayers
 from gralora_runtime.model.kv_pool import KVPool
@@ -49,5 +49,5 @@ class Served:
     max_model_len: int
     rungs: tuple[int, ...]  # numbers of rows that a GPU captures decode steps for
     batch_invariant: bool
-    stage: Stage = untold  # is told what takes long
+    stage: StartStage = untold  # is told what takes long
     least_bits: int  # on the CPU: that base weights may be kept in, where those hold them exactly

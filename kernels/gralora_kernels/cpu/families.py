@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from gralora_kernels.cpu import adapters, attention, embedding, linear, microkernel, operations, placing, sha256
 from gralora_kernels.cpu.cache import is_empty
 from gralora_kernels.cpu.separate import Loadable
-from gralora_kernels.stages import Stage, untold
+from gralora_kernels.stages import StartStage, untold
 
 FAMILIES: dict[str, tuple[Loadable, ...]] = {
     "products": (
@@ -34,7 +34,7 @@ BESIDE = ("sums", "rows", "hashing", "placing")  # call no others, and take abou
 LOAD_BESIDE = "from gralora_kernels.cpu.families import load_beside; load_beside()"
 
 
-def load_families(stage: Stage) -> None:
+def load_families(stage: StartStage) -> None:
     """All of them, from the cache or compiled, which takes about 20 s of a Zen 4 core."""
     with _compiling_beside(is_empty()) as process:
         for name, kernels in FAMILIES.items():

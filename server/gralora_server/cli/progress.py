@@ -10,13 +10,13 @@ from typing import Protocol
 
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-from gralora_kernels.stages import Stage, Tell
+from gralora_kernels.stages import StartStage, Tell
 from gralora_server.cli.output import stderr
 
 BEAT_S = 1.0  # what is silent for twice as long seems to hang
 
 
-def showing(say: Callable[[str], None] | None = None) -> AbstractContextManager[Stage]:
+def showing(say: Callable[[str], None] | None = None) -> AbstractContextManager[StartStage]:
     """Stages on standard error: with a bar each, or, where that is no terminal, by lines to `say`. None: printed."""
     return _bars() if stderr().is_terminal else _lines(say or _print_line)
 
@@ -37,7 +37,7 @@ def stages() -> Iterator[Callable[[str, int, int | None], None]]:
 
 
 @contextmanager
-def _bars() -> Iterator[Stage]:
+def _bars() -> Iterator[StartStage]:
     columns = (
         SpinnerColumn(finished_text="✓"),
         TextColumn("{task.description}"),
@@ -104,7 +104,7 @@ class _Lines:
 
 
 @contextmanager
-def _lines(say: Callable[[str], None]) -> Iterator[Stage]:
+def _lines(say: Callable[[str], None]) -> Iterator[StartStage]:
     lines, ended = _Lines(say), threading.Event()
 
     def beat() -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gralora_kernels.stages import Stage
+from gralora_kernels.stages import StartStage
 from gralora_runtime.config import EngineConfig
 from gralora_server.cli.environment import limit_spinning
 from gralora_server.cli.logs import configure
@@ -78,7 +78,7 @@ def _address(one: ServerConfig | HttpConfig) -> str:
     return f"{one.host}:{one.port}"
 
 
-async def _start_engine(config: EngineConfig, stage: Stage) -> Engine:
+async def _start_engine(config: EngineConfig, stage: StartStage) -> Engine:
     with stage("Libraries"):
         from gralora_runtime.async_engine import AsyncEngine
 
