@@ -9,6 +9,7 @@ import subprocess
 import time
 from pathlib import Path
 
+import httpx2
 import pytest
 
 from e2e.conftest import GRALORA, serving
@@ -78,3 +79,14 @@ def test_the_command_shows_a_waterfall_and_both_sentences(tiny_server: str) -> N
     unknown = subprocess.run([*command[:2], "nobody", *command[3:]], check=False, capture_output=True, text=True)
     assert unknown.returncode == 1
     assert "no recent request is called 'nobody'" in unknown.stderr
+
+
+@pytest.mark.parametrize("num_choices", [1, 2])
+def test_an_answer_over_http_says_the_id_by_which_it_is_explained(tiny_http: str, num_choices: int) -> None:
+    body = {"model": "a0", "prompt": "hello", "max_tokens": 5, "ignore_eos": True, "n": num_choices, "temperature": 1}
+    answer = httpx2.post(f"{tiny_http}/v1/completions", json=body, timeout=60)
+    request_id = answer.headers["x-request-id"]
+    found = httpx2.get(f"{tiny_http}/v1/requests/{request_id}/explanation", timeout=60)
+    assert found.status_code == 200, found.text
+    assert found.json()["adapter"] == "a0@1"
+    assert found.json()["output_tokens"] == 5
