@@ -37,6 +37,9 @@ class Storage(IntEnum):
     BFLOAT16 = 2
 
 
+DTYPES = {Storage.FLOAT16: torch.float16, Storage.BFLOAT16: torch.bfloat16}  # of what is not as the arena is
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
     """One packed pair: `Ap [r, in]` at `a_offset` and `Bp [r, out]` at `b_offset` of the arena (in its elements)."""

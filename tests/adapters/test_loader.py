@@ -29,7 +29,8 @@ from support.checkpoints import (
 
 from gralora_kernels.cpu.backend import CpuBackend
 from gralora_kernels.packing import Packing
-from gralora_kernels.reference.adapters import DTYPES, pack_a, pack_b
+from gralora_kernels.reference.adapters import pack_a, pack_b
+from gralora_kernels.tables import DTYPES
 from gralora_runtime.adapters.checkpoint import loader
 from gralora_runtime.adapters.checkpoint.loader import LoadedAdapter
 from gralora_runtime.adapters.checkpoint.spec import ModuleShape

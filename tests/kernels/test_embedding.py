@@ -8,8 +8,7 @@ from support.embedding_cases import FACTOR, SLOTS, VOCAB, embedding_case, expect
 from support.kernel_cases import token_slots
 
 from gralora_kernels.cpu.backend import CpuBackend
-from gralora_kernels.reference.adapters import DTYPES
-from gralora_kernels.tables import map_numel
+from gralora_kernels.tables import DTYPES, map_numel
 
 HIDDEN = (64, 40, 416, 24)
 

@@ -9,8 +9,8 @@ from support.kernel_cases import CPU, Case, cells_of
 from torch import Tensor
 
 from gralora_kernels.dispatch import AdapterBackend
-from gralora_kernels.reference.adapters import DTYPES, ReferenceBackend
-from gralora_kernels.tables import Entry, GroupTable, Storage, map_numel
+from gralora_kernels.reference.adapters import ReferenceBackend
+from gralora_kernels.tables import DTYPES, Entry, GroupTable, Storage, map_numel
 
 VOCAB = 53
 FACTOR = 1.75

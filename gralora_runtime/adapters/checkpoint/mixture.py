@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from gralora_kernels.packing import Array, Packing, blocks_a, blocks_b, place_a, place_b
-from gralora_kernels.tables import ENTRIES, Entry, Storage
+from gralora_kernels.tables import DTYPES, ENTRIES, Entry, Storage
 from gralora_runtime.adapters.checkpoint.header import AdapterSummary
 from gralora_runtime.adapters.checkpoint.loader import AdapterLayout, LoadedAdapter
 from gralora_runtime.adapters.checkpoint.plan import AFFINE_BYTES, aligned
@@ -34,9 +34,8 @@ from gralora_runtime.adapters.checkpoint.recipe import Affines, Layout
 from gralora_runtime.adapters.checkpoint.spec import ModuleShape, rejected
 from gralora_runtime.adapters.checkpoint.stored import held
 
-HELD = {Storage.FLOAT16: torch.float16, Storage.BFLOAT16: torch.bfloat16}  # what is not as the blob says
 LARGEST_FACTOR = 1e4  # what float32 has left of a number that is multiplied by it and then divided again
-STORAGES = {dtype: storage for storage, dtype in HELD.items()}
+STORAGES = {dtype: storage for storage, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,7 +190,7 @@ def _with_columns_of_b(pair: Pair, factor: Array | None) -> Pair:
 
 def _pair(module: ModuleShape, entry: Entry, of: Ingredient, packing: Packing) -> Pair:
     blob = of.adapter.blob
-    dtype = HELD.get(entry.storage, blob.dtype)
+    dtype = DTYPES.get(entry.storage, blob.dtype)
 
     def elements(offset: int, features: int) -> Array:
         cells: Array = blob[offset:].view(torch.uint8).numpy()

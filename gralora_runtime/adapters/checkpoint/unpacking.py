@@ -9,13 +9,11 @@ import torch
 from torch import Tensor
 
 from gralora_kernels.packing import ROW_MAJOR, Array, Packing, blocks_a, blocks_b
-from gralora_kernels.tables import Entry, Storage
+from gralora_kernels.tables import DTYPES, Entry
 from gralora_runtime.adapters.checkpoint.loader import LoadedAdapter
 from gralora_runtime.adapters.checkpoint.plan import room_numel
 from gralora_runtime.adapters.checkpoint.spec import ModuleShape
 from gralora_runtime.adapters.checkpoint.update import LowRank, Update
-
-_DTYPES = {Storage.FLOAT16: torch.float16, Storage.BFLOAT16: torch.bfloat16}
 
 
 def updates_in(
@@ -30,7 +28,7 @@ def updates_in(
 
 
 def _pair(blob: Tensor, entry: Entry, shape: ModuleShape, panel: int) -> LowRank:
-    dtype = _DTYPES.get(entry.storage, blob.dtype)
+    dtype = DTYPES.get(entry.storage, blob.dtype)
     a = _bits(blob, entry.a_offset, entry.r * shape.in_features, shape.experts, dtype)
     b = _bits(blob, entry.b_offset, entry.r * shape.out_features, shape.experts, dtype)
     return LowRank(

@@ -9,9 +9,7 @@ from torch import Tensor
 
 from gralora_kernels.grouping import Grouping
 from gralora_kernels.packing import Packing
-from gralora_kernels.tables import GroupTable, ModuleTable, Storage, map_numel
-
-DTYPES = {Storage.FLOAT16: torch.float16, Storage.BFLOAT16: torch.bfloat16}
+from gralora_kernels.tables import DTYPES, GroupTable, ModuleTable, Storage, map_numel
 
 
 def pack_a(a: Tensor) -> Tensor:
