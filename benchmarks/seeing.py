@@ -17,6 +17,7 @@ import logging
 import os
 import statistics
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -37,7 +38,7 @@ from gralora_runtime.observation.timelines import Timelines
 from gralora_runtime.plan import StepPlan
 from gralora_runtime.scheduling.marking import Marking
 from gralora_server.cli.logs import AsJson
-from gralora_server.client import AsyncClient
+from gralora_server.client import AsyncClient, Explanation
 from gralora_server.config import ServerConfig, TracingConfig
 from gralora_server.model_fetch import ensure_default_model
 from gralora_server.service import GrpcServer
@@ -47,6 +48,7 @@ OUT = Path(__file__).parent / "results" / "seeing.json"
 ADAPTERS = Path(__file__).parent.parent / "examples" / "adapters"
 CALLS = logging.getLogger("gralora_server.calls")
 MIXED = 200
+FLOOD = 4  # one of so many
 KV_BYTES = 24 << 20  # so little that some of eight requests give way
 
 
@@ -127,8 +129,8 @@ class Served:
         CALLS.setLevel(logging.INFO if seen else logging.WARNING)
         return self._loop.run(self._generate(requests, self._clients[seen]))
 
-    def explained(self, num_requests: int, names: Sequence[str]) -> list[tuple[float, float]]:
-        """Of each request of a mixed load, what its client measured and what the parts add up to. In seconds."""
+    def explained(self, num_requests: int, names: Sequence[str]) -> list[tuple[float, Explanation]]:
+        """Of each request of a mixed load, what its client measured, in seconds, and what it was told."""
         return self._loop.run(self._mixed(num_requests, names))
 
     def close(self) -> None:
@@ -142,23 +144,28 @@ class Served:
         started_s = time.perf_counter()
         return Run(tuple(await asyncio.gather(*(_one(request, client, started_s) for request in requests))))
 
-    async def _mixed(self, num_requests: int, names: Sequence[str]) -> list[tuple[float, float]]:
+    async def _mixed(self, num_requests: int, names: Sequence[str]) -> list[tuple[float, Explanation]]:
+        """A part of them comes at once, for one adapter; the others one after another, for all."""
         client, found = self._clients[True], []
         await client.info()  # connects
 
         async def ask(at: int) -> tuple[str, float]:
-            await asyncio.sleep(0.02 * at)
+            is_flood = at < num_requests // FLOOD
+            await asyncio.sleep(0.0 if is_flood else 0.02 * at)
             began_s = time.perf_counter()
             prompt = [5 + (at * 7 + place) % 290 for place in range(8 + at % 70)]
             answer = await client.generate(
-                token_ids=prompt, adapter=names[at % len(names)], max_tokens=8 + at % 24, ignore_eos=True
+                token_ids=prompt,
+                adapter=names[-1 if is_flood else at % len(names)],
+                max_tokens=8 + at % 24,
+                ignore_eos=True,
             )
             return answer.request_id, time.perf_counter() - began_s
 
         for request_id, measured_s in await asyncio.gather(*(ask(at) for at in range(num_requests))):
             told = await client.explain(request_id)
             assert told is not None
-            found.append((measured_s, sum(part.duration_s for part in told.parts)))
+            found.append((measured_s, told))
         return found
 
 
@@ -213,22 +220,24 @@ def cost(model_dir: Path, workload: Workload, rounds: int) -> dict[str, Any]:
 
 
 def explained(model_dir: Path, adapters: Path, num_requests: int) -> dict[str, Any]:
-    """Of a mixed load with preemptions and cold adapters. Every adapter is a tenant of its own, and so is the base."""
+    """Of a mixed load with a flood, preemptions and cold adapters. Every adapter is a tenant of its own."""
     sizes: dict[str, Any] = {"max_num_seqs": 8, "max_model_len": 128, "max_adapter_slots": 2}
     config = EngineConfig(model=model_dir, adapters=in_directory(adapters), kv_cache_bytes=KV_BYTES, **sizes)
     with collecting() as (_, endpoint), logged():
         served = Served(config, endpoint)
         try:
             names = ["", *(info.name for info in served.engine.adapters.list())]
-            pairs = served.explained(num_requests, names)
+            told = served.explained(num_requests, names)
             preemptions = served.engine.load().preemptions
         finally:
             served.close()
-    off = [abs(1 - parts_s / measured_s) for measured_s, parts_s in pairs]
+    off = [abs(1 - sum(part.duration_s for part in found.parts) / measured_s) for measured_s, found in told]
+    measured = [measured_s for measured_s, _ in told]
     return {
         "requests": num_requests,
         "preemptions": preemptions,
-        "measured_s": {"median": statistics.median(m for m, _ in pairs), "max": max(m for m, _ in pairs)},
+        "causes": dict(Counter(found.cause for _, found in told).most_common()),
+        "measured_s": {"median": statistics.median(measured), "max": max(measured)},
         "parts_off_by": {"median": statistics.median(off), "p95": sorted(off)[int(0.95 * len(off))], "max": max(off)},
         "within_2_percent": sum(one <= 0.02 for one in off) / len(off),
     }
