@@ -17,6 +17,13 @@ from gralora_server.cli.progress import BEAT_S, _Lines
 
 ROOT = Path(__file__).parent.parent.parent
 LONGEST_S = 2.0
+OWN_PROCESSES = 3  # that a start keeps busy
+
+
+def longest_s() -> float:
+    """Of a silence: in proportion longer where strangers want the cores, since whoever should speak waits for one."""
+    others = max(os.getloadavg()[:2]) - OWN_PROCESSES
+    return LONGEST_S * max(1.0, others / (os.cpu_count() or 1))
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +63,7 @@ def test_serve_is_never_silent_for_long_though_all_kernels_have_to_be_compiled(c
     )
 
     text = "\n".join(line for _, line in said)
-    assert max(said)[0] < LONGEST_S, max(said)
+    assert max(said)[0] < longest_s(), max(said)
     for family in ("products", "attention", "adapters", "steps"):
         assert f"Kernels: {family}: compiled" in text
     for stage in ("Libraries", "Model: weights", "Adapters: which there are"):
@@ -70,7 +77,7 @@ def test_the_demo_is_never_silent_for_long_before_it_asks(caches) -> None:
     said = lines_until("3 of 4", [sys.executable, ROOT / "examples" / "demo.py"], caches)
 
     text = "\n".join(line for _, line in said)
-    assert max(said)[0] < LONGEST_S, max(said)
+    assert max(said)[0] < longest_s(), max(said)
     for step in ("1 of 4", "Writing safetensors: ", "2 of 4", "Kernels: steps: "):
         assert step in text
 
