@@ -32,6 +32,7 @@ CONFIGS = {
     "four": gralora_config("llama", 8, 4, alpha=32),
     "eight": gralora_config("llama", 16, 8, alpha=32),
     "some": gralora_config("llama", 4, 4, alpha=16, target_modules=["q_proj", "down_proj"]),
+    "ends": lora_config("llama", 3, alpha=9, target_modules=["embed_tokens", "lm_head", "q_proj"]),
 }
 Mix = Mapping[str, float]
 MIXES: tuple[Mix, ...] = (
@@ -39,6 +40,7 @@ MIXES: tuple[Mix, ...] = (
     {"other": -1.0},
     {"hybrid": 0.5, "four": -0.75, "eight": 0.5},
     {"four": 0.5, "some": 0.25, "lora": 1.0, "other": -0.5},
+    {"ends": 0.5, "hybrid": -0.5},
 )
 ALONE: tuple[Mix, ...] = ({}, {"lora": 1.0}, {"hybrid": 1.0}, {"four": 1.0})
 

@@ -75,6 +75,8 @@ def mixed(
     """The sum of adapters that were packed alike, or AdapterRejectedError. `name`: for the error."""
     # One order, so that one digest means one blob, to the last bit.
     ordered = sorted(ingredients, key=lambda one: (one.adapter.digest, struct.pack(">f", one.weight)))
+    if problems := list(_problems(ordered, {module.name for module in modules if module.experts > 1})):
+        raise rejected(name, problems)
     layouts = [dict(one.adapter.layout.modules) for one in ordered]
     of_modules = [
         (module, [(one, layout.get(module.name, ())) for one, layout in zip(ordered, layouts, strict=True)])
@@ -87,8 +89,7 @@ def mixed(
         raise rejected(name, [f"{problem} {max_width}"])
     dtype = ordered[0].adapter.blob.dtype
     affines = {module: affine for module in modules if (affine := _affine_of(module, ordered)) is not None}
-    stacks = {module.name for module in modules if module.experts > 1}
-    if problems := list(_problems(ordered, affines, stacks)):
+    if problems := list(_vanishing(affines)):
         raise rejected(name, problems)
     found = [(module, _pairs_of(module, own, affines.get(module), packing)) for module, own in of_modules]
     pairs = [(module, own) for module, own in found if own]
@@ -106,9 +107,7 @@ def mixed(
     )
 
 
-def _problems(
-    ingredients: Sequence[Ingredient], affines: Mapping[ModuleShape, _Affine], stacks: AbstractSet[str]
-) -> Iterator[str]:
+def _problems(ingredients: Sequence[Ingredient], stacks: AbstractSet[str]) -> Iterator[str]:
     for on_experts in (sorted(stacks & dict(one.adapter.layout.modules).keys()) for one in ingredients):
         if on_experts:
             yield f"one of its adapters is on experts ({on_experts[0]}), and PEFT adds up none of those either"
@@ -118,6 +117,9 @@ def _problems(
     for replaced in (one.adapter.layout.summary.replaces for one in ingredients):
         if replaced:
             yield f"one of its adapters has its own weights in the place of {replaced[0]}'s: those have no sum"
+
+
+def _vanishing(affines: Mapping[ModuleShape, _Affine]) -> Iterator[str]:
     for module, affine in affines.items():
         if affine.vanishes:
             yield f"module {module.name}: with these weights some outputs all but vanish"
