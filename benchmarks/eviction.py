@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import facts
-from gralora_kernels.tables import ALIGNMENT
+from gralora_kernels.alignment import ALIGNMENT
 from gralora_runtime.adapters.residency.arena import ArenaAllocator
 from gralora_runtime.adapters.residency.eviction import WORTHLESS, Segment, choose_window, worth_after_use
 

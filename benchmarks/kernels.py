@@ -13,13 +13,14 @@ from torch import Tensor
 from benchmarks.cost import BYTES, FLOPS, Cost
 from benchmarks.gate import GateRedError
 from benchmarks.measurement import by_turns_s
+from gralora_kernels.alignment import ALIGNMENT
 from gralora_kernels.cpu import operations
 from gralora_kernels.cpu.adapters import SCRATCH_BYTES
 from gralora_kernels.cpu.linear import row_numbers
 from gralora_kernels.cpu.threads import region_lock
 from gralora_kernels.dispatch import resolve_backend
 from gralora_kernels.grouping import Grouping
-from gralora_kernels.tables import ALIGNMENT, Entry, GroupTable
+from gralora_kernels.tables import Entry, GroupTable
 
 CPU = torch.device("cpu")
 Shape = tuple[int, tuple[int, ...]]  # of a group: in features, and the out features of the modules that read them

@@ -24,8 +24,9 @@ from benchmarks.gpu_check.clock import device, in_a_graph_ms
 from benchmarks.gpu_check.facts import rates
 from benchmarks.gpu_check.report import table
 from benchmarks.loads import SHAPES
+from gralora_kernels.alignment import ALIGNMENT
 from gralora_kernels.grouping import Grouping
-from gralora_kernels.tables import ALIGNMENT, ARENA_SLACK, Entry, GroupTable
+from gralora_kernels.tables import ARENA_SLACK, Entry, GroupTable
 from gralora_kernels.triton_ops.adapters import launch
 from gralora_kernels.triton_ops.adapters.launch import BLOCK_K_BYTES, BLOCK_N, BLOCKING, FORMS, Form, TritonBackend
 

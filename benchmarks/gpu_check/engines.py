@@ -13,7 +13,8 @@ from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from benchmarks.gpu_check.clock import device
-from gralora_kernels.tables import ALIGNMENT, Entry
+from gralora_kernels.alignment import ALIGNMENT
+from gralora_kernels.tables import Entry
 from gralora_runtime.assemble import assemble
 from gralora_runtime.config import EngineConfig
 from gralora_runtime.model.kv_pool import kv_shape

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from benchmarks.gpu_check import Check
 from benchmarks.gpu_check.clock import device, device_ms, kernel_us
+from gralora_kernels.alignment import ALIGNMENT
 from gralora_kernels.dispatch import resolve_backend
 from gralora_kernels.grouping import Grouping
 from gralora_kernels.reference import rows as twins
@@ -23,7 +24,7 @@ from gralora_kernels.reference import sampling as sampling_twin
 from gralora_kernels.reference.adapters import ReferenceBackend
 from gralora_kernels.reference.attention import attention_in_rows
 from gralora_kernels.sampling_rules import Rules, SamplingRules, rule, with_biases
-from gralora_kernels.tables import ALIGNMENT, ARENA_SLACK, Entry, GroupTable
+from gralora_kernels.tables import ARENA_SLACK, Entry, GroupTable
 from gralora_kernels.triton_ops import attention_launch
 from gralora_kernels.triton_ops.activation import activate
 from gralora_kernels.triton_ops.adapters.launch import BLOCKING, TritonBackend

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 import triton
 
-from gralora_kernels.tables import ALIGNMENT, Entry, TableSet
+from gralora_kernels.alignment import ALIGNMENT
+from gralora_kernels.tables import Entry, TableSet
 from gralora_kernels.triton_ops.adapters import launch
 from gralora_kernels.triton_ops.adapters.launch import TritonBackend
 from gralora_kernels.triton_ops.attention_launch import AttentionShape, PagedAttention

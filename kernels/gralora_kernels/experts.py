@@ -11,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from gralora_kernels.tables import ALIGNMENT, GroupTable, ModuleTable, Storage
+from gralora_kernels.alignment import ALIGNMENT
+from gralora_kernels.tables import GroupTable, ModuleTable, Storage
 
 Ints = npt.NDArray[np.integer]
 

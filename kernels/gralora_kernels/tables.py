@@ -16,17 +16,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from gralora_kernels.alignment import ALIGNMENT
+
 ENTRIES = 2  # a hybrid adapter is two entries: GraLoRA (r, k) and a plain pair (hybrid_r, k=1)
-ALIGNMENT = 16  # elements: every matrix starts at a multiple of it
-MAP_BYTES = 4
 ARENA_SLACK = 16  # elements behind the last matrix of an arena that kernels may read, never use
 NONE: Mapping[int, int] = MappingProxyType({})
-
-
-def map_numel(in_features: int, element_bytes: int) -> int:
-    """Elements of an arena that an embedding's map takes: int32 [in], which row stands in the place of each token's."""
-    numel = in_features * MAP_BYTES // element_bytes
-    return -(-numel // ALIGNMENT) * ALIGNMENT
 
 
 class Storage(IntEnum):

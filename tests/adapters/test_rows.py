@@ -12,8 +12,8 @@ import torch
 from support.checkpoints import MODULES, edit_tensors, write_gralora, write_lora
 from torch import Tensor
 
+from gralora_kernels.alignment import map_numel
 from gralora_kernels.packing import ROW_MAJOR, Array, Packing
-from gralora_kernels.tables import map_numel
 from gralora_runtime.adapters.checkpoint import rows as rows_module
 from gralora_runtime.adapters.checkpoint.affine import BaseNorm
 from gralora_runtime.adapters.checkpoint.conversion import convert

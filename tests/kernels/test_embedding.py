@@ -7,8 +7,9 @@ import torch
 from support.embedding_cases import FACTOR, SLOTS, VOCAB, embedding_case, expected, looked_up
 from support.kernel_cases import token_slots
 
+from gralora_kernels.alignment import map_numel
 from gralora_kernels.cpu.backend import CpuBackend
-from gralora_kernels.tables import DTYPES, map_numel
+from gralora_kernels.tables import DTYPES
 
 HIDDEN = (64, 40, 416, 24)
 

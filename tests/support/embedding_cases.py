@@ -8,9 +8,10 @@ import torch
 from support.kernel_cases import CPU, Case, cells_of
 from torch import Tensor
 
+from gralora_kernels.alignment import map_numel
 from gralora_kernels.dispatch import AdapterBackend
 from gralora_kernels.reference.adapters import ReferenceBackend
-from gralora_kernels.tables import DTYPES, Entry, GroupTable, Storage, map_numel
+from gralora_kernels.tables import DTYPES, Entry, GroupTable, Storage
 
 VOCAB = 53
 FACTOR = 1.75

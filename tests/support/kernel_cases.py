@@ -10,11 +10,12 @@ import torch
 from support.numeric import rms_ratio
 from torch import Tensor
 
+from gralora_kernels.alignment import ALIGNMENT
 from gralora_kernels.dispatch import AdapterBackend
 from gralora_kernels.grouping import Grouping
 from gralora_kernels.packing import place_a, place_b
 from gralora_kernels.reference.adapters import ReferenceBackend, unpack_a, unpack_b
-from gralora_kernels.tables import ALIGNMENT, ARENA_SLACK, DTYPES, Entry, GroupTable, ModuleTable, Storage
+from gralora_kernels.tables import ARENA_SLACK, DTYPES, Entry, GroupTable, ModuleTable, Storage
 
 CPU = torch.device("cpu")
 Layout = Sequence[tuple[int, int]]  # (r, k) of each entry; empty: the module has no adapter in this slot

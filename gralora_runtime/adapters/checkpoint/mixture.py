@@ -25,11 +25,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from gralora_kernels.alignment import aligned
 from gralora_kernels.packing import Array, Packing, blocks_a, blocks_b, place_a, place_b
 from gralora_kernels.tables import DTYPES, ENTRIES, Entry, Storage
 from gralora_runtime.adapters.checkpoint.header import AdapterSummary
 from gralora_runtime.adapters.checkpoint.loader import AdapterLayout, LoadedAdapter
-from gralora_runtime.adapters.checkpoint.plan import AFFINE_BYTES, aligned
+from gralora_runtime.adapters.checkpoint.plan import AFFINE_BYTES
 from gralora_runtime.adapters.checkpoint.recipe import Affines, Layout
 from gralora_runtime.adapters.checkpoint.spec import ModuleShape, rejected
 from gralora_runtime.adapters.checkpoint.stored import held

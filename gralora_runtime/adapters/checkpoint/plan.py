@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from gralora_kernels.tables import ALIGNMENT, map_numel
+from gralora_kernels.alignment import aligned, map_numel
 from gralora_runtime.adapters.checkpoint.experts import wrapper_paths
 from gralora_runtime.adapters.checkpoint.naming import BIASES, ROWS, WEIGHTS, Naming
 from gralora_runtime.adapters.checkpoint.spec import (
@@ -161,10 +161,6 @@ def weight_shape(module: ModuleShape) -> tuple[int, int]:
 def room_numel(numel: int, share: int) -> int:
     """Elements of a pool from the start of a matrix to that of the next, if one holds `share` of the matrix's."""
     return aligned(-(-numel // share))
-
-
-def aligned(numel: int) -> int:
-    return -(-numel // ALIGNMENT) * ALIGNMENT
 
 
 class _Planner:

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from gralora_kernels.alignment import map_numel
 from gralora_kernels.packing import Array, place_a, place_b
-from gralora_kernels.tables import map_numel
 from gralora_runtime.adapters.checkpoint.affine import BaseLayers
 from gralora_runtime.adapters.checkpoint.bounds import largest_magnitude
 from gralora_runtime.adapters.checkpoint.plan import ModulePlan, RowsTensor

@@ -5,8 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Iterator
 
-from gralora_kernels.tables import ALIGNMENT
-from gralora_runtime.adapters.checkpoint.plan import aligned
+from gralora_kernels.alignment import ALIGNMENT, aligned
 
 
 class ArenaAllocator:

@@ -12,6 +12,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
+from gralora_kernels.alignment import map_numel
 from gralora_kernels.cpu.adapters import COLUMNS, expand_piece
 from gralora_kernels.cpu.linear import FLOAT_BYTES, row_numbers
 from gralora_kernels.cpu.microkernel import FROM_ZERO, PANEL, element_bytes_of, multiply_stored
@@ -19,7 +20,7 @@ from gralora_kernels.cpu.rows import scale_into
 from gralora_kernels.cpu.separate import kernel
 from gralora_kernels.cpu.simd import load_int32, load_int64, load_scalar, store_scalar
 from gralora_kernels.grouping import Grouping
-from gralora_kernels.tables import ENTRIES, GroupTable, map_numel
+from gralora_kernels.tables import ENTRIES, GroupTable
 
 
 def look_up(y: Tensor, ids: Tensor, arena: Tensor, group: GroupTable, grouping: Grouping, *, factor: float) -> None:

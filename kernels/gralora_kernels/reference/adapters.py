@@ -7,9 +7,10 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from gralora_kernels.alignment import map_numel
 from gralora_kernels.grouping import Grouping
 from gralora_kernels.packing import Packing
-from gralora_kernels.tables import DTYPES, GroupTable, ModuleTable, Storage, map_numel
+from gralora_kernels.tables import DTYPES, GroupTable, ModuleTable, Storage
 
 
 def pack_a(a: Tensor) -> Tensor:

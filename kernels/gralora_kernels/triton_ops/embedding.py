@@ -12,8 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gralora_kernels.alignment import map_numel
 from gralora_kernels.grouping import Grouping
-from gralora_kernels.tables import ENTRIES, GroupTable, map_numel
+from gralora_kernels.tables import ENTRIES, GroupTable
 from gralora_kernels.triton_ops.memory import staged
 from gralora_kernels.triton_ops.variant import ELEMENT_NAMES, Variant
 
