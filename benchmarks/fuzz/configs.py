@@ -27,6 +27,7 @@ _PAIR = re.compile(r"^([a-z0-9_]+) = (.*)$", re.MULTILINE)
 _OF_KIND = {"PATH": '"x"', "TEXT": '"x"', "INTEGER": "1", "FLOAT": "1.0", "BYTES": '"1MiB"', "HOST:PORT": '"[::1]:0"'}
 _OF_NAME = {
     "sha256": '"' + "0" * 64 + '"', "subject": '"a client"', "issuer": '"x"', "audience": '"x"', "jwks_file": '"x"',
+    "otlp_endpoint": '"http://x"',
     "expires": "1979-05-27T07:32:00Z", "adapters": '["a/*"]',
 }  # fmt: skip
 _TABLE = re.compile(r"^(?:\[+[a-zA-Z._]+\]+\n)?(?:[^\[\n].*\n)+", re.MULTILINE)

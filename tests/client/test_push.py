@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -184,7 +185,7 @@ async def test_the_command_pushes_and_prints_the_adapter(uploads: Uploads, direc
 
     assert code == ExitCode.OK
     assert (json.loads(out)["name"], json.loads(out)["pinned"]) == ("bard", True)
-    assert err == "sending files ...\n"
+    assert re.fullmatch(r"sending files: (\d+) of \1, [\d.]+ s\n", err)
 
 
 async def test_the_command_says_what_it_cannot_push(uploads: Uploads, directory: Path, capsys) -> None:
