@@ -8,7 +8,7 @@ from itertools import product
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gralora_runtime.adapters.checkpoint.header import ALIGNMENT
+from gralora_kernels.alignment import ALIGNMENT
 from gralora_runtime.adapters.residency.arena import ArenaAllocator
 from gralora_runtime.adapters.residency.compaction import choose_moves
 from gralora_runtime.adapters.residency.eviction import WORTHLESS, Move, Segment, Window
