@@ -100,10 +100,15 @@ def request(request_id: str, adapter: str = "", *, max_tokens: int = 24, **sampl
     )
 
 
+PATIENCE_S = 60.0
+
+
 async def until(condition: Callable[[], bool]) -> None:
-    """Let the loop run until it holds; the test's own time limit is the bound."""
-    while not condition():  # noqa: ASYNC110  # a count of another object: there is no event to wait for
-        await asyncio.sleep(0.01)
+    """Let the loop run until it holds. What passes by has to be made to last: looks are a millisecond apart."""
+    end_s = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < end_s, "it never came to be"
+        await asyncio.sleep(0.001)
 
 
 def slow_down(engine: AsyncEngine, step_s: float) -> None:

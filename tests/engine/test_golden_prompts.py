@@ -102,6 +102,7 @@ def test_a_request_that_was_taken_on_is_answered_although_the_server_drains(
     expect(adapters / "tenant", golden)
 
     async def work(engine: AsyncEngine) -> Delta:
+        slow_down(engine, 0.02)  # the trial's steps, too
         asked = asyncio.create_task(finish(engine, request("asked", "tenant", max_tokens=4)))
         await until(lambda: engine.load().waiting_for_adapter == 1)
         engine.begin_drain()
