@@ -29,7 +29,7 @@ def backend() -> TritonBackend:
 
 @pytest.mark.parametrize("hidden", [64, 40, 300])
 def test_rows_of_an_embedding(backend, hidden):
-    case = embedding_case(hidden)
+    case = embedding_case(hidden, keeps_16_bit=False)  # as an arena of this backend is
     slots = [6, *token_slots(30, len(SLOTS))]
     ids = torch.randint(0, VOCAB, (31,), generator=torch.Generator().manual_seed(3))
 

@@ -27,8 +27,8 @@ SLOTS: tuple[tuple[Sequence[int], Storage, tuple[int, ...] | None], ...] = (
 )
 
 
-def embedding_case(hidden: int) -> Case:
-    """Slots as `SLOTS` has them. Gaps of the arena hold NaN."""
+def embedding_case(hidden: int, *, keeps_16_bit: bool = True) -> Case:
+    """Slots as `SLOTS` has them, or all in fp32. Gaps of the arena hold NaN."""
     group = GroupTable(VOCAB, [hidden], len(SLOTS), CPU)
     (table,) = group.modules
     generator = torch.Generator().manual_seed(hidden)
@@ -44,7 +44,8 @@ def embedding_case(hidden: int) -> Case:
     def random(numel: int, storage: Storage) -> Tensor:
         return cells_of((torch.randn(numel, generator=generator) / 8).to(DTYPES.get(storage, torch.float32)))
 
-    for slot, (ranks, storage, tokens) in enumerate(SLOTS):
+    for slot, (ranks, kept, tokens) in enumerate(SLOTS):
+        storage = kept if keeps_16_bit else Storage.NATIVE
         entries = [
             Entry(
                 a_offset=put(random(r * VOCAB, storage)), b_offset=put(random(r * hidden, storage)), r=r, k=1,
