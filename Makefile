@@ -122,16 +122,7 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks $(BENCH)
 
 # On a machine with a GPU, under six minutes. CHECK=--dry: anywhere, by Triton's interpreter; its times mean nothing.
-gpu-# Spans of a server in Arize's Phoenix, from an environment of its own.
-collector-test: $(STAMP) $(PHOENIX_STAMP)
-	$(BIN)/python -m pytest tests/e2e/test_collector.py
-
-$(PHOENIX_STAMP):
-	$(PYTHON) -m venv $(PHOENIX)
-	$(PHOENIX)/bin/python -m pip install -q arize-phoenix==20.26.1
-	@touch $@
-
-check: $(STAMP)
+gpu-check: $(STAMP)
 	$(BIN)/python -m benchmarks.gpu_check $(CHECK)
 
 # One multi-adapter server beside merged models, at 1 to 64 customers: nine minutes with nothing else running.

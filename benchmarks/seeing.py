@@ -5,7 +5,7 @@ time counts, too. Off: the same engine with marks that are not made, no lines an
 gRPC, by turns. Tokens are compared before a time is kept.
 
 Then a mixed load on another engine, with so little memory that requests give way and adapters leave the pool: how far
-the parts of an explanation are from what the request's client measured.
+the parts of an explanation are from what the request's client, a process of its own, measured.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -111,15 +112,16 @@ class Served:
         self._scheduler = self.engine._parts.engine.scheduler  # noqa: SLF001
         self._markings = {True: self._scheduler.marking, False: unmarked(self._scheduler.marking)}
         self._rings = {True: self.engine.timelines, False: Timelines(0)}
-        self._servers, self._clients = {}, {}
+        self._servers, self._addresses, self._clients = {}, {}, {}
         for seen, tracing in ((True, TracingConfig(endpoint=endpoint)), (False, None)):
-            self._servers[seen], self._clients[seen] = self._loop.run(self._serve(tracing))
+            self._servers[seen], self._addresses[seen] = self._loop.run(self._serve(tracing))
+            self._clients[seen] = self._loop.run(_connected(self._addresses[seen]))
 
-    async def _serve(self, tracing: TracingConfig | None) -> tuple[GrpcServer, AsyncClient]:
+    async def _serve(self, tracing: TracingConfig | None) -> tuple[GrpcServer, str]:
         server = GrpcServer(ServerConfig(port=0, tracing=tracing))
         port = await server.start()
         await server.open(self.engine)
-        return server, AsyncClient(f"127.0.0.1:{port}")
+        return server, f"127.0.0.1:{port}"
 
     def run(self, requests: Sequence[Request], *, seen: bool) -> Run:
         """All of them arrive together."""
@@ -131,7 +133,8 @@ class Served:
 
     def explained(self, num_requests: int, names: Sequence[str]) -> list[tuple[float, Explanation]]:
         """Of each request of a mixed load, what its client measured, in seconds, and what it was told."""
-        return self._loop.run(self._mixed(num_requests, names))
+        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+            return self._loop.run(self._asked_in(pool, num_requests, names))
 
     def close(self) -> None:
         for seen in (True, False):
@@ -140,13 +143,30 @@ class Served:
         self._loop.run(self.engine.close())
         self._loop.close()
 
+    async def _asked_in(
+        self, pool: ProcessPoolExecutor, num_requests: int, names: Sequence[str]
+    ) -> list[tuple[float, Explanation]]:
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(pool, ask_all, self._addresses[True], num_requests, names)
+
     async def _generate(self, requests: Sequence[Request], client: AsyncClient) -> Run:
         started_s = time.perf_counter()
         return Run(tuple(await asyncio.gather(*(_one(request, client, started_s) for request in requests))))
 
-    async def _mixed(self, num_requests: int, names: Sequence[str]) -> list[tuple[float, Explanation]]:
-        """A part of them comes at once, for one adapter; the others one after another, for all."""
-        client, found = self._clients[True], []
+
+async def _connected(address: str) -> AsyncClient:
+    return AsyncClient(address)
+
+
+def ask_all(address: str, num_requests: int, names: Sequence[str]) -> list[tuple[float, Explanation]]:
+    """By a client in a process of its own, as clients are."""
+    return asyncio.run(_mixed(address, num_requests, names))
+
+
+async def _mixed(address: str, num_requests: int, names: Sequence[str]) -> list[tuple[float, Explanation]]:
+    """A part of them comes at once, for one adapter; the others one after another, for all."""
+    found = []
+    async with AsyncClient(address) as client:
         await client.info()  # connects
 
         async def ask(at: int) -> tuple[str, float]:
@@ -166,7 +186,7 @@ class Served:
             told = await client.explain(request_id)
             assert told is not None
             found.append((measured_s, told))
-        return found
+    return found
 
 
 async def _one(request: Request, client: AsyncClient, started_s: float) -> Answer:
