@@ -42,7 +42,7 @@ from gralora_server.cli.logs import AsJson
 from gralora_server.client import AsyncClient, Explanation
 from gralora_server.config import ServerConfig, TracingConfig
 from gralora_server.model_fetch import ensure_default_model
-from gralora_server.service import GrpcServer
+from gralora_server.service import GrpcServer, spare_collector
 
 ON, OFF = "explained, logged and traced", "nothing of it"
 OUT = Path(__file__).parent / "results" / "seeing.json"
@@ -112,6 +112,7 @@ class Served:
         self._scheduler = self.engine._parts.engine.scheduler  # noqa: SLF001
         self._markings = {True: self._scheduler.marking, False: unmarked(self._scheduler.marking)}
         self._rings = {True: self.engine.timelines, False: Timelines(0)}
+        spare_collector()  # as the server does
         self._servers, self._addresses, self._clients = {}, {}, {}
         for seen, tracing in ((True, TracingConfig(endpoint=endpoint)), (False, None)):
             self._servers[seen], self._addresses[seen] = self._loop.run(self._serve(tracing))
@@ -242,6 +243,7 @@ def cost(model_dir: Path, workload: Workload, rounds: int) -> dict[str, Any]:
 def explained(model_dir: Path, adapters: Path, num_requests: int) -> dict[str, Any]:
     """Of a mixed load with a flood, preemptions and cold adapters. Every adapter is a tenant of its own."""
     sizes: dict[str, Any] = {"max_num_seqs": 8, "max_model_len": 128, "max_adapter_slots": 2}
+    sizes["num_threads"] = max(1, len(os.sched_getaffinity(0)) - 1)  # clients compute elsewhere, as a rule
     config = EngineConfig(model=model_dir, adapters=in_directory(adapters), kv_cache_bytes=KV_BYTES, **sizes)
     with collecting() as (_, endpoint), logged():
         served = Served(config, endpoint)
