@@ -81,6 +81,7 @@ class Churn:
     unexpected: Counter[str] = field(default_factory=Counter)
     problems: list[str] = field(default_factory=list)
     _workers: itertools.count[int] = field(default_factory=itertools.count)
+    _pinning: asyncio.Lock = field(default_factory=asyncio.Lock)
     _numbers: itertools.count[int] = field(default_factory=lambda: itertools.count(FIRST_NEW))
 
     def __post_init__(self) -> None:
@@ -247,9 +248,10 @@ class Churn:
         self.counts["canary"] += 1
 
     async def _pin(self, client: AsyncClient, drawn: random.Random, one: Changing) -> None:
-        await client.adapters.pin(one.name)
-        await asyncio.sleep(drawn.uniform(*HOLD_S))
-        await client.adapters.pin(one.name, pinned=False)
+        async with self._pinning:  # several large ones may leave others no room at all, which is then told as an error
+            await client.adapters.pin(one.name)
+            await asyncio.sleep(drawn.uniform(*HOLD_S))
+            await client.adapters.pin(one.name, pinned=False)
         self.counts["pin"] += 1
 
     async def _unload(self, client: AsyncClient, drawn: random.Random, one: Changing) -> None:
