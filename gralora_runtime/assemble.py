@@ -62,6 +62,7 @@ logger = logging.getLogger(__name__)
 KV_CACHE_SHARE = {"cpu": 0.25, "cuda": 0.75}
 ADAPTER_POOL_SHARE = {"cpu": 0.1, "cuda": 0.15}
 SECONDS_A_DAY = 86_400.0
+MEMORY_S = 1.0  # at most, of a start, for memory that the first adapters will need: more is written beside requests
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,9 +102,7 @@ def assemble(config: EngineConfig, base: BaseModel | None = None, *, stage: Star
     )
     pipelined = config.pipeline == "on" or (config.pipeline == "auto" and device.type == "cuda")
     fence = StepFence()
-    wait_for_steps = fence.wait if pipelined else no_steps  # unpipelined, no step runs whose leases were given back
-    pace = Pace(share=config.load_share, cores=num_threads, steps_run=lambda: fence.is_open)
-    transfer = transfer_to(device, wait_for_steps, pace)
+    transfer = _transfer(config, device, fence, cores=num_threads, pipelined=pipelined)
     layers = BaseLayers(base.model)
     with stage("Adapters: which there are"):
         adapters = _adapter_manager(
@@ -152,6 +151,8 @@ def assemble(config: EngineConfig, base: BaseModel | None = None, *, stage: Star
                     base, runner, batch, config.page_size, expected,
                     max_num_tokens=config.max_num_batched_tokens, max_model_len=max_model_len,
                 )  # fmt: skip
+        with stage("Adapters: memory for the first ones"):
+            adapters.await_memory(MEMORY_S)
     except BaseException:
         layers.open()
         adapters.close()
@@ -187,6 +188,13 @@ def assemble(config: EngineConfig, base: BaseModel | None = None, *, stage: Star
         executor = Beside(runner, observation, prepare_thread) if pipelined else InTurn(runner, observation)
     engine = Engine(scheduler, batch, executor, observation, fence, pipelined=pipelined)
     return EngineParts(engine, runner, adapters, base, prompts, info, prepare_thread)
+
+
+def _transfer(config: EngineConfig, device: torch.device, fence: StepFence, *, cores: int, pipelined: bool) -> Transfer:
+    wait_for_steps = fence.wait if pipelined else no_steps  # unpipelined, no step runs whose leases were given back
+    return transfer_to(
+        device, wait_for_steps, Pace(share=config.load_share, cores=cores, steps_run=lambda: fence.is_open)
+    )
 
 
 def _groups_and_apart(

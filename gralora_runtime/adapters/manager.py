@@ -244,6 +244,10 @@ class AdapterManager:
             if version.numerics.fail(problem):
                 log.warning("%s", version.numerics.error(label))
 
+    def await_memory(self, timeout_s: float) -> None:
+        """Until memory for the first adapters is written, which they would have to wait for; no longer than this."""
+        self._mover.await_memory(timeout_s)
+
     def examine_with(self, examiner: Examiner) -> None:
         """Who answers golden prompts. Versions that have some wait until somebody does."""
         self._admission.examine_with(examiner)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from support.checkpoints import MODULES, edit_tensors, write_gralora, write_lora
@@ -233,11 +234,14 @@ def test_memory_is_written_ahead_of_its_use_and_no_weight_changes(
     zeroed: list[int] = []
     pool = pool_of(1 << 20)
     write = pool_module._write_zeros
-    monkeypatch.setattr(pool_module, "_write_zeros", lambda target: (zeroed.append(target.numel()), write(target)))
+    monkeypatch.setattr(pool_module, "_write_zeros", lambda target: (zeroed.append(len(target)), write(target)))
 
     while pool.touch_ahead():
         pass
-    assert zeroed == [250] * 4  # elements of four bytes, up to the limit and no further
+    tables = pool.table_set.rows
+    arrays = (tables.host_index, tables.host_scale, tables.host_storage, tables.host_affine)
+    assert sum(zeroed) == sum(array.nbytes for array in arrays) + 4000  # up to the limit and no further
+    assert max(zeroed) == 1000
     first = place(pool, adapters[0])
     while pool.touch_ahead():
         pass
@@ -252,6 +256,27 @@ def test_memory_is_written_ahead_of_its_use_and_no_weight_changes(
     for resident, adapter in ((first, adapters[0]), (second, adapters[1])):
         assert torch.equal(adapter.blob, pool.read(resident).blob)
     pool.check_integrity()
+
+
+def test_tables_that_hold_an_adapter_are_not_prepared(
+    adapters: list[LoadedAdapter], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may come before all of them were."""
+    monkeypatch.setattr(pool_module, "TOUCHED_BYTES", 64)
+    pool = pool_of(1 << 20)
+    assert pool.touch_ahead()
+    resident = place(pool, adapters[0])
+    rows = pool.table_set.rows
+    before = [array.copy() for array in (rows.host_index, rows.host_scale, rows.host_storage, rows.host_affine)]
+    assert before[0].any()
+    assert before[1].any()
+
+    while pool.touch_ahead():
+        pass
+
+    after = (rows.host_index, rows.host_scale, rows.host_storage, rows.host_affine)
+    assert all(np.array_equal(one, other) for one, other in zip(before, after, strict=True))
+    assert torch.equal(adapters[0].blob, pool.read(resident).blob)
 
 
 def test_no_more_memory_is_written_than_there_is(adapters: list[LoadedAdapter]) -> None:

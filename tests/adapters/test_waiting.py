@@ -85,6 +85,22 @@ def test_nobody_waits_for_the_placer_s_rest(tmp_path: Path, monkeypatch: pytest.
     assert touched == []
 
 
+def test_a_start_waits_for_the_first_adapters_memory(tmp_path: Path) -> None:
+    write_units(tmp_path, ["a"])
+    with managing(tmp_path) as manager:
+        manager.await_memory(WAIT_S)
+        assert not manager.pool.touch_ahead()
+
+
+def test_a_start_does_not_wait_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    go_on = threading.Event()
+    monkeypatch.setattr(AdapterPool, "touch_ahead", lambda _pool: not go_on.wait(WAIT_S))
+    with managing(tmp_path) as manager:
+        manager.await_memory(0.01)
+        assert not go_on.is_set()
+        go_on.set()
+
+
 def test_who_gives_up_makes_way(tmp_path: Path) -> None:
     write_units(tmp_path, ["a", "c", "d"])
     with managing(tmp_path, units=1) as manager:

@@ -9,7 +9,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -47,10 +47,10 @@ NUM_READERS = 2  # a slow disk holds up at most so many loads before the others 
 READ_AHEAD = 16
 READ_AHEAD_BYTES = 1 << 30
 BESIDE_OTHERS = 2  # times as much, for tenants that have nothing on its way: what others brought may wait for long
-# Before a piece of the pool is prepared. A megabyte that was never written takes a core for 2 to 10 ms, in which nobody
-# who was just given an adapter should have to compute.
+# Before the pool is prepared, and then before each piece while steps run or somebody reads. A megabyte that was never
+# written takes a core for 2 to 10 ms, in which nobody who was just given an adapter should have to compute.
 REST_S = 0.01
-BUSY_REST_S = 0.1  # more, while steps run or somebody reads
+BUSY_REST_S = 0.025
 
 Serve = Callable[[AdapterVersion, Resident, Waiter, Answers], None]
 Changed = Callable[[AdapterVersion, LoadedAdapter, Answers], None]
@@ -215,6 +215,10 @@ class Mover:
             self._is_awake = True
             self._called.set()
             answers.later(partial(self._placer.submit(self._pump).add_done_callback, self._on_pumped))
+
+    def await_memory(self, timeout_s: float) -> None:
+        """Until what the placer does now is done: at start, preparing memory."""
+        wait([self._placer.submit(_nothing)], timeout_s)
 
     def close(self, answers: Answers) -> None:
         """Start nothing more, and tell everybody who waits. `join` afterwards."""
@@ -483,14 +487,10 @@ class Mover:
             except BaseException:
                 self._let_stay(window)
                 raise
-        while not (self._is_called_while_resting() or self._closed) and self._pool.touch_ahead():
-            pass
-
-    def _is_called_while_resting(self) -> bool:
-        if self._called.wait(REST_S):
-            return True
-        cores_are_wanted = self._pool.transfer.is_busy or bool(self._reading)  # of a moment ago: the lock is not held
-        return cores_are_wanted and self._called.wait(BUSY_REST_S)
+        rest_s = REST_S
+        while not (self._called.wait(rest_s) or self._closed) and self._pool.touch_ahead():
+            cores_are_wanted = self._pool.transfer.is_busy or self._reading  # of a moment ago: the lock is not held
+            rest_s = BUSY_REST_S if cores_are_wanted else 0.0
 
     def _next_move(self) -> tuple[Placement, Window[Resident]] | None:
         with self._answering() as answers:
@@ -604,6 +604,10 @@ class Mover:
                 self._queue.remove(placement)
                 for version in placement.versions:
                     self.fail(version, error, answers)
+
+
+def _nothing() -> None:
+    """For whoever waits for what is done before it."""
 
 
 def _stand_in_turn(turns: Turns[Item], item: Item, waiters: Iterable[Waiter]) -> None:

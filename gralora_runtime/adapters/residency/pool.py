@@ -11,6 +11,8 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from gralora_kernels.packing import ROW_MAJOR, Packing
@@ -25,8 +27,8 @@ from gralora_runtime.adapters.residency.shared_inputs import group_siblings
 from gralora_runtime.adapters.residency.transfer import Spread, Transfer, transfer_to
 from gralora_runtime.memory import lazy_zeros
 
-AHEAD_BYTES = 64 << 20  # of a CPU's pool, written before they are needed
-TOUCHED_BYTES = 1 << 20  # at a time
+AHEAD_BYTES = 256 << 20  # of a CPU's pool, written before they are needed
+TOUCHED_BYTES = 256 << 10  # at a time
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -88,6 +90,7 @@ class AdapterPool:
         self._slot_rows = remembered(self._rows_of)
         self.transfer = transfer or transfer_to(device)
         self._used_end = self._touched_end = 0  # elements: what lies behind was never written
+        self._blank_rows = list(_pieces(self.table_set)) if device.type == "cpu" else []  # of tables
         self._generations = [0] * max_slots
         self._free_slots = list(range(max_slots))  # a heap: low slots first
         self._residents: dict[int, Resident] = {}  # by slot: everything that owns a range
@@ -149,15 +152,19 @@ class AdapterPool:
     def touch_ahead(self) -> bool:
         """Write a piece of the memory that was never used, as the zeros that it is; False if enough of it is written.
 
-        The system gives memory when it is first written, which may take thirty times as long as writing.
+        The system gives memory when it is first written, which may take thirty times as long as writing. An adapter's
+        rows are all over the tables: the first one would wait for them all.
         """
+        if self._used_end == 0 and self._blank_rows:
+            _write_zeros(self._blank_rows.pop())
+            return True
         per_element = self.arena.element_size()
         end = min(self._used_end + AHEAD_BYTES // per_element, self.ranges.numel)
         start = max(self._touched_end, self._used_end)
         if self.arena.device.type != "cpu" or start >= end:
             return False
         self._touched_end = min(start + TOUCHED_BYTES // per_element, end)
-        _write_zeros(self.arena[start : self._touched_end])
+        _write_zeros(self.arena[start : self._touched_end].view(torch.uint8).numpy())
         return True
 
     def fill(self, resident: Resident, adapter: LoadedAdapter) -> None:
@@ -264,6 +271,14 @@ class AdapterPool:
         return self.arena[resident.offset : resident.offset + resident.layout.numel]
 
 
-def _write_zeros(target: torch.Tensor) -> None:
-    """On the CPU. Numpy writes in the calling thread alone; torch would start a team of threads."""
-    target.view(torch.uint8).numpy().fill(0)
+def _pieces(tables: TableSet) -> Iterator[npt.NDArray[np.uint8]]:
+    """Of the memory of all rows."""
+    rows = tables.rows
+    for array in (rows.host_index, rows.host_scale, rows.host_storage, rows.host_affine):
+        flat = array.reshape(-1).view(np.uint8)
+        yield from (flat[start : start + TOUCHED_BYTES] for start in range(0, len(flat), TOUCHED_BYTES))
+
+
+def _write_zeros(target: npt.NDArray[np.uint8]) -> None:
+    """In the calling thread alone, as numpy does: torch would start a team of threads."""
+    target.fill(0)
