@@ -31,6 +31,7 @@ from gralora_runtime.adapters.manager import AdapterManager
 from gralora_runtime.adapters.residency.pace import Pace
 from gralora_runtime.adapters.residency.pool import AdapterPool
 from gralora_runtime.adapters.residency.transfer import Transfer, no_steps, transfer_to
+from gralora_runtime.adapters.checkpoint.spec import added_name
 from gralora_runtime.config import LEAST_BITS, EngineConfig
 from gralora_runtime.errors import ConfigError
 from gralora_runtime.info import EngineInfo
@@ -40,6 +41,7 @@ from gralora_runtime.model.chat_turns import tool_format
 from gralora_runtime.model.experts import parameter_shapes
 from gralora_runtime.model.kv_pool import KVPool, page_bytes
 from gralora_runtime.model.loading import BaseModel, load_base_model
+from gralora_runtime.model.programs.added import AddedTables
 from gralora_runtime.model.programs.apart import Apart
 from gralora_runtime.model.programs.choice import kv_in_panels, make_runner, reserved_bytes
 from gralora_runtime.model.programs.gpu.graphs import usual_ladder
@@ -202,9 +204,13 @@ def _groups_and_apart(
 ) -> tuple[dict[tuple[str, ...], GroupTable], Apart]:
     """The pool's groups of linear layers, and what has the others'."""
     groups = dict(pool.groups)
+    ends = embedding_name(base.model), head_name(base.model)
+    embedding, head = (groups.pop((name,)) for name in ends)
+    added = [groups.pop((added_name(name),)) for name in ends if (added_name(name),) in groups]
     apart = Apart(
-        head=groups.pop((head_name(base.model),)),
-        embedding=groups.pop((embedding_name(base.model),)),
+        head=head,
+        embedding=embedding,
+        added=AddedTables(*added) if added else None,
         norms={shape.name: groups.pop((shape.name,)) for shape in norms_of(base.model)},
         arena=pool.arena,
         backend=build_backend(backend.name, base.model.device),
@@ -301,7 +307,7 @@ def _adapter_manager(
     )
     manager.append(
         AdapterManager(
-            modules=changeable_shapes(base.model),
+            modules=changeable_shapes(base.model, config.max_added_tokens),
             device=device,
             dtype=base.model.dtype,
             pool_bytes=pool_bytes,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gralora_runtime.adapters.checkpoint.config_keys import KNOWN
+from gralora_runtime.adapters.checkpoint.spec import MAX_ADDED_TOKENS
 from gralora_runtime.errors import ConfigError
 from gralora_runtime.scheduling.fairness import CPU_PRICES, Prices
 
@@ -72,6 +73,7 @@ class EngineConfig:
     max_adapter_slots: int = 4096  # adapters resident in the pool at once, whatever their size
     host_cache_bytes: int = 512 << 20  # loaded adapters kept in host memory behind the pool
     max_adapter_rank: int = 2048  # of r * k + hybrid_r: bounds the kernels' intermediate
+    max_added_tokens: int = MAX_ADDED_TOKENS  # of an adapter whose vocabulary is larger than the base model's
     enable_prefix_cache: bool = True
     num_threads: int | None = None
     load_share: float = 0.03  # of the cores' time, for loading adapters while steps run on the same cores
@@ -92,7 +94,7 @@ class EngineConfig:
         ):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-        least = dict.fromkeys(COUNTS, 1) | {"max_named_adapters": 0, "max_explained_requests": 0}
+        least = dict.fromkeys(COUNTS, 1) | {"max_named_adapters": 0, "max_explained_requests": 0, "max_added_tokens": 0}
         for name, fewest in least.items():
             value = getattr(self, name)
             if value is not None and value < fewest:

@@ -613,6 +613,7 @@ class AdapterManager:
             num_bytes=self._pool_bytes(resident.layout.numel),
             parts=_served(version),
             invocation=resident.layout.summary.invocation,
+            added_tokens=resident.layout.summary.added_tokens,
         )
         self._leases[lease.serial] = (version, resident)
         version.leases += 1

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from gralora_runtime.adapters.checkpoint.spec import LayerKind, ModuleShape
+from gralora_runtime.adapters.checkpoint.spec import MAX_ADDED_TOKENS, LayerKind, ModuleShape, added_shapes
 from gralora_runtime.model.experts import parameter_shapes, parameter_weights
 
 
@@ -44,9 +44,10 @@ def changeable_modules(model: PreTrainedModel) -> Iterator[tuple[ModuleShape, nn
     yield from replaceable_modules(model)
 
 
-def changeable_shapes(model: PreTrainedModel) -> list[ModuleShape]:
-    """All that an adapter may change: modules, then experts."""
-    return [*(shape for shape, _ in changeable_modules(model)), *parameter_shapes(model)]
+def changeable_shapes(model: PreTrainedModel, max_added_tokens: int = MAX_ADDED_TOKENS) -> list[ModuleShape]:
+    """All that an adapter may change or add: modules, then experts, then rows of tokens that the model has not."""
+    shapes = [*(shape for shape, _ in changeable_modules(model)), *parameter_shapes(model)]
+    return [*shapes, *added_shapes(shapes, max_added_tokens)]
 
 
 def norms_of(model: PreTrainedModel) -> list[ModuleShape]:

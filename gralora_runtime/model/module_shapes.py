@@ -11,18 +11,18 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from gralora_runtime.adapters.checkpoint.spec import ModuleShape
+from gralora_runtime.adapters.checkpoint.spec import MAX_ADDED_TOKENS, ModuleShape
 from gralora_runtime.errors import ModelUnsupportedError
 from gralora_runtime.model.adaptable import changeable_shapes
 from gralora_runtime.model.kv_pool import kv_shape
 from gralora_runtime.model.language_model import read_config
 
 
-def module_shapes(model_dir: Path) -> list[ModuleShape]:
+def module_shapes(model_dir: Path, max_added_tokens: int = MAX_ADDED_TOKENS) -> list[ModuleShape]:
     """The shapes of the model in `model_dir`, built on the meta device: no time and no memory goes into weights."""
     with _unsupported(model_dir), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(_config(model_dir))
-    return changeable_shapes(model)
+    return changeable_shapes(model, max_added_tokens)
 
 
 def vocab_size(model_dir: Path) -> int:

@@ -73,12 +73,12 @@ def lora_config(architecture: str, r: int, **options: Any) -> LoraConfig:
     )
 
 
-def save_adapter(model: PreTrainedModel, config: PeftConfig, folder: Path, *, seed: int = 0) -> Path:
+def save_adapter(model: PreTrainedModel, config: PeftConfig, folder: Path, *, seed: int = 0, **saving: Any) -> Path:
     """Add the adapter, save it as PEFT does, and leave the model as it was."""
     torch.manual_seed(seed)
     adapted = get_peft_model(model, config)
     with torch.no_grad(), _other_vectors(adapted):
-        adapted.save_pretrained(folder)
+        adapted.save_pretrained(folder, **saving)
     adapted.unload()
     return folder
 

@@ -32,7 +32,6 @@ from gralora_runtime.adapters.checkpoint.plan import (
     Planned,
     planned,
     room_numel,
-    weight_shape,
 )
 from gralora_runtime.adapters.checkpoint.remembered import remembered
 from gralora_runtime.adapters.checkpoint.spec import (
@@ -46,6 +45,7 @@ from gralora_runtime.adapters.checkpoint.spec import (
 )
 from gralora_runtime.adapters.checkpoint.targets import MATCHING_BUDGET_S, SlowPatternError, endings
 from gralora_runtime.adapters.checkpoint.tensors import DTYPES, WEIGHTS_FILE, TensorInfo, parse_header, read_header
+from gralora_runtime.adapters.checkpoint.vocabulary import vocabulary_of
 
 CONFIG_FILE = "adapter_config.json"
 GOLDEN_FILE = "golden.json"
@@ -79,6 +79,7 @@ class AdapterSummary:
     notes: tuple[str, ...] = ()  # see `AdapterSpec`
     invocation: tuple[int, ...] = ()
     replaces: tuple[str, ...] = ()  # modules of which weights stand in the place of the base model's
+    added_tokens: int = 0  # that it has behind those of the base model
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,7 +141,9 @@ class AdapterHeader:
     def _planned(self, modules: Sequence[ModuleShape]) -> Planned:
         try:
             plan = _planned_once if self.config_bytes <= MAX_KEPT_CONFIG_BYTES else planned
-            return plan(replace(self.spec, base_model="", notes=()), tuple(modules), self.naming(modules))
+            naming = self.naming(modules)
+            vocabulary = _vocabulary(self.tensors, tuple(modules), naming)
+            return plan(replace(self.spec, base_model="", notes=()), tuple(modules), naming, vocabulary)
         except SlowPatternError as cause:
             problem = f"its patterns take more than {MATCHING_BUDGET_S:.0f} s to match"
             raise rejected(self.name, [problem]) from cause
@@ -233,9 +236,7 @@ def dtype_of_16_bits(tensors: Mapping[str, TensorInfo], pair: PartTensors) -> st
 def pair_numel(tensors: Mapping[str, TensorInfo], pair: PartTensors, *, keeps_16_bit: bool) -> tuple[int, int]:
     """Elements of a pool that each of two matrices takes; two of 16 bits take one element, if they are kept."""
     share = 2 if keeps_16_bit and dtype_of_16_bits(tensors, pair) else 1
-    a, b = (
-        pair.experts * room_numel(math.prod(shape) // pair.experts, share) for shape in (pair.a_shape, pair.b_shape)
-    )
+    a, b = (pair.experts * room_numel(pair.part.r * features, share) for features in pair.features)
     return a, b
 
 
@@ -262,6 +263,9 @@ def _read_header(path: Path, roots: Sequence[Path]) -> tuple[bytes, int]:
         raise
     with opened:
         return read_header(opened), os.fstat(opened.fileno()).st_size
+
+
+_vocabulary = remembered(vocabulary_of)
 
 
 @remembered
@@ -314,6 +318,7 @@ def _summary(
         notes=spec.notes,
         invocation=spec.invocation,
         replaces=tuple(module.module.name for module in plan if module.replaces),
+        added_tokens=max((module.added_tokens for module in plan), default=0),
     )
 
 
@@ -361,7 +366,7 @@ def _misfits(plan: Planned, tensors: Mapping[str, TensorInfo]) -> Iterator[str]:
             yield from _misfit(tensors, name, expected)
     for copy in plan.copies:
         if copy.name in tensors:
-            yield from _misfit(tensors, copy.name, weight_shape(copy.module))
+            yield from _misfit(tensors, copy.name, copy.shape)
 
 
 def _misfit(tensors: Mapping[str, TensorInfo], name: str, expected: tuple[int, ...]) -> Iterator[str]:

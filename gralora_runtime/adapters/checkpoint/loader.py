@@ -243,6 +243,8 @@ class Packer:
         if matrix.experts > 1:
             self._place_experts(matrix, tensor)
             return largest_magnitude(values, stored.dtype)
+        if matrix.is_cut:
+            tensor = tensor[:, : matrix.features] if matrix.is_a else tensor[: matrix.features]
         cells = self._cells[matrix.offset :].view(tensor.dtype)[: tensor.size]
         # A plain pair is A [r, in], B [out, r]; blocks are A [k, in/k, r], B [k, r, out/k].
         blocks = tensor if tensor.ndim == 3 else tensor.T[np.newaxis]

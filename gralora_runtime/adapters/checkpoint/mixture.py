@@ -115,6 +115,9 @@ def _problems(ingredients: Sequence[Ingredient], stacks: AbstractSet[str]) -> It
     for invocation in (one.adapter.layout.summary.invocation for one in ingredients):
         if invocation:
             yield f"one of its adapters begins at the tokens {list(invocation)} of a prompt: a sum has no such place"
+    for more in (one.adapter.layout.summary.added_tokens for one in ingredients):
+        if more:
+            yield f"one of its adapters has {more} tokens more than the base model: those have no sum"
     for replaced in (one.adapter.layout.summary.replaces for one in ingredients):
         if replaced:
             yield f"one of its adapters has its own weights in the place of {replaced[0]}'s: those have no sum"

@@ -29,7 +29,8 @@ _TENSOR = re.compile(
     r"|(?P<magnitudes>lora_magnitude_vector)(?:\.(?P<magnitudes_of>[^.]+))?"
     r"|(?P<b_biases>lora_B)(?:\.(?P<b_biases_of>[^.]+))?\.bias"
     r"|(?P<embedding>lora_embedding_[AB])(?:\.(?P<embedding_of>[^.]+))?"
-    r"|(?P<base>(?:base_layer\.)?(?:bias|weight)|token_adapter\.trainable_tokens_delta))"
+    r"|(?P<base>(?:base_layer\.)?(?:bias|weight)|token_adapter\.(?:trainable_tokens_delta|base_layer\.weight)"
+    r"|(?:original_module|modules_to_save)\.weight))"
 )
 # How PEFT's names end behind the adapter's own, by what `_TENSOR` calls them.
 _ENDINGS = {"blocks": "", "plain": ".weight", "magnitudes": "", "b_biases": ".bias", "embedding": ""}
@@ -37,7 +38,10 @@ _ENDINGS = {"blocks": "", "plain": ".weight", "magnitudes": "", "b_biases": ".bi
 BIASES = ("base_layer.bias", "bias")
 WEIGHTS = ("base_layer.weight", "weight")
 ROWS = "token_adapter.trainable_tokens_delta"
-_OF_THE_BASE = (*BIASES, *WEIGHTS, ROWS)  # the adapter's own name is never in these
+UNDER_ROWS = "token_adapter.base_layer.weight"  # what they stand in the place of
+UNDER_SAVED = "original_module.weight"  # the same of a module that was trained as a whole
+SAVED_AGAIN = "modules_to_save.weight"
+_OF_THE_BASE = (*BIASES, *WEIGHTS, ROWS, UNDER_ROWS, UNDER_SAVED, SAVED_AGAIN)  # the adapter's own name is never in these
 
 
 @dataclass(frozen=True, slots=True)

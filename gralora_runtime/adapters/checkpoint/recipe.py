@@ -14,7 +14,7 @@ from gralora_kernels.tables import Entry, Storage
 from gralora_runtime.adapters.checkpoint.header import dtype_of_16_bits, pair_numel
 from gralora_runtime.adapters.checkpoint.plan import ModulePlan, Plan
 from gralora_runtime.adapters.checkpoint.remembered import remembered
-from gralora_runtime.adapters.checkpoint.spec import LayerKind, ModuleShape
+from gralora_runtime.adapters.checkpoint.spec import EMBEDDINGS, ModuleShape
 from gralora_runtime.adapters.checkpoint.tensors import DTYPES, TensorInfo
 
 Layout = tuple[tuple[str, tuple[Entry, ...]], ...]  # per module: its name and its entries
@@ -37,12 +37,23 @@ class Matrix:
     stored: TensorInfo
     is_a: bool
     experts: int  # whose matrices it has, to be placed one behind the other
+    features: int  # inputs, or outputs, that are placed: the tensor may have added tokens' behind them
     offset: int  # of the blob, in its elements
     dtype: torch.dtype  # as the blob holds it
 
     @property
     def num_bytes(self) -> int:
         return self.stored.end - self.stored.begin
+
+    @property
+    def is_cut(self) -> bool:
+        """Not all of the tensor is placed. Then it is a plain one."""
+        return len(self.stored.shape) == 2 and self.experts == 1 and self.features != self.stored.shape[self.is_a]
+
+    @property
+    def numel(self) -> int:
+        """That are placed."""
+        return self.features * self.stored.shape[not self.is_a] if self.is_cut else self.stored.numel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +65,8 @@ class Piece:
     matrices: tuple[Matrix, ...]  # from the file's front to its end
     positions: Array = field(compare=False)  # of the matrices in their recipe
     spans: Array = field(compare=False)  # bytes of the piece, [matrices, 2]: see `HashMany`
-    # See `PlaceMany`; None if a matrix has to become another dtype, they have several, or some are many experts'.
+    # See `PlaceMany`; None if a matrix has to become another dtype or is cut, they have several, or some are many
+    # experts'.
     places: Array | None = field(compare=False)
 
 
@@ -134,13 +146,17 @@ def _recipe(
         for pair in module.parts:
             kept = dtype_of_16_bits(tensors, pair) if keeps_16_bit else None
             held = TORCH_DTYPES[kept] if kept else dtype
-            for is_a, name, offset in ((True, pair.a_name, a_offset), (False, pair.b_name, b_offset)):
+            for is_a, name, offset, features in (
+                (True, pair.a_name, a_offset, pair.features[0]),
+                (False, pair.b_name, b_offset, pair.features[1]),
+            ):
                 matrices.append(
                     Matrix(
                         name=name,
                         stored=tensors[name],
                         is_a=is_a,
                         experts=pair.experts,
+                        features=features,
                         offset=offset,
                         dtype=held,
                     )
@@ -160,7 +176,7 @@ def _recipe(
             b_offset += b_numel
     affines, rows, numel = _behind(plan, b_offset, dtype)
     for place in rows:
-        if place.module.kind is not LayerKind.EMBEDDING:
+        if place.module.kind not in EMBEDDINGS:
             own = Entry(a_offset=place.a_offset, b_offset=place.b_offset, r=place.rank, k=1, scale=1.0)
             layout[place.module.name].append(own)
     return Recipe(
@@ -186,7 +202,7 @@ def _behind(
         if extra:
             affines.append((module.module.name, numel))
         if module.rows:
-            a_offset = numel if module.module.kind is LayerKind.EMBEDDING else numel + extra
+            a_offset = numel if module.module.kind in EMBEDDINGS else numel + extra
             place = RowsPlace(
                 module=module.module, rank=module.rows_rank, a_offset=a_offset, b_offset=a_offset + a_numel
             )
@@ -201,7 +217,7 @@ def _gaps(matrices: Sequence[Matrix], blob_bytes: int, dtype: torch.dtype) -> It
         begin = matrix.offset * dtype.itemsize
         if end < begin:
             yield end, begin
-        end = begin + matrix.stored.numel * matrix.dtype.itemsize
+        end = begin + matrix.numel * matrix.dtype.itemsize
     if end < blob_bytes:
         yield end, blob_bytes
 
@@ -227,7 +243,7 @@ def _piece(matrices: Sequence[Matrix], positions: Sequence[int], dtype: torch.dt
     begin = own[0].stored.begin
     stay = all(matrix.dtype == TORCH_DTYPES[matrix.stored.dtype] for matrix in own)
     one_dtype = len({matrix.stored.dtype for matrix in own}) == 1
-    one_each = all(matrix.experts == 1 for matrix in own)
+    one_each = all(matrix.experts == 1 and not matrix.is_cut for matrix in own)
     return Piece(
         begin=begin,
         end=own[-1].stored.end,

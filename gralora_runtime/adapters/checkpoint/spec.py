@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import reprlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, TypeVar
 
@@ -74,11 +74,17 @@ class LayerKind(StrEnum):
     HEAD = "output head"  # which is linear, too
     EMBEDDING = "embedding"
     NORM = "norm"
+    ADDED_EMBEDDING = "embedding of added tokens"  # that the base model does not have: see `added_shapes`
+    ADDED_HEAD = "output head of added tokens"
     EXPERTS = "parameter of experts"
     ROUTER = "weight of a router"
 
 
 PARAMETERS = (LayerKind.EXPERTS, LayerKind.ROUTER)  # that no linear layer has: `target_parameters` names them
+EMBEDDINGS = (LayerKind.EMBEDDING, LayerKind.ADDED_EMBEDDING)  # whose rows are looked up
+ADDED = (LayerKind.ADDED_EMBEDDING, LayerKind.ADDED_HEAD)
+MAX_ADDED_TOKENS = 256
+MAX_ADDED_OPTION = "--max-added-tokens"
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +103,31 @@ class ModuleShape:
     kind: LayerKind = LayerKind.LINEAR
     tied_to: str = ""  # of an output head: the embedding that has the same weight
     experts: int = 1  # whose matrices it holds
+
+
+def added_shapes(modules: Sequence[ModuleShape], max_added_tokens: int) -> list[ModuleShape]:
+    """Where adapters may have rows of tokens that the base model with these modules does not have, so many at most.
+
+    They are modules apart, so that the others stay as wide as the base model's. Token i of them reads input 1 + i of
+    the embedding, whose input 0 is any token of the base model; and is output i of the head.
+    """
+    ends = [module for module in modules if module.kind in (LayerKind.EMBEDDING, LayerKind.HEAD)]
+    if not max_added_tokens or len(ends) < 2:  # noqa: PLR2004  # both of them
+        return []
+    return [
+        replace(module, name=added_name(module.name), tied_to="", has_bias=False, **sizes)
+        for module in ends
+        for sizes in [
+            {"in_features": 1 + max_added_tokens, "kind": LayerKind.ADDED_EMBEDDING}
+            if module.kind is LayerKind.EMBEDDING
+            else {"out_features": max_added_tokens, "kind": LayerKind.ADDED_HEAD}
+        ]
+    ]
+
+
+def added_name(module: str) -> str:
+    """No module of a model has such a name."""
+    return f"{module} of added tokens"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

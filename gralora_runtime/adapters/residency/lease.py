@@ -21,6 +21,7 @@ class AdapterLease:
     version: int = 0  # of the name; 0: the base model and mixes, which have none
     num_bytes: int = 0  # of the pool
     invocation: tuple[int, ...] = ()  # see `AdapterSpec`
+    added_tokens: int = 0  # that it has behind those of the base model
     parts: tuple[ServedAdapter, ...] = ()  # of a mix
 
     @property

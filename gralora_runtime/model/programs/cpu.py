@@ -83,14 +83,13 @@ class CpuRunner:
         return self._program.weight_bytes
 
     def execute(self, tensors: StepTensors, newest: Tensor | None = None) -> Tensor:
-        """Logits of the tokens in `logits_index`, fp32 [sampling rows, vocab]."""
+        """As `Runner.execute`."""
         assert newest is None, "host memory is where tokens are"
         pieces = attention_pieces(tensors.query_starts.numpy(), tensors.context_lens.numpy(), self._group)
         apart, ids = self._apart.step(tensors), tensors.input_ids[0]
-        embedding = apart.embedding
         logits = self._program.run(
             Step(
-                token_ids=ids,
+                token_ids=apart.base_ids(ids),
                 positions=tensors.position_ids[0],
                 kv_slots=tensors.kv_slots,
                 last=tensors.logits_index,
@@ -99,11 +98,10 @@ class CpuRunner:
                 grouping=tensors.grouping,
                 token_slots=tensors.token_slots,
             ),
-            (lambda hidden: embedding.apply(hidden, ids, self._embedding_factor)) if embedding else None,
+            (lambda hidden: apart.embed(hidden, ids, self._embedding_factor)) if apart.changes_embedding else None,
         )
-        if apart.head:
-            apart.head.apply(logits, self._program.normed[: len(logits)])
-        return soft_capped(logits, self._logits_softcap)
+        logits = apart.logits(logits, self._program.normed[: len(logits)])
+        return apart.hide(soft_capped(logits, self._logits_softcap))
 
     def _add_layer(self, model: Description, layer: LayerDescription, keys: Tensor, values: Tensor) -> None:
         program = self._program

@@ -22,7 +22,8 @@ class Runner(Protocol):
     """Computes one step."""
 
     def execute(self, tensors: StepTensors, newest: Tensor | None = None) -> Tensor:
-        """Logits of the tokens in `logits_index`, fp32 [sampling rows, vocab].
+        """Logits of the tokens in `logits_index`, fp32 [sampling rows, vocab]; where an adapter of the step has more
+        tokens than the base model as many columns more, which are minus infinity for all who have not.
 
         `newest` int32 [rows of the step before], on the device: what that step chose, for the tokens that follow. None:
         all tokens are in `input_ids`.

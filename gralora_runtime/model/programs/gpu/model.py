@@ -146,14 +146,13 @@ class GpuModel:
             q_row=model.heads + 2 * model.kv_heads,
         )
 
-    def forward(self, step: DeviceStep, kernels: Kernels, logits: Tensor) -> None:
-        """logits [len(step.logits_index), vocab], in the model's dtype."""
+    def forward(self, step: DeviceStep, kernels: Kernels, logits: Tensor) -> Tensor:
+        """logits [len(step.logits_index), vocab], in the model's dtype; returns them, or wider ones: see `ApartStep`."""
         model = self._model
-        residual = nn.functional.embedding(step.token_ids, self._embedding)
+        residual = nn.functional.embedding(kernels.apart.base_ids(step.token_ids), self._embedding)
         if self._factor != 1:
             residual *= self._factor
-        if (embedding := kernels.apart.embedding) is not None:
-            embedding.apply(residual, step.token_ids, self._factor)
+        kernels.apart.embed(residual, step.token_ids, self._factor)
         norms = kernels.apart.norms
         normed = torch.empty_like(residual, memory_format=torch.contiguous_format)
         x: Tensor | None = None
@@ -172,9 +171,8 @@ class GpuModel:
         last = self._new(len(logits), residual.shape[1])
         self._norm_last(last, residual, x, step.logits_index, norms)
         self._multiply(logits, last, self._head, self._head_bias)
-        if kernels.apart.head is not None:
-            kernels.apart.head.apply(logits, last)
-        soft_capped(logits, model.logits_softcap)
+        logits = kernels.apart.logits(logits, last)
+        return soft_capped(logits, model.logits_softcap)
 
     def _join(
         self, normed: Tensor, residual: Tensor, x: Tensor | None, norm: Norm | None, norms: NormStep | None

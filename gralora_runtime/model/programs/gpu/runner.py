@@ -69,7 +69,7 @@ class GpuRunner:
         )
 
     def execute(self, tensors: StepTensors, newest: Tensor | None = None) -> Tensor:
-        """Logits of the tokens in `logits_index`, fp32 [sampling rows, vocab]."""
+        """As `Runner.execute`."""
         with torch.inference_mode():
             rung = self.ladder.rung(len(tensors.context_lens)) if self.ladder and tensors.max_query_len == 1 else None
             apart = self._apart.step(tensors)
@@ -140,9 +140,9 @@ class GpuRunner:
         step = self._inputs.load(tensors, newest)
         kernels = Kernels(self._attention, self._adapters if tensors.grouping.num_adapted else None, apart=apart)
         logits = torch.empty(len(step.logits_index), self.model.vocab_size, dtype=self.model.dtype, device=self._device)
-        self.model.forward(step, kernels, logits)
+        logits = self.model.forward(step, kernels, logits)
         # A step of unfinished prompts wants none; one row of them costs less than a second way through the model.
-        return logits[: len(tensors.logits_index)].float()
+        return apart.hide(logits[: len(tensors.logits_index)].float())
 
     def _note_refusal(self, error: ReplayError) -> None:
         if error.what not in self._refused:

@@ -106,8 +106,6 @@ class AdaptedHead(nn.Module):
         self._context = context
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [1, rows, hidden] -> [1, rows, vocab]."""
+        """x [1, rows, hidden] -> [1, rows, vocab], or wider: see `ApartStep.logits`."""
         logits: Tensor = self.base(x)
-        if (adapted := self._context.apart.head) is not None:
-            adapted.apply(logits[0], x[0])
-        return logits
+        return self._context.apart.logits(logits[0], x[0])[None]

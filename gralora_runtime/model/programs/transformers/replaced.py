@@ -19,9 +19,9 @@ class AdaptedEmbedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids [1, tokens] -> [1, tokens, hidden]."""
-        rows: Tensor = self.base(ids)
-        if (adapted := self._context.apart.embedding) is not None:
-            adapted.apply(rows[0], ids[0], self._factor)
+        apart = self._context.apart
+        rows: Tensor = self.base(apart.base_ids(ids))
+        apart.embed(rows[0], ids[0], self._factor)
         return rows
 
 

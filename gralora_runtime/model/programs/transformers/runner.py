@@ -71,7 +71,7 @@ class TransformersRunner:
         )
 
     def execute(self, tensors: StepTensors, newest: Tensor | None = None) -> Tensor:
-        """Logits of the tokens in `logits_index`, fp32 [sampling rows, vocab]."""
+        """As `Runner.execute`."""
         self._attention.prepare(tensors)
         apart = self._apart.step(tensors)
         tensors = tensors.to(self._model.device)
@@ -92,8 +92,7 @@ class TransformersRunner:
                 use_cache=True,
                 logits_to_keep=wanted,
             )
-        logits: Tensor = output.logits[0, : len(index)].float()
-        return logits
+            return apart.hide(output.logits[0, : len(index)].float())
 
     def _wrap_replaceable(self, served: Served) -> None:
         embedding = self._model.get_input_embeddings()
