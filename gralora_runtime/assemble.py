@@ -27,11 +27,11 @@ from gralora_runtime.adapters.catalogue.sources.fetch import Limits
 from gralora_runtime.adapters.catalogue.sources.s3_access import S3Access
 from gralora_runtime.adapters.catalogue.sources.source import Source
 from gralora_runtime.adapters.catalogue.uploads import UploadLimits, Uploads
+from gralora_runtime.adapters.checkpoint.spec import added_name
 from gralora_runtime.adapters.manager import AdapterManager
 from gralora_runtime.adapters.residency.pace import Pace
 from gralora_runtime.adapters.residency.pool import AdapterPool
 from gralora_runtime.adapters.residency.transfer import Transfer, no_steps, transfer_to
-from gralora_runtime.adapters.checkpoint.spec import added_name
 from gralora_runtime.config import LEAST_BITS, EngineConfig
 from gralora_runtime.errors import ConfigError
 from gralora_runtime.info import EngineInfo

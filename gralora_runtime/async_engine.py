@@ -36,8 +36,9 @@ from gralora_runtime.failure import request_failed
 from gralora_runtime.info import EngineInfo, EngineLoad, TokenizeResult
 from gralora_runtime.intake.entrance import Arrival, Entrance
 from gralora_runtime.intake.invocation import first_adapted
-from gralora_runtime.intake.rules import check_fits, rules_of
+from gralora_runtime.intake.rules import check_fits, has_added, rules_of
 from gralora_runtime.intake.tokenizing import Tokenizing
+from gralora_runtime.model.tokenization import check_ids
 from gralora_runtime.observation.activity import Activity, RequestActivity
 from gralora_runtime.observation.requests import RequestMeter, RequestObservation, outcome_of
 from gralora_runtime.observation.snapshot import EngineSnapshot
@@ -391,26 +392,40 @@ class AsyncEngine:
 
     async def _prepare(self, entry: _Entry, lease: AdapterLease | None = None) -> Sequence:
         """`lease`: if there is one already, and then it is a trial's."""
-        arrival, base = entry.arrival, self._parts.base
-        request = arrival.request
-        tokens = await self._tokenizing.encode(request.prompt, shorter_than=self._parts.info.max_model_len)
+        arrival, base, is_trial = entry.arrival, self._parts.base, lease is not None
+        request, info = arrival.request, self._parts.info
+        # How many tokens its adapter has is known once that is there.
+        may_have_added = self._config.max_added_tokens if request.named_adapters else 0
+        tokens = await self._tokenizing.encode(
+            request.prompt, shorter_than=info.max_model_len, added_tokens=may_have_added
+        )
         compiled = None
         if (wanted := request.structured_output) is not None:
             entry.timeline.reach(Stage.GRAMMAR, time.monotonic())
             compiled = await self._compiler.compile(wanted)
-        rules = rules_of(request, tokens, base, self._parts.info, compiled)
+        added = may_have_added if has_added(request, tokens, info.vocab_size) else 0
+        rules = rules_of(request, tokens, base, info, compiled, added_tokens=added)
         entry.max_tokens, entry.num_prompt = rules.max_tokens, len(tokens)
         if lease is None:
             self._entrance.count_prompt(arrival, len(tokens))
         else:
             self._entrance.count_trial(arrival, len(tokens))
+        if lease is None:
+            lease = await self._acquire(entry)
+        if lease.added_tokens != added:
+            try:
+                if request.prompt.token_ids is not None:
+                    check_ids("token_ids", tokens, info.vocab_size + lease.added_tokens, "adapter")
+                rules = rules_of(request, tokens, base, info, compiled, added_tokens=lease.added_tokens)
+            except BaseException:
+                if not is_trial:
+                    self.adapters.release(lease)
+                raise
+        # From here on nothing may fail: the lease has to reach the scheduler, which releases it.
         # Where text can end a request the engine has to know it; else it is made when the client is ready to read it.
         stops_at_text = bool(request.stopping.stop)
         if not stops_at_text:
             entry.stream.detokenizer = rules.detokenizer
-        # Last, because from here on nothing may fail: the lease has to reach the scheduler, which releases it.
-        if lease is None:
-            lease = await self._acquire(entry)
         adapted_from = first_adapted(lease.invocation, tokens)
         if adapted_from == NEVER:
             logger.debug("%s: answered by the base model, as %r is not invoked", request.request_id, lease.name)

@@ -6,7 +6,7 @@ import asyncio
 import shutil
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gralora_runtime.adapters.checkpoint.golden import Golden, GoldenCase
@@ -48,7 +48,8 @@ def answer(adapter: Path, model: Path, prompts: Sequence[Prompt], *, max_tokens:
             adapter_pool_bytes=header.cpu_pool_bytes(modules),
             max_adapter_rank=header.equivalent_rank,
         )
-        return asyncio.run(_answer(config, prompts, max_tokens))
+        found = asyncio.run(_answer(config, prompts, max_tokens))
+        return replace(found, vocab_size=found.vocab_size + header.summary(modules).added_tokens)
 
 
 async def _answer(config: EngineConfig, prompts: Sequence[Prompt], max_tokens: int) -> GoldenAnswers:

@@ -75,7 +75,7 @@ class Admission:
     def _try(self, version: AdapterVersion, held: AdapterLease) -> None:
         error: BaseException | None = None
         try:
-            self._answer_all(version)
+            self._answer_all(version, held.added_tokens)
         except BaseException as problem:
             error = problem
         try:
@@ -83,10 +83,10 @@ class Admission:
         except Exception:  # ours, and nobody waits for this thread's result
             log.exception("the trial of %s could not be ended", version.label)
 
-    def _answer_all(self, version: AdapterVersion) -> None:
+    def _answer_all(self, version: AdapterVersion, added_tokens: int) -> None:
         directory, roots = version.place
         try:
-            golden = read_golden(directory, vocab_size=self._vocab_size, roots=roots)
+            golden = read_golden(directory, vocab_size=self._vocab_size + added_tokens, roots=roots)
         except AdapterRejectedError as error:
             raise AdapterRejectedError(version.name, error.problems) from error  # whatever its directory is called
         if golden is None:

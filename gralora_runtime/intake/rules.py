@@ -33,11 +33,19 @@ def check_fits(request: GenerationRequest, info: EngineInfo) -> None:
 
 
 def rules_of(
-    request: GenerationRequest, tokens: list[int], base: BaseModel, info: EngineInfo, compiled: Compiled | None = None
+    request: GenerationRequest,
+    tokens: list[int],
+    base: BaseModel,
+    info: EngineInfo,
+    compiled: Compiled | None = None,
+    *,
+    added_tokens: int = 0,
 ) -> Rules:
-    """`tokens`: of the prompt; `compiled`: what the answer has to match. Raises InvalidRequestError."""
+    """`tokens`: of the prompt; `compiled`: what the answer has to match; `added_tokens`: behind the base model's.
+    Raises InvalidRequestError."""
     max_tokens = _max_tokens(request, len(tokens), info.max_model_len)
-    _check_token_ids(request, info.vocab_size)
+    vocab_size = info.vocab_size + added_tokens
+    _check_token_ids(request, vocab_size)
     seed = secrets.randbits(63) if request.sampling.seed is None else request.sampling.seed
     sampler = SamplerState(
         request.sampling,
@@ -46,7 +54,7 @@ def rules_of(
         seed=seed,
         prompt_token_ids=tokens,
         eos_token_ids=base.eos_token_ids,
-        vocab_size=info.vocab_size,
+        vocab_size=vocab_size,
         matcher=None if compiled is None else Matcher(compiled, request.stopping),
     )
     detokenizer = Detokenizer(
@@ -56,6 +64,12 @@ def rules_of(
         min_tokens=request.stopping.min_tokens,
     )
     return Rules(max_tokens, seed, sampler, detokenizer)
+
+
+def has_added(request: GenerationRequest, tokens: list[int], vocab_size: int) -> bool:
+    """Whether it names tokens that the base model does not have."""
+    named = (tokens, request.stopping.stop_token_ids, request.sampling.logit_bias)
+    return any(max(ids, default=0) >= vocab_size for ids in named)
 
 
 def _max_tokens(request: GenerationRequest, num_prompt: int, limit: int) -> int:

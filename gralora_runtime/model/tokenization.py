@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from jinja2 import TemplateError
@@ -36,15 +37,17 @@ class PromptTokenizer:
         tokenizer.no_padding()
         self._bound = prompt_bound(tokenizer)
 
-    def encode(self, prompt: Prompt, *, shorter_than: int | None = None) -> list[int]:
+    def encode(self, prompt: Prompt, *, shorter_than: int | None = None, added_tokens: int = 0) -> list[int]:
         """Token ids of a prompt, at least one. Raises `InvalidRequestError` naming the field.
 
-        What has so many bytes that it cannot be `shorter_than` tokens is refused before it is tokenized.
+        What has so many bytes that it cannot be `shorter_than` tokens is refused before it is tokenized. So many ids
+        may be `added_tokens`, behind the model's.
         """
         if prompt.token_ids is not None:
             num_tokens = len(prompt.token_ids)
             _check_length(num_tokens, shorter_than, got=num_tokens)
-            field, ids = "token_ids", self._check_ids(prompt.token_ids)
+            check_ids("token_ids", prompt.token_ids, self._vocab_size + added_tokens)
+            field, ids = "token_ids", list(prompt.token_ids)
         elif prompt.messages is not None:
             text = self._render(prompt)
             field, ids = "messages", self._encode_text(text, shorter_than, add_special_tokens=False)
@@ -57,13 +60,6 @@ class PromptTokenizer:
     def text_of(self, token_id: int) -> str:
         """One token alone; of half a character there is only U+FFFD."""
         return str(self._tokenizer.decode([token_id], skip_special_tokens=False))
-
-    def _check_ids(self, token_ids: tuple[int, ...]) -> list[int]:
-        for index, token in enumerate(token_ids):
-            if not 0 <= token < self._vocab_size:
-                problem = f"token ids of this model are 0 to {self._vocab_size - 1}"
-                raise InvalidRequestError(f"token_ids[{index}]", token, problem)
-        return list(token_ids)
 
     def _encode_text(self, text: str, shorter_than: int | None, *, add_special_tokens: bool) -> list[int]:
         if len(text) < LONG_CHARS:
@@ -94,6 +90,15 @@ class PromptTokenizer:
             # Templates raise it themselves, for example for roles out of order.
             roles = [message.role for message in messages]
             raise InvalidRequestError("messages", roles, f"the model's chat template refuses them: {error}") from error
+
+
+def check_ids(field: str, token_ids: Sequence[int], vocab_size: int, whose: str = "model") -> None:
+    """Raises `InvalidRequestError` for what is no token of a prompt."""
+    for index, token in enumerate(token_ids):
+        if not 0 <= token < vocab_size:
+            raise InvalidRequestError(
+                f"{field}[{index}]", token, f"token ids of this {whose} are 0 to {vocab_size - 1}"
+            )
 
 
 def _check_length(least_tokens: int, shorter_than: int | None, *, got: object) -> None:

@@ -16,7 +16,10 @@ from gralora_runtime.sampling.state import FloatRow, SamplerState
 
 
 def sample(logits: Tensor, states: Sequence[SamplerState]) -> list[Sampled]:
-    """One token per row of `logits` [rows, vocab]; row i depends on `logits[i]` and `states[i]` only, bugs included."""
+    """One token per row of `logits` [rows, vocab]; row i depends on `logits[i]` and `states[i]` only, bugs included.
+
+    Rows may be wider than a request's vocabulary, and are then minus infinity behind it.
+    """
     num_rows, vocab_size = logits.shape
     assert num_rows == len(states), f"{num_rows} rows of logits for {len(states)} requests"
     results: dict[int, Sampled] = {}
@@ -24,7 +27,7 @@ def sample(logits: Tensor, states: Sequence[SamplerState]) -> list[Sampled]:
     other: list[int] = []
     for row, state in enumerate(states):
         try:
-            assert state.vocab_size == vocab_size, f"{vocab_size} logits for a request with {state.vocab_size}"
+            assert state.vocab_size <= vocab_size, f"{vocab_size} logits for a request with {state.vocab_size}"
             (plain if state.takes_argmax else other).append(row)
         except BaseException as error:
             results[row] = _row_failure(error)
@@ -33,7 +36,7 @@ def sample(logits: Tensor, states: Sequence[SamplerState]) -> list[Sampled]:
         results.update((row, argmax[row]) for row in plain)
     for row, values in zip(other, _host_rows(logits, other), strict=True):
         try:
-            results[row] = states[row].choose(values)
+            results[row] = states[row].choose(values[: states[row].vocab_size])
         except BaseException as error:
             results[row] = _row_failure(error)
     return [results[row] for row in range(len(states))]

@@ -39,9 +39,9 @@ class Vocabulary:
         self.beside = ThreadPoolExecutor(1, "gralora-masks")  # for what is to be filled beside a forward pass
 
     def words(self, token_ids: Iterable[int]) -> Words:
-        """[words], of these tokens."""
+        """[words], of these tokens. Those that an adapter has added are in no grammar."""
         bits = np.zeros(self.num_words * BITS, np.uint8)
-        bits[list(token_ids)] = 1
+        bits[[token for token in token_ids if token < len(bits)]] = 1
         return np.packbits(bits, bitorder="little").view(np.int32)
 
     def allows_end(self, words: Words) -> bool:
@@ -61,5 +61,5 @@ class Vocabulary:
 
 
 def as_bools(words: Words, vocab_size: int) -> npt.NDArray[np.bool_]:
-    """[vocab_size], of one row of words."""
+    """[vocab_size], of one row of words: what is behind them may not be chosen."""
     return np.unpackbits(words.view(np.uint8), count=vocab_size, bitorder="little").view(np.bool_)

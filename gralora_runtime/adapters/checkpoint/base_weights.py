@@ -51,8 +51,8 @@ def _is_base(file: int, stored: TensorInfo, module: ModuleShape, base: BaseLayer
 def _is_same(file: int, stored: TensorInfo, other: TensorInfo) -> bool:
     if stored.dtype != other.dtype or stored.shape != other.shape:
         return False
-    pieces = pieces_of(stored.end - stored.begin, 1)
-    return all(
-        np.array_equal(*(read_range(file, one.begin + at, one.begin + at + size) for one in (stored, other)))
-        for at, size in pieces
-    )
+    for at, size in pieces_of(stored.end - stored.begin, 1):
+        mine, others = (read_range(file, one.begin + at, one.begin + at + size) for one in (stored, other))
+        if not np.array_equal(mine, others):
+            return False
+    return True

@@ -5,7 +5,6 @@ Reads the JSON config and the safetensors header only, in plain Python: no torch
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace

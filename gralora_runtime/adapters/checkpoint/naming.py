@@ -41,7 +41,8 @@ ROWS = "token_adapter.trainable_tokens_delta"
 UNDER_ROWS = "token_adapter.base_layer.weight"  # what they stand in the place of
 UNDER_SAVED = "original_module.weight"  # the same of a module that was trained as a whole
 SAVED_AGAIN = "modules_to_save.weight"
-_OF_THE_BASE = (*BIASES, *WEIGHTS, ROWS, UNDER_ROWS, UNDER_SAVED, SAVED_AGAIN)  # the adapter's own name is never in these
+# The adapter's own name is never in these.
+_OF_THE_BASE = (*BIASES, *WEIGHTS, ROWS, UNDER_ROWS, UNDER_SAVED, SAVED_AGAIN)
 
 
 @dataclass(frozen=True, slots=True)

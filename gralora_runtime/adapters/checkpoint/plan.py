@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from gralora_kernels.alignment import aligned, map_numel
 from gralora_runtime.adapters.checkpoint.experts import wrapper_paths
-from gralora_runtime.adapters.checkpoint.naming import BIASES, ROWS, SAVED_AGAIN, UNDER_ROWS, UNDER_SAVED, WEIGHTS, Naming
+from gralora_runtime.adapters.checkpoint.naming import (
+    BIASES,
+    ROWS,
+    SAVED_AGAIN,
+    UNDER_ROWS,
+    UNDER_SAVED,
+    WEIGHTS,
+    Naming,
+)
 from gralora_runtime.adapters.checkpoint.spec import (
     ADDED,
     EMBEDDINGS,
@@ -244,8 +251,9 @@ class _Planner:
         """As wide as it was there."""
         if self._vocabulary is None:
             return module
-        wider = {LayerKind.EMBEDDING: "in_features", LayerKind.HEAD: "out_features"}.get(module.kind)
-        return module if wider is None else replace(module, **{wider: self._vocabulary.size})
+        if module.kind is LayerKind.EMBEDDING:
+            return replace(module, in_features=self._vocabulary.size)
+        return replace(module, out_features=self._vocabulary.size) if module.kind is LayerKind.HEAD else module
 
     def _copies(self, module: ModuleShape, path: str, *, saved: bool, has_pair: bool) -> Iterator[Copy]:
         """PEFT saves all that an embedding or a head consists of, beside what was trained of it."""
@@ -300,9 +308,7 @@ class _Planner:
             return self._naming.tensor(path, UNDER_ROWS)
         return self._naming.tensor(path, WEIGHTS[not self._targets(module, path)])
 
-    def _unserved_rows(
-        self, added: ModuleShape, module: ModuleShape, rows: RowsTensor, vocabulary: Vocabulary
-    ) -> str:
+    def _unserved_rows(self, added: ModuleShape, module: ModuleShape, rows: RowsTensor, vocabulary: Vocabulary) -> str:
         most = added.in_features - 1 if added.kind is LayerKind.ADDED_EMBEDDING else added.out_features
         spec, more = self._spec, f"{vocabulary.size} tokens, {rows.count} more than the base model"
         if rows.count > most:
@@ -371,7 +377,9 @@ class _Planner:
         }
         for kind, (is_there, matrix) in wanted.items():
             if is_there:
-                yield VectorTensor(kind=kind, name=self._naming.tensor(path, matrix), shape=(self._in_training(module).out_features,))
+                yield VectorTensor(
+                    kind=kind, name=self._naming.tensor(path, matrix), shape=(self._in_training(module).out_features,)
+                )
 
     def _token_rows(self) -> Iterator[tuple[str, RowsTensor]]:
         """By module. PEFT gives an output head that is tied to the embedding what the embedding has, unless it has

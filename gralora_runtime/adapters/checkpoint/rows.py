@@ -50,7 +50,7 @@ class RowsFile:
         return self.tensors[self.tensor.name]
 
     def read(self, first: int, count: int) -> Array:
-        """Rows of the tensor, fp32 [count, hidden]. Raises MalformedError, or ValueError for what is no finite number."""
+        """fp32 [count, hidden]. Raises MalformedError, or ValueError for what is no finite number."""
         values = self._bytes(first, count).view(ARRAYS[self.stored.dtype])
         if largest_magnitude(values, self.stored.dtype) > torch.finfo(torch.float32).max:
             raise ValueError(f"tensor {self.tensor.name} has values that are not finite in float32")
@@ -75,9 +75,7 @@ class RowsFile:
             a, b = (self._matrix(name) for name in (tensor.pair.a_name, tensor.pair.b_name))
             # An embedding's tokens are the inputs of its pair, a head's the outputs.
             is_embedding = a.shape[1] > tensor.pair.features[0]
-            rows += tensor.pair.part.scale * (
-                a[:, tensor.first :].T @ b.T if is_embedding else b[tensor.first :] @ a
-            )
+            rows += tensor.pair.part.scale * (a[:, tensor.first :].T @ b.T if is_embedding else b[tensor.first :] @ a)
         if tensor.trained is not None:
             own = RowsFile(self.file, tensor.trained, self.tensors)
             for at, token in enumerate(tensor.trained.tokens or ()):
@@ -99,9 +97,7 @@ class RowsFile:
 
 def rows_in(file: int, plan: Sequence[ModulePlan], tensors: Mapping[str, TensorInfo]) -> dict[str, RowsFile]:
     """By module."""
-    return {
-        module.module.name: RowsFile(file, module.rows, tensors) for module in plan if module.rows
-    }
+    return {module.module.name: RowsFile(file, module.rows, tensors) for module in plan if module.rows}
 
 
 def put_rows(cells: Cells, places: Sequence[RowsPlace], rows: Mapping[str, RowsFile], base: BaseLayers) -> None:

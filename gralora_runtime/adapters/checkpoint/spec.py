@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import reprlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, TypeVar
 
@@ -111,17 +111,15 @@ def added_shapes(modules: Sequence[ModuleShape], max_added_tokens: int) -> list[
     They are modules apart, so that the others stay as wide as the base model's. Token i of them reads input 1 + i of
     the embedding, whose input 0 is any token of the base model; and is output i of the head.
     """
-    ends = [module for module in modules if module.kind in (LayerKind.EMBEDDING, LayerKind.HEAD)]
-    if not max_added_tokens or len(ends) < 2:  # noqa: PLR2004  # both of them
+    by_kind = {module.kind: module for module in modules}
+    embedding, head = by_kind.get(LayerKind.EMBEDDING), by_kind.get(LayerKind.HEAD)
+    if not max_added_tokens or embedding is None or head is None:
         return []
     return [
-        replace(module, name=added_name(module.name), tied_to="", has_bias=False, **sizes)
-        for module in ends
-        for sizes in [
-            {"in_features": 1 + max_added_tokens, "kind": LayerKind.ADDED_EMBEDDING}
-            if module.kind is LayerKind.EMBEDDING
-            else {"out_features": max_added_tokens, "kind": LayerKind.ADDED_HEAD}
-        ]
+        ModuleShape(
+            added_name(embedding.name), 1 + max_added_tokens, embedding.out_features, kind=LayerKind.ADDED_EMBEDDING
+        ),
+        ModuleShape(added_name(head.name), head.in_features, max_added_tokens, kind=LayerKind.ADDED_HEAD),
     ]
 
 

@@ -81,9 +81,7 @@ class AddedTokens:
         (module,) = self._head.table.modules
         counts = torch.from_numpy(module.host_index[slots, 0, 2] * (slots >= 0))[:, None]
         most = int(counts.max()) if len(slots) else 0
-        return AddedStep(
-            tokens=self, embedding=embedding, head=head, counts=counts.to(self._arena.device), most=most
-        )
+        return AddedStep(tokens=self, embedding=embedding, head=head, counts=counts.to(self._arena.device), most=most)
 
     def embed(self, rows: Tensor, ids: Tensor, factor: float, grouping: Grouping) -> None:
         """See `AddedStep`."""

@@ -48,8 +48,8 @@ class ApartStep:
             self.added.embed(rows, ids, factor)
 
     def logits(self, logits: Tensor, hidden: Tensor) -> Tensor:
-        """logits [rows, vocab], which the base head made of hidden [rows, hidden], as the adapters'. They are as wide as
-        the largest vocabulary of the step; what a row does not have is for `hide`, once all is done to them."""
+        """logits [rows, vocab], which the base head made of hidden [rows, hidden], as the adapters': as wide as the
+        largest vocabulary of the step. What a row does not have is for `hide`, once all is done to them."""
         if self.head is not None:
             self.head.apply(logits, hidden)
         return logits if self.added is None else self.added.widen(logits, hidden)
@@ -73,14 +73,17 @@ class Apart:
         backend: AdapterBackend,
         max_tokens: int,
     ) -> None:
-        """`norms`: by name. `added`: None if adapters may have no tokens more. The backend is theirs alone: lists of one grouping are not those of another."""
+        """`norms`: by name. `added`: None if adapters may have no tokens more. The backend is theirs alone: lists of
+        one grouping are not those of another."""
         self.norm_tables = norms
         self._head = HeadAdapters(head, arena=arena, backend=backend, max_rows=max_tokens)
         self._embedding = EmbeddingAdapters(embedding, arena=arena, backend=backend, max_tokens=max_tokens)
         self._norms = NormAdapters(norms, arena=arena)
-        self._added = added and AddedTokens(
-            added, vocab_size=embedding.in_features, arena=arena, backend=backend, max_tokens=max_tokens
-        )
+        self._added: AddedTokens | None = None
+        if added is not None:
+            self._added = AddedTokens(
+                added, vocab_size=embedding.in_features, arena=arena, backend=backend, max_tokens=max_tokens
+            )
 
     def step(self, tensors: StepTensors) -> ApartStep:
         """Valid until the next step's."""
@@ -90,5 +93,5 @@ class Apart:
             head=self._head.step(tensors),
             embedding=self._embedding.step(tensors),
             norms=self._norms.step(tensors),
-            added=self._added and self._added.step(tensors),
+            added=None if self._added is None else self._added.step(tensors),
         )

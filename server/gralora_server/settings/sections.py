@@ -122,6 +122,7 @@ class EngineSettings(Section):
         description="Of this machine, by gralora plan profile: what tenants are charged for. Default: a CPU's.",
     )
     max_adapter_rank: int = _engine("max_adapter_rank", "Largest r * k + hybrid r.")
+    max_added_tokens: int = _engine("max_added_tokens", "Tokens that an adapter may have more than the base model.")
     max_adapter_slots: Count = _engine("max_adapter_slots", "Adapters in the pool at once.")
     prefix_cache: Annotated[bool, Called(field="enable_prefix_cache")] = _engine(
         "enable_prefix_cache", "Reuse the pages of common prefixes."

@@ -147,7 +147,7 @@ class GpuModel:
         )
 
     def forward(self, step: DeviceStep, kernels: Kernels, logits: Tensor) -> Tensor:
-        """logits [len(step.logits_index), vocab], in the model's dtype; returns them, or wider ones: see `ApartStep`."""
+        """logits [len(step.logits_index), vocab], in the model's dtype. Returns them, or wider ones (`ApartStep`)."""
         model = self._model
         residual = nn.functional.embedding(kernels.apart.base_ids(step.token_ids), self._embedding)
         if self._factor != 1:
