@@ -183,7 +183,7 @@ def assemble(config: EngineConfig, base: BaseModel | None = None, *, stage: Star
         _use_threads(num_threads, device)
 
     observation = StepObservation()
-    executor = _device_executor(runner, observation, info, device, backend)
+    executor = _device_executor(runner, observation, info, device, backend, max_added_tokens=config.max_added_tokens)
     if executor is None and device.type == "cuda":
         pipelined = False  # what samples on the host waits for each step
     if executor is None:
@@ -236,19 +236,27 @@ def _meanwhile(work: Callable[[], None]) -> Future[None]:
 
 
 def _device_executor(
-    runner: Runner, observation: StepObservation, info: EngineInfo, device: torch.device, backend: AdapterBackend
+    runner: Runner,
+    observation: StepObservation,
+    info: EngineInfo,
+    device: torch.device,
+    backend: AdapterBackend,
+    *,
+    max_added_tokens: int,
 ) -> Executor | None:
     """None where sampling is the host's."""
     if backend.name != "triton":
         return None
     from gralora_kernels.triton_ops.sampling_launch import MAX_VOCAB
-    from gralora_runtime.sampling.device import DeviceSampler
+    from gralora_runtime.sampling.widths import SamplerOfWidths
     from gralora_runtime.stepping.device_executor import OnDevice
 
-    if info.vocab_size > MAX_VOCAB:
-        logger.warning("sampled on the host, step after step: %d tokens are more than %d", info.vocab_size, MAX_VOCAB)
+    if (most := info.vocab_size + max_added_tokens) > MAX_VOCAB:
+        logger.warning("sampled on the host, step after step: %d tokens are more than %d", most, MAX_VOCAB)
         return None
-    sampler = DeviceSampler(vocab_size=info.vocab_size, max_rows=info.max_num_seqs, device=device)
+    sampler = SamplerOfWidths(
+        vocab_size=info.vocab_size, max_added_tokens=max_added_tokens, max_rows=info.max_num_seqs, device=device
+    )
     if device.type == "cuda":
         sampler.warm_up(torch.float32)  # what programs return
     return OnDevice(runner, sampler, observation)

@@ -15,7 +15,7 @@ from gralora_runtime.adapters.checkpoint.affine import BaseNorm, ModuleVectors, 
 from gralora_runtime.adapters.checkpoint.config_keys import INVOCATION
 from gralora_runtime.adapters.checkpoint.loader import LoadedAdapter
 from gralora_runtime.adapters.checkpoint.plan import Vector
-from gralora_runtime.adapters.checkpoint.spec import LayerKind, rejected
+from gralora_runtime.adapters.checkpoint.spec import ADDED, LayerKind, rejected
 from gralora_runtime.adapters.checkpoint.unpacking import updates_in
 from gralora_runtime.adapters.checkpoint.update import Update, dense
 from gralora_runtime.adapters.checkpoint.whole import WholeAdapter, read_whole
@@ -30,6 +30,8 @@ from gralora_runtime.model.adaptable import (
 from gralora_runtime.model.experts import parameter_weights
 from gralora_runtime.model.loading import load_as_stored, load_tokenizer
 from gralora_runtime.model.module_shapes import module_shapes
+
+TOKENIZER_FILE = "tokenizer.json"
 
 Report = Callable[[str, int, int | None], None]  # stage, done, total
 
@@ -53,7 +55,10 @@ def write_merged(adapter: Path, model: Path, out: Path, report: Report) -> Merge
     _check_mergeable(whole.header.name, whole.header.spec.invocation)
     with new_directory(out) as fresh:
         report("Reading the model", 0, None)
-        merged, tokenizer = load_as_stored(model), load_tokenizer(model)
+        merged = load_as_stored(model)
+        adds_tokens = _add_tokens(merged, whole)
+        brings_tokenizer = adds_tokens and (adapter / TOKENIZER_FILE).is_file()
+        tokenizer = load_tokenizer(adapter if brings_tokenizer else model)
         problems = [*_nowhere_to_go(merged, whole), *_merge(merged, whole, report)]
         if problems:
             raise rejected(whole.header.name, problems)
@@ -66,6 +71,20 @@ def write_merged(adapter: Path, model: Path, out: Path, report: Report) -> Merge
         num_modules=len(whole.plan),
         dtype=str(merged.dtype).removeprefix("torch."),
     )
+
+
+@torch.no_grad()
+def _add_tokens(model: PreTrainedModel, whole: WholeAdapter) -> bool:
+    """Whether there are any. The model then has their rows as they were before pairs and rows of some tokens."""
+    added = {module.module.kind: module.rows for module in whole.plan if module.rows and module.added_tokens}
+    for kind, rows in added.items():
+        model.resize_token_embeddings(rows.shape[0], mean_resizing=False)
+        ends = {
+            LayerKind.ADDED_EMBEDDING: model.get_input_embeddings,
+            LayerKind.ADDED_HEAD: model.get_output_embeddings,
+        }
+        ends[kind]().weight[rows.first :] = whole.tensors[rows.name][rows.first :]
+    return bool(added)
 
 
 def _nowhere_to_go(model: PreTrainedModel, whole: WholeAdapter) -> Iterator[str]:
@@ -89,6 +108,8 @@ def _merge(model: PreTrainedModel, whole: WholeAdapter, report: Report) -> Itera
     numbers = {name: tensor.float().numpy() for name, tensor in whole.tensors.items()}
     vectors = {one.plan.module.name: one for one in vectors_in(whole.plan, numbers)}
     for done, module in enumerate(whole.plan):
+        if module.module.kind in ADDED:
+            continue
         name = module.module.name
         report("Merging", done, len(whole.plan))
         weight, bias = layers[name]

@@ -16,7 +16,7 @@ from torch import Tensor
 from gralora_kernels.philox import uniforms
 from gralora_kernels.sampling_rules import RULE, Masks, Rules, SamplingRules, rule
 from gralora_kernels.triton_ops.memory import staged
-from gralora_kernels.triton_ops.sampling_launch import RowSampler
+from gralora_kernels.triton_ops.sampling_launch import MASK_BITS, RowSampler
 from gralora_kernels.triton_ops.sampling_launch import Sampled as OnDevice
 from gralora_runtime.request import TokenLogprob
 from gralora_runtime.sampling.host import advance
@@ -110,9 +110,13 @@ class DeviceSampler:
         try:
             return self._sample(logits, states, seats)
         except BaseException:
-            for seat in seats:
-                self._states[seat] = None
+            self.forget(seats)
             raise
+
+    def forget(self, seats: Sequence[int]) -> None:
+        """Whoever has one of them takes it anew."""
+        for seat in seats:
+            self._states[seat] = None
 
     def _sample(self, logits: Tensor, states: Sequence[SamplerState], seats: Sequence[int]) -> Results:
         for state, seat in zip(states, seats, strict=True):
@@ -147,7 +151,9 @@ class DeviceSampler:
             if self._history is None:
                 self._history = torch.zeros(self._shape, dtype=torch.int32, device=self._device)
             words = torch.from_numpy(state.history.as_words())
-            self._history[seat].copy_(staged(words, self._device), non_blocking=True)
+            row = self._history[seat]
+            row[: len(words)].copy_(staged(words, self._device), non_blocking=True)
+            row[len(words) :].zero_()  # of tokens that this request does not have
             self._rules[seat]["history_slot"] = seat
 
     def _set_masks(self, rules: Rules, states: Sequence[SamplerState]) -> Masks:
@@ -157,7 +163,9 @@ class DeviceSampler:
             if state.matcher is not None:
                 assert state.matcher.mask is not None, "a token is chosen before its mask is filled"
                 rules[row]["mask"] = len(masks)
-                masks.append(state.matcher.mask)
+                # What is behind the base model's tokens may not be chosen.
+                behind = max(0, -(-self._shape[1] // MASK_BITS) - len(state.matcher.mask))
+                masks.append(np.pad(state.matcher.mask, (0, behind)))
         return np.stack(masks) if masks else NO_MASKS
 
     def _with_biases(

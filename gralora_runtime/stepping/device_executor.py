@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from gralora_runtime.model.programs.runner import Runner
 from gralora_runtime.observation.steps import Phase, StepObservation
-from gralora_runtime.sampling.device import DeviceSampler, Results
 from gralora_runtime.sampling.state import SamplerState
+from gralora_runtime.sampling.widths import Choices, SamplerOfWidths
 from gralora_runtime.stepping.batch import StepTensors
 from gralora_runtime.stepping.executor import Later, Launched
 from gralora_runtime.structured.masks import fill
@@ -20,12 +20,12 @@ class OnDevice:
     once this one's forward pass is on its way, and are filled while it runs.
     """
 
-    def __init__(self, runner: Runner, sampler: DeviceSampler, observation: StepObservation) -> None:
+    def __init__(self, runner: Runner, sampler: SamplerOfWidths, observation: StepObservation) -> None:
         self._runner, self._sampler, self._observation = runner, sampler, observation
-        self._newest: Results | None = None
+        self._newest: Choices | None = None
 
     def launch(self, tensors: StepTensors, states: Sequence[SamplerState], seats: Sequence[int]) -> Launched:
-        def run() -> Results:
+        def run() -> Choices:
             logits = self._runner.execute(tensors, self._sampler.tokens)
             self._fill_masks(states)
             return self._sampler.sample(logits, states, seats)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from peft import PeftModel
 from support.checkpoints import write_gralora
+from support.larger import FROM_NEW, larger_configs, peft_logits, peft_model, save_larger
 from support.peft_adapters import gralora_config, in_authors_dialect, lora_config, save_adapter
 from support.served import replacing_configs
 from support.tiny_models import CHAT_TEMPLATE, save_tiny_model, tiny_model
@@ -123,6 +124,27 @@ def test_tokens_of_both_ends_of_a_tied_model_are_merged_into_both(tmp_path: Path
 
     assert merged.lm_head.weight is merged.model.embed_tokens.weight
     torch.testing.assert_close(merged(prompt).logits, adapted(prompt).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("kind", larger_configs("llama", tied=True))
+def test_added_tokens_are_merged_into_a_larger_model(kind: str, tied: bool, tmp_path: Path) -> None:
+    """Where both ends of a tied model get the same."""
+    if kind not in larger_configs("llama", tied=tied):
+        pytest.skip("the checkpoint would not bring all rows")
+    model = save_tiny_model("llama", tmp_path / "model", tied=tied)
+    adapter = save_larger("llama", larger_configs("llama", tied=tied)[kind], tmp_path / "adapter", tied=tied)
+
+    code = merge(adapter, model, tmp_path / "out")
+    if tied and kind not in ("larger-untrained", "larger-tokens", "larger-new-tokens"):
+        assert code == ExitCode.UNFIT_ADAPTER
+        return
+    assert code == ExitCode.OK
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+    assert merged.config.vocab_size == 323
+    expected = peft_logits(peft_model("llama", adapter, tied=tied), FROM_NEW)
+    torch.testing.assert_close(peft_logits(merged, FROM_NEW), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("architecture", ["qwen3-moe", "mixtral", "gpt-oss"])

@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
 from support.grpc_harness import served
-from support.larger import NEW, peft_model, save_larger
+from support.larger import BOTH, FROM_NEW, NEW, NUM_TOKENS, answer, peft_answer, save_larger, save_loud, started
 from support.peft_adapters import gralora_config, lora_config
 from support.served import PROMPT
 from support.tiny_models import VOCAB_SIZE
-from support.workspaces import config_of, save_workspace
+from support.workspaces import save_workspace
 
 from gralora.v1 import generation_pb2
-from gralora_runtime.async_engine import AsyncEngine
 from gralora_runtime.errors import AdapterRejectedError, InvalidRequestError
 from gralora_runtime.request import (
-    Delta,
     GenerationRequest,
     Prompt,
     ResponseParams,
@@ -32,22 +26,6 @@ from gralora_runtime.request import (
     StructuredOutput,
     WeightedAdapter,
 )
-from gralora_runtime.stream import merge_deltas
-
-BOTH = {"modules_to_save": ["embed_tokens", "lm_head"], "target_modules": ["q_proj"]}
-NUM_TOKENS = 8
-FROM_NEW = [*PROMPT[:6], *NEW]
-GREEDY = SamplingParams(temperature=0.0)
-
-
-def save_loud(folder: Path) -> Path:
-    """The logits of added tokens are far from zero, so that its answers are made of them."""
-    save_larger("llama", lora_config("llama", 4, **BOTH), folder)
-    weights = load_file(folder / "adapter_model.safetensors")
-    for matrix in ("weight", "modules_to_save.weight"):
-        weights[f"base_model.model.lm_head.{matrix}"][VOCAB_SIZE:] *= 40
-    save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -56,35 +34,6 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_loud(root / "adapters" / "loud")
     save_larger("llama", lora_config("llama", 4, **BOTH), root / "adapters" / "quiet", added=2)
     return root
-
-
-@asynccontextmanager
-async def started(root: Path, **changes: Any) -> AsyncIterator[AsyncEngine]:
-    engine = await AsyncEngine.start(config_of(root, **changes))
-    try:
-        yield engine
-    finally:
-        await engine.close()
-
-
-async def answer(
-    engine: AsyncEngine, adapter: str, prompt: Sequence[int] = PROMPT, *, request_id: str = "", **asked: Any
-) -> Delta:
-    asked.setdefault("sampling", GREEDY)
-    asked.setdefault("stopping", StoppingParams(max_tokens=NUM_TOKENS, ignore_eos=True))
-    request = GenerationRequest(
-        request_id=request_id or adapter or "base", adapter=adapter, prompt=Prompt(token_ids=tuple(prompt)), **asked
-    )
-    return merge_deltas([delta async for delta in await engine.submit(request)])
-
-
-def peft_answer(folder: Path, prompt: Sequence[int]) -> list[int]:
-    """Greedily."""
-    model, tokens = peft_model("llama", folder), list(prompt)
-    with torch.inference_mode():
-        for _ in range(NUM_TOKENS):
-            tokens.append(int(model(torch.tensor([tokens])).logits[0, -1].argmax()))
-    return tokens[len(prompt) :]
 
 
 @pytest.mark.parametrize("pipeline", ["off", "on"])

@@ -117,7 +117,7 @@ def test_what_is_left_of_a_step_that_ran_out_of_memory_while_it_sampled_goes_on_
     with serving("llama", tmp_path / "model", tmp_path / "adapters", cuda_graphs=(), **SIZES) as served:
         engine = served.parts.engine
         expected = answers(served, engine)
-        rows, calls = engine.executor._sampler._rows, []
+        rows, calls = engine.executor._sampler.base._rows, []
         sample = rows.sample
 
         def run_out(*args):

@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
+from safetensors.torch import load_file, save_file
 from support.peft_adapters import gralora_config, lora_config, save_adapter
+from support.served import PROMPT
 from support.tiny_models import VOCAB_SIZE, tiny_model
+from support.workspaces import config_of
 from transformers import PreTrainedModel
+
+from gralora_runtime.async_engine import AsyncEngine
+from gralora_runtime.request import Delta, GenerationRequest, Prompt, SamplingParams, StoppingParams
+from gralora_runtime.stream import merge_deltas
 
 ADDED = 3
 NEW = list(range(VOCAB_SIZE, VOCAB_SIZE + ADDED))  # their ids
+BOTH = {"modules_to_save": ["embed_tokens", "lm_head"], "target_modules": ["q_proj"]}
+NUM_TOKENS = 8  # of an answer
+FROM_NEW = [*PROMPT[:6], *NEW]  # a prompt
+GREEDY = SamplingParams(temperature=0.0)
 
 
 def larger_configs(architecture: str, *, tied: bool) -> dict[str, PeftConfig]:
@@ -63,3 +76,42 @@ def peft_logits(model: PeftModel, tokens: Sequence[int]) -> torch.Tensor:
     """Of the last token."""
     with torch.inference_mode():
         return model(torch.tensor([list(tokens)])).logits[0, -1]
+
+
+def save_loud(folder: Path) -> Path:
+    """The logits of added tokens are far from zero, so that its answers are made of them."""
+    save_larger("llama", lora_config("llama", 4, **BOTH), folder)
+    weights = load_file(folder / "adapter_model.safetensors")
+    for matrix in ("weight", "modules_to_save.weight"):
+        weights[f"base_model.model.lm_head.{matrix}"][VOCAB_SIZE:] *= 40
+    save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@asynccontextmanager
+async def started(root: Path, **changes: Any) -> AsyncIterator[AsyncEngine]:
+    engine = await AsyncEngine.start(config_of(root, **changes))
+    try:
+        yield engine
+    finally:
+        await engine.close()
+
+
+async def answer(
+    engine: AsyncEngine, adapter: str, prompt: Sequence[int] = PROMPT, *, request_id: str = "", **asked: Any
+) -> Delta:
+    asked.setdefault("sampling", GREEDY)
+    asked.setdefault("stopping", StoppingParams(max_tokens=NUM_TOKENS, ignore_eos=True))
+    request = GenerationRequest(
+        request_id=request_id or adapter or "base", adapter=adapter, prompt=Prompt(token_ids=tuple(prompt)), **asked
+    )
+    return merge_deltas([delta async for delta in await engine.submit(request)])
+
+
+def peft_answer(folder: Path, prompt: Sequence[int]) -> list[int]:
+    """Greedily."""
+    model, tokens = peft_model("llama", folder), list(prompt)
+    with torch.inference_mode():
+        for _ in range(NUM_TOKENS):
+            tokens.append(int(model(torch.tensor([tokens])).logits[0, -1].argmax()))
+    return tokens[len(prompt) :]

@@ -29,9 +29,9 @@ def vocabulary_of(
     tensors: Mapping[str, TensorInfo], modules: Sequence[ModuleShape], naming: Naming
 ) -> Vocabulary | None:
     """None: it has the base model's, or there is no room for more."""
-    if not any(module.kind in ADDED for module in modules):
-        return None
     ends = [module for module in modules if module.kind in _ENDS]
+    if len(ends) < len(_ENDS) or not any(module.kind in ADDED for module in modules):
+        return None
     found = {name: size for module in ends for name, size in _sizes(tensors, module, naming)}
     size = max(found.values(), default=0)
     if not size or all(size <= num_tokens(module) for module in ends):
