@@ -335,6 +335,7 @@ def _adapter_manager(
             packing=packing,
             transfer=transfer,
             vocab_size=base.model.config.vocab_size,
+            known_tokens=base.tokenizer.get_vocab_size(with_added_tokens=True),
         )
     )
     return manager[0]

@@ -36,7 +36,8 @@ from gralora_runtime.failure import request_failed
 from gralora_runtime.info import EngineInfo, EngineLoad, TokenizeResult
 from gralora_runtime.intake.entrance import Arrival, Entrance
 from gralora_runtime.intake.invocation import first_adapted
-from gralora_runtime.intake.rules import check_fits, has_added, rules_of
+from gralora_runtime.intake.own_tokens import OwnTokenizers
+from gralora_runtime.intake.rules import Rules, check_fits, has_added, rules_of
 from gralora_runtime.intake.tokenizing import Tokenizing
 from gralora_runtime.model.tokenization import check_ids
 from gralora_runtime.observation.activity import Activity, RequestActivity
@@ -60,6 +61,7 @@ from gralora_runtime.scheduling.sequence import Sequence
 from gralora_runtime.stepping.engine_thread import EngineThread
 from gralora_runtime.stream import RequestStream, merge_deltas
 from gralora_runtime.structured.compiler import Compiler
+from gralora_runtime.structured.matcher import Compiled
 from gralora_runtime.structured.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
@@ -110,6 +112,7 @@ class AsyncEngine:
         self._trials = RequestObservation(0)  # golden prompts are nobody's requests
         self._entrance = Entrance(config, parts.info, parts.engine.times)
         self._tokenizing = Tokenizing(parts.prompts)
+        self._own_tokenizers = OwnTokenizers(parts.base)
         self._compiler = Compiler(self._make_vocabulary)
         self._unsound: set[str] = set()  # versions whose last answer was no numbers
         self._thread = EngineThread(
@@ -412,11 +415,10 @@ class AsyncEngine:
             self._entrance.count_trial(arrival, len(tokens))
         if lease is None:
             lease = await self._acquire(entry)
-        if lease.added_tokens != added:
+        if lease.added_tokens != added or lease.own_tokens:
             try:
-                if request.prompt.token_ids is not None:
-                    check_ids("token_ids", tokens, info.vocab_size + lease.added_tokens, "adapter")
-                rules = rules_of(request, tokens, base, info, compiled, added_tokens=lease.added_tokens)
+                tokens, rules = await self._as_adapter_has_it(request, tokens, compiled, lease)
+                entry.max_tokens, entry.num_prompt = rules.max_tokens, len(tokens)
             except BaseException:
                 if not is_trial:
                     self.adapters.release(lease)
@@ -452,6 +454,20 @@ class AsyncEngine:
             echo_prompt_token_ids=request.response.echo_prompt_token_ids,
             timeline=entry.timeline,
         )
+
+    async def _as_adapter_has_it(
+        self, request: GenerationRequest, tokens: list[int], compiled: Compiled | None, lease: AdapterLease
+    ) -> tuple[list[int], Rules]:
+        """The prompt's tokens and the request's rules, where its adapter has other tokens than the base model."""
+        base, info, prompt, tokenizer = self._parts.base, self._parts.info, request.prompt, None
+        if lease.own_tokens:
+            tokenizer, prompts = await asyncio.to_thread(self._own_tokenizers.find, lease.own_tokens)
+            if prompt.token_ids is None:
+                tokens = await self._tokenizing.encode(prompt, shorter_than=info.max_model_len, prompts=prompts)
+        if prompt.token_ids is not None:
+            check_ids("token_ids", tokens, info.vocab_size + lease.added_tokens, "adapter")
+        added = lease.added_tokens
+        return tokens, rules_of(request, tokens, base, info, compiled, added_tokens=added, tokenizer=tokenizer)
 
     async def _acquire(self, entry: _Entry) -> AdapterLease:
         """Wait for the adapter, the deadline or an abort, whichever comes first; never lose a lease."""

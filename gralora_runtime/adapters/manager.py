@@ -80,13 +80,14 @@ class AdapterManager:
         state_dir: Path | None = None,
         copies_bytes: int = 20 << 30,
         vocab_size: int = 0,
+        known_tokens: int = 0,
         now_s: Callable[[], float] = time.time,
     ) -> None:
         """`watch`, `state_dir`, `copies_bytes`: see `EngineConfig`. Raises CatalogueError.
 
         `base_norms`: see `Oddities`. `base_layers`: for adapters with magnitudes or biases. `allowed_keys`: see
-        `parse_config`. `vocab_size`: the base model's, or 0. If there is one, golden prompts count, and somebody has to
-        call `examine_with`.
+        `parse_config`. `known_tokens`: see `checkpoint.loader.load`. `vocab_size`: the base model's, or 0. If there is
+        one, golden prompts count, and somebody has to call `examine_with`.
         """
         self.pool = AdapterPool(
             modules=modules,
@@ -132,6 +133,7 @@ class AdapterManager:
             identified=self.identified,
             examine=self._examine,
             vocab_size=vocab_size,
+            known_tokens=known_tokens,
             oddities=oddities,
         )
         self._mixing = Mixing(
@@ -614,6 +616,7 @@ class AdapterManager:
             parts=_served(version),
             invocation=resident.layout.summary.invocation,
             added_tokens=resident.layout.summary.added_tokens,
+            own_tokens=resident.layout.own_tokens,
         )
         self._leases[lease.serial] = (version, resident)
         version.leases += 1

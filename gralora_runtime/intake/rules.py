@@ -5,6 +5,8 @@ from __future__ import annotations
 import secrets
 from dataclasses import dataclass
 
+from tokenizers import Tokenizer
+
 from gralora_runtime.detokenizer import Detokenizer
 from gralora_runtime.errors import InvalidRequestError
 from gralora_runtime.info import EngineInfo
@@ -40,9 +42,10 @@ def rules_of(
     compiled: Compiled | None = None,
     *,
     added_tokens: int = 0,
+    tokenizer: Tokenizer | None = None,
 ) -> Rules:
-    """`tokens`: of the prompt; `compiled`: what the answer has to match; `added_tokens`: behind the base model's.
-    Raises InvalidRequestError."""
+    """`tokens`: of the prompt; `compiled`: what the answer has to match; `added_tokens`: behind the base model's;
+    `tokenizer`: if it is not the base model's. Raises InvalidRequestError."""
     max_tokens = _max_tokens(request, len(tokens), info.max_model_len)
     vocab_size = info.vocab_size + added_tokens
     _check_token_ids(request, vocab_size)
@@ -58,7 +61,7 @@ def rules_of(
         matcher=None if compiled is None else Matcher(compiled, request.stopping),
     )
     detokenizer = Detokenizer(
-        base.tokenizer,
+        tokenizer or base.tokenizer,
         request.stopping.stop,
         prompt_token_ids=tokens,
         min_tokens=request.stopping.min_tokens,

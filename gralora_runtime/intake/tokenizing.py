@@ -21,9 +21,16 @@ class Tokenizing:
         self._closed = False
         self._long = ThreadPoolExecutor(max_workers=1, thread_name_prefix="gralora-long-prompt")
 
-    async def encode(self, prompt: Prompt, *, shorter_than: int | None = None, added_tokens: int = 0) -> list[int]:
-        """See `PromptTokenizer.encode`. Raises `DrainingError` if it is closed first."""
-        work = partial(self._prompts.encode, prompt, shorter_than=shorter_than, added_tokens=added_tokens)
+    async def encode(
+        self,
+        prompt: Prompt,
+        *,
+        shorter_than: int | None = None,
+        added_tokens: int = 0,
+        prompts: PromptTokenizer | None = None,
+    ) -> list[int]:
+        """See `PromptTokenizer.encode`. `prompts`: another tokenizer. Raises `DrainingError` if it is closed first."""
+        work = partial((prompts or self._prompts).encode, prompt, shorter_than=shorter_than, added_tokens=added_tokens)
         if not is_long(prompt):
             return await asyncio.to_thread(work)
         try:

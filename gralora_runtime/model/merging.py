@@ -14,6 +14,7 @@ from gralora_kernels.packing import Array
 from gralora_runtime.adapters.checkpoint.affine import BaseNorm, ModuleVectors, affines_of, vectors_in
 from gralora_runtime.adapters.checkpoint.config_keys import INVOCATION
 from gralora_runtime.adapters.checkpoint.loader import LoadedAdapter
+from gralora_runtime.adapters.checkpoint.own_tokens import TOKENIZER_FILE
 from gralora_runtime.adapters.checkpoint.plan import Vector
 from gralora_runtime.adapters.checkpoint.spec import ADDED, LayerKind, rejected
 from gralora_runtime.adapters.checkpoint.unpacking import updates_in
@@ -30,8 +31,6 @@ from gralora_runtime.model.adaptable import (
 from gralora_runtime.model.experts import parameter_weights
 from gralora_runtime.model.loading import load_as_stored, load_tokenizer
 from gralora_runtime.model.module_shapes import module_shapes
-
-TOKENIZER_FILE = "tokenizer.json"
 
 Report = Callable[[str, int, int | None], None]  # stage, done, total
 

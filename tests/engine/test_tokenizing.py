@@ -22,7 +22,7 @@ class SlowTokenizer:
         self.finish = threading.Event()
         self.begun: list[str] = []
 
-    def encode(self, prompt: Prompt, *, shorter_than: int | None = None) -> list[int]:
+    def encode(self, prompt: Prompt, *, shorter_than: int | None = None, added_tokens: int = 0) -> list[int]:
         name = (prompt.text or "").split()[0]
         self.begun.append(name)
         if name.startswith("long"):

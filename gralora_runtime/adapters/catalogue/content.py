@@ -16,14 +16,16 @@ from contextlib import suppress
 from pathlib import Path
 
 from gralora_runtime.adapters.checkpoint.containment import resolve_inside
+from gralora_runtime.adapters.checkpoint.file import MalformedError
 from gralora_runtime.adapters.checkpoint.header import CONFIG_FILE, GOLDEN_FILE, files_stamp
+from gralora_runtime.adapters.checkpoint.own_tokens import TOKENIZER_FILE, added_tokens_text
 from gralora_runtime.adapters.checkpoint.tensors import WEIGHTS_FILE
 
 log = logging.getLogger(__name__)
 
 UNFINISHED = "tmp"
 FILES = (CONFIG_FILE, WEIGHTS_FILE)
-WANTED = (*FILES, GOLDEN_FILE)  # the last, where there is one
+WANTED = (*FILES, GOLDEN_FILE)  # the last, where there is one; and what is read of a tokenizer
 
 
 class ContentStore:
@@ -108,6 +110,8 @@ class ContentStore:
         fresh.mkdir(exist_ok=True)
         for name, file in files.items():
             copy_file(file, fresh / name)
+        with suppress(MalformedError):  # there is none, or none that is read
+            (fresh / TOKENIZER_FILE).write_bytes(added_tokens_text(directory, roots))
         if files_stamp(directory) != stamp:  # it is not what was read
             shutil.rmtree(fresh)
             return None

@@ -24,6 +24,7 @@ from gralora_runtime.adapters.checkpoint.file import (
 )
 from gralora_runtime.adapters.checkpoint.mending import name_instead, save_as_safetensors
 from gralora_runtime.adapters.checkpoint.naming import Naming, naming_for, spelling, take_apart
+from gralora_runtime.adapters.checkpoint.own_tokens import TOKENIZER_FILE
 from gralora_runtime.adapters.checkpoint.plan import (
     Copy,
     PartTensors,
@@ -217,7 +218,7 @@ def inspect(
 def files_stamp(path: Path) -> tuple[tuple[int, ...], ...]:
     """Changes whenever one of an adapter directory's files does, is exchanged, comes or goes."""
     stamps: list[tuple[int, ...]] = []
-    for file in (CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE, GOLDEN_FILE):
+    for file in (CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE, GOLDEN_FILE, TOKENIZER_FILE):
         try:
             seen = (path / file).stat()
             stamps.append((seen.st_dev, seen.st_ino, seen.st_size, seen.st_mtime_ns, seen.st_ctime_ns))

@@ -28,6 +28,7 @@ from gralora_runtime.adapters.checkpoint.experts import each_a, each_b
 from gralora_runtime.adapters.checkpoint.file import MalformedError, open_regular, read_at_most
 from gralora_runtime.adapters.checkpoint.golden import has_golden
 from gralora_runtime.adapters.checkpoint.header import AdapterHeader, AdapterSummary, inspect
+from gralora_runtime.adapters.checkpoint.own_tokens import OwnToken, describe, read_own_tokens
 from gralora_runtime.adapters.checkpoint.plan import room_numel
 from gralora_runtime.adapters.checkpoint.recipe import (
     PIECE_BYTES,
@@ -59,6 +60,7 @@ class AdapterLayout:
     modules: Layout  # offsets count from the blob's start
     summary: AdapterSummary
     affines: Affines = ()  # the same
+    own_tokens: tuple[OwnToken, ...] = ()  # of its tokenizer, behind those of the base model's
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +93,7 @@ def load(
     roots: Sequence[Path] = (),
     allowed_keys: Collection[str] = (),
     vocab_size: int = 0,
+    known_tokens: int = 0,
     packing: Packing = ROW_MAJOR,
     spread: Spread = serially,
     base: BaseLayers | None = None,
@@ -99,8 +102,9 @@ def load(
 
     `packing` is how the kernels want matrices to lie. The digest depends neither on it nor on `dtype`.
 
-    `allowed_keys`: see `parse_config`. `vocab_size`: see `not_in_vocabulary`. `base`: of an adapter that has vectors or
-    rows; what it needs to know of these modules.
+    `allowed_keys`: see `parse_config`. `vocab_size`: see `not_in_vocabulary`. `known_tokens`: that the base model's
+    tokenizer has; 0: an adapter's is not read. `base`: of an adapter that has vectors or rows; what it needs to know of
+    these modules.
     """
     assert dtype == torch.float32 or not packing.keeps_16_bit, "only an fp32 pool holds matrices of 16 bits as they are"
     header = inspect(path, name=name, roots=roots, allowed_keys=allowed_keys)
@@ -108,6 +112,9 @@ def load(
     summary = header.summary(modules, keeps_16_bit=packing.keeps_16_bit, element_bytes=dtype.itemsize)
     check_width(name, summary.equivalent_rank, max_width)
     check_invocation(name, summary.invocation, vocab_size)
+    own_tokens: tuple[OwnToken, ...] = ()
+    if known_tokens:
+        own_tokens = _own_tokens(name, path, roots, known=known_tokens, sizes=(vocab_size, summary.added_tokens))
     recipe = recipe_of(plan, header.tensors, dtype, keeps_16_bit=packing.keeps_16_bit, piece_bytes=PIECE_BYTES)
     try:
         with open_regular(path, WEIGHTS_FILE, roots) as opened:
@@ -133,12 +140,13 @@ def load(
     if base is not None and vectors.modules:
         packer.put_affines(affines_of(name, vectors.modules, base))
     layout = AdapterLayout(
-        digest=digest_of(recipe.description, digests, header.spec.invocation),
+        digest=digest_of(recipe.description, digests, header.spec.invocation, own_tokens),
         numel=recipe.numel,
         width=summary.equivalent_rank,
         modules=recipe.layout,
         summary=summary,
         affines=recipe.affines,
+        own_tokens=own_tokens,
     )
     bounds = norm_bounds(plan, header.tensors, facts.magnitudes)
     return LoadedAdapter(layout, packer.blob, has_golden=has_golden(path), bounds=bounds)
@@ -156,14 +164,31 @@ def check_invocation(name: str, invocation: Sequence[int], vocab_size: int) -> N
         raise rejected(name, problems)
 
 
-def digest_of(description: bytes, digests: Iterable[bytes], invocation: Sequence[int]) -> str:
+def _own_tokens(
+    name: str, path: Path, roots: Sequence[Path], *, known: int, sizes: tuple[int, int]
+) -> tuple[OwnToken, ...]:
+    """Trainers leave all kinds of tokenizers beside adapters: what has the base model's vocabulary is served without
+    one that does not fit it. `sizes`: the base model's vocabulary, and how many tokens the adapter has more."""
+    vocab_size, added = sizes
+    try:
+        return read_own_tokens(path, roots, known=known, vocab_size=vocab_size + added)
+    except MalformedError as cause:
+        if not added:
+            return ()
+        raise rejected(name, [str(cause)]) from cause
+
+
+def digest_of(
+    description: bytes, digests: Iterable[bytes], invocation: Sequence[int], own_tokens: Sequence[OwnToken] = ()
+) -> str:
     """SHA-256 of what the adapter computes, with its weights as they are stored: of `describe`, of where it begins if
-    that is not the start, and of the SHA-256 of each tensor's bytes, A before B, in the order of modules. Those can be
-    had in any order, and beside one another.
+    that is not the start, of its own tokens' texts if it has some, and of the SHA-256 of each tensor's bytes, A before
+    B, in the order of modules. Those can be had in any order, and beside one another.
     """
     digest = hashlib.sha256(description)
     if invocation:
         digest.update(json.dumps(list(invocation)).encode())
+    digest.update(describe(own_tokens))
     for of_tensor in digests:
         digest.update(of_tensor)
     return digest.hexdigest()

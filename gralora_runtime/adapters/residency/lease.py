@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from gralora_runtime.adapters.catalogue.names import numbered, summed
+from gralora_runtime.adapters.checkpoint.own_tokens import OwnToken
 from gralora_runtime.request import ServedAdapter
 
 
@@ -22,6 +23,7 @@ class AdapterLease:
     num_bytes: int = 0  # of the pool
     invocation: tuple[int, ...] = ()  # see `AdapterSpec`
     added_tokens: int = 0  # that it has behind those of the base model
+    own_tokens: tuple[OwnToken, ...] = ()  # of its tokenizer, behind those of the base model's
     parts: tuple[ServedAdapter, ...] = ()  # of a mix
 
     @property

@@ -80,6 +80,7 @@ class Mover:
         identified: Callable[[AdapterVersion], None],
         examine: Examine,
         vocab_size: int,
+        known_tokens: int = 0,
         oddities: Oddities,
     ) -> None:
         self.loads = self.load_failures = self.placements = self.evictions = self.moves = 0
@@ -95,6 +96,7 @@ class Mover:
         self._serve = serve  # what a waiter gets once its adapter is there
         self._changed = changed  # a version's files hold other content than it had
         self._examine = examine  # a version is there that has to answer golden prompts first
+        self._known_tokens = known_tokens
         self._vocab_size = vocab_size  # 0: it is not known, and golden prompts do not count
         self._identified = identified  # a version was read: what it is, is known
         self._moved = moved  # something is different about where a version's weights are
@@ -266,6 +268,7 @@ class Mover:
                 roots=roots,
                 allowed_keys=self._allowed_keys,
                 vocab_size=self._vocab_size,
+                known_tokens=self._known_tokens,
                 packing=self._pool.packing,
                 spread=self._pool.spread,
                 base=self._base_layers,
