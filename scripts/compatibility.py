@@ -12,6 +12,7 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "examples")]
 from interpreted.test_program import BUILDS  # noqa: E402
 from model.test_language_model import MULTIMODAL  # noqa: E402
 from model.test_start_refusals import OTHERS  # noqa: E402
+from support.larger import larger_configs  # noqa: E402
 from support.served import (  # noqa: E402
     MIXTURES,
     WITHOUT_PROGRAM,
@@ -33,6 +34,8 @@ Written by `python scripts/compatibility.py` from what the tests compare with PE
 """
 CPU, GPU = "../tests/model/test_exactness.py", "../tests/interpreted/test_program.py"
 REPLACED = "../tests/model/test_replaced.py"
+LARGER, LARGER_GPU = "../tests/model/test_larger_vocabulary.py", "../tests/interpreted/test_larger.py"
+ADDED, OWN_TEXT = "../tests/engine/test_added_tokens.py", "../tests/engine/test_own_tokens.py"
 EXPERTS = "../tests/model/test_experts.py"
 SUMS = "../tests/engine/test_mixes.py"
 OTHERS_TEST, INNER = "../tests/model/test_other_builds.py", "../tests/model/test_language_model.py"
@@ -116,6 +119,9 @@ def _adapters() -> Iterator[str]:
         told = f"; {', '.join(also)}" if also else ""
         yield f"| {name} | {config.peft_type.value}, {parts}{hybrid}{told} |"
     names = ", ".join(f"`{type(tiny_model(architecture)).__name__}`" for architecture in MIXTURES)
+    larger = ", ".join(larger_configs("llama", tied=True))
+    yield f"\nWith tokens that the base model does not have: {larger} ([test]({LARGER})), and by Triton's kernels"
+    yield f"([test]({LARGER_GPU})); in requests ([test]({ADDED})), and as text ([test]({OWN_TEXT}))."
     yield f"\nThose with target_parameters are on experts, or a router: of {names} ([test]({EXPERTS}))."
     yield f"\nSeveral in one request, each times a weight: the exact sum of any kinds, on the CPU ([test]({SUMS}))."
 

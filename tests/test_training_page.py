@@ -21,7 +21,8 @@ BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 def configs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Of all blocks, which are run one after the other."""
     monkeypatch.chdir(tmp_path)
-    scope: dict[str, Any] = {"model": tiny_model("llama")}
+    save_tiny_model("llama", tmp_path / "base")
+    scope: dict[str, Any] = {"model": tiny_model("llama"), "MODEL": str(tmp_path / "base")}
     found = []
     for block in BLOCKS:
         exec(block, scope)
@@ -39,7 +40,8 @@ def test_every_config_of_the_page_is_served(tmp_path: Path, monkeypatch: pytest.
         for at, (model, config) in enumerate(zip(models, made, strict=True))
     ]
 
-    assert len(made) == len(BLOCKS) - 1  # the first one trains
-    for model, folder in zip(["llama", *models], [tmp_path / "customer-17", *folders], strict=True):
+    assert len(made) == len(BLOCKS) - 2  # two of them train
+    trained = [tmp_path / "customer-17", tmp_path / "customer-18"]
+    for model, folder in zip(["llama", "llama", *models], [*trained, *folders], strict=True):
         assert inspect(folder).fits(modules[model]) == [], folder
     assert inspect(edit_config(folders[0], r=8)).fits(modules["llama"]) != []

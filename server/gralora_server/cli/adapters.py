@@ -277,7 +277,7 @@ def _facts(
 ) -> dict[str, Any]:
     from gralora_runtime.adapters.checkpoint.implied import implied_shapes
 
-    replaced = [one.module.name for one in header.plan(modules or implied_shapes(header)) if one.replaces]
+    plan = header.plan(modules or implied_shapes(header))
     facts: dict[str, Any] = {
         "dialect": header.dialect,
         "r": header.rank,
@@ -290,7 +290,8 @@ def _facts(
         "tensor_bytes": header.tensor_bytes,
         "base_model": header.spec.base_model,
         "invocation": list(header.spec.invocation),
-        "replaces": replaced,
+        "replaces": [one.module.name for one in plan if one.replaces],
+        "added_tokens": max((one.added_tokens for one in plan), default=0),
         "tensor_names": header.naming(modules or ()).told(),
         "fits": None,
         "problems": list(problems),
@@ -320,6 +321,8 @@ def _print_facts(name: str, facts: dict[str, Any]) -> None:
     table.add_row("trained for", Text(facts["base_model"] or "(not said)"))
     if facts["replaces"]:
         table.add_row("own weights of", Text(_first(facts["replaces"])))
+    if facts["added_tokens"]:
+        table.add_row("added tokens", f"{facts['added_tokens']}, behind the base model's")
     for strange in facts["tensor_names"]:
         table.add_row("tensor names", Text(strange))
     if facts["fits"] is not None:
