@@ -95,12 +95,18 @@ async def test_an_added_token_may_end_an_answer(workspace: Path) -> None:
 
 async def test_answers_that_match_something_are_made_of_the_base_models_tokens(workspace: Path) -> None:
     stopping = StoppingParams(max_tokens=NUM_TOKENS, stop_token_ids=frozenset({NEW[0]}))
+    wanted = StructuredOutput(regex="(yes|no){2}")
     async with started(workspace) as engine:
-        found = await answer(
-            engine, "loud", FROM_NEW, stopping=stopping, structured_output=StructuredOutput(regex="(yes|no){2}")
+        await answer(engine, "loud")  # or it would come when the others have ended
+        alone = await answer(engine, "", structured_output=wanted)
+        found, beside, _ = await asyncio.gather(
+            answer(engine, "loud", FROM_NEW, stopping=stopping, structured_output=wanted),
+            answer(engine, "", structured_output=wanted),
+            answer(engine, "loud", FROM_NEW, request_id="free"),
         )
 
     assert max(found.token_ids) < VOCAB_SIZE
+    assert beside.token_ids == alone.token_ids
 
 
 @pytest.mark.parametrize(
@@ -156,11 +162,11 @@ async def test_through_grpc(workspace: Path) -> None:
 
     async with started(workspace) as engine, served(engine=engine) as server:
         found = await server.client.generation.Generate(request("loud"))
-        for other in ("", "plain"):
+        for other, whose in (("", "model"), ("plain", "adapter")):
             with pytest.raises(grpc.aio.AioRpcError) as refused:
                 await server.client.generation.Generate(request(other))
             assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
             assert "token_ids[6]" in refused.value.details()
-            assert "0 to 319" in refused.value.details()
+            assert f"token ids of this {whose} are 0 to 319" in refused.value.details()
 
     assert list(found.token_ids) == expected

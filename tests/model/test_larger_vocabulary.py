@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from support.peft_adapters import lora_config
 from support.served import MAX_DIFFERENCE, PROMPT, Served, replacing_configs, serving
 from support.tiny_models import VOCAB_SIZE
 
+from gralora_kernels.cpu.program import Program, Step
 from gralora_runtime.adapters.residency.lease import AdapterLease
 
 # With tied ends, and without; soft caps; scaled rows and logits; norms that centre; then transformers' forward pass.
@@ -112,3 +114,27 @@ def test_who_comes_into_a_slot_has_none_of_the_tokens_of_who_was_there(tmp_path:
         first = {name: logits_of(name) for name in names}
         for name in [*reversed(names), "plain", *configs]:
             assert torch.equal(logits_of(name), first[name]), name
+
+
+def test_the_program_is_never_asked_for_a_row_that_the_base_model_does_not_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would read what lies behind them."""
+    seen: list[int] = []
+    run = Program.run
+
+    def watched(program: Program, step: Step, *more: Any) -> torch.Tensor:
+        seen.extend(step.token_ids.tolist())
+        return run(program, step, *more)
+
+    monkeypatch.setattr(Program, "run", watched)
+    config = larger_configs("llama", tied=False)["larger-saved"]
+    save_larger("llama", config, tmp_path / "adapters" / "larger")
+    plain = {"plain": lora_config("llama", 5)}
+    with serving("llama", tmp_path / "model", tmp_path / "adapters", configs=plain) as served:
+        leases = _leases(served)
+        served.logits([(leases["larger"], WITH_NEW), (leases[""], PROMPT)], 7)
+        _release(served, leases)
+
+    assert set(PROMPT) <= set(seen)
+    assert max(seen) < VOCAB_SIZE
