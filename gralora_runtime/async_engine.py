@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from gralora_kernels.stages import StartStage, untold
 from gralora_runtime.adapters.catalogue.names import account_of, numbered, unweighted
 from gralora_runtime.adapters.checkpoint.golden import GoldenAnswer, GoldenCase
+from gralora_runtime.adapters.checkpoint.spec import rejected
 from gralora_runtime.adapters.manager import AdapterManager
 from gralora_runtime.adapters.residency.lease import AdapterLease
 from gralora_runtime.assemble import EngineParts, assemble
@@ -406,7 +407,7 @@ class AsyncEngine:
         if (wanted := request.structured_output) is not None:
             entry.timeline.reach(Stage.GRAMMAR, time.monotonic())
             compiled = await self._compiler.compile(wanted)
-        added = may_have_added if has_added(request, tokens, info.vocab_size) else 0
+        added = may_have_added if may_have_added and has_added(request, info.vocab_size) else 0
         rules = rules_of(request, tokens, base, info, compiled, added_tokens=added)
         entry.max_tokens, entry.num_prompt = rules.max_tokens, len(tokens)
         if lease is None:
@@ -461,7 +462,10 @@ class AsyncEngine:
         """The prompt's tokens and the request's rules, where its adapter has other tokens than the base model."""
         base, info, prompt, tokenizer = self._parts.base, self._parts.info, request.prompt, None
         if lease.own_tokens:
-            tokenizer, prompts = await asyncio.to_thread(self._own_tokenizers.find, lease.own_tokens)
+            try:
+                tokenizer, prompts = await asyncio.to_thread(self._own_tokenizers.find, lease.own_tokens)
+            except ValueError as cause:
+                raise rejected(lease.name, [str(cause)]) from cause
             if prompt.token_ids is None:
                 tokens = await self._tokenizing.encode(prompt, shorter_than=info.max_model_len, prompts=prompts)
         if prompt.token_ids is not None:

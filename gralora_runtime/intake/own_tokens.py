@@ -7,7 +7,7 @@ from collections import OrderedDict
 
 from tokenizers import AddedToken, Tokenizer
 
-from gralora_runtime.adapters.checkpoint.own_tokens import OwnToken
+from gralora_runtime.adapters.checkpoint.own_tokens import TOKENIZER_FILE, OwnToken
 from gralora_runtime.model.loading import BaseModel
 from gralora_runtime.model.tokenization import PromptTokenizer
 
@@ -23,7 +23,10 @@ class OwnTokenizers:
         self._kept: OrderedDict[tuple[OwnToken, ...], tuple[Tokenizer, PromptTokenizer]] = OrderedDict()
 
     def find(self, tokens: tuple[OwnToken, ...]) -> tuple[Tokenizer, PromptTokenizer]:
-        """Blocking: the first time it takes as long as reading the base model's tokenizer."""
+        """Blocking: the first time it takes as long as reading the base model's tokenizer.
+
+        Raises ValueError if they are no new tokens to it.
+        """
         with self._lock:
             found = self._kept.pop(tokens, None) or self._made(tokens)
             self._kept[tokens] = found
@@ -44,5 +47,7 @@ class OwnTokenizers:
                 special=token.special,
             )
             (tokenizer.add_special_tokens if token.special else tokenizer.add_tokens)([own])
-        assert [tokenizer.token_to_id(token.content) for token in tokens] == list(range(first, first + len(tokens)))
+        for at, token in enumerate(tokens, first):
+            if tokenizer.token_to_id(token.content) != at:
+                raise ValueError(f"{TOKENIZER_FILE}: its token {at} has a text that another token has")
         return tokenizer, PromptTokenizer(tokenizer, self._base.chat_tokenizer, self._base.model.config.vocab_size)

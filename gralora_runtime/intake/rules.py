@@ -69,9 +69,9 @@ def rules_of(
     return Rules(max_tokens, seed, sampler, detokenizer)
 
 
-def has_added(request: GenerationRequest, tokens: list[int], vocab_size: int) -> bool:
+def has_added(request: GenerationRequest, vocab_size: int) -> bool:
     """Whether it names tokens that the base model does not have."""
-    named = (tokens, request.stopping.stop_token_ids, request.sampling.logit_bias)
+    named = (request.prompt.token_ids or (), request.stopping.stop_token_ids, request.sampling.logit_bias)
     return any(max(ids, default=0) >= vocab_size for ids in named)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import grpc
@@ -16,6 +17,7 @@ from support.tiny_models import VOCAB_SIZE
 from support.workspaces import save_workspace
 
 from gralora.v1 import generation_pb2
+from gralora_runtime.adapters.checkpoint.golden import Golden, GoldenCase, write_golden
 from gralora_runtime.errors import AdapterRejectedError, InvalidRequestError
 from gralora_runtime.request import (
     GenerationRequest,
@@ -148,6 +150,31 @@ async def test_as_many_as_the_setting_says_and_no_more(workspace: Path) -> None:
     async with started(workspace, max_added_tokens=0) as engine:
         with pytest.raises(AdapterRejectedError, match="shape"):
             await answer(engine, "quiet")
+
+
+async def test_golden_prompts_may_have_them(workspace: Path, tmp_path: Path) -> None:
+    folder = copytree(workspace / "adapters" / "loud", tmp_path / "adapters" / "loud")
+    copytree(workspace / "model", tmp_path / "model")
+    expected = tuple(peft_answer(folder, FROM_NEW))
+    case = GoldenCase(prompt_token_ids=tuple(FROM_NEW), expected_token_ids=expected)
+    write_golden(folder, Golden(model="", cases=(case,)), vocab_size=VOCAB_SIZE + len(NEW))
+    async with started(tmp_path) as engine:
+        found = await answer(engine, "loud", FROM_NEW)
+
+    assert found.token_ids == expected
+
+
+async def test_one_prompts_pages_are_each_adapters_own(workspace: Path) -> None:
+    """The second finds nothing that the first has left, and the third all of it."""
+    prompt = [*PROMPT[:16], NEW[1], *PROMPT[16:]]
+    async with started(workspace) as engine:
+        loud, quiet, again = [
+            await answer(engine, name, prompt, request_id=f"{at}") for at, name in enumerate(("loud", "quiet", "loud"))
+        ]
+
+    assert (loud.started.cached_tokens, quiet.started.cached_tokens) == (0, 0)
+    assert again.started.cached_tokens > len(PROMPT) - 8
+    assert again.token_ids == loud.token_ids == tuple(peft_answer(workspace / "adapters" / "loud", prompt))
 
 
 async def test_through_grpc(workspace: Path) -> None:

@@ -149,6 +149,15 @@ async def test_a_tokenizer_that_does_not_fit_is_refused(
             await answer(engine, "loud")
 
 
+@pytest.mark.parametrize("text", ["<tool>", "the", "<|end|>"], ids=["its own", "a word", "a special one"])
+async def test_a_text_that_another_token_has_is_refused(workspace: Path, text: str) -> None:
+    _edit(workspace / "adapters" / "loud", content=text)
+    async with started(workspace) as engine:
+        with pytest.raises(AdapterRejectedError, match="its token 321 has a text that another token has"):
+            await answer(engine, "loud")
+        assert engine.load().adapter_leases == 0
+
+
 async def test_more_texts_than_rows_are_refused(workspace: Path) -> None:
     tokenizer = with_own(full_tokenizer())
     tokenizer.add_tokens(["<one more>"])
