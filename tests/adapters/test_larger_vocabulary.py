@@ -13,9 +13,11 @@ from support.peft_adapters import gralora_config, lora_config, save_adapter
 from support.served import Served, serving
 from support.tiny_models import VOCAB_SIZE, tiny_model
 
+from gralora_runtime.adapters.checkpoint.conversion import convert
 from gralora_runtime.adapters.checkpoint.header import inspect
+from gralora_runtime.adapters.checkpoint.spec import Dialect
 from gralora_runtime.adapters.checkpoint.whole import read_whole
-from gralora_runtime.errors import AdapterRejectedError
+from gralora_runtime.errors import AdapterConversionError, AdapterRejectedError
 from gralora_runtime.model.adaptable import changeable_shapes
 
 PREFIX = "base_model.model."
@@ -154,3 +156,11 @@ def test_the_digest_is_of_their_rows_too(served: Served, changed: str) -> None:
         assert read_whole(folder, changeable_shapes(tiny_model("llama"))).digest == lease.digest
 
     assert digests[0] != digests[1]
+
+
+def test_what_may_have_added_tokens_is_not_converted(tmp_path: Path) -> None:
+    """Without a base model nobody can tell."""
+    folder = save_larger("llama", lora_config("llama", 4, target_modules=["q_proj"]), tmp_path / "a")
+
+    with pytest.raises(AdapterConversionError, match="may have rows of added tokens"):
+        convert(read_whole(folder), Dialect.PEFT_GRALORA)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from gralora_runtime.adapters.checkpoint.config_keys import INVOCATION
-from gralora_runtime.adapters.checkpoint.naming import Naming, as_peft_names
+from gralora_runtime.adapters.checkpoint.naming import WEIGHTS, Naming, as_peft_names
 from gralora_runtime.adapters.checkpoint.plan import ModulePlan, PartTensors
 from gralora_runtime.adapters.checkpoint.spec import MAX_RANK, PARAMETERS, Dialect
 from gralora_runtime.adapters.checkpoint.update import as_blocks
@@ -102,6 +102,9 @@ def _more_than_pairs(adapter: WholeAdapter) -> str | None:
         return f"it has trained {' and '.join(adapter.vectors)}"
     if any(module.module.kind in PARAMETERS for module in adapter.plan):
         return "it is on parameters (target_parameters)"
+    copies = sorted(adapter.header.tensors.keys() - adapter.tensors.keys())
+    if others := [name for name in copies if not name.endswith(WEIGHTS[0])]:
+        return f"it has {others[0]}, which may have rows of added tokens"
     return None
 
 
