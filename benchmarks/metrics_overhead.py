@@ -24,6 +24,7 @@ from benchmarks.own_engine import answer
 from benchmarks.workload import FULL, Request, make_prompts, make_requests
 from gralora_runtime.async_engine import AsyncEngine
 from gralora_runtime.config import EngineConfig
+from gralora_runtime.observation.histogram import Owner
 from gralora_runtime.observation.requests import RequestMeter, RequestObservation
 from gralora_runtime.observation.steps import Phase, StepObservation
 from gralora_runtime.plan import StepPlan
@@ -64,7 +65,7 @@ class NoMeter(RequestMeter):
 class NoRequests(RequestObservation):
     """Makes meters that do nothing."""
 
-    def meter(self, submitted_s: float, request_id: str = "") -> RequestMeter:  # noqa: ARG002
+    def meter(self, submitted_s: float, whose: Owner | None = None) -> RequestMeter:  # noqa: ARG002
         return NoMeter(self, submitted_s)
 
     def receive(self) -> None:
