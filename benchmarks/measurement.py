@@ -92,6 +92,27 @@ def by_turns_s(works: Mapping[str, Callable[[], None]], samples: int) -> dict[st
     return {name: own[1:] for name, own in times.items()}
 
 
+class SameTokens:
+    """The first run's tokens are what every other run must give."""
+
+    def __init__(self, culprit: str) -> None:
+        """`culprit`: what changed them, if they differ."""
+        self._culprit = culprit
+        self._expected: list[tuple[int, ...]] | None = None
+
+    def check(self, run: Run) -> None:
+        tokens = [answer.tokens for answer in run.answers]
+        self._expected = self._expected or tokens
+        if tokens != self._expected:
+            raise RuntimeError(f"{self._culprit} changed the tokens")
+
+
+def ratio(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
+    """Of what was measured by turns: each with the one that followed it."""
+    ratios = [one / other for one, other in zip(ours, theirs, strict=True)]
+    return {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
+
+
 def mean_total_s(runs: Sequence[Run]) -> float:
     """Of a round."""
     return statistics.fmean(run.total_s for run in runs)

@@ -10,20 +10,20 @@ import argparse
 import asyncio
 import json
 import statistics
-import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import busy_share, facts
-from benchmarks.measurement import Contender, Run, interleave
+from benchmarks.measurement import Contender, Run, SameTokens, interleave, ratio
+from benchmarks.onlooker import looking
 from benchmarks.own_engine import answer
 from benchmarks.workload import FULL, Request, make_prompts, make_requests
 from gralora_runtime.async_engine import AsyncEngine
 from gralora_runtime.config import EngineConfig
+from gralora_runtime.observation.histogram import Owner
 from gralora_runtime.observation.requests import RequestMeter, RequestObservation
 from gralora_runtime.observation.steps import Phase, StepObservation
 from gralora_runtime.plan import StepPlan
@@ -64,7 +64,7 @@ class NoMeter(RequestMeter):
 class NoRequests(RequestObservation):
     """Makes meters that do nothing."""
 
-    def meter(self, submitted_s: float, request_id: str = "") -> RequestMeter:  # noqa: ARG002
+    def meter(self, submitted_s: float, whose: Owner | None = None) -> RequestMeter:  # noqa: ARG002
         return NoMeter(self, submitted_s)
 
     def receive(self) -> None:
@@ -94,32 +94,19 @@ class Served:
         self._parts.engine.observation, self.engine.requests = self._recorders[observed]
         if not observed:
             return self._loop.run(self._generate(requests))
-        with self._scraping():
-            return self._loop.run(self._generate(requests))
+        with looking(self._scrape, every_s=SCRAPE_INTERVAL_S) as taken_s:
+            run = self._loop.run(self._generate(requests))
+        self.scrapes += taken_s
+        return run
 
     def close(self) -> None:
         self._page.close()
         self._loop.run(self.engine.close())
         self._loop.close()
 
-    @contextmanager
-    def _scraping(self) -> Iterator[None]:
-        over = threading.Event()
-        scraper = threading.Thread(target=self._scrape_until, args=(over,))
-        scraper.start()
-        try:
-            yield
-        finally:
-            over.set()
-            scraper.join()
-
-    def _scrape_until(self, over: threading.Event) -> None:
-        while not over.is_set():
-            started_s = time.perf_counter()
-            with urllib.request.urlopen(f"http://127.0.0.1:{self._page.port}/metrics", timeout=10) as page:
-                page.read()
-            self.scrapes.append(time.perf_counter() - started_s)
-            over.wait(SCRAPE_INTERVAL_S)
+    def _scrape(self) -> None:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self._page.port}/metrics", timeout=10) as page:
+            page.read()
 
     async def _generate(self, requests: Sequence[Request]) -> Run:
         started_s = time.perf_counter()
@@ -139,19 +126,6 @@ class Served:
         return [(time.perf_counter() - started_s, delta) async for delta in stream]
 
 
-class SameTokens:
-    """The first run's tokens are what every other run must give."""
-
-    def __init__(self) -> None:
-        self._expected: list[tuple[int, ...]] | None = None
-
-    def check(self, run: Run) -> None:
-        tokens = [answer.tokens for answer in run.answers]
-        self._expected = self._expected or tokens
-        if tokens != self._expected:
-            raise RuntimeError("metrics changed the tokens")
-
-
 def measure(model_dir: Path, rounds: int) -> dict[str, Any]:
     """On and off in turn; the ratio of a round is of two runs that followed each other."""
     busy = busy_share()
@@ -163,7 +137,7 @@ def measure(model_dir: Path, rounds: int) -> dict[str, Any]:
             Contender(name=ON, run=lambda _: [served.run(requests, observed=True)]),
             Contender(name=OFF, run=lambda _: [served.run(requests, observed=False)]),
         ]
-        measured = interleave(contenders, rounds, check=SameTokens().check)
+        measured = interleave(contenders, rounds, check=SameTokens("metrics").check)
     finally:
         served.close()
     num_tokens = FULL.crowd * FULL.output_tokens
@@ -180,14 +154,9 @@ def measure(model_dir: Path, rounds: int) -> dict[str, Any]:
         "tokens_per_s": rates,
         "decode_step_s": steps,
         "scrape_s": {"count": len(served.scrapes), "median": statistics.median(served.scrapes)},
-        "throughput_on_over_off": _ratio(rates[ON], rates[OFF]),
-        "decode_throughput_on_over_off": _ratio(steps[OFF], steps[ON]),
+        "throughput_on_over_off": ratio(rates[ON], rates[OFF]),
+        "decode_throughput_on_over_off": ratio(steps[OFF], steps[ON]),
     }
-
-
-def _ratio(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
-    ratios = [one / other for one, other in zip(ours, theirs, strict=True)]
-    return {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
 
 
 def main() -> None:

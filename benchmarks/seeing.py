@@ -1,11 +1,13 @@
-"""`python -m benchmarks.seeing`: what it costs to explain, log and trace requests, and how well it explains them.
+"""`python -m benchmarks.seeing`: what it costs to explain, log, trace and show requests, and how well it explains them.
 
-On: timelines kept, a JSON line a request, and spans of every request sent to a collector in the same process, whose
-time counts, too. Off: the same engine with marks that are not made, no lines and no spans. Both behind a server of
-gRPC, by turns. Tokens are compared before a time is kept.
+On: timelines kept, a JSON line a request, spans of every request sent to a collector, and the live page with a reader;
+collector and reader are in the same process, whose time counts, too. Off: the same engine with marks that are not made,
+no lines, no spans and no page. Both behind a server of gRPC, by turns. Tokens are compared before a time is kept.
 
 Then a mixed load on another engine, with so little memory that requests give way and adapters leave the pool: how far
 the parts of an explanation are from what the request's client, a process of its own, measured.
+
+Writes JSON; fails if a gate does.
 """
 
 from __future__ import annotations
@@ -16,11 +18,14 @@ import json
 import logging
 import os
 import statistics
+import sys
 import time
+import urllib.request
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -28,8 +33,10 @@ from typing import Any
 import grpc
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
 
+from benchmarks.catalogue.gate import Gate, show
 from benchmarks.machine import busy_share, facts
-from benchmarks.measurement import Answer, Contender, Run, interleave
+from benchmarks.measurement import Answer, Contender, Run, SameTokens, interleave, ratio
+from benchmarks.onlooker import looking
 from benchmarks.workload import FULL, QUICK, Request, Workload, make_prompts, make_requests
 from gralora_runtime.async_engine import AsyncEngine
 from gralora_runtime.config import EngineConfig, in_directory
@@ -40,16 +47,21 @@ from gralora_runtime.plan import StepPlan
 from gralora_runtime.scheduling.marking import Marking
 from gralora_server.cli.logs import AsJson
 from gralora_server.client import AsyncClient, Explanation
-from gralora_server.config import ServerConfig, TracingConfig
+from gralora_server.config import HttpConfig, ServerConfig, TracingConfig
+from gralora_server.live.page import LivePage
 from gralora_server.model_fetch import ensure_default_model
 from gralora_server.service import GrpcServer, spare_collector
 
-ON, OFF = "explained, logged and traced", "nothing of it"
+ON, OFF = "explained, logged, traced and shown", "nothing of it"
 OUT = Path(__file__).parent / "results" / "seeing.json"
 ADAPTERS = Path(__file__).parent.parent / "examples" / "adapters"
 CALLS = logging.getLogger("gralora_server.calls")
 MIXED = 200
 FLOOD = 4  # one of so many
+EVERY_S = 1.0  # a page in a browser
+UI = HttpConfig(host="127.0.0.1", port=0)
+LEAST_THROUGHPUT, MOST_P99 = 0.98, 1.03  # of what it is without
+PARTS_WITHIN = 0.02  # of what clients measure
 KV_BYTES = 24 << 20  # so little that some of eight requests give way
 
 
@@ -112,6 +124,7 @@ class Served:
         self._scheduler = self.engine._parts.engine.scheduler  # noqa: SLF001
         self._markings = {True: self._scheduler.marking, False: unmarked(self._scheduler.marking)}
         self._rings = {True: self.engine.timelines, False: Timelines(0)}
+        self.looks: list[float] = []  # seconds that each of the reader's took
         spare_collector()  # as the server does
         self._servers, self._addresses, self._clients = {}, {}, {}
         for seen, tracing in ((True, TracingConfig(endpoint=endpoint)), (False, None)):
@@ -130,7 +143,27 @@ class Served:
         self._scheduler.roster._ended = self._scheduler.marking.ended  # noqa: SLF001
         self.engine.timelines = self._rings[seen]
         CALLS.setLevel(logging.INFO if seen else logging.WARNING)
-        return self._loop.run(self._generate(requests, self._clients[seen]))
+        with self._shown() if seen else nullcontext():
+            return self._loop.run(self._generate(requests, self._clients[seen]))
+
+    @contextmanager
+    def _shown(self) -> Iterator[None]:
+        """Like `gralora serve --ui-address`, and a browser that looks."""
+        page = LivePage(UI, ServerConfig(), self._servers[True])
+        url = f"http://127.0.0.1:{page.port}/now?after="
+        after_s = 0.0
+
+        def look() -> None:
+            nonlocal after_s
+            with urllib.request.urlopen(f"{url}{after_s}", timeout=10) as answer:
+                after_s = max(json.load(answer)["history"]["at_s"], default=after_s)
+
+        try:
+            with looking(look, every_s=EVERY_S) as taken_s:
+                yield
+            self.looks += taken_s
+        finally:
+            page.close()
 
     def explained(self, num_requests: int, names: Sequence[str]) -> list[tuple[float, Explanation]]:
         """Of each request of a mixed load, what its client measured, in seconds, and what it was told."""
@@ -200,19 +233,6 @@ async def _one(request: Request, client: AsyncClient, started_s: float) -> Answe
     return Answer(request, tuple(tokens), tuple(times_s))
 
 
-class SameTokens:
-    """The first run's tokens are what every other run must give."""
-
-    def __init__(self) -> None:
-        self._expected: list[tuple[int, ...]] | None = None
-
-    def check(self, run: Run) -> None:
-        tokens = [answer.tokens for answer in run.answers]
-        self._expected = self._expected or tokens
-        if tokens != self._expected:
-            raise RuntimeError("looking on changed the tokens")
-
-
 def cost(model_dir: Path, workload: Workload, rounds: int) -> dict[str, Any]:
     """On and off in turn; the ratio of a round is of two runs that followed each other."""
     config = EngineConfig(model=model_dir, max_num_seqs=workload.crowd, enable_prefix_cache=False)
@@ -226,7 +246,7 @@ def cost(model_dir: Path, workload: Workload, rounds: int) -> dict[str, Any]:
                 Contender(name=name, run=lambda _, seen=seen: [served.run(requests, seen=seen)])  # type: ignore[misc]
                 for name, seen in ((ON, True), (OFF, False))
             ]
-            measured = interleave(contenders, rounds, check=SameTokens().check)
+            measured = interleave(contenders, rounds, check=SameTokens("looking on").check)
         finally:
             served.close()
     rates = {name: [_rate(run) for (run,) in runs] for name, runs in measured.items()}
@@ -234,9 +254,10 @@ def cost(model_dir: Path, workload: Workload, rounds: int) -> dict[str, Any]:
     return {
         "tokens_per_s": rates,
         "p99_between_tokens_s": gaps,
-        "throughput_on_over_off": _ratio(rates[ON], rates[OFF]),
-        "p99_on_over_off": _ratio(gaps[ON], gaps[OFF]),
+        "throughput_on_over_off": ratio(rates[ON], rates[OFF]),
+        "p99_on_over_off": ratio(gaps[ON], gaps[OFF]),
         "spans": collector.spans,
+        "page": {"looks": len(served.looks), "median_s": statistics.median(served.looks)},
     }
 
 
@@ -261,8 +282,18 @@ def explained(model_dir: Path, adapters: Path, num_requests: int) -> dict[str, A
         "causes": dict(Counter(found.cause for _, found in told).most_common()),
         "measured_s": {"median": statistics.median(measured), "max": max(measured)},
         "parts_off_by": {"median": statistics.median(off), "p95": sorted(off)[int(0.95 * len(off))], "max": max(off)},
-        "within_2_percent": sum(one <= 0.02 for one in off) / len(off),
+        "within_2_percent": sum(one <= PARTS_WITHIN for one in off) / len(off),
     }
+
+
+def judge(found: dict[str, Any]) -> list[Gate]:
+    cost, parts = found["cost"], found["explained"]
+    slower = 1 / cost["throughput_on_over_off"]["median"]
+    return [
+        Gate("throughput without, over that with everything on", slower, 1 / LEAST_THROUGHPUT, is_speed=True),
+        Gate("P99 between tokens, over that without", cost["p99_on_over_off"]["median"], MOST_P99, is_speed=True),
+        Gate("parts off by, 95 % of the requests", parts["parts_off_by"]["p95"], PARTS_WITHIN, is_speed=True),
+    ]
 
 
 @contextmanager
@@ -291,11 +322,6 @@ def _p99_gap(run: Run) -> float:
     return gaps[int(0.99 * len(gaps))]
 
 
-def _ratio(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
-    ratios = [one / other for one, other in zip(ours, theirs, strict=True)]
-    return {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", type=Path, help="default: SmolLM2-135M-Instruct, prepared once")
@@ -306,13 +332,17 @@ def main() -> None:
     options = parser.parse_args()
     model, workload = options.model or ensure_default_model(), QUICK if options.quick else FULL
     busy = busy_share()
-    result = {
+    result: dict[str, Any] = {
         "cost": cost(model, workload, 1 if options.quick else options.rounds),
         "explained": explained(model, options.adapters, 8 if options.quick else MIXED),
         "workload": {"requests": workload.crowd, "output_tokens": workload.output_tokens, "quick": options.quick},
         "machine": facts() | {"busy_share_before": busy, "busy_share_after": busy_share()},
     }
+    gates = judge(result)
+    result["gates"] = [asdict(gate) | {"passed": gate.passed} for gate in gates]
     options.out.write_text(json.dumps(result, indent=1) + "\n")
+    show(gates)
+    sys.exit(not options.quick and any(not gate.passed for gate in gates))
 
 
 if __name__ == "__main__":

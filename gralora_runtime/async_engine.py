@@ -42,6 +42,7 @@ from gralora_runtime.intake.rules import Rules, check_fits, has_added, rules_of
 from gralora_runtime.intake.tokenizing import Tokenizing
 from gralora_runtime.model.tokenization import check_ids
 from gralora_runtime.observation.activity import Activity, RequestActivity
+from gralora_runtime.observation.histogram import Owner
 from gralora_runtime.observation.requests import RequestMeter, RequestObservation, outcome_of
 from gralora_runtime.observation.snapshot import EngineSnapshot
 from gralora_runtime.observation.timeline import Stage, Timeline
@@ -375,7 +376,7 @@ class AsyncEngine:
             arrival=arrival,
             stream=RequestStream(request.request_id, self.abort, self._hold),
             observed=observed,
-            meter=observed.meter(arrival.arrived_s, request.request_id),
+            meter=observed.meter(arrival.arrived_s, Owner(request.request_id, request.trace_id)),
             timeline=Timeline.begin(request, arrival.tenant, arrival.arrived_s),
             aborted=asyncio.Event(),
         )

@@ -125,6 +125,7 @@ class GenerationRequest:
     priority: int = 0  # higher first, among those of the same tenant
     prefix_scope: str = ""  # prefixes are shared with requests of the same scope, for the same adapter, alone
     base_prefix_scope: str = ""  # instead, where the adapter leaves what comes first to the base model
+    trace_id: str = ""  # of the trace that is to have it, in hexadecimal; "": none
 
     @property
     def named_adapters(self) -> tuple[str, ...]:

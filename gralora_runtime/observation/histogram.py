@@ -16,10 +16,17 @@ RATIO = (0.1, 0.25, 0.5, 0.67, 0.8, 1.0, 1.25, 1.5, 2.0, 4.0, 10.0)
 COUNTS = tuple(float(2**power) for power in range(14))  # 1 to 8192
 
 
+class Owner(NamedTuple):
+    """The request that a value is of, by which it is found again."""
+
+    request_id: str
+    trace_id: str = ""  # in hexadecimal; "": no trace has it
+
+
 class Exemplar(NamedTuple):
     """One of a bucket's values: whose it was, and when, in seconds since the epoch."""
 
-    whose: str
+    whose: Owner
     value: float
     at_s: float
 
@@ -66,12 +73,12 @@ class Histogram:
         self._exemplars: dict[int, Exemplar] = {}  # by bucket
         self._sum = 0.0
 
-    def observe(self, value: float, times: int = 1, *, whose: str = "") -> None:
-        """Count one value, `times` times. `whose`: a request's id, by which it is found again."""
+    def observe(self, value: float, times: int = 1, *, whose: Owner | None = None) -> None:
+        """Count one value, `times` times."""
         bucket = bisect_left(self._bounds, value)
         self._counts[bucket] += times
         self._sum += value * times
-        if whose:
+        if whose is not None:
             self._exemplars[bucket] = Exemplar(whose, value, time.time())
 
     def read(self) -> HistogramCounts:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from gralora_runtime.errors import GraloraError
-from gralora_runtime.observation.histogram import RATIO, REQUEST_S, TOKEN_S, Histogram, HistogramCounts
+from gralora_runtime.observation.histogram import RATIO, REQUEST_S, TOKEN_S, Histogram, HistogramCounts, Owner
 from gralora_runtime.observation.usage import AdapterAccounts, Tally
 from gralora_runtime.request import Delta
 
@@ -45,9 +45,9 @@ class RequestObservation:
         """A request came. What follows is a call of `end`, and before it of the meter's methods."""
         self._received += 1
 
-    def meter(self, submitted_s: float, request_id: str = "") -> RequestMeter:
-        """`request_id`: of whose times are examples."""
-        return RequestMeter(self, submitted_s, request_id)
+    def meter(self, submitted_s: float, whose: Owner | None = None) -> RequestMeter:
+        """`whose`: its times are examples."""
+        return RequestMeter(self, submitted_s, whose)
 
     def end(self, outcome: str) -> None:
         self._ended[outcome] = self._ended.get(outcome, 0) + 1
@@ -71,10 +71,10 @@ class RequestMeter:
 
     __slots__ = ("_account", "_last_s", "_observed", "_submitted_s", "_whose")
 
-    def __init__(self, observed: RequestObservation, submitted_s: float, request_id: str = "") -> None:
+    def __init__(self, observed: RequestObservation, submitted_s: float, whose: Owner | None = None) -> None:
         self._observed = observed
         self._submitted_s = submitted_s
-        self._whose = request_id
+        self._whose = whose
         self._account = observed.accounts.base
         self._last_s = submitted_s
 

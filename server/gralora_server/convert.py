@@ -52,7 +52,9 @@ _REASONS = {
 }
 
 
-def from_generate_request(request: AnyGenerateRequest, *, timeout_s: float | None) -> GenerationRequest:
+def from_generate_request(
+    request: AnyGenerateRequest, *, timeout_s: float | None, trace_id: str = ""
+) -> GenerationRequest:
     return GenerationRequest(
         request_id=request.request_id,
         prompt=from_prompt(request),
@@ -65,6 +67,7 @@ def from_generate_request(request: AnyGenerateRequest, *, timeout_s: float | Non
         response=from_response(request.response),
         structured_output=from_structured_output(request.structured_output),
         timeout_s=timeout_s,
+        trace_id=trace_id,
     )
 
 

@@ -25,7 +25,7 @@ from gralora_server.tenants.caller import current
 from gralora_server.tenants.metering import MeteredStream, Metering
 from gralora_server.tenants.rights import Rights
 from gralora_server.tenants.suggestions import suggesting
-from gralora_server.tracing.tracing import Tracing
+from gralora_server.tracing.tracing import Trace, Tracing
 
 
 class Generating:
@@ -58,7 +58,11 @@ class Generating:
             # From here on the id is part of the request, for the log line as well.
             request.request_id = request.request_id or uuid.uuid4().hex
             timeout_s = effective_timeout_s(request.request_id, remaining_s, self._max_request_s)
-            wanted = self._rights.owned(convert.from_generate_request(request, timeout_s=timeout_s))
+            trace = self._tracing.begin()
+            sampled_in = trace.trace_id if trace.is_sampled else ""
+            wanted = self._rights.owned(
+                convert.from_generate_request(request, timeout_s=timeout_s, trace_id=sampled_in)
+            )
             timeline, asked_s = None, time.monotonic()
             try:
                 async with self._repeats.answer(asked, partial(self._run, engine, request, wanted)) as answer:
@@ -70,15 +74,18 @@ class Generating:
                 timeline = timeline or engine.timelines.find(wanted.request_id, since_s=asked_s)
                 if timeline is not None:
                     timeline.leave()
-                    self._note_end(timeline, wanted, request.request_id, engine)
+                    self._note_end(timeline, trace, wanted, request.request_id, engine)
 
-    def _note_end(self, timeline: Timeline, wanted: GenerationRequest, request_id: str, engine: Engine) -> None:
+    def _note_end(
+        self, timeline: Timeline, trace: Trace, wanted: GenerationRequest, request_id: str, engine: Engine
+    ) -> None:
         """A call of this request is over, for those who look on."""
-        if not (is_logged() or self._tracing.is_on):
+        if not (is_logged() or trace.is_sampled):
             return
         found = waterfall(timeline)
-        trace = self._tracing.note(wanted, found, request_id=request_id, base_model=base_name(engine.info()))
-        note_request(request_fields(request_id, found) | ({"trace_id": trace} if trace else {}))
+        if trace.is_sampled:
+            trace.end(wanted, found, request_id=request_id, base_model=base_name(engine.info()))
+        note_request(request_fields(request_id, found) | ({"trace_id": trace.trace_id} if trace.trace_id else {}))
 
     @asynccontextmanager
     async def _run(

@@ -28,5 +28,7 @@ def test_a_quick_run_has_ratios_spans_and_parts_that_add_up(tmp_path: Path) -> N
     found = json.loads(out.read_text())
     assert found["cost"]["throughput_on_over_off"]["median"] > 0
     assert found["cost"]["spans"] > 0
+    assert found["cost"]["page"]["looks"] >= 2  # as it was warmed up, and as it was measured
     assert found["explained"]["requests"] == 8
     assert found["explained"]["parts_off_by"]["median"] < 1
+    assert {gate["passed"] for gate in found["gates"]} <= {True, False}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ import pytest
 from support.peft_adapters import lora_config
 from support.workspaces import save_workspace
 
+from benchmarks.startup import lines_until, longest_silence_s
 from gralora_server.cli.progress import BEAT_S, _Lines
 
 ROOT = Path(__file__).parent.parent.parent
@@ -33,26 +33,6 @@ def caches(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return os.environ | {"GRALORA_CACHE": str(folder / "models"), "NUMBA_CACHE_DIR": str(folder / "kernels")}
 
 
-def lines_until(last: str, command: list[str | Path], environment: dict[str, str]) -> list[tuple[float, str]]:
-    """What a process prints, with the seconds of silence before each line; it is interrupted behind the line `last`."""
-    said = []
-    before_s = time.monotonic()
-    with subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            now_s = time.monotonic()
-            said.append((now_s - before_s, line.strip()))
-            before_s = now_s
-            if last in line:
-                process.send_signal(signal.SIGINT)
-                break
-        process.stdout.read()
-    assert last in said[-1][1], said
-    return said
-
-
 @pytest.mark.alone
 def test_serve_is_never_silent_for_long_though_all_kernels_have_to_be_compiled(caches, tmp_path: Path) -> None:
     save_workspace(tmp_path, {"one": lora_config("llama", 4)})
@@ -62,8 +42,8 @@ def test_serve_is_never_silent_for_long_though_all_kernels_have_to_be_compiled(c
         "SERVING", [*command, "--model", tmp_path / "model", "--adapters", tmp_path / "adapters"], caches
     )
 
-    text = "\n".join(line for _, line in said)
-    assert max(said)[0] < longest_s(), max(said)
+    text = "\n".join(line.text for line in said)
+    assert longest_silence_s(said) < longest_s(), text
     for family in ("products", "attention", "adapters", "steps"):
         assert f"Kernels: {family}: compiled" in text
     for stage in ("Libraries", "Model: weights", "Adapters: which there are"):
@@ -76,8 +56,8 @@ def test_the_demo_is_never_silent_for_long_before_it_asks(caches) -> None:
     """The model is converted meanwhile."""
     said = lines_until("3 of 4", [sys.executable, ROOT / "examples" / "demo.py"], caches)
 
-    text = "\n".join(line for _, line in said)
-    assert max(said)[0] < longest_s(), max(said)
+    text = "\n".join(line.text for line in said)
+    assert longest_silence_s(said) < longest_s(), text
     for step in ("1 of 4", "Writing safetensors: ", "2 of 4", "Kernels: steps: "):
         assert step in text
 

@@ -107,6 +107,15 @@ def test_dashboards_are_as_the_script_writes_them(path: Path) -> None:
     assert path.read_text() == grafana_dashboards.files()[path], "stale: python scripts/grafana_dashboards.py"
 
 
+def test_a_click_on_an_exemplar_leads_to_its_trace() -> None:
+    file = yaml.safe_load((DASHBOARDS[0].parent / "datasources.yaml").read_text())
+    sources = {source["uid"]: source for source in file["datasources"]}
+    (destination,) = sources["prometheus"]["jsonData"]["exemplarTraceIdDestinations"]
+
+    assert destination["name"] == series.TRACE_ID
+    assert sources[destination["datasourceUid"]]["type"] == "tempo"
+
+
 def test_no_other_dashboard_lies_beside_them() -> None:
     assert set(DASHBOARDS) == set(grafana_dashboards.files())
 

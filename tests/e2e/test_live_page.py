@@ -26,7 +26,7 @@ NUM_ADAPTERS = 5000
 OPERATOR, ACME, BOB = "an-operators-token", "a-token-of-acme", "a-token-of-bob"
 PAPER = {"light": (246, 247, 249), "dark": (15, 20, 26)}
 SIZES = {"desktop": (1280, 1500), "phone": (390, 844)}
-TABLES = ("requests", "adapters", "tenants")
+TABLES = ("requests", "ended", "adapters", "tenants")
 AXE = pytest.mark.skipif(
     find_spec("axe_playwright_python") is None, reason="axe-playwright-python is not installed (make install)"
 )
@@ -112,7 +112,7 @@ def keep(page: Browser, name: str, folder: Path, part: str = "") -> Image.Image:
         box = page.run(
             f"(b => [b.left, b.top, b.right, b.bottom])(document.querySelector('{part}').getBoundingClientRect())"
         )
-        image = image.crop(tuple(map(round, box)))
+        image = image.crop((*map(round, box[:2]), min(round(box[2]), image.width), min(round(box[3]), image.height)))
     if SHOTS:
         image.quantize(256, dither=Image.Dither.NONE).save(DOCS / name, optimize=True)
     return image
@@ -218,6 +218,45 @@ def test_a_request_is_explained_where_it_stands(page: Browser, tmp_path: Path) -
     page.until("!document.getElementById('why').open")
     assert page.run("document.activeElement.tagName") == "BUTTON"  # where its reader was
     page.run("document.activeElement.blur()")
+
+
+def test_a_request_that_ended_is_opened_from_the_list_or_by_its_id(page: Browser, tmp_path: Path) -> None:
+    """By keys alone."""
+    page.look(1280, 560, "light")
+    page.until("document.querySelectorAll('#ended tbody button').length > 6")
+    page.run("document.querySelector('#ended').scrollIntoView()")
+    keep(page, "live-ended.png", tmp_path, "#ended")
+    page.run("document.querySelector('#ended tbody button').focus()")
+    listed = page.run("document.activeElement.textContent")
+    page.press("Enter")
+    page.until("document.getElementById('why').open")
+    from_the_list = page.run("document.getElementById('why-title').textContent")
+    page.press("Enter")
+    page.until("!document.getElementById('why').open")
+    page.run("document.getElementById('wanted-id').focus()")
+    page("Input.insertText", text=f" {listed} ")
+    page.press("Enter")
+    page.until("document.getElementById('why').open")
+    by_its_id = page.run("document.getElementById('why-title').textContent")
+    page.press("Enter")
+    page.until("!document.getElementById('why').open")
+
+    assert from_the_list.startswith(f"{listed}: ")
+    assert "it runs" not in from_the_list
+    assert by_its_id == from_the_list
+    assert page.run("document.activeElement.id") == "wanted-id"
+
+
+def test_an_id_that_nobody_has_is_said_beside_the_field_and_read_out(page: Browser) -> None:
+    page.run("document.getElementById('wanted-id').value = ''")
+    page.run("document.getElementById('wanted-id').focus()")
+    page("Input.insertText", text="<b>nobody</b>")
+    page.press("Enter")
+    said = page.until("document.getElementById('wanted-said').textContent")
+
+    assert said == "no recent request is called '<b>nobody</b>'"
+    assert page.run("document.getElementById('wanted-said').getAttribute('role')") == "status"
+    page.complaints[:] = [one for one in page.complaints if "404" not in one]  # which the browser logs of any refusal
 
 
 @pytest.mark.parametrize("table", TABLES)

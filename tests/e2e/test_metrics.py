@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+import grpc
 import pytest
+from support.grpc_harness import ask_once
 from support.metrics_page import Page, scrape, scrape_until
 
+from gralora.v1 import generation_pb2_grpc
 from gralora_server import Client
 from gralora_server.client import NotFoundError
 
@@ -146,3 +151,29 @@ def test_residency_follows_loads_and_unloads(server: tuple[Client, str]) -> None
     assert [labels["adapter"] for labels in gone.labels("gralora_adapter_resident_bytes")] == ["a1"]
     assert gone("gralora_adapter_requests_total", adapter="a0") == 1  # a counter does not go back
     client.adapters.load("a0")
+
+
+TRACE = "0af7651916cd43dd8448eb211c80319c"
+EXEMPLAR = re.compile(r'gralora_time_to_first_token_seconds_bucket\{le="[^"]+"\} [\d.]+ # \{([^}]*)\} [\d.]+ [\d.]+')
+LABEL = re.compile(r'(\w+)="([^"]*)"')
+
+
+@pytest.mark.parametrize(("flags", "trace"), [("01", {"trace_id": TRACE}), ("00", {})])
+def test_an_exemplar_leads_to_its_callers_trace_if_that_is_sampled(
+    tiny_workspace: Path, flags: str, trace: dict[str, str]
+) -> None:
+    """Nobody collects at that port, which holds nobody up."""
+    options = ("--threads", "1", "--metrics-address", "127.0.0.1:0", "--otlp-endpoint", "http://127.0.0.1:9")
+    with (
+        announced(tiny_workspace / "model", tiny_workspace / "adapters", *options) as said,
+        grpc.insecure_channel(said["address"]) as channel,
+    ):
+        metadata = (("traceparent", f"00-{TRACE}-b7ad6b7169203331-{flags}"),)
+        generation_pb2_grpc.GenerationServiceStub(channel).Generate(ask_once("asked"), metadata=metadata)
+        page = urllib.request.Request(
+            f"http://{said['metrics_address']}/metrics", headers={"Accept": "application/openmetrics-text"}
+        )
+        with urllib.request.urlopen(page, timeout=10) as answer:
+            (labels,) = EXEMPLAR.findall(answer.read().decode())
+
+    assert dict(LABEL.findall(labels)) == {"request_id": "asked"} | trace

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import pytest
 
 from gralora_runtime.errors import DrainingError
-from gralora_runtime.intake.tokenizing import Tokenizing
+from gralora_runtime.intake.tokenizing import IDS_AT_ONCE, Tokenizing
 from gralora_runtime.model.tokenization import LONG_CHARS
 from gralora_runtime.request import Prompt
 
@@ -21,9 +21,11 @@ class SlowTokenizer:
     def __init__(self) -> None:
         self.finish = threading.Event()
         self.begun: list[str] = []
+        self.threads: list[threading.Thread] = []
 
     def encode(self, prompt: Prompt, *, shorter_than: int | None = None, added_tokens: int = 0) -> list[int]:
-        name = (prompt.text or "").split()[0]
+        self.threads.append(threading.current_thread())
+        name = (prompt.text or "ids").split()[0]
         self.begun.append(name)
         if name.startswith("long"):
             assert self.finish.wait(30)
@@ -54,6 +56,15 @@ async def test_long_prompts_take_turns_and_a_short_one_passes_them() -> None:
 
         assert await asyncio.gather(*waiting) == [[10], [11], [12]]
     assert len(begun) <= 1
+
+
+async def test_ids_are_looked_at_where_they_are_unless_they_are_many() -> None:
+    """Of fifty that came at once the last was received 24 ms late: each cost a thread before the next came in."""
+    with line() as (slow, tokenizing):
+        for num_ids in (IDS_AT_ONCE, IDS_AT_ONCE + 1):
+            await tokenizing.encode(Prompt(token_ids=(1,) * num_ids))
+
+    assert [thread is threading.current_thread() for thread in slow.threads] == [True, False]
 
 
 async def test_who_leaves_the_line_costs_nothing() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gralora_runtime.observation.histogram import Histogram
+from gralora_runtime.observation.histogram import Histogram, Owner
 
 
 def test_a_value_counts_in_the_first_bucket_that_holds_it() -> None:
@@ -61,8 +61,8 @@ def test_a_bucket_remembers_whose_value_came_last_if_it_is_told() -> None:
     histogram = Histogram([1.0, 2.0])
     assert histogram.read().exemplars == ()
 
-    for value, whose in ((0.5, "a"), (0.6, "b"), (9.0, "c"), (1.5, "")):
+    for value, whose in ((0.5, Owner("a")), (0.6, Owner("b")), (9.0, Owner("c", "trace")), (1.5, None)):
         histogram.observe(value, whose=whose)
     found = histogram.read().exemplars
 
-    assert [one and (one.whose, one.value) for one in found] == [("b", 0.6), None, ("c", 9.0)]
+    assert [one and (one.whose, one.value) for one in found] == [(Owner("b"), 0.6), None, (Owner("c", "trace"), 9.0)]

@@ -247,6 +247,47 @@ def test_a_request_is_explained_by_its_id_and_its_tenant() -> None:
     assert (of_another.status_code, unknown.status_code, by_tenant.status_code) == (404, 404, 403)
 
 
+def ended(request_id: str, tenant: str, **facts: object) -> Timeline:
+    made = Timeline(request_id=request_id, tenant=tenant, outcome="stop", **facts)
+    made.marks += [Mark(Stage.DECODE, made.received_s), Mark(Stage.DELIVERY, made.ended_s)]
+    return made
+
+
+def test_requests_that_ended_are_listed_the_last_one_first() -> None:
+    engine = FakeEngine()
+    for one in (
+        ended(scoped("acme", "r1"), "acme", received_s=1.0, received_at=100.0, ended_s=3.0, served_by="poet@2"),
+        ended("r2", "adapter:poet", received_s=2.0, received_at=101.0, ended_s=5.0, left_s=6.0, first_token_s=0.5),
+        Timeline(request_id="running", received_s=3.0),
+    ):
+        engine.timelines.keep(one)
+    with opened(engine, tenancy=two_tenants()) as (client, _):
+        rows = now(client, bearing(OPERATOR), ended__order="descending")["ended"]["rows"]
+        searched = now(client, bearing(OPERATOR), ended__search="ACME")["ended"]["rows"]
+
+    assert [(row["id"], row["tenant"], row["adapter"]) for row in rows] == [
+        ("r2", "(operator)", ""),
+        ("r1", "acme", "poet@2"),
+    ]
+    assert [(row["total_s"], row["first_token_s"], row["outcome"]) for row in rows] == [
+        (4.0, 0.5, "stop"),
+        (2.0, None, "stop"),
+    ]
+    assert [row["id"] for row in searched] == ["r1"]
+
+
+def test_an_id_alone_is_that_of_the_last_request_that_was_called_so() -> None:
+    engine = FakeEngine()
+    engine.timelines.keep(ended(scoped("bob", "r1"), "bob", received_s=5.0, ended_s=6.0))
+    engine.timelines.keep(ended(scoped("acme", "r1"), "acme", received_s=1.0, ended_s=3.0))
+    with opened(engine, tenancy=two_tenants()) as (client, _):
+        told = client.get("/explanation", params={"id": "r1"}, headers=bearing(OPERATOR)).json()
+        unknown = client.get("/explanation", params={"id": "acme r1"}, headers=bearing(OPERATOR))
+
+    assert (told["request_id"], told["tenant"], told["total_s"]) == ("r1", "bob", 1.0)
+    assert unknown.status_code == 404
+
+
 @pytest.mark.parametrize("query", [{"requests.sort": "prompt"}, {"adapters.page": "0"}, {"after": "nan"}])
 def test_a_question_that_cannot_be_meant_is_refused(query: dict[str, str]) -> None:
     with opened(FakeEngine()) as (client, _):

@@ -22,6 +22,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from support.fake_engine import INFO, FakeEngine, snapshot
 
 from gralora_runtime.errors import ConfigError
+from gralora_runtime.observation.histogram import Owner
 from gralora_runtime.observation.requests import RequestObservation
 from gralora_runtime.observation.snapshot import EngineSnapshot
 from gralora_server.config import MetricsConfig, ServerConfig
@@ -36,6 +37,7 @@ from gralora_server.tenants.request_ids import scoped
 from gralora_server.tenants.usage import Counts, Usage
 
 DOC = Path(__file__).parent.parent.parent / "docs" / "metrics.md"
+TRACE = "0af7651916cd43dd8448eb211c80319c"
 LOOPBACK = MetricsConfig(host="127.0.0.1", port=0)
 
 
@@ -270,10 +272,16 @@ async def test_both_formats_have_the_same_series() -> None:
     assert len(lines[0]) > 200
 
 
-async def test_a_bucket_has_the_last_request_that_fell_into_it_as_its_client_calls_it() -> None:
+async def test_a_bucket_has_the_last_request_that_fell_into_it_and_its_trace_as_far_as_there_is_room() -> None:
     observed = RequestObservation(10)
-    for request_id, waited_s in (("first", 0.3), (scoped("acme", "second"), 0.4), ("slow", 9.0), ("x" * 200, 40.0)):
-        observed.first_token.observe(waited_s, whose=request_id)
+    for whose, waited_s in (
+        (Owner("first", TRACE), 0.3),
+        (Owner(scoped("acme", "second")), 0.4),
+        (Owner("slow", TRACE), 9.0),
+        (Owner("x" * 200, TRACE), 20.0),
+        (Owner("x" * 200), 40.0),
+    ):
+        observed.first_token.observe(waited_s, whose=whose)
     gate, registry = Gate(), CollectorRegistry()
     gate.open(Seen(snapshot(observed)))
     registry.register(EngineCollector(gate))
@@ -282,7 +290,11 @@ async def test_a_bucket_has_the_last_request_that_fell_into_it_as_its_client_cal
         re.findall(r'gralora_time_to_first_token_seconds_bucket\{le="([^"]+)"\} \d+\.0 # (\{[^}]*\} [\d.]+) ', text)
     )
 
-    assert found == {"0.5": '{request_id="second"} 0.4', "10.0": '{request_id="slow"} 9.0'}
+    assert found == {
+        "0.5": '{request_id="second"} 0.4',
+        "10.0": f'{{request_id="slow",trace_id="{TRACE}"}} 9.0',
+        "25.0": f'{{trace_id="{TRACE}"}} 20.0',
+    }
 
 
 async def test_a_client_that_sends_nothing_holds_up_no_other() -> None:

@@ -117,6 +117,30 @@ async def test_of_others_a_share_is_traced_and_what_a_caller_says_counts(
     assert sum(span.kind == 2 for span in collector.spans) == num_traced
 
 
+async def test_only_a_sampled_trace_is_the_engines_to_name() -> None:
+    asker = engine()
+    with collecting() as collector:
+        async with served(engine=asker, tracing=TracingConfig(endpoint=collector.endpoint, sampling=0.0)) as s:
+            for request_id, traceparent in (("traced", TRACED), ("not", NOT_TRACED), ("nobodys", "")):
+                metadata = (("traceparent", traceparent),) if traceparent else ()
+                await s.client.generation.Generate(ask_once(request_id), metadata=metadata)
+
+    assert {one.request_id: one.trace_id for one in asker.requests} == {"traced": TRACE, "not": "", "nobodys": ""}
+
+
+async def test_who_asks_again_has_a_span_of_what_it_saw_itself() -> None:
+    """The answer was there: its parts are of a time before this call, and would lie outside of its span."""
+    with collecting() as collector:
+        async with served(engine=engine(), tracing=TracingConfig(endpoint=collector.endpoint)) as s:
+            for _ in range(2):
+                await s.client.generation.Generate(ask_once("r1"))
+
+    whole = {span.span_id: span for span in collector.spans if span.kind == 2}
+    assert len(whole) == 2
+    for span in (span for span in collector.spans if span.kind != 2):
+        assert whole[span.parent_span_id].start_time_unix_nano <= span.start_time_unix_nano
+
+
 async def test_the_log_line_says_which_trace_a_request_is_in(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="gralora_server.calls")
     with collecting() as collector:

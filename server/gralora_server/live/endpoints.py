@@ -87,7 +87,7 @@ class LiveEndpoints:
 
     async def _explain(self, exchange: Exchange, _path: dict[str, str]) -> None:
         self._check_host(exchange)
-        tenant, request_id = (exchange.query().get(name, "") for name in ("tenant", "id"))
+        tenant, request_id = exchange.query().get("tenant"), exchange.query().get("id", "")
         found = self._view.explanation("" if tenant == OPERATOR else tenant, request_id)
         if found is None:
             raise HttpError(404, "REQUEST_NOT_FOUND", f"no recent request is called {request_id[:80]!r}")

@@ -10,7 +10,7 @@ from typing import Any
 from google.protobuf.json_format import MessageToDict
 
 from gralora_runtime.observation.activity import RequestActivity
-from gralora_runtime.observation.timeline import Stage
+from gralora_runtime.observation.timeline import Stage, Timeline
 from gralora_server.gate import Gate
 from gralora_server.live.history import History
 from gralora_server.live.rates import Rates
@@ -19,12 +19,13 @@ from gralora_server.live.roll import AdapterRoll
 from gralora_server.live.table import Asked, Row, shown
 from gralora_server.ports import Engine
 from gralora_server.tenants.quotas import UNLIMITED
-from gralora_server.tenants.request_ids import as_asked, scoped
+from gralora_server.tenants.request_ids import as_asked, owner, scoped, unscoped
 from gralora_server.tenants.tenancy import Tenancy
 from gralora_server.tenants.usage import Usage
 from gralora_server.waterfalls import to_explanation
 
 REQUEST_COLUMNS = ("age_s", "id", "tenant", "adapter", "version", "stage", "prompt_tokens", "output_tokens", "ahead")
+ENDED_COLUMNS = ("ended_at", "id", "tenant", "adapter", "outcome", "total_s", "first_token_s", "output_tokens")
 TENANT_COLUMNS = (
     *("tenant", "weight", "running", "waiting", "share", "tokens_per_s"),
     *("requests", "prompt_tokens", "output_tokens", "refused"),
@@ -51,10 +52,16 @@ class View:
         if engine is not None:
             self._history.note(time.time(), engine.activity())
 
-    def explanation(self, tenant: str, request_id: str) -> Json | None:
-        """Where the time of a recent request of the tenant went; None: there is none of that id."""
+    def explanation(self, tenant: str | None, request_id: str) -> Json | None:
+        """Where the time of a recent request went; None: there is none of that id. `tenant`: whose it is; None: of
+        whoever was the last to call a request so."""
         engine = self._gate.loaded
-        timeline = None if engine is None else engine.timelines.find(scoped(tenant, request_id))
+        timeline = None
+        if engine is not None and tenant is not None:
+            timeline = engine.timelines.find(scoped(tenant, request_id))
+        elif engine is not None:
+            named = (one for one in engine.timelines.recent() if unscoped(one.request_id) == request_id)
+            timeline = max(named, key=lambda one: one.received_s, default=None)
         found = to_explanation(timeline, request_id, str)
         return MessageToDict(found.explanation, preserving_proto_field_name=True) if timeline is not None else None
 
@@ -62,6 +69,7 @@ class View:
         """All of it; of the history what came after a moment. Raises InvalidRequestError."""
         asked = {
             "requests": Asked.read(query, "requests", REQUEST_COLUMNS),
+            "ended": Asked.read(query, "ended", ENDED_COLUMNS),
             "adapters": Asked.read(query, "adapters", ADAPTER_COLUMNS),
             "tenants": Asked.read(query, "tenants", TENANT_COLUMNS),
         }
@@ -76,6 +84,7 @@ class View:
             "phases": dict(self._history.step_phases()),
             "history": self._history.points(after_s),
             "requests": shown(_requests(under_way), asked["requests"], ("id", "tenant", "adapter")),
+            "ended": shown(_ended(engine.timelines.recent()), asked["ended"], ("id", "tenant", "adapter", "outcome")),
             "adapters": shown(await self._roll.rows(engine), asked["adapters"], ("name",)),
             "tenants": self._with_limits(shown(self._tenants(under_way), asked["tenants"], ("tenant",))),
         }
@@ -164,3 +173,25 @@ def _requests(under_way: Sequence[RequestActivity]) -> list[Row]:
         }
         for one in under_way
     ]
+
+
+def _ended(timelines: Sequence[Timeline]) -> list[Row]:
+    """Of a thousand, each second: no more is computed than is shown."""
+    rows: list[Row] = []
+    for one in timelines:
+        if one.ended_s is None:
+            continue
+        total_s = max(one.ended_s, one.left_s or 0.0) - one.received_s
+        rows.append(
+            {
+                "ended_at": one.received_at + total_s,
+                "id": unscoped(one.request_id),
+                "tenant": owner(one.tenant) or OPERATOR,
+                "adapter": one.served_by or one.asked_for,
+                "outcome": one.outcome,
+                "total_s": total_s,
+                "first_token_s": one.first_token_s,
+                "output_tokens": one.output_tokens,
+            }
+        )
+    return rows

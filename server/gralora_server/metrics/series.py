@@ -16,10 +16,11 @@ from prometheus_client.metrics_core import (
 from prometheus_client.samples import Exemplar
 from prometheus_client.utils import floatToGoString
 
-from gralora_runtime.observation.histogram import HistogramCounts
+from gralora_runtime.observation.histogram import HistogramCounts, Owner
 from gralora_server.tenants.request_ids import unscoped
 
 REQUEST_ID = "request_id"
+TRACE_ID = "trace_id"  # what Grafana follows to a trace: deploy/grafana/datasources.yaml
 MAX_EXEMPLAR_CHARS = 128  # of names and values of its labels, as OpenMetrics has it
 Bucket = tuple[str, float] | tuple[str, float, Exemplar]
 Key = TypeVar("Key", bound=str | tuple[str, ...])  # the values of a series' labels
@@ -60,11 +61,22 @@ def _buckets(read: HistogramCounts) -> Iterator[Bucket]:
     bounds = [*map(floatToGoString, read.bounds), "+Inf"]
     exemplars = read.exemplars or (None,) * len(bounds)
     for bound, count, exemplar in zip(bounds, accumulate(read.counts), exemplars, strict=True):
-        whose = unscoped(exemplar.whose) if exemplar is not None else ""
-        if exemplar is None or len(REQUEST_ID) + len(whose) > MAX_EXEMPLAR_CHARS:
+        labels = _exemplar_labels(exemplar.whose) if exemplar is not None else {}
+        if exemplar is None or not labels:
             yield bound, count
         else:
-            yield bound, count, Exemplar({REQUEST_ID: whose}, exemplar.value, exemplar.at_s)
+            yield bound, count, Exemplar(labels, exemplar.value, exemplar.at_s)
+
+
+def _exemplar_labels(whose: Owner) -> dict[str, str]:
+    """As many as there is room for, the trace first: it has the request's id, too."""
+    labels: dict[str, str] = {}
+    room = MAX_EXEMPLAR_CHARS
+    for name, value in ((TRACE_ID, whose.trace_id), (REQUEST_ID, unscoped(whose.request_id))):
+        if value and len(name) + len(value) <= room:
+            labels[name] = value
+            room -= len(name) + len(value)
+    return labels
 
 
 def _label_values(key: str | tuple[str, ...]) -> tuple[str, ...]:

@@ -37,7 +37,11 @@ def unscoped(request_id: str) -> str:
     return request_id.partition(_SEPARATOR)[2] or request_id
 
 
+def owner(tenant: str) -> str:
+    """Who asked, of whose share a request is served from; "": nobody is named."""
+    return "" if tenant.startswith(_NOBODYS) else tenant
+
+
 def as_asked(one: RequestActivity) -> RequestActivity:
     """As its client knows it: the id, and the tenant, which is "" where nobody is named."""
-    tenant = "" if one.tenant.startswith(_NOBODYS) else one.tenant
-    return replace(one, request_id=unscoped(one.request_id), tenant=tenant)
+    return replace(one, request_id=unscoped(one.request_id), tenant=owner(one.tenant))

@@ -1,4 +1,4 @@
-"""What becomes of a request that has ended, for whoever traces: a protocol, and nobody."""
+"""The trace of a request, for whoever traces: protocols, and nobody."""
 
 from __future__ import annotations
 
@@ -9,25 +9,36 @@ from gralora_runtime.request import GenerationRequest
 from gralora_server.config import TracingConfig
 
 
+class Trace(Protocol):
+    """Of one call's request. One that is not ended is not sent."""
+
+    trace_id: str  # in hexadecimal; "": it is in none
+    is_sampled: bool  # whoever collects has it, once it has ended
+
+    def end(self, asked: GenerationRequest, found: Waterfall, *, request_id: str, base_model: str) -> None: ...
+
+
 class Tracing(Protocol):
-    """Called on the event loop, once for each call's request."""
+    """Called on the event loop."""
 
-    is_on: bool
-
-    def note(self, asked: GenerationRequest, found: Waterfall, *, request_id: str, base_model: str) -> str:
-        """Returns the trace's id, in hexadecimal; "" if the request is in none."""
+    def begin(self) -> Trace:
+        """Of the call that is served: whether it is sampled is settled here."""
 
     def close(self) -> None:
         """Sends what is left. Waits for it, but not for long."""
 
 
 class Untraced:
-    """Of servers that trace nothing."""
+    """Of servers that trace nothing, and the trace of each of their requests."""
 
-    is_on = False
+    trace_id = ""
+    is_sampled = False
 
-    def note(self, _asked: GenerationRequest, _found: Waterfall, *, request_id: str, base_model: str) -> str:  # noqa: ARG002
-        return ""
+    def begin(self) -> Trace:
+        return self
+
+    def end(self, _asked: GenerationRequest, _found: Waterfall, *, request_id: str, base_model: str) -> None:
+        """Nobody is told."""
 
     def close(self) -> None:
         """There is nothing left."""

@@ -29,7 +29,10 @@ function bytes(value) {
 }
 
 function ago(epoch_s) {
-  return epoch_s === null ? "never" : `${seconds(Math.max(0, Math.round(Date.now() / 1000 - epoch_s)))} ago`;
+  if (epoch_s === null) return "never";
+  const since_s = Math.round(Date.now() / 1000 - epoch_s);
+  if (since_s < 1) return "just now";
+  return `${since_s < 120 ? `${since_s} s` : seconds(since_s)} ago`;
 }
 
 const STAGES = {
@@ -73,6 +76,19 @@ const TABLES = {
       { title: "Answer", sort: "output_tokens", number: true, says: (row) => `${number(row.output_tokens)} of ${number(row.max_tokens)}` },
       { title: "Age", sort: "age_s", number: true, says: (row) => seconds(row.age_s) },
       { title: "Why it waits", sort: "ahead", text: true, says: why },
+    ],
+  },
+  ended: {
+    what: "requests that ended", looks: "id, tenant, adapter or outcome", sort: "ended_at", order: "descending",
+    columns: [
+      { title: "Request", sort: "id", says: (row) => row.id, opens: (row) => explain(row) },
+      { title: "Tenant", sort: "tenant", says: (row) => row.tenant },
+      { title: "Adapter", sort: "adapter", says: (row) => row.adapter || "base model" },
+      { title: "Outcome", sort: "outcome", says: (row) => row.outcome },
+      { title: "Answer", sort: "output_tokens", number: true, says: (row) => number(row.output_tokens) },
+      { title: "First token", sort: "first_token_s", number: true, says: (row) => seconds(row.first_token_s) },
+      { title: "In all", sort: "total_s", number: true, says: (row) => seconds(row.total_s) },
+      { title: "Ended", sort: "ended_at", number: true, says: (row) => ago(row.ended_at) },
     ],
   },
   adapters: {
@@ -338,10 +354,12 @@ function show_memory({ pages, pool, slots }) {
 
 // Where one request's time went.
 
-async function explain({ id, tenant }) {
-  const answer = await asked(`explanation?${new URLSearchParams({ id, tenant })}`);
+// Without a tenant: whoever's request is called so. `refuse` is told if there is none.
+async function explain(request, refuse = announce) {
+  const { id } = request;
+  const answer = await asked(`explanation?${new URLSearchParams(request.tenant ? { id, tenant: request.tenant } : { id })}`);
   const found = await answer.json();
-  if (!answer.ok) return announce(found.error.message);
+  if (!answer.ok) return refuse(found.error.message);
   say(at("why-title"), `${id}: ${seconds(found.total_s)}, ${found.outcome || "it runs"}`);
   say(at("why-says"), found.says);
   say(at("why-advice"), found.advice ? `What would have helped: ${found.advice}` : "");
@@ -442,6 +460,12 @@ at("entry").addEventListener("submit", (event) => {
   event.preventDefault();
   sessionStorage.setItem("token", at("token").value.trim());
   look();
+});
+at("wanted").addEventListener("submit", (event) => {
+  event.preventDefault();
+  const said = (text) => say(at("wanted-said"), text);
+  said("");
+  explain({ id: at("wanted-id").value.trim() }, said).catch(() => said("The server does not answer."));
 });
 document.addEventListener("visibilitychange", () => {
   if (!document.hidden && !paused) look();
