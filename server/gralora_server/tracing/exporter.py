@@ -82,8 +82,8 @@ class _Trace:
             root.set_status(Status(StatusCode.ERROR, found.outcome))
         inside = set_span_in_context(root)
         for part in found.parts:
-            began_ns = _ns(found.received_at + part.start_s)
-            ended_ns = began_ns + _ns(part.duration_s)
+            began_s = found.received_at + part.start_s
+            began_ns, ended_ns = _ns(began_s), _ns(began_s + part.duration_s)
             if ended_ns < self._began_ns:
                 continue  # of a request that ran before this call asked for the same
             span = self._tracer.start_span(spans.name_of(part), inside, start_time=max(began_ns, self._began_ns))
