@@ -19,6 +19,7 @@ NUM_REQUESTS = 200
 CRAMPED = ("--threads", "1", "--max-num-seqs", "8", "--max-num-batched-tokens", "64", "--page-size", "4")
 # So little memory that requests give way to one another, and adapters leave the pool.
 CRAMPED += ("--kv-cache-bytes", "200KiB", "--max-model-len", "110", "--max-adapter-slots", "1")
+CRAMPED += ("--max-queue-tokens", "20000")  # all of them may wait
 
 
 async def ask(client: AsyncClient, at: int) -> tuple[str, float]:

@@ -81,15 +81,16 @@ class _Trace:
         if found.outcome not in spans.WHOLE:
             root.set_status(Status(StatusCode.ERROR, found.outcome))
         inside = set_span_in_context(root)
+        received_ns = _ns(found.received_at)  # whole numbers are added to it: today's seconds have steps of 0.2 us
         for part in found.parts:
-            began_s = found.received_at + part.start_s
-            began_ns, ended_ns = _ns(began_s), _ns(began_s + part.duration_s)
+            began_ns = received_ns + _ns(part.start_s)
+            ended_ns = received_ns + _ns(part.start_s + part.duration_s)
             if ended_ns < self._began_ns:
                 continue  # of a request that ran before this call asked for the same
             span = self._tracer.start_span(spans.name_of(part), inside, start_time=max(began_ns, self._began_ns))
             span.set_attributes(spans.of_part(part))
             span.end(ended_ns)
-        root.end(max(self._began_ns, _ns(found.received_at + found.total_s)))
+        root.end(max(self._began_ns, received_ns + _ns(found.total_s)))
 
 
 def _ns(seconds: float) -> int:

@@ -454,7 +454,8 @@ at("pause").addEventListener("click", () => {
   paused = !paused;
   at("pause").setAttribute("aria-pressed", paused);
   announce(paused ? "Paused: what you see is from when you pressed." : "");
-  if (!paused) look();
+  if (paused) clearTimeout(timer);
+  else look();
 });
 at("entry").addEventListener("submit", (event) => {
   event.preventDefault();
