@@ -50,7 +50,7 @@ from gralora_server.client import AsyncClient, Explanation
 from gralora_server.config import HttpConfig, ServerConfig, TracingConfig
 from gralora_server.live.page import LivePage
 from gralora_server.model_fetch import ensure_default_model
-from gralora_server.service import GrpcServer, spare_collector
+from gralora_server.service import GrpcServer, sparing_collector
 
 ON, OFF = "explained, logged, traced and shown", "nothing of it"
 OUT = Path(__file__).parent / "results" / "seeing.json"
@@ -120,12 +120,12 @@ class Served:
 
     def __init__(self, config: EngineConfig, endpoint: str) -> None:
         self._loop = asyncio.Runner()
-        self.engine = self._loop.run(AsyncEngine.start(config))
+        with sparing_collector():  # as the server does
+            self.engine = self._loop.run(AsyncEngine.start(config))
         self._scheduler = self.engine._parts.engine.scheduler  # noqa: SLF001
         self._markings = {True: self._scheduler.marking, False: unmarked(self._scheduler.marking)}
         self._rings = {True: self.engine.timelines, False: Timelines(0)}
         self.looks: list[float] = []  # seconds that each of the reader's took
-        spare_collector()  # as the server does
         self._servers, self._addresses, self._clients = {}, {}, {}
         for seen, tracing in ((True, TracingConfig(endpoint=endpoint)), (False, None)):
             self._servers[seen], self._addresses[seen] = self._loop.run(self._serve(tracing))

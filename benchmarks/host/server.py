@@ -26,7 +26,7 @@ from gralora_runtime.info import EngineInfo
 from gralora_runtime.model.tokenization import PromptTokenizer
 from gralora_server.config import ServerConfig
 from gralora_server.model_fetch import ensure_default_model
-from gralora_server.service import GrpcServer, spare_collector
+from gralora_server.service import GrpcServer, sparing_collector
 
 
 async def main(rows: int, step_s: float) -> None:
@@ -45,10 +45,10 @@ async def main(rows: int, step_s: float) -> None:
         engine, cast("Any", None), cast("Any", everybody), cast("Any", base), PromptTokenizer(tokenizer, None, VOCAB),
         info, lambda: None,
     )  # fmt: skip
-    served = AsyncEngine(parts, EngineConfig(model=Path(), max_num_seqs=rows, max_num_batched_tokens=4096))
+    with sparing_collector():
+        served = AsyncEngine(parts, EngineConfig(model=Path(), max_num_seqs=rows, max_num_batched_tokens=4096))
     server = GrpcServer(ServerConfig(port=0))
     port = await server.start()
-    spare_collector()
     await server.open(served)
     print(json.dumps({"address": f"127.0.0.1:{port}"}), flush=True)
     loop = asyncio.get_running_loop()

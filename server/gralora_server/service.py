@@ -33,6 +33,9 @@ HEALTH_SERVICE = "grpc.health.v1.Health"
 MAX_PENDING_CALLS = 10_000
 STUCK_EXIT_CODE = 134  # as a shell shows an abort
 STDIN = 0
+# New objects until the collector looks at them, while a server starts. Never to look gains no more, and holds 130 MB of
+# what compiling kernels leaves.
+STARTING_COLLECTS_AT = 10_000
 
 _log = logging.getLogger(__name__)
 
@@ -122,12 +125,12 @@ async def _load_and_serve(
     server: GrpcServer, engine_factory: EngineFactory, config: ServerConfig, announce: Callable[[], None]
 ) -> None:
     with _signals(server, supervised=config.supervised) as asked_to_stop:
-        engine = await _unless(asked_to_stop, engine_factory())
+        with sparing_collector():
+            engine = await _unless(asked_to_stop, engine_factory())
         if engine is None:
             return
         with server.watched(engine, give_up=end_stuck if config.supervised else None):
             try:
-                spare_collector()
                 await server.open(engine)
                 announce()
                 await _serve_engine(server, engine, asked_to_stop, config.drain_grace_s)
@@ -135,10 +138,17 @@ async def _load_and_serve(
                 await engine.close()
 
 
-def spare_collector() -> None:
-    """Let Python's garbage collector pass over all that was made until now, which stays: looking through a model's
-    libraries takes it 200 ms, in which no stream gets a token. For a process that serves until its end.
+@contextmanager
+def sparing_collector() -> Iterator[None]:
+    """While that is made which stays until the process ends, look for garbage less often: each look passes over all of
+    it, 1.2 of a start's 6 s. Afterwards never look at it again: that takes 200 ms, in which no stream gets a token.
     """
+    usual = gc.get_threshold()
+    gc.set_threshold(STARTING_COLLECTS_AT, *usual[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*usual)
     gc.collect()
     gc.freeze()
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from gralora.v1 import adapters_pb2, server_pb2
 from gralora_runtime.errors import ConfigError, EngineDeadError
 from gralora_server.config import ServerConfig
 from gralora_server.parts import SERVICES
-from gralora_server.service import GrpcServer, serve
+from gralora_server.service import STARTING_COLLECTS_AT, GrpcServer, serve
 
 Code = grpc.StatusCode
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
@@ -279,6 +280,49 @@ async def test_a_signal_while_the_model_loads_ends_the_server() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
     await asyncio.wait_for(task, 10)
     await asyncio.wait_for(abandoned.wait(), 10)
+
+
+@pytest.fixture
+def usual() -> Iterator[tuple[int, int, int]]:
+    """When the garbage collector looks: as nothing else here sets it."""
+    before, usual = gc.get_threshold(), (701, 11, 12)
+    gc.set_threshold(*usual)
+    yield usual
+    gc.set_threshold(*before)
+
+
+async def test_the_garbage_collector_rests_while_the_model_loads_and_then_passes_over_it(
+    usual: tuple[int, int, int],
+) -> None:
+    """What is made then is millions of objects, which all stay."""
+    at_start: list[tuple[int, int, int]] = []
+    made: list[list[object]] = []
+    looked_at: list[bool] = []
+
+    async def factory() -> FakeEngine:
+        at_start.append(gc.get_threshold())
+        made.append([])
+        return FakeEngine()
+
+    def on_serving(_port: int) -> None:
+        looked_at.append(any(one is made[0] for one in gc.get_objects()))
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    await asyncio.wait_for(serve(ServerConfig(port=0), factory, on_serving=on_serving), 10)
+
+    assert at_start == [(STARTING_COLLECTS_AT, *usual[1:])]
+    assert gc.get_threshold() == usual
+    assert looked_at == [False]
+
+
+async def test_the_garbage_collector_is_as_it_was_after_a_start_that_failed(usual: tuple[int, int, int]) -> None:
+    async def factory() -> FakeEngine:
+        raise ConfigError("no such model")
+
+    with pytest.raises(ConfigError):
+        await asyncio.wait_for(serve(ServerConfig(port=0), factory), 10)
+
+    assert gc.get_threshold() == usual
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from gralora_server.ray.remote_log import RemoteLog
 from gralora_server.ray.replica import Replica, Runner, serving
 from gralora_server.ray.rpcs import Rpc, rpcs
 from gralora_server.ray.scaling import REQUESTS, by_requests
-from gralora_server.service import end_stuck, spare_collector
+from gralora_server.service import end_stuck, sparing_collector
 from gralora_server.settings.layers import Layers
 
 NAME = "gralora"
@@ -47,8 +47,8 @@ class GraloraReplica:
             give_up=end_stuck,
             end=_end,
         )
-        self._replica: Replica = await self._life.enter_async_context(serving(layers, runner))
-        spare_collector()
+        with sparing_collector():
+            self._replica: Replica = await self._life.enter_async_context(serving(layers, runner))
 
     def __serve_build_asgi_app__(self) -> Any:
         return self._replica.http
