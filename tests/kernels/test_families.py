@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 from gralora_kernels.cpu import cache, families
 from gralora_kernels.cpu.families import FAMILIES, load, load_families
-from gralora_kernels.cpu.separate import Separate
+from gralora_kernels.cpu.separate import Kernel, Separate, _called
 
 COMPILED_AGAIN = """
 import torch
@@ -41,15 +41,36 @@ def test_a_later_process_finds_all_that_a_start_waits_for_in_the_cache() -> None
     assert found.strip() == "[]"
 
 
-def test_families_that_another_process_did_not_get_done_are_compiled_here(monkeypatch) -> None:
+def test_families_that_another_process_did_not_get_done_are_loaded_here(monkeypatch) -> None:
+    """It ends at once, or behind the first."""
     for kernels in FAMILIES.values():
         load(kernels)
     monkeypatch.setattr(families, "is_empty", lambda: True)
-    monkeypatch.setattr(sys, "executable", "/bin/false")
+    first = families.BESIDE[0]
+    for command, done in (("", []), (f"print({first!r})", [first])):
+        monkeypatch.setattr(families, "LOAD_BESIDE", command)
 
-    said = told_of_start()
+        said = told_of_start()
 
-    assert said == {name: "compiled beside the others" if name in families.BESIDE else "cached" for name in FAMILIES}
+        assert said == {name: "compiled beside the others" if name in done else "cached" for name in FAMILIES}
+
+
+def test_each_family_calls_only_those_before_it() -> None:
+    """Else it would be compiled with it, and both processes might do so."""
+    family_of = {id(kernel): name for name, kernels in FAMILIES.items() for kernel in kernels}
+    order = list(FAMILIES)
+
+    for name, kernels in FAMILIES.items():
+        for kernel in kernels:
+            function = kernel._dispatcher.py_func if isinstance(kernel, Kernel) else kernel._function
+            called = {family_of.get(id(one), name) for one in _called(function, set())}
+            assert all(order.index(one) <= order.index(name) for one in called), (name, called)
+
+
+def test_the_other_process_says_what_it_got_done_in_the_order_in_which_it_is_waited_for(capsys) -> None:
+    families.load_beside()
+
+    assert capsys.readouterr().out.splitlines() == [name for name in FAMILIES if name in families.BESIDE]
 
 
 def test_a_cache_of_nothing_but_directories_is_empty(monkeypatch, tmp_path) -> None:

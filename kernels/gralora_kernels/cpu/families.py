@@ -12,39 +12,38 @@ from gralora_kernels.cpu.cache import is_empty
 from gralora_kernels.cpu.separate import Loadable
 from gralora_kernels.stages import StartStage, untold
 
+# In the order in which they are waited for: a family calls only those before it.
 FAMILIES: dict[str, tuple[Loadable, ...]] = {
     "products": (
         microkernel.multiply,
-        microkernel.multiply_float16,
-        microkernel.multiply_bfloat16,
         microkernel.multiply_panel,
-        microkernel.multiply_panel_float16,
+        microkernel.multiply_bfloat16,
         microkernel.multiply_panel_bfloat16,
-        linear.linear_piece,
     ),
-    "attention": (attention.attend_piece,),
+    "products of float16": (microkernel.multiply_float16, microkernel.multiply_panel_float16),
+    "linear": (linear.linear_piece,),
     "sums": (microkernel.add_panels_native, microkernel.add_panels_float16, microkernel.add_panels_bfloat16),
+    "adapters": (adapters.shrink_piece, adapters.expand_piece, embedding.look_up_rows),
     "rows": (operations.row_piece,),
+    "attention": (attention.attend_piece,),
+    "steps": (operations.run,),  # calls all others
     "hashing": (sha256.hash_stretches,),
     "placing": (placing.place_16_bits, placing.place_32_bits),
-    "adapters": (adapters.shrink_piece, adapters.expand_piece, embedding.look_up_rows),  # call products and sums
-    "steps": (operations.run,),  # calls all others
 }
-BESIDE = ("sums", "rows", "hashing", "placing")  # call no others, and take about as long as those before them
+# Each is done there when the first process has done the others before it, or soon after. Attention calls the products:
+# the first process had to do these before.
+BESIDE = ("products of float16", "sums", "rows", "attention", "hashing", "placing")
 LOAD_BESIDE = "from gralora_kernels.cpu.families import load_beside; load_beside()"
 
 
 def load_families(stage: StartStage) -> None:
     """All of them, from the cache or compiled, which takes about 20 s of a Zen 4 core."""
-    with _compiling_beside(is_empty()) as process:
+    with _compiling_beside(is_empty()) as done:
         for name, kernels in FAMILIES.items():
             with stage(f"Kernels: {name}") as tell:
-                if process is not None and name in BESIDE:
-                    process.wait()  # however it ends: what it has not done is done here
-                    load(kernels)
-                    tell("compiled beside the others")
-                else:
-                    tell("compiled" if load(kernels) else "cached")
+                beside = name in BESIDE and name in done  # waits; however that process ends, the rest is done here
+                compiled = load(kernels)
+                tell("compiled beside the others" if beside else "compiled" if compiled else "cached")
 
 
 def load(kernels: tuple[Loadable, ...]) -> bool:
@@ -54,21 +53,25 @@ def load(kernels: tuple[Loadable, ...]) -> bool:
 
 
 @contextmanager
-def _compiling_beside(wanted: bool) -> Iterator[subprocess.Popen[bytes] | None]:
+def _compiling_beside(wanted: bool) -> Iterator[Iterator[str]]:
+    """The families that another process does, as it gets them done."""
     if not wanted:
-        yield None
+        yield iter(())
         return
-    with subprocess.Popen([sys.executable, "-c", LOAD_BESIDE], stdin=subprocess.DEVNULL) as process:  # noqa: S603
+    command = [sys.executable, "-c", LOAD_BESIDE]
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True) as process:  # noqa: S603
+        assert process.stdout is not None
         try:
-            yield process
+            yield (line.removesuffix("\n") for line in process.stdout)
         finally:
             process.kill()
 
 
 def load_beside() -> None:
-    """What the other process does."""
+    """What the other process does. It prints the name of each family that is done."""
     for name in BESIDE:
         load(FAMILIES[name])
+        print(name, flush=True)
 
 
 if __name__ == "__main__":
