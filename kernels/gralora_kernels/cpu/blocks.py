@@ -161,6 +161,10 @@ def widen_panel(storage: int, weight: int, in_features: int, panel: int, depth: 
     source = weight + (pair * in_features + depth) // BLOCK * size
     for b in range(wide // BLOCK):
         at, first = source + b * size, BLOCK * b * PANEL
+        if storage == BLOCKS_4:
+            _fetch_panel(at + wide // BLOCK * size, column)
+        elif column == 0:
+            _fetch(at + wide // BLOCK * size, size)
         for v in range(VECTORS):
             if storage == BLOCKS_4:
                 _widen_fours(at, column + v * LANES, out, first + v * LANES)
@@ -270,6 +274,16 @@ def _add_eights(x: int, at: int, a: Any, b: Any, c: Any, d: Any) -> tuple[Any, A
 def _fetch(at: int, size: int) -> None:
     for line in range(0, size, 64):
         prefetch(at + line, 0)
+
+
+@njit(nogil=True)
+def _fetch_panel(at: int, column: int) -> None:
+    """What a block of 4 bits holds of one panel of its pair."""
+    prefetch(at + 2 * column, 0)
+    prefetch(at + 2 * (PAIR + column), 0)
+    for group in range(BLOCK // GROUP):
+        for line in range(0, 4 * PANEL, 64):
+            prefetch(at + 4 * (PAIR + group * PAIR + column) + line, 0)
 
 
 @njit(nogil=True)

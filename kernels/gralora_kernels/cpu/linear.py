@@ -167,7 +167,7 @@ def _multiply_blocks(
         widen_panel(storage, weight, in_features, panel, depth, wide, scratch)
         multiply_panel(
             count, source + depth * FLOAT_BYTES, in_features, iota, target, out_features, iota, scratch, wide,
-            start if depth == 0 else FROM_OUTPUT, columns,
+            start if depth == 0 else FROM_OUTPUT, columns, 0,
         )  # fmt: skip
 
 

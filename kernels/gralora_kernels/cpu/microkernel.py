@@ -35,14 +35,16 @@ PANEL = VECTORS * LANES  # columns
 MAX_ROWS = 12 if LANES == 16 else 6
 UNROLL = 4
 # While a tile computes, it asks for a part of what lies behind the panel, which is the next one; so memory is read all
-# the time and not only by the tile that comes first. On Zen 3 steps of 3 to 16 rows are 1.05 to 1.25 times as fast.
-# Not with AVX-512, where a tile is twice as large and memory was faster: there it was level for base products, and 1 to
-# 4 % slower with adapters (as long as only the later tiles did it).
-FETCHES = LANES == 8
-FETCHING_ROWS = 3  # with fewer the processor's own prefetching is level (2 rows) or better (1)
-# One row of a panel of 16 bits computes for twice as long as it reads: it asks for what lies so many bytes further on
-# itself (1.13 times as fast; 1, 2, 8 and 16 KB are level). A row of an fp32 panel is 0.92 times as fast with it.
+# the time and not only by the tile that comes first. Steps of 3 to 16 rows are 1.05 to 1.25 times as fast on Zen 3, and
+# on Zen 5 those of 4 to 16 rows of 16 bits 1.4 to 1.6 times, of 16 rows of fp32 1.13 times.
+FETCHING_ROWS = 3
+# With fewer rows of an fp32 panel the processor's own prefetching is level (2) or better (1). Of 16 bits they compute
+# for twice as long as they read: they ask for what lies so many bytes further on themselves (1.13 times as fast; 1, 2,
+# 8 and 16 KB are level).
 AHEAD = 4096
+# Expands of adapters ask for the next panels too, but not with AVX-512, where they were 1.01 to 1.04 times as slow.
+FETCHES = LANES == 8
+LINE = 64  # bytes of the cache
 
 NATIVE, FLOAT16, BFLOAT16 = map(int, Storage)  # Numba knows no enumerations
 
@@ -56,8 +58,14 @@ _VECTOR = ir.VectorType(_F32, LANES)
 _SUFFIX = f"v{LANES}f32"
 
 
+def _element_bytes(storage: Storage) -> int:
+    return 4 if storage is Storage.NATIVE else 2
+
+
 class _Tile:
     """Emits one tile: `rows` x `vectors`, columns beyond `columns` not written, nor read if `masked`."""
+
+    fetches = True  # see FETCHING_ROWS
 
     def __init__(self, builder: Any, args: Any, rows: int, vectors: int, *, masked: bool, storage: Storage) -> None:
         self.builder = builder
@@ -172,8 +180,8 @@ class _Tile:
 
     def _multiply(self, sums: list[Any], x_rows: list[Any], d: Any) -> list[Any]:
         b = self.builder
-        if FETCHES and not self.masked:
-            ask_for(b, b.inttoptr(b.add(self.fetch, b.mul(d, self.fetch_step)), ir.PointerType(_F32)))
+        if self.fetches and not self.masked:
+            self._fetch(b.add(self.fetch, b.mul(d, self.fetch_step)))
         weights = [self._weights(d, v) for v in range(self.vectors)]
         new: list[Any] = []
         for m, x in enumerate(x_rows):  # row by row: all values first would not fit into the registers (-25 %)
@@ -181,6 +189,13 @@ class _Tile:
             old = sums[m * self.vectors : (m + 1) * self.vectors]
             new += [call(b, f"llvm.fma.{_SUFFIX}", _VECTOR, [value, w, s]) for w, s in zip(weights, old, strict=True)]
         return new
+
+    def _fetch(self, address: Any) -> None:
+        """As many lines as a row of w has."""
+        b = self.builder
+        row_bytes = self.vectors * LANES * _element_bytes(self.storage)
+        for line in range(0, max(row_bytes, LINE), LINE):
+            ask_for(b, b.inttoptr(b.add(address, _I64(line)), ir.PointerType(_F32)))
 
     def _scalar(self, x: Any, d: Any) -> Any:
         b = self.builder
@@ -206,12 +221,14 @@ def _tile(rows: int, vectors: int, masked: bool, storage: Storage) -> Any:
 class _PanelsTile(_Tile):
     """Emits `rows` times so many whole panels as `columns` says, one behind the other, added to what y holds."""
 
+    fetches = FETCHES
+
     def emit(self) -> None:
         b = self.builder
         x_rows = [self._row(self.x, self.x_stride, self.x_index, m) for m in range(self.rows)]
         y_rows = [self._row(self.y, self.y_stride, self.y_index, m) for m in range(self.rows)]
         panels, first = self.columns, self.w
-        row_bytes = _I64(PANEL * (4 if self.storage is Storage.NATIVE else 2))
+        row_bytes = _I64(PANEL * _element_bytes(self.storage))
         panel_bytes = b.mul(self.depth, row_bytes)
         self.w_stride, self.fetch_step = _I64(PANEL), row_bytes
         with cgutils.for_range(b, panels) as loop:
@@ -253,9 +270,12 @@ def _tile_rows(rows: int) -> int:
 
 @njit(nogil=True)
 def _fetching_tiles(rows: int) -> int:
-    """How many of the tiles that `rows` are cut into have at least FETCHING_ROWS (with MAX_ROWS of 6)."""
-    full, rest = rows // MAX_ROWS, rows % MAX_ROWS
-    return full + int(rest >= FETCHING_ROWS or (rest == 2 and full > 0))
+    """How many of the tiles that `rows` are cut into begin where at least FETCHING_ROWS are left."""
+    tiles = 0
+    while rows >= FETCHING_ROWS:
+        rows -= _tile_rows(rows)
+        tiles += 1
+    return tiles
 
 
 def _by_rows(vectors: int, *, masked: bool, storage: Storage) -> Any:
@@ -301,13 +321,13 @@ _wide, _masked, _narrow = (
 @njit(inline="always")
 def _native(
     rows: int, x: int, x_stride: int, x_index: int, y: int, y_stride: int, y_index: int, w: int, w_stride: int,
-    depth: int, start: int, columns: int, padded: int,
+    depth: int, start: int, columns: int, padded: int, is_followed: int,
 ) -> None:  # fmt: skip
     done = tiles = 0
     while done < rows:
         some = rows - done
         fetch, fetch_step = w, 0  # what is there already
-        if FETCHES and some >= FETCHING_ROWS:
+        if is_followed and some >= FETCHING_ROWS:
             fetch_step = 4 * w_stride // _fetching_tiles(rows)
             fetch = w + (4 * w_stride + tiles * fetch_step) * depth
             tiles += 1
@@ -339,10 +359,14 @@ def _multiply_16_bit(storage: Storage) -> Any:
         rows: int, x: int, x_stride: int, x_index: int, y: int, y_stride: int, y_index: int, w: int, w_stride: int,
         depth: int, start: int, columns: int,
     ) -> None:  # fmt: skip
-        fetch, fetch_step = (w + AHEAD, 2 * w_stride) if rows == 1 else (w, 0)
-        done = 0
+        done = tiles = 0
         while done < rows:
             some, x_rows, y_rows = rows - done, x_index + 4 * done, y_index + 4 * done
+            fetch, fetch_step = (w + AHEAD, 2 * w_stride) if rows < FETCHING_ROWS else (w, 0)
+            if some >= FETCHING_ROWS:
+                fetch_step = 2 * w_stride // _fetching_tiles(rows)
+                fetch = w + (2 * w_stride + tiles * fetch_step) * depth
+                tiles += 1
             if columns <= LANES:
                 done += narrow(
                     some, x, x_stride, x_rows, y, y_stride, y_rows, w, w_stride, depth, start, columns, fetch,
@@ -366,7 +390,7 @@ def multiply(
     depth: int, start: int, columns: int, padded: int,
 ) -> None:  # fmt: skip
     """Any number of rows times up to PANEL columns of fp32. `padded`: all PANEL columns of w may be read."""
-    _native(rows, x, x_stride, x_index, y, y_stride, y_index, w, w_stride, depth, start, columns, padded)
+    _native(rows, x, x_stride, x_index, y, y_stride, y_index, w, w_stride, depth, start, columns, padded, 1)
 
 
 @Separate
@@ -392,9 +416,10 @@ def multiply_bfloat16(
 @Separate
 def multiply_panel(
     rows: int, x: int, x_stride: int, x_index: int, y: int, y_stride: int, y_index: int, w: int, depth: int, start: int,
-    columns: int,
+    columns: int, is_followed: int,
 ) -> None:  # fmt: skip
-    _native(rows, x, x_stride, x_index, y, y_stride, y_index, w, PANEL, depth, start, columns, 1)
+    """`is_followed`: what is needed next lies behind the panel."""
+    _native(rows, x, x_stride, x_index, y, y_stride, y_index, w, PANEL, depth, start, columns, 1, is_followed)
 
 
 @Separate
@@ -420,7 +445,7 @@ def multiply_panel_stored(
 ) -> None:  # fmt: skip
     """A whole panel of any storage; see `multiply`."""
     if storage == NATIVE:
-        multiply_panel(rows, x, x_stride, x_index, y, y_stride, y_index, w, depth, start, columns)
+        multiply_panel(rows, x, x_stride, x_index, y, y_stride, y_index, w, depth, start, columns, 1)
     elif storage == FLOAT16:
         multiply_panel_float16(rows, x, x_stride, x_index, y, y_stride, y_index, w, depth, start, columns)
     else:
