@@ -13,7 +13,7 @@ from gralora_runtime.scheduling.fairness import CPU_PRICES, Prices
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 AS_SAVED = "as-saved"
-LEAST_BITS = {"auto": 16, AS_SAVED: 4, "float32": 32}  # that a CPU keeps base weights in
+LEAST_BITS = {AS_SAVED: 4, "float32": 32}  # that a CPU keeps base weights in
 WEIGHTS = tuple(LEAST_BITS)
 WATCHES = ("auto", "poll", "off")
 PIPELINES = ("auto", "on", "off")
@@ -58,7 +58,7 @@ class EngineConfig:
     watch: str = "auto"  # whether directories are watched: auto (by the system's events), poll, or off
     device: str = "auto"
     dtype: str = "auto"  # auto: float32 on the CPU, the checkpoint's own on a GPU
-    weights: str = "auto"  # how a CPU keeps the base model's; what is computed is the same, bit for bit
+    weights: str = AS_SAVED  # how a CPU keeps the base model's; what is computed is the same, bit for bit
     kernel_backend: str = "auto"
     max_num_seqs: int = 32  # rows in one step
     max_num_batched_tokens: int = 256  # tokens in one step; a longer prompt is prefilled in chunks of at most this

@@ -10,7 +10,17 @@ from gguf.quants import dequantize, quantize
 from numba import njit
 
 from gralora_kernels.cpu.blocks import BLOCKS_4, BLOCKS_8, PAIR, recognised
-from gralora_kernels.cpu.linear import WIDE_BYTES, PackedWeight, linear, linear_piece, num_pieces, row_numbers
+from gralora_kernels.cpu.linear import (
+    FEW_ROWS,
+    ROW_BLOCK,
+    ROW_BLOCK_OF_BLOCKS,
+    WIDE_BYTES,
+    PackedWeight,
+    linear,
+    linear_piece,
+    num_pieces,
+    row_numbers,
+)
 from gralora_kernels.cpu.microkernel import FROM_OUTPUT, FROM_ZERO, PANEL
 from gralora_kernels.cpu.simd import LANES
 from gralora_kernels.tables import Storage
@@ -39,7 +49,7 @@ def test_blocks_are_kept_as_they_are_and_their_products_are_those_of_fp32(kind, 
     assert (small.storage, large.storage) == (KINDS[kind], Storage.NATIVE)
     assert small.panels.nbytes * 8 == columns * in_features * BITS[small.storage]
 
-    for rows in (1, 2, 3, 5, 8, 13, 31, 130):
+    for rows in (*range(1, 18), 31, 130, 3 * ROW_BLOCK, ROW_BLOCK_OF_BLOCKS + 1):
         x = torch.randn(rows, in_features)
         bias = torch.randn(out_features)
         narrow, wide = (torch.empty(rows, out_features) for _ in range(2))
@@ -51,28 +61,29 @@ def test_blocks_are_kept_as_they_are_and_their_products_are_those_of_fp32(kind, 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 @pytest.mark.parametrize("columns", [1, LANES + 1, PANEL, PANEL + LANES, PAIR - 1, PAIR, PAIR + 3, 3 * PANEL, 3 * PAIR])
 @pytest.mark.parametrize("begin", ["zero", "bias", "y"])
-def test_a_row_is_that_of_fp32_however_much_of_the_last_pair_there_is(kind, columns, begin):
-    """Wherever its sums begin; and nothing behind its columns is touched."""
-    weight, x = widened(kind, columns, 96), torch.randn(1, 96)
-    first = torch.randn(columns + PAIR)
+@pytest.mark.parametrize("rows", [1, 2, 7, FEW_ROWS + 1])
+def test_rows_are_those_of_fp32_however_much_of_the_last_pair_there_is(kind, columns, begin, rows):
+    """Wherever their sums begin; and nothing behind their columns is touched."""
+    weight, x = widened(kind, columns, 96), torch.randn(rows, 96)
+    first = torch.randn(rows * columns + PAIR)
     found = []
     for packed in (PackedWeight(weight, least_bits=4), PackedWeight(weight)):
         out = first.clone()
         start = {"zero": FROM_ZERO, "bias": first.data_ptr(), "y": FROM_OUTPUT}[begin]
         scratch = torch.empty(WIDE_BYTES, dtype=torch.uint8)
-        product(x.data_ptr(), 96, out.data_ptr(), columns, packed.address, int(packed.storage), start,
+        product(rows, x.data_ptr(), 96, out.data_ptr(), columns, packed.address, int(packed.storage), start,
                 scratch.data_ptr(), row_numbers(1))  # fmt: skip
         found.append(out)
 
     assert torch.equal(*found)
-    assert torch.equal(found[0][columns:], first[columns:])
-    assert not torch.equal(found[0][:columns], first[:columns])
+    assert torch.equal(found[0][rows * columns :], first[rows * columns :])
+    assert not torch.equal(found[0][: rows * columns], first[: rows * columns])
 
 
 @njit
-def product(x, in_features, out, out_features, panels, storage, start, scratch, iota):
-    for piece in range(num_pieces(1, out_features, storage)):
-        linear_piece(piece, 1, x, in_features, out, out_features, panels, storage, start, scratch, iota)
+def product(rows, x, in_features, out, out_features, panels, storage, start, scratch, iota):
+    for piece in range(num_pieces(rows, out_features, storage)):
+        linear_piece(piece, rows, x, in_features, out, out_features, panels, storage, start, scratch, iota)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)

@@ -149,14 +149,14 @@ def _exact(
 
 
 @njit(nogil=True)
-def _block_bytes(storage: int) -> int:
+def block_bytes_of(storage: int) -> int:
     return FOURS_BYTES if storage == BLOCKS_4 else EIGHTS_BYTES
 
 
 @njit(nogil=True)
 def widen_panel(storage: int, weight: int, in_features: int, panel: int, depth: int, wide: int, out: int) -> None:
     """A panel of a weight as fp32 [wide, PANEL], of its inputs from `depth` on. Both are of whole blocks."""
-    size = _block_bytes(storage)
+    size = block_bytes_of(storage)
     pair, column = panel * PANEL // PAIR, panel * PANEL % PAIR
     source = weight + (pair * in_features + depth) // BLOCK * size
     for b in range(wide // BLOCK):
@@ -215,7 +215,7 @@ def multiply_row(
     """y = start + x @ a pair of panels, for one row: widened in registers, added up in the order of `microkernel`."""
     a, b = _initial(start, y, 0, columns), _initial(start, y, LANES, columns)
     c, d = _initial(start, y, 2 * LANES, columns), _initial(start, y, 3 * LANES, columns)
-    source = weight + pair * (in_features // BLOCK) * _block_bytes(storage)
+    source = weight + pair * (in_features // BLOCK) * block_bytes_of(storage)
     for block in range(in_features // BLOCK):
         here = x + block * BLOCK * 4
         if storage == BLOCKS_4:

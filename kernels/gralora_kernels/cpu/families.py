@@ -7,7 +7,17 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from gralora_kernels.cpu import adapters, attention, embedding, linear, microkernel, operations, placing, sha256
+from gralora_kernels.cpu import (
+    adapters,
+    attention,
+    block_tiles,
+    embedding,
+    linear,
+    microkernel,
+    operations,
+    placing,
+    sha256,
+)
 from gralora_kernels.cpu.cache import is_empty
 from gralora_kernels.cpu.separate import Loadable
 from gralora_kernels.stages import StartStage, untold
@@ -20,6 +30,7 @@ FAMILIES: dict[str, tuple[Loadable, ...]] = {
         microkernel.multiply_bfloat16,
         microkernel.multiply_panel_bfloat16,
     ),
+    "products of blocks": (block_tiles.multiply_fours, block_tiles.multiply_eights),
     "products of float16": (microkernel.multiply_float16, microkernel.multiply_panel_float16),
     "linear": (linear.linear_piece,),
     "sums": (microkernel.add_panels_native, microkernel.add_panels_float16, microkernel.add_panels_bfloat16),

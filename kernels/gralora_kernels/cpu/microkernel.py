@@ -62,7 +62,7 @@ def _element_bytes(storage: Storage) -> int:
     return 4 if storage is Storage.NATIVE else 2
 
 
-class _Tile:
+class Tile:
     """Emits one tile: `rows` x `vectors`, columns beyond `columns` not written, nor read if `masked`."""
 
     fetches = True  # see FETCHING_ROWS
@@ -168,9 +168,7 @@ class _Tile:
         phis = self._phis([(before, sums)], len(sums))
         b.cbranch(b.icmp_signed("<", d, end), body, after)
         b.position_at_end(body)
-        new = list(phis)
-        for step in range(unroll):
-            new = self._multiply(new, x_rows, b.add(d, _I64(step)))
+        new = self._steps(list(phis), x_rows, d, unroll)
         d.add_incoming(b.add(d, _I64(unroll)), b.block)
         for phi, value in zip(phis, new, strict=True):
             phi.add_incoming(value, b.block)
@@ -178,11 +176,19 @@ class _Tile:
         b.position_at_end(after)
         return phis
 
-    def _multiply(self, sums: list[Any], x_rows: list[Any], d: Any) -> list[Any]:
+    def _steps(self, sums: list[Any], x_rows: list[Any], d: Any, count: int) -> list[Any]:
+        """`count` steps of depth, from d on."""
         b = self.builder
-        if self.fetches and not self.masked:
-            self._fetch(b.add(self.fetch, b.mul(d, self.fetch_step)))
-        weights = [self._weights(d, v) for v in range(self.vectors)]
+        for step in range(count):
+            here = b.add(d, _I64(step))
+            if self.fetches and not self.masked:
+                row_bytes = self.vectors * LANES * _element_bytes(self.storage)
+                self._fetch(b.add(self.fetch, b.mul(here, self.fetch_step)), row_bytes)
+            sums = self._multiply(sums, x_rows, here, [self._weights(here, v) for v in range(self.vectors)])
+        return sums
+
+    def _multiply(self, sums: list[Any], x_rows: list[Any], d: Any, weights: list[Any]) -> list[Any]:
+        b = self.builder
         new: list[Any] = []
         for m, x in enumerate(x_rows):  # row by row: all values first would not fit into the registers (-25 %)
             value = self._scalar(x, d)
@@ -190,11 +196,10 @@ class _Tile:
             new += [call(b, f"llvm.fma.{_SUFFIX}", _VECTOR, [value, w, s]) for w, s in zip(weights, old, strict=True)]
         return new
 
-    def _fetch(self, address: Any) -> None:
-        """As many lines as a row of w has."""
+    def _fetch(self, address: Any, size: int) -> None:
+        """Ask for all lines of so many bytes."""
         b = self.builder
-        row_bytes = self.vectors * LANES * _element_bytes(self.storage)
-        for line in range(0, max(row_bytes, LINE), LINE):
+        for line in range(0, size, LINE):
             ask_for(b, b.inttoptr(b.add(address, _I64(line)), ir.PointerType(_F32)))
 
     def _scalar(self, x: Any, d: Any) -> Any:
@@ -210,7 +215,7 @@ def _tile(rows: int, vectors: int, masked: bool, storage: Storage) -> Any:
         depth: Any, start: Any, columns: Any, fetch: Any, fetch_step: Any,
     ) -> Any:  # fmt: skip
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            _Tile(builder, args, rows, vectors, masked=masked, storage=storage).emit()
+            Tile(builder, args, rows, vectors, masked=masked, storage=storage).emit()
             return context.get_dummy_value()
 
         return types.none(*(types.intp,) * 13), codegen
@@ -218,7 +223,7 @@ def _tile(rows: int, vectors: int, masked: bool, storage: Storage) -> Any:
     return tile
 
 
-class _PanelsTile(_Tile):
+class _PanelsTile(Tile):
     """Emits `rows` times so many whole panels as `columns` says, one behind the other, added to what y holds."""
 
     fetches = FETCHES
@@ -258,7 +263,7 @@ def _panels_tile(rows: int, storage: Storage) -> Any:
 
 
 @njit(nogil=True)
-def _tile_rows(rows: int) -> int:
+def tile_rows(rows: int) -> int:
     """Of the tile to begin with: the largest, but two of four for eight rows where six would leave two."""
     for size in (12, 8):
         if size <= MAX_ROWS and rows >= size:
@@ -273,7 +278,7 @@ def _fetching_tiles(rows: int) -> int:
     """How many of the tiles that `rows` are cut into begin where at least FETCHING_ROWS are left."""
     tiles = 0
     while rows >= FETCHING_ROWS:
-        rows -= _tile_rows(rows)
+        rows -= tile_rows(rows)
         tiles += 1
     return tiles
 
@@ -292,7 +297,7 @@ def _by_rows(vectors: int, *, masked: bool, storage: Storage) -> Any:
         rows: int, x: int, x_stride: int, x_rows: int, y: int, y_stride: int, y_rows: int, w: int, w_stride: int,
         depth: int, start: int, columns: int, fetch: int, fetch_step: int,
     ) -> int:  # fmt: skip
-        size = _tile_rows(rows)
+        size = tile_rows(rows)
         if size == 12:
             t12(x, x_stride, x_rows, y, y_stride, y_rows, w, w_stride, depth, start, columns, fetch, fetch_step)
         elif size == 8:
@@ -488,7 +493,7 @@ def _add_panels(storage: Storage) -> Any:
         """
         done = 0
         while done < rows:
-            x_rows, y_rows, size = x_index + 4 * done, y_index + 4 * done, _tile_rows(rows - done)
+            x_rows, y_rows, size = x_index + 4 * done, y_index + 4 * done, tile_rows(rows - done)
             if size == 12:
                 t12(x, x_stride, x_rows, y, y_stride, y_rows, w, depth, panels)
             elif size == 8:

@@ -18,7 +18,16 @@ from gralora_kernels.cpu import operations
 from gralora_kernels.cpu.adapters import SCRATCH_BYTES
 from gralora_kernels.cpu.attention import attention_rows, scratch_bytes
 from gralora_kernels.cpu.blocks import BLOCKS_8, pack_rows, recognised
-from gralora_kernels.cpu.linear import DTYPES, FP32_BITS, ROW_BLOCK, WIDE_BYTES, PackedWeight, row_numbers, storage_of
+from gralora_kernels.cpu.linear import (
+    DTYPES,
+    FP32_BITS,
+    ROW_BLOCK_OF_BLOCKS,
+    SCRATCH_GAP,
+    WIDE_BYTES,
+    PackedWeight,
+    row_numbers,
+    storage_of,
+)
 from gralora_kernels.cpu.microkernel import FROM_OUTPUT, FROM_ZERO
 from gralora_kernels.cpu.operations import (
     ACTIVATION,
@@ -151,10 +160,10 @@ class Program:
         self._shape[[TURNS_NEIGHBOURS, CENTRES]] = shape.turns_neighbours, shape.centres
         self._shape[[UNGATED, ACTIVATION]] = not shape.is_gated, shape.activation
         attend_scratch = scratch_bytes(shape.heads // shape.kv_heads, shape.head_dim, shape.page_size)
-        self._scratch_size = -(-max(attend_scratch, SCRATCH_BYTES, WIDE_BYTES) // LINE) * LINE
+        self._scratch_size = -(-max(attend_scratch, SCRATCH_BYTES, WIDE_BYTES) // LINE) * LINE + SCRATCH_GAP
         self._parts = get_num_threads()
         # Of a step's tokens, of a product's rows, of a piece's queries.
-        self._iota = row_numbers(max(max_tokens, ROW_BLOCK, attention_rows(shape.heads // shape.kv_heads)))
+        self._iota = row_numbers(max(max_tokens, ROW_BLOCK_OF_BLOCKS, attention_rows(shape.heads // shape.kv_heads)))
         self._scratch = torch.zeros(self._parts * self._scratch_size, dtype=torch.uint8)
 
     def embed(self, table: Tensor, factor: float, *, least_bits: int = FP32_BITS // 2) -> Tensor | PackedRows:

@@ -105,8 +105,8 @@ class EngineSettings(Section):
     dtype: Dtype = _engine("dtype", "What they are computed in. auto: float32 on the CPU, the checkpoint's on a GPU.")
     weights: Weights = _engine(
         "weights",
-        "The base model's in a CPU's memory. auto: in 16 bits where those hold them; as-saved: in 4 and 8, too, "
-        "faster for one request and slower for many. Answers are the same, bit for bit.",
+        "The base model's in a CPU's memory. as-saved: in 4, 8 or 16 bits where those hold them. Answers are the same, "
+        "bit for bit.",
     )
     kernel_backend: KernelBackend = _engine("kernel_backend", "Which kernels apply adapters.")
     threads: Annotated[Count | None, Called(field="num_threads")] = _engine("num_threads", "Default: every core.")
