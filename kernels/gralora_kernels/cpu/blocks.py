@@ -46,7 +46,7 @@ BLOCKS_4 = len(Storage)  # kinds of storage that only base weights have: GGUF's 
 BLOCKS_8 = BLOCKS_4 + 1  # and Q8_0
 
 SAMPLE = 16  # rows that show as a rule whether all are of a form
-ROWS_AT_ONCE = 2048  # that are looked at, so that what is computed on the way stays small
+ROWS_AT_ONCE = 256  # that are looked at, so that what is computed on the way stays small
 # Columns that lie side by side, two panels: an addition waits four cycles for the one before it, so one row is bound by
 # its sums unless there are four vectors of them.
 PAIR = 2 * PANEL
@@ -142,8 +142,9 @@ def _exact(
 ) -> Blocks | None:
     """With these scales and offsets; None if a number is not what they make of a whole number from low to high."""
     d, m = scales.float()[..., None], offsets.float()[..., None]
-    numbers = ((blocks - m) / d).nan_to_num(0.0, 0.0, 0.0).round_().clamp_(low, high)
-    if not torch.equal(numbers * d + m, blocks):
+    per_scale = (1 / d).masked_fill_(d == 0, 0.0)  # of a block that is all alike
+    numbers = (blocks - m).mul_(per_scale).round_().clamp_(low, high)
+    if not torch.equal((numbers * d).add_(m), blocks):  # none of what is no number is equal
         return None
     return Blocks(kind, scales, offsets, numbers.to(torch.int8 if kind == BLOCKS_8 else torch.uint8))
 
